@@ -1,0 +1,45 @@
+# shellcheck shell=bash
+# Sourced by the training scripts: sets the environment of a GPU job and defines launch.
+#
+#   source examples/launch.sh
+#   launch CONFIG key=value ...
+#
+# One node needs no setting. On several nodes run the same script on each with:
+#   NNODES       number of nodes
+#   NODE_RANK    number of this node, from 0
+#   MASTER_ADDR  host name or address of node 0
+#   MASTER_PORT  a free port there (default 29500)
+# GPUS_PER_NODE is what nvidia-smi counts, or 8.
+
+LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-29500}
+
+# a prepared environment or container is used as it is: nothing is installed on a compute node
+if python3 -c 'import importlib.util as u; u.find_spec("torch").name, u.find_spec("megatron.core").name' 2>/dev/null; then
+  export PYTHONPATH="${LAUNCH_DIR%/*}${PYTHONPATH:+:$PYTHONPATH}"
+else
+  source "$LAUNCH_DIR/common.sh"
+fi
+GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+((GPUS_PER_NODE > 0)) || GPUS_PER_NODE=8
+
+# Megatron-Core: kernels must start in the order of their calls for tensor-parallel communication to overlap
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# rows of different lengths fragment the allocator
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# seconds that torchrun leaves its workers after SIGTERM; the default of 30 would kill them while they save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+
+launch() {
+  torchrun \
+    --nnodes "$NNODES" \
+    --node-rank "$NODE_RANK" \
+    --master-addr "$MASTER_ADDR" \
+    --master-port "$MASTER_PORT" \
+    --nproc-per-node "$GPUS_PER_NODE" \
+    -m megatron_vila.train "$@"
+}

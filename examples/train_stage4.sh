@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Stage 4 of the LongVILA recipe, context extension on text: rows of CONTEXT tokens with a larger rotary base; vision tower and
+# projector are frozen. Longer contexts are reached in steps, each starting from the one before:
+#
+#   MODEL=longvila-7b CONTEXT=262144 DATA=/data/text.json TOKENIZER=/models/tokenizer bash examples/train_stage4.sh
+#   MODEL=longvila-7b CONTEXT=524288 CHECKPOINT=runs/longvila-7b-stage4-262144 DATA=... bash examples/train_stage4.sh
+#
+# The rotary bases, steps and batches are those of the released scripts. The layout of the preset holds 16384 tokens a GPU at
+# its own context; for a longer one raise parallel.ring by the same factor.
+set -euo pipefail
+
+MODEL=${MODEL:-longvila-7b}          # longvila-1.5b, longvila-7b or llama3-longvila-8b
+CONTEXT=${CONTEXT:-262144}           # 131072, 262144, 524288 or 1048576
+DATA=${DATA:?set DATA to the LLaVA-format JSON or JSONL file of long texts; several: a.json,b.json}
+TOKENIZER=${TOKENIZER:?set TOKENIZER to the folder of the Hugging Face tokenizer of the LLM}
+CHECKPOINT=${CHECKPOINT:-runs/$MODEL-stage3} # weights to start from: a run's folder or one of its steps
+OUTPUT=${OUTPUT:-runs/$MODEL-stage4-$CONTEXT}
+
+case $CONTEXT in
+  131072) THETA=15300000.0 STEPS=40 BATCH=4 ;;
+  262144) THETA=207112184.0 STEPS=80 BATCH=16 ;;
+  524288) THETA=1062356830.0 STEPS=80 BATCH=16 ;;
+  1048576) THETA=3580165449.0 STEPS=50 BATCH=4 ;;
+  *)
+    echo "CONTEXT=$CONTEXT has no known rotary base; use 131072, 262144, 524288 or 1048576" >&2
+    exit 1
+    ;;
+esac
+
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+launch "$MODEL-stage4" \
+  data.train="[$DATA]" \
+  data.tokenizer="$TOKENIZER" \
+  model.llm.rope_theta="$THETA" \
+  model.llm.max_positions="$CONTEXT" \
+  train.seq_length="$CONTEXT" \
+  train.steps="$STEPS" \
+  train.global_batch_size="$BATCH" \
+  checkpoint.load="$CHECKPOINT" \
+  checkpoint.save_every=20 \
+  train.output="$OUTPUT" \
+  "$@"

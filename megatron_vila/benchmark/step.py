@@ -1,0 +1,90 @@
+"""Whole training steps in several variants, each a real run of the trainer, measured from its own metrics.
+
+A variant is a set of configuration overrides. Steps are synchronised by the loss that is read after each, so the wall time of a
+step is its own. Protocol of LongVILA section 4: warm-up steps, then timed ones, the median reported.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform as host
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vila.config.load import load_config
+from megatron_vila.training.summary import METRICS_FILE
+
+COLUMNS = (
+    "model", "variant", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s", "tokens_per_s_per_gpu",
+    "tflops_per_gpu", "mfu", "peak_gib", "loss", "hardware", "versions", "command",
+)  # fmt: skip
+
+
+def run_variant(config: str, common: Sequence[str], variant: str, gpus: int, warmup: int, timed: int, folder: Path) -> dict[str, Any]:
+    """Train ``warmup + timed`` steps of ``config`` with the overrides of ``variant`` (joined by commas) on ``gpus`` processes.
+
+    Returns one row of the table. Raises ``RuntimeError`` with the end of the run's output if it fails.
+    """
+    overrides = [*common, *variant.split(","), f"train.steps={warmup + timed}", f"train.output={folder}", "checkpoint.resume=false"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    command += ["-m", "megatron_vila.train", config, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"variant {variant} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    steps = [record for record in records if "loss" in record][warmup:]
+    run = load_config(config, overrides)
+    seconds = statistics.median(step["step_s"] for step in steps)
+    flops = statistics.median(step["model_flops"] for step in steps)
+    tokens = statistics.median(step["tokens"] for step in steps)
+    return {
+        "model": run.model.name,
+        "variant": variant,
+        "gpus": gpus,
+        **{name: getattr(run.parallel, name) for name in ("tp", "pp", "ulysses", "ring")},
+        "attention": run.model.attention,
+        "seq_len": int(tokens // run.train.global_batch_size),
+        "frames": int(statistics.median(step["frames"] for step in steps) // run.train.global_batch_size),
+        "time_s": round(seconds, 4),
+        "tokens_per_s_per_gpu": round(tokens / seconds / gpus, 1),
+        "tflops_per_gpu": round(flops / seconds / gpus / 1e12, 1),
+        "mfu": "" if steps[-1]["mfu"] is None else round(statistics.median(step["mfu"] for step in steps), 4),
+        "peak_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
+        "loss": round(steps[-1]["loss"], 5),
+        "hardware": hardware(gpus),
+        "versions": versions(),
+        "command": " ".join(["torchrun", "--nproc-per-node", str(gpus), "-m", "megatron_vila.train", config, *overrides[:-2]]),
+    }
+
+
+def hardware(gpus: int) -> str:
+    if torch.cuda.is_available():
+        return f"{gpus} x {torch.cuda.get_device_name()}"
+    return f"CPU {host.machine()}, {gpus} processes"
+
+
+def versions() -> str:
+    """Versions of the packages that the numbers depend on."""
+    found = []
+    for package in ("torch", "megatron-core", "transformers", "flash-attn-4", "transformer-engine"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)

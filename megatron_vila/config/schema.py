@@ -1,0 +1,175 @@
+"""Every configuration key, with its type, default and meaning.
+
+A YAML file and dotted overrides fill these dataclasses (``config/load.py``); ``config/validate.py`` checks what one key
+alone cannot; ``docs/configuration.md`` is printed from the ``help`` texts. No other place holds a default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, help: str) -> Any:
+    """A dataclass field with its documentation."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class VisionConfig:
+    """The SigLIP vision tower."""
+
+    hidden_size: int = key(1152, "width of the tower")
+    num_layers: int = key(27, "layers in the checkpoint, the unused last ones included")
+    num_heads: int = key(16, "attention heads")
+    ffn_hidden_size: int = key(4304, "width of the feed-forward layer")
+    image_size: int = key(384, "side of the square input in pixels")
+    patch_size: int = key(14, "side of a patch in pixels; left-over pixels at the right and bottom are not seen")
+    select_layer: int = key(-2, "hidden state used as features, counted as transformers counts hidden_states (-2: last layer but one)")
+    use_head: bool = key(True, "the checkpoint carries SigLIP's pooling head (carried, never run)")
+    layer_norm_eps: float = key(1e-6, "epsilon of the tower's LayerNorms")
+    frame_micro_batch: int = key(16, "frames encoded at once on a rank")
+    recompute: bool = key(False, "recompute each frame micro-batch in the backward pass instead of keeping its activations")
+
+
+@dataclass
+class ProjectorConfig:
+    """What turns patch features into LLM tokens."""
+
+    type: str = key("mlp_downsample", "mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix, linear or mlp2x_gelu")
+    token_order: str = key(
+        "row_major",
+        "order of mlp_downsample's tokens: row_major (NVILA, Qwen2-LongVILA) or legacy_column_major (VILA-1.5, Llama-3-LongVILA)",
+    )
+
+
+@dataclass
+class LanguageConfig:
+    """The language model: Llama-3 and Qwen2 shapes."""
+
+    num_layers: int = key(32, "decoder layers")
+    hidden_size: int = key(4096, "width")
+    num_heads: int = key(32, "query heads")
+    num_kv_heads: int = key(8, "key/value heads (grouped-query attention)")
+    head_dim: int | None = key(None, "size of a head; null: hidden_size / num_heads")
+    ffn_hidden_size: int = key(14336, "width of the SwiGLU layer")
+    vocab_size: int = key(128257, "rows of the embedding table in the checkpoint; padded inside for tensor parallelism")
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm")
+    qkv_bias: bool = key(False, "bias on the query, key and value projections (Qwen2)")
+    tie_embeddings: bool = key(False, "the output layer shares the embedding table")
+    rope_theta: float = key(500000.0, "base of the rotary embedding")
+    rope_scaling_factor: float = key(1.0, "linear position scaling: positions are divided by it")
+    max_positions: int = key(8192, "longest document that the model is meant for")
+
+
+@dataclass
+class ModelConfig:
+    """The whole VILA model."""
+
+    name: str = key("custom", "name in logs and tables")
+    vision: VisionConfig = field(default_factory=VisionConfig, metadata={"help": "vision tower"})
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig, metadata={"help": "projector"})
+    llm: LanguageConfig = field(default_factory=LanguageConfig, metadata={"help": "language model"})
+    init_std: float = key(0.02, "standard deviation of random initial weights")
+    attention: str = key("auto", "attention kernel: auto, fa4, cudnn, flash2 (CUDA), cpu, or reference (float64, slow, the truth)")
+    recompute: str = key("none", "activation recompute of the decoder layers: none or full")
+
+
+@dataclass
+class ParallelConfig:
+    """The process grid. Data parallel size = world size / (tp * pp * ulysses * ring)."""
+
+    tp: int = key(1, "tensor parallel size; above 1 it includes Megatron sequence parallelism")
+    pp: int = key(1, "pipeline parallel size; the vision tower lives on the first stage")
+    ulysses: int = key(1, "ranks of the head all-to-all of MM-SP; keep tp * ulysses inside a node")
+    ring: int = key(1, "ranks of the zigzag ring of MM-SP, across nodes")
+    gpus_per_node: int = key(8, "ranks of one node, to tell which groups cross nodes")
+
+
+@dataclass
+class DataConfig:
+    """Samples, pictures and text."""
+
+    train: list[str] = key([], "LLaVA-format JSON or JSONL files with the training samples")
+    eval: list[str] = key([], "LLaVA-format files with held-out samples; empty: no evaluation")
+    media_dir: str = key("", "folder of the image and video paths; empty: paths are relative to each JSON file's folder")
+    tokenizer: str = key("", "folder of a Hugging Face tokenizer with a chat template")
+    num_frames: int = key(8, "most frames taken from a video")
+    fps: float = key(0.0, "most frames per second of video; 0: num_frames spread uniformly")
+    image_aspect: str = key("resize", "resize (to the square) or pad (to a square with the mean colour, then resize)")
+    frame_separator_ids: list[int] = key([], "token ids written after each video frame")
+    image_separator_ids: list[int] = key([], "token ids written after each image")
+    packing: bool = key(False, "pack several samples into one row of at most train.seq_length tokens")
+    over_long: str = key("truncate", "sample longer than train.seq_length: truncate (fewer frames, evenly) or drop; both are counted")
+    shuffle: bool = key(True, "shuffle the samples of each epoch by (train.seed, epoch)")
+    workers: int = key(2, "decoding threads of a rank")
+    prefetch: int = key(4, "rows decoded ahead on a rank")
+
+
+@dataclass
+class PartConfig:
+    """Training of one part of the model."""
+
+    trainable: bool = key(True, "train this part")
+    lr: float | None = key(None, "peak learning rate of this part; null: optim.lr")
+
+
+@dataclass
+class OptimConfig:
+    """Adam with Megatron's distributed optimizer."""
+
+    lr: float = key(2e-5, "peak learning rate")
+    min_lr: float = key(0.0, "learning rate at the end of a cosine schedule")
+    schedule: str = key("cosine", "cosine or constant, after the warm-up")
+    warmup_steps: int = key(0, "steps of linear warm-up; used if above 0, else warmup_fraction")
+    warmup_fraction: float = key(0.03, "part of train.steps spent in linear warm-up")
+    weight_decay: float = key(0.0, "decoupled weight decay (not on norms and biases)")
+    beta1: float = key(0.9, "Adam beta1")
+    beta2: float = key(0.999, "Adam beta2")
+    eps: float = key(1e-8, "Adam epsilon")
+    clip_grad: float = key(1.0, "largest global gradient norm; 0: no clipping")
+    grad_reduce_fp32: bool = key(True, "accumulate and reduce gradients in float32 (bf16 training)")
+    vision: PartConfig = field(default_factory=PartConfig, metadata={"help": "vision tower"})
+    projector: PartConfig = field(default_factory=PartConfig, metadata={"help": "projector"})
+    llm: PartConfig = field(default_factory=PartConfig, metadata={"help": "language model"})
+
+
+@dataclass
+class TrainConfig:
+    """The training run."""
+
+    steps: int = key(100, "optimizer steps of the run")
+    global_batch_size: int = key(1, "rows of one optimizer step over all data-parallel ranks and micro-batches")
+    seq_length: int = key(8192, "most tokens of a row before padding")
+    seed: int = key(1234, "seed of the data order and of random initial weights")
+    precision: str = key("auto", "auto (bf16 on GPU, fp32 on CPU), bf16, fp32 or fp64")
+    deterministic: bool = key(False, "deterministic kernels: bitwise equal runs in the same layout")
+    on_nan: str = key("stop", "loss or gradient not finite: stop (after saving nothing) or skip (the update is dropped and counted)")
+    max_skips: int = key(10, "skipped updates in a row after which the run stops all the same")
+    log_every: int = key(1, "steps between progress lines")
+    eval_every: int = key(0, "steps between evaluations on data.eval; 0: only at the end")
+    output: str = key("runs/default", "folder of checkpoints, metrics.jsonl, TensorBoard files and plots")
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and loading."""
+
+    save_every: int = key(0, "steps between checkpoints; 0: only at the end")
+    keep: int = key(2, "checkpoints kept, the newest ones; 0: all")
+    resume: bool = key(True, "go on from the newest checkpoint of train.output if there is one")
+    load: str = key("", "checkpoint (folder of a step, or a run's folder) whose weights start a new run")
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "model"})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"help": "process grid"})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "data"})
+    optim: OptimConfig = field(default_factory=OptimConfig, metadata={"help": "optimizer"})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "training"})
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})

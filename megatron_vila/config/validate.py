@@ -1,0 +1,308 @@
+"""What one key alone cannot tell: whether a configuration fits together, fits the world and fits the machine.
+
+Pure checks on the configuration, the file system and the device's size; nothing is started.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_vila.config.layouts import Layout, layout_problems, nearest_divisors, world_problem
+from megatron_vila.config.load import ConfigError
+from megatron_vila.config.memory import GIB, estimate_memory, memory_of_rank
+from megatron_vila.config.schema import Config
+from megatron_vila.config.sizes import PROJECTOR_TYPES, tokens_per_frame
+
+CHOICES = {
+    "model.projector.type": PROJECTOR_TYPES,
+    "model.projector.token_order": ("row_major", "legacy_column_major"),
+    "model.attention": ("auto", "fa4", "cudnn", "flash2", "cpu", "reference"),
+    "model.recompute": ("none", "full"),
+    "data.image_aspect": ("resize", "pad"),
+    "data.over_long": ("truncate", "drop"),
+    "optim.schedule": ("cosine", "constant"),
+    "train.precision": ("auto", "bf16", "fp32", "fp64"),
+    "train.on_nan": ("stop", "skip"),
+}
+"""Keys with a fixed set of values."""
+
+AT_LEAST_ONE = {
+    "model.vision": (
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "ffn_hidden_size",
+        "image_size",
+        "patch_size",
+        "frame_micro_batch",
+    ),
+    "model.llm": (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_hidden_size",
+        "vocab_size",
+        "max_positions",
+    ),
+    "parallel": ("tp", "pp", "ulysses", "ring", "gpus_per_node"),
+    "data": ("num_frames", "workers", "prefetch"),
+    "train": ("steps", "global_batch_size", "seq_length", "max_skips", "log_every"),
+}
+
+AT_LEAST_ZERO = {
+    "data": ("fps",),
+    "optim": ("min_lr", "warmup_steps", "warmup_fraction", "weight_decay", "clip_grad"),
+    "train": ("seed", "eval_every"),
+    "checkpoint": ("save_every", "keep"),
+}
+
+ABOVE_ZERO = {
+    "model": ("init_std",),
+    "model.vision": ("layer_norm_eps",),
+    "model.llm": ("norm_eps", "rope_theta", "rope_scaling_factor"),
+    "optim": ("lr", "eps"),
+}
+
+BF16_ONLY_KERNELS = ("fa4", "cudnn", "flash2")
+
+
+def validate(config: Config, world_size: int, check_files: bool = True) -> list[str]:
+    """Check ``config`` for ``world_size`` ranks; return warnings.
+
+    Raises ``ConfigError`` that lists all problems at once, each with the setting, its value and the cure.
+    ``check_files=False`` skips the file system (``explain`` works without data) and the memory of this machine.
+    """
+    problems = [*_value_problems(config)]
+    # Everything below divides by these values, so wrong ones are reported first.
+    if not problems:
+        problems += _shape_problems(config)
+        problems += _layout_and_batch_problems(config, world_size)
+        problems += _optim_problems(config)
+    if check_files:
+        problems += _file_problems(config)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
+    warnings = [*_length_warnings(config), *_grid_warnings(config, world_size)]
+    if check_files:
+        warnings += _memory_warnings(config, world_size)
+    return warnings
+
+
+def value_of(config: Config, name: str) -> object:
+    """The value of a dotted key."""
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _value_problems(config: Config) -> Iterable[str]:
+    for name, choices in CHOICES.items():
+        if value_of(config, name) not in choices:
+            yield f"{name}={value_of(config, name)} is not known; choose one of {', '.join(choices)}"
+    for bounds, text in ((AT_LEAST_ONE, "at least 1"), (AT_LEAST_ZERO, "at least 0"), (ABOVE_ZERO, "above 0")):
+        for name in (f"{section}.{leaf}" for section, leaves in bounds.items() for leaf in leaves):
+            value = value_of(config, name)
+            enough = {"at least 1": value >= 1, "at least 0": value >= 0, "above 0": value > 0}[text]
+            if not enough or math.isinf(value):
+                yield f"{name}={value} must be {text} and finite"
+    for name in ("optim.beta1", "optim.beta2"):
+        if not 0 <= value_of(config, name) < 1:
+            yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
+    for part in ("vision", "projector", "llm"):
+        lr = value_of(config, f"optim.{part}.lr")
+        if lr is not None and not (lr > 0 and math.isfinite(lr)):
+            yield f"optim.{part}.lr={lr} must be above 0; to freeze the part set optim.{part}.trainable=false"
+    if config.model.llm.head_dim is not None and config.model.llm.head_dim < 1:
+        yield f"model.llm.head_dim={config.model.llm.head_dim} must be at least 1, or null for hidden_size / num_heads"
+
+
+def _shape_problems(config: Config) -> Iterable[str]:
+    vision, llm = config.model.vision, config.model.llm
+    if vision.patch_size > vision.image_size:
+        yield (
+            f"model.vision.patch_size={vision.patch_size} is larger than model.vision.image_size={vision.image_size}, "
+            f"so a picture has no patch; use a patch of at most {vision.image_size}"
+        )
+    if vision.hidden_size % vision.num_heads:
+        yield (
+            f"model.vision.num_heads={vision.num_heads} does not divide model.vision.hidden_size={vision.hidden_size}; "
+            f"use {nearest_divisors(vision.hidden_size, vision.num_heads)} heads"
+        )
+    if not -vision.num_layers - 1 <= vision.select_layer <= vision.num_layers:
+        yield (
+            f"model.vision.select_layer={vision.select_layer} is outside the {vision.num_layers + 1} hidden states of "
+            f"{vision.num_layers} layers; use {-vision.num_layers - 1} to {vision.num_layers} (-2: last layer but one)"
+        )
+    if llm.head_dim is None and llm.hidden_size % llm.num_heads:
+        yield (
+            f"model.llm.num_heads={llm.num_heads} does not divide model.llm.hidden_size={llm.hidden_size}; use "
+            f"{nearest_divisors(llm.hidden_size, llm.num_heads)} heads or set model.llm.head_dim"
+        )
+    elif (llm.head_dim or llm.hidden_size // llm.num_heads) % 2:
+        yield (
+            f"model.llm.head_dim={llm.head_dim or llm.hidden_size // llm.num_heads} is odd, but rotary embeddings turn pairs "
+            f"of channels; use an even size"
+        )
+    if llm.num_heads % llm.num_kv_heads:
+        yield (
+            f"model.llm.num_kv_heads={llm.num_kv_heads} does not divide model.llm.num_heads={llm.num_heads}; use "
+            f"{nearest_divisors(llm.num_heads, llm.num_kv_heads)} key/value heads"
+        )
+    for name in ("data.frame_separator_ids", "data.image_separator_ids"):
+        bad = [i for i in value_of(config, name) if not 0 <= i < llm.vocab_size]
+        if bad:
+            yield f"{name} has the ids {bad} outside the embedding table; use 0 to model.llm.vocab_size-1 = {llm.vocab_size - 1}"
+
+
+def _layout_and_batch_problems(config: Config, world_size: int) -> Iterable[str]:
+    layout, llm = Layout.of(config.parallel), config.model.llm
+    if not llm.num_heads % llm.num_kv_heads and (llm.head_dim or not llm.hidden_size % llm.num_heads):
+        yield from layout_problems(llm, layout)
+    world = world_problem(llm, layout, world_size)
+    if world:
+        yield world
+        return
+    dp, batch = world_size // layout.size, config.train.global_batch_size
+    if batch % dp:
+        sizes = " or ".join(str(n) for n in (batch // dp * dp, batch // dp * dp + dp) if n > 0)
+        yield (
+            f"train.global_batch_size={batch} is not a multiple of the data-parallel size {dp} (world size {world_size} / "
+            f"{layout.size} ranks of {layout}); use {sizes}"
+        )
+
+
+def _optim_problems(config: Config) -> Iterable[str]:
+    optim, train, attention = config.optim, config.train, config.model.attention
+    if not (optim.vision.trainable or optim.projector.trainable or optim.llm.trainable):
+        yield (
+            "optim.vision.trainable, optim.projector.trainable and optim.llm.trainable are all false: there is nothing to "
+            "train; set one of them to true"
+        )
+    if optim.warmup_fraction >= 1:
+        yield f"optim.warmup_fraction={optim.warmup_fraction} must be below 1: it is a part of train.steps"
+    if optim.warmup_steps >= train.steps > 0 and optim.warmup_steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} leaves no step after the warm-up of train.steps={train.steps}; "
+            f"use at most {train.steps - 1}"
+        )
+    rates = {"optim.lr": optim.lr} | {
+        f"optim.{name}.lr": part.lr
+        for name, part in (("vision", optim.vision), ("projector", optim.projector), ("llm", optim.llm))
+        if part.lr is not None and part.trainable
+    }
+    for name, rate in rates.items():
+        if optim.schedule == "cosine" and optim.min_lr > rate:
+            yield f"optim.min_lr={optim.min_lr} is above {name}={rate}, where the cosine starts; use at most {rate}"
+    if attention in BF16_ONLY_KERNELS and train.precision in ("fp32", "fp64"):
+        yield (
+            f"model.attention={attention} computes in bf16 only, but train.precision={train.precision}; use "
+            f"train.precision=bf16, or model.attention=auto"
+        )
+
+
+def _file_problems(config: Config) -> Iterable[str]:
+    data = config.data
+    if not data.train:
+        yield "data.train is empty: there is nothing to train on; set data.train=[samples.json] (docs/configuration.md)"
+    for name in ("train", "eval"):
+        for path in getattr(data, name):
+            if problem := _unreadable(path):
+                yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
+    if data.media_dir and not Path(data.media_dir).is_dir():
+        yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
+    yield from tokenizer_problems(data.tokenizer)
+    load = config.checkpoint.load
+    if load and not Path(load).is_dir():
+        yield f"checkpoint.load='{load}' is not a folder; name a run's folder or the folder of one of its steps"
+    output = Path(config.train.output)
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        yield f"train.output='{output}' cannot be made: '{existing}' is a file; choose another folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"train.output='{output}' cannot be written: no permission in '{existing}'; choose another folder"
+
+
+def tokenizer_problems(folder: str) -> Iterable[str]:
+    """Why ``folder`` cannot be used as data.tokenizer; nothing is loaded."""
+    if not folder:
+        yield "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
+        return
+    path = Path(folder)
+    if not (path / "tokenizer_config.json").is_file():
+        found = "has no tokenizer_config.json" if path.is_dir() else "is not a folder"
+        yield f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
+    elif not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
+        (path / "tokenizer_config.json").read_text(encoding="utf-8")
+    ):
+        yield (
+            f"data.tokenizer='{folder}' has no chat template; add chat_template.jinja to it, or use the tokenizer of an "
+            f"instruction-tuned model"
+        )
+
+
+def _unreadable(path: str) -> str:
+    if not Path(path).exists():
+        return "which does not exist"
+    if not Path(path).is_file():
+        return "which is not a file"
+    if not os.access(path, os.R_OK):
+        return "which cannot be read (no permission)"
+    return "which is empty" if Path(path).stat().st_size == 0 else ""
+
+
+def _length_warnings(config: Config) -> Iterable[str]:
+    seq, llm, data = config.train.seq_length, config.model.llm, config.data
+    if seq > llm.max_positions and not data.packing:
+        yield (
+            f"train.seq_length={seq} exceeds model.llm.max_positions={llm.max_positions}: later positions are new to the "
+            f"model; raise model.llm.rope_theta for them (stage 4 of the recipe) or shorten the rows"
+        )
+    per_frame = tokens_per_frame(config.model) + len(data.frame_separator_ids)
+    if data.num_frames * per_frame > seq:
+        fate = "are dropped" if data.over_long == "drop" else f"keep at most {seq // per_frame} frames, spread evenly"
+        yield (
+            f"data.num_frames={data.num_frames} frames of {per_frame} tokens make {data.num_frames * per_frame} tokens, more "
+            f"than train.seq_length={seq}: long videos {fate}"
+        )
+
+
+def _grid_warnings(config: Config, world_size: int) -> Iterable[str]:
+    parallel = config.parallel
+    inner = parallel.tp * parallel.ulysses
+    if world_size <= parallel.gpus_per_node or parallel.gpus_per_node % inner == 0:
+        return
+    yield (
+        f"parallel.tp={parallel.tp} * parallel.ulysses={parallel.ulysses} = {inner} ranks do not lie inside nodes of "
+        f"parallel.gpus_per_node={parallel.gpus_per_node}: their all-to-all and all-gather cross the network; choose a product "
+        f"that divides {parallel.gpus_per_node} and put the rest into parallel.ring"
+    )
+
+
+def _memory_warnings(config: Config, world_size: int) -> Iterable[str]:
+    import torch
+
+    estimate = estimate_memory(config, world_size, torch.cuda.is_available())
+    capacity, where = memory_of_rank(min(world_size, config.parallel.gpus_per_node))
+    if estimate.total > capacity:
+        yield (
+            f"a rank needs about {estimate}, but {where} has {capacity / GIB:.1f} GiB; {_memory_cure(config, estimate)}"
+        )
+
+
+def _memory_cure(config: Config, estimate: object) -> str:
+    biggest = max(vars(estimate), key=lambda name: getattr(estimate, name))
+    if biggest == "llm_activations":
+        more = "raise parallel.ring or parallel.ulysses, or shorten train.seq_length"
+        return more if config.model.recompute == "full" else f"set model.recompute=full, {more}"
+    if biggest == "vision_activations":
+        more = "lower data.num_frames or raise parallel.ring"
+        return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
+    if biggest == "optimizer":
+        return "start more ranks: the optimizer state is shared by all ranks of dp*cp"
+    return "raise parallel.tp or parallel.pp"

@@ -1,0 +1,204 @@
+"""Conversations to tokens: the tokenizer's chat template, label spans of assistant turns, places of pictures.
+
+The template comes from the tokenizer. What the model is trained to write is found as spans of characters: a conversation is
+rendered up to each assistant turn, once as it is and once with another answer; what differs is the answer, what follows it is
+the stop token. So an answer of several lines is trained whole, and nothing is matched token by token (LongVILA's own masking
+loses the first line break of an answer). The text is cut at the media markers, and each piece is tokenised on its own.
+
+Legend: L tokens, F frames, C characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vila.data.records import MARKER, Turn
+from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
+
+
+class ChatTemplateError(ValueError):
+    """The tokenizer's chat template cannot be used for training."""
+
+
+class RenderError(ValueError):
+    """The chat template refuses one conversation, for example because its roles do not alternate."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Text between two pictures: ``token_ids`` int64 [L], and ``supervised`` bool [L], true where the model learns to write."""
+
+    token_ids: np.ndarray
+    supervised: np.ndarray
+
+
+class ChatEncoder:
+    """Encodes conversations with the chat template of ``tokenizer``.
+
+    No special token is added to what the template writes, so there is one BOS if the template writes one, else none.
+
+    Raises ``ChatTemplateError`` if the tokenizer has no chat template or no character offsets, or if the template changes
+    earlier turns when later ones follow (reasoning templates that drop old thoughts do): spans could not be found then.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._name = tokenizer.name_or_path or type(tokenizer).__name__
+        if not tokenizer.is_fast:
+            raise ChatTemplateError(
+                f"tokenizer {self._name} gives no character offsets; save its fast form (tokenizer.json)"
+            )
+        if not tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"tokenizer {self._name} has no chat template; put a chat_template.jinja into its folder"
+            )
+        try:
+            self.spans([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")])
+        except RenderError as error:
+            raise ChatTemplateError(
+                f"the chat template of tokenizer {self._name} cannot be rendered: {error}"
+            ) from error
+
+    def encode(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
+        """Tokens of a conversation, cut at its media markers: one segment more than there are markers (some may be empty).
+
+        Raises ``RenderError`` if the template refuses the conversation or does not show each marker once.
+        """
+        text, spans = self.spans(turns)
+        wanted_C = np.zeros(len(text), dtype=bool)
+        for start, end in spans:
+            wanted_C[start:end] = True
+        markers = [m.span() for m in MARKER.finditer(text)]
+        asked = sum(len(MARKER.findall(turn.text)) for turn in turns)
+        if len(markers) != asked:
+            raise RenderError(f"the chat template shows {len(markers)} of {asked} media markers")
+        cuts = [0, *(place for marker in markers for place in marker), len(text)]
+        return tuple(self._tokenise(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True))
+
+    def spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered conversation, and the (start, end) characters of each answer with its stop token.
+
+        White space after the stop token is left out. Where a template ends an answer with white space alone, that is its stop.
+        """
+        text, spans, done = self._render(turns), [], 0
+        for k, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            shown = self._render(turns[: k + 1])
+            other = "\ufdd1" if "\ufdd0" in turn.text else "\ufdd0"
+            varied = self._render([*turns[:k], Turn("assistant", other)])
+            if not text.startswith(shown) or varied[:done] != text[:done]:
+                raise ChatTemplateError(
+                    f"the chat template of tokenizer {self._name} changes earlier turns when later ones follow, so the answers "
+                    "cannot be told from the rest; use a template that only appends"
+                )
+            start = done + len(os.path.commonprefix([shown[done:], varied[done:]]))
+            suffix = os.path.commonprefix([shown[start:][::-1], varied[start:][::-1]])[::-1]
+            end = len(shown) - (len(suffix) - len(suffix.rstrip()) if suffix.strip() else 0)
+            spans.append((start, end))
+            done = len(shown)
+        return text, spans
+
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary, the splitting rules and the template."""
+        content = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _render(self, turns: Sequence[Turn]) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise RenderError(str(error)) from error
+
+    def _tokenise(self, text: str, wanted_C: np.ndarray) -> Segment:
+        if not text:
+            return Segment(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        # Byte-level tokenizers cut spaces off the offsets and give all pieces of one character the same ones.
+        ends = np.maximum.accumulate(ends)
+        previous = np.concatenate([[0], ends[:-1]])
+        wanted_before = np.concatenate([[0], np.cumsum(wanted_C)])
+        supervised = wanted_before[ends] > wanted_before[np.minimum(starts, previous)]
+        return Segment(np.array(encoded["input_ids"], dtype=np.int64), supervised)
+
+
+def assemble(
+    segments: Sequence[Segment],
+    pictures: Sequence[Sequence[FrameRef]],
+    image_separator_ids: Sequence[int],
+    frame_separator_ids: Sequence[int],
+    sample_id: str,
+) -> Document:
+    """Put the frames ``pictures[k]`` of medium k between segments k and k + 1.
+
+    Each frame becomes ``tokens`` places of MEDIA_TOKEN, followed by the separator ids of its kind; neither is supervised. The
+    labels are shifted here, over the whole document, and never again.
+    """
+    separators = {
+        is_video: np.array(ids, dtype=np.int64)
+        for is_video, ids in ((False, image_separator_ids), (True, frame_separator_ids))
+    }
+    ids, supervised, starts, length = [], [], [], 0
+
+    def append(token_ids: np.ndarray, mask: np.ndarray | None = None) -> None:
+        nonlocal length
+        ids.append(token_ids)
+        supervised.append(np.zeros(len(token_ids), dtype=bool) if mask is None else mask)
+        length += len(token_ids)
+
+    append(segments[0].token_ids, segments[0].supervised)
+    for frames, segment in zip(pictures, segments[1:], strict=True):
+        for frame in frames:
+            starts.append(length)
+            append(np.full(frame.tokens, MEDIA_TOKEN, dtype=np.int64))
+            append(separators[frame.is_video])
+        append(segment.token_ids, segment.supervised)
+    token_ids, wanted = np.concatenate(ids), np.concatenate(supervised)
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    labels[:-1] = np.where(wanted[1:], token_ids[1:], IGNORE)
+    frames = tuple(frame for medium in pictures for frame in medium)
+    return Document(token_ids, labels, frames, np.array(starts, dtype=np.int64), sample_id)
+
+
+def describe(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The document as text for the log: ``{...}`` stands for pictures, ``[[...]]`` encloses what the model learns to write.
+
+    Separators between the frames of a video are not shown, those after the last frame are.
+    """
+    supervised_L = np.concatenate([[False], document.labels[:-1] != IGNORE])
+    text, at = "", 0
+    for first, end, label in _media(document):
+        text += _text(document.token_ids[at:first], supervised_L[at:first], tokenizer) + f"{{{label}}}"
+        at = end
+    text += _text(document.token_ids[at:], supervised_L[at:], tokenizer)
+    return f"sample {document.sample_id}: {len(document)} tokens, {int(supervised_L.sum())} supervised\n{text}"
+
+
+def _media(document: Document) -> Iterator[tuple[int, int, str]]:
+    """First place, end and description of each image and of each run of frames of one video."""
+    places = zip(document.frames, document.frame_starts.tolist(), strict=True)
+    for (source, is_video, _), run in itertools.groupby(
+        places, lambda p: (p[0].source, p[0].is_video, p[0].is_video or p[1])
+    ):
+        run = list(run)
+        frame, last = run[-1]
+        name = f"{len(run)} frames of {source}" if is_video else source
+        yield run[0][1], last + frame.tokens, f"{name}, {frame.tokens} tokens each"
+
+
+def _text(token_ids: np.ndarray, supervised_L: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+    text, edges = "", np.flatnonzero(np.diff(supervised_L)) + 1
+    for start, end in itertools.pairwise([0, *edges.tolist(), len(token_ids)]):
+        words = tokenizer.decode(token_ids[start:end].tolist())
+        text += f"[[{words}]]" if end > start and supervised_L[start] else words
+    return text

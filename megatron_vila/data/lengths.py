@@ -1,0 +1,84 @@
+"""The table of sample lengths that packing needs, made once and kept in a JSON file beside the run's output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import numpy as np
+
+from megatron_vila.data.dataset import VilaDataset
+
+logger = logging.getLogger(__name__)
+
+
+def length_table(dataset: VilaDataset, cache: str, workers: int) -> np.ndarray:
+    """Tokens of each sample (or of the one that replaces it) without padding: int64 [samples].
+
+    It depends on the files and the data settings alone, never on a layout. ``cache`` is read if its fingerprint (text files,
+    sizes and times of the media, tokenizer, settings) is the same, else written anew in one step, so a reader never sees half
+    a file. ``workers`` threads read the media. When several ranks share a file system, call it on one of them first.
+
+    Raises ``NoUsableSampleError`` if no sample can be used.
+    """
+    fingerprint = _fingerprint(dataset)
+    known = _read(cache, fingerprint)
+    if known is not None and len(known) == len(dataset):
+        return known
+    logger.info("measuring the lengths of %d samples for packing", len(dataset))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        lengths = list(pool.map(lambda index: len(dataset.document(index)), range(len(dataset))))
+    _write(cache, {"fingerprint": fingerprint, "lengths": lengths})
+    return np.array(lengths, dtype=np.int64)
+
+
+def _fingerprint(dataset: VilaDataset) -> str:
+    settings = asdict(dataset.data)
+    for key in ("train", "eval", "media_dir", "tokenizer", "packing", "shuffle", "workers", "prefetch", "image_aspect"):
+        del settings[key]
+    settings |= {
+        "seq_length": dataset.seq_length,
+        "frame_tokens": dataset.frame_tokens,
+        "encoder": dataset.encoder.fingerprint(),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for record in dataset.records:
+        media = [(medium.path, medium.is_video, *_state(medium.path)) for medium in record.media]
+        digest.update(repr((record.sample_id, record.turns, media)).encode())
+    return digest.hexdigest()
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _read(cache: str, fingerprint: str) -> np.ndarray | None:
+    try:
+        with open(cache) as stream:
+            content = json.load(stream)
+        if content["fingerprint"] == fingerprint:
+            return np.array(content["lengths"], dtype=np.int64)
+        logger.info("%s belongs to other files or settings and is made anew", cache)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read and is made anew: %s", cache, error)
+    return None
+
+
+def _write(cache: str, content: dict) -> None:
+    folder = os.path.dirname(os.path.abspath(cache))
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as stream:
+        json.dump(content, stream)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, cache)

@@ -1,0 +1,292 @@
+"""Rows with the pixels that this rank encodes, decoded ahead by threads.
+
+Row g of a run goes to data-parallel replica ``(g % global_batch_size) % dp_size``. Every rank of the replica's model-parallel
+block holds the same row and decodes only its own frames. A sample that one rank cannot decode is made known to the whole block,
+and every rank puts the same other sample in its place.
+
+Legend: F frames that this rank decodes, H = W side of a picture in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+
+from megatron_vila.data.dataset import Choice, NoUsableSampleError, VilaDataset
+from megatron_vila.data.images import load_image, preprocess
+from megatron_vila.data.order import RowOrder
+from megatron_vila.data.row import FrameRef, Row, pack
+from megatron_vila.data.video import MediaError, VideoReader
+
+logger = logging.getLogger(__name__)
+
+
+class LoaderError(RuntimeError):
+    """Loading failed on a rank of the model-parallel block; raised on every rank of it."""
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """What it took to load a row.
+
+    The counts of documents are the same on all ranks of a block: ``replaced_broken`` and ``replaced_too_long`` stand in for
+    another sample, ``truncated`` lost frames to fit, ``unsupervised`` train nothing, ``left_out`` had no replacement that fits
+    a packed row. ``decoded_frames``, ``decode_s`` (seconds of a thread) and ``wait_s`` (seconds that the training loop stood
+    still for this row) belong to this rank.
+    """
+
+    documents: int
+    replaced_broken: int
+    replaced_too_long: int
+    truncated: int
+    unsupervised: int
+    left_out: int
+    decoded_frames: int
+    decode_s: float
+    wait_s: float
+
+
+@dataclass(frozen=True)
+class LoadedRow:
+    """Row ``number`` of the run with ``pixels`` float32 [F, 3, H, W] of the frames ``row.frames[frames]`` of this rank."""
+
+    number: int
+    row: Row
+    frames: range
+    pixels: torch.Tensor
+    stats: RowStats
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A row built with the broken samples known at a time, and the samples found broken on this rank while building it."""
+
+    choices: tuple[Choice, ...] = ()
+    left_out: int = 0
+    row: Row | None = None
+    frames: range = range(0)
+    pixels: torch.Tensor | None = None
+    undecodable: dict[int, str] = field(default_factory=dict)
+    decode_s: float = 0.0
+    error: Exception | None = None
+
+    def reports(self) -> list[str]:
+        """What the other ranks of the block must know, as text."""
+        if self.error is not None:
+            return [json.dumps(["error", f"{type(self.error).__name__}: {self.error}"])]
+        found = {k: v for choice in self.choices for k, v in choice.found.items()} | self.undecodable
+        return sorted(json.dumps(["broken", index, reason]) for index, reason in found.items())
+
+
+class RowLoader:
+    """The rows of one rank. Use it as a context manager, or call ``close``: it owns threads.
+
+    * ``order``: which samples form row g; the same on every rank.
+    * ``document_multiple``, ``row_multiple``: padding, see ``row.pack``.
+    * ``local_frames(row)``: the frames of a row that this rank decodes; empty for ranks without a vision tower.
+    * ``agree(reports)``: the union, in one order, of the reports of all ranks of the model-parallel block. A collective: it is
+      called in the thread of the caller, once per row and round, in the same order on every rank of the block.
+    * ``workers`` threads decode up to ``prefetch`` rows ahead.
+
+    What the loader gives depends on the step alone: a run resumed at any step gets the same rows.
+    """
+
+    def __init__(
+        self,
+        dataset: VilaDataset,
+        order: RowOrder,
+        *,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        document_multiple: int,
+        row_multiple: int,
+        local_frames: Callable[[Row], range],
+        agree: Callable[[list[str]], list[str]],
+        image_size: int,
+        aspect: str,
+        workers: int,
+        prefetch: int,
+    ) -> None:
+        if global_batch_size % dp_size:
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} is not a multiple of the data parallel size {dp_size}; "
+                f"use {-(-global_batch_size // dp_size) * dp_size}"
+            )
+        if order.samples != len(dataset):
+            raise ValueError(f"the row order is made for {order.samples} samples, the data set has {len(dataset)}")
+        self._dataset, self._order = dataset, order
+        self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
+        self._multiples = (document_multiple, row_multiple)
+        self._local_frames, self._agree = local_frames, agree
+        self._image_size, self._aspect = image_size, aspect
+        self._prefetch = max(0, prefetch)
+        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
+        self._closing = threading.Event()
+        self._jobs: dict[int, tuple[list[int], Future[_Attempt]]] = {}
+        self._broken: dict[int, str] = {}
+        self._warned: set[int] = set()
+
+    def __enter__(self) -> RowLoader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads: rows not begun are given up, a row in work ends at its next picture."""
+        self._closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._jobs.clear()
+
+    @property
+    def broken(self) -> Mapping[int, str]:
+        """The broken samples met so far by this block: record index to reason."""
+        return dict(self._broken)
+
+    def rows(self, step: int) -> list[LoadedRow]:
+        """The rows of this replica in optimizer step ``step``, one per micro-batch.
+
+        Collective: ``agree``, over the model-parallel block. Raises ``LoaderError`` on all ranks of the block if any of them
+        failed for another reason than a broken sample.
+        """
+        per_step = self._global_batch_size // self._dp_size
+        first = step * per_step
+        for place in [p for p in self._jobs if not first <= p < first + per_step + self._prefetch]:
+            self._jobs.pop(place)[1].cancel()
+        return [self._load(place) for place in range(first, first + per_step)]
+
+    def _load(self, place: int) -> LoadedRow:
+        """The row at ``place`` in this replica's sequence of rows."""
+        for ahead in range(place, place + self._prefetch + 1):
+            if ahead not in self._jobs:
+                slots = list(self._order.row(self._number(ahead)))
+                # Every rank starts from the samples known to be broken now, so all of them try the same row.
+                self._jobs[ahead] = (slots, self._pool.submit(self._attempt, slots, dict(self._broken)))
+        started_s = time.perf_counter()
+        slots, job = self._jobs.pop(place)
+        attempt = job.result()
+        while reports := self._agree(attempt.reports()):
+            self._learn(reports, attempt.error)
+            attempt = self._attempt(slots, dict(self._broken), attempt)
+        self._warn_unsupervised(attempt.choices)
+        stats = _stats(attempt, wait_s=time.perf_counter() - started_s)
+        return LoadedRow(self._number(place), attempt.row, attempt.frames, attempt.pixels, stats)
+
+    def _number(self, place: int) -> int:
+        step, micro_batch = divmod(place, self._global_batch_size // self._dp_size)
+        return step * self._global_batch_size + micro_batch * self._dp_size + self._dp_rank
+
+    def _learn(self, reports: Sequence[str], own_error: Exception | None) -> None:
+        """Take in what the ranks of the block found; each broken sample is logged once."""
+        for kind, *report in map(json.loads, reports):
+            if kind == "error":
+                raise LoaderError(f"loading a row failed on a rank: {report[0]}") from own_error
+            index, reason = report
+            if index not in self._broken:
+                self._broken[index] = reason
+                name = self._dataset.records[index].sample_id
+                logger.warning("sample %s is broken and replaced by the next good one: %s", name, reason)
+
+    def _warn_unsupervised(self, choices: Sequence[Choice]) -> None:
+        for choice in choices:
+            if not choice.supervised and choice.index not in self._warned:
+                self._warned.add(choice.index)
+                logger.warning("sample %s has no answer to learn: it trains nothing", choice.document.sample_id)
+
+    def _attempt(self, slots: Sequence[int], broken: Mapping[int, str], previous: _Attempt | None = None) -> _Attempt:
+        """Build the row of the samples ``slots`` and decode this rank's frames; runs in a thread. Errors are returned."""
+        try:
+            choices, left_out = self._choose(slots, broken)
+            if previous is not None and _same(choices, previous.choices):
+                return replace(previous, choices=choices, left_out=left_out)
+            row = pack([choice.document for choice in choices], *self._multiples)
+            frames = self._local_frames(row)
+            started_s = time.perf_counter()
+            pixels, undecodable = self._decode(choices, frames)
+            return _Attempt(choices, left_out, row, frames, pixels, undecodable, time.perf_counter() - started_s)
+        except Exception as error:
+            return _Attempt(error=error)
+
+    def _choose(self, slots: Sequence[int], broken: Mapping[int, str]) -> tuple[tuple[Choice, ...], int]:
+        """The samples of a row, and how many were left out because nothing that fits could replace them."""
+        if len(slots) == 1:
+            return (self._dataset.choose(slots[0], broken),), 0
+        choices, lengths = [], self._order.lengths
+        for slot in slots:
+            try:
+                choices.append(self._dataset.choose(slot, broken, int(lengths[slot]), lengths))
+            except NoUsableSampleError:
+                continue
+        if not choices:
+            choices.append(self._dataset.choose(slots[0], broken))
+        return tuple(choices), len(slots) - len(choices)
+
+    def _decode(self, choices: Sequence[Choice], local: range) -> tuple[torch.Tensor, dict[int, str]]:
+        """Pixels of the frames ``local`` of the row, and the samples whose frames could not be decoded."""
+        pixels = torch.zeros(len(local), 3, self._image_size, self._image_size)
+        undecodable, first = {}, 0
+        for choice in choices:
+            frames = choice.document.frames
+            begin, end = max(local.start, first), min(local.stop, first + len(frames))
+            if begin < end:
+                try:
+                    self._decode_frames(
+                        frames[begin - first : end - first], pixels[begin - local.start : end - local.start]
+                    )
+                except MediaError as error:
+                    undecodable[choice.index] = str(error)
+            first += len(frames)
+        return pixels, undecodable
+
+    def _decode_frames(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
+        """Decode and preprocess picture by picture, so that no more than one picture of full size is held."""
+        done = 0
+        while done < len(frames):
+            if frames[done].is_video:
+                done += self._decode_video(frames[done:], out_F3HW[done:])
+            else:
+                self._put(load_image(frames[done].source), out_F3HW[done])
+                done += 1
+
+    def _decode_video(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> int:
+        """Decode the first frames of ``frames`` that ascend in one video, in one pass; returns how many these are."""
+        with VideoReader(self._dataset.probe(frames[0].source)) as reader:
+            for place, frame in enumerate(frames):
+                goes_on = frame.source == frames[0].source and (place == 0 or frame.index > frames[place - 1].index)
+                if not goes_on:
+                    return place
+                self._put(reader.frame(frame.index), out_F3HW[place])
+        return len(frames)
+
+    def _put(self, picture: Image.Image, out_3HW: torch.Tensor) -> None:
+        if self._closing.is_set():
+            raise LoaderError("the loader was closed")
+        out_3HW.copy_(preprocess([picture], self._image_size, self._aspect)[0])
+
+
+def _same(choices: Sequence[Choice], others: Sequence[Choice]) -> bool:
+    return [c.index for c in choices] == [c.index for c in others]
+
+
+def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
+    choices = attempt.choices
+    return RowStats(
+        documents=len(choices),
+        replaced_broken=sum(c.replaced == "broken" for c in choices),
+        replaced_too_long=sum(c.replaced == "too_long" for c in choices),
+        truncated=sum(c.dropped_frames > 0 for c in choices),
+        unsupervised=sum(not c.supervised for c in choices),
+        left_out=attempt.left_out,
+        decoded_frames=len(attempt.frames),
+        decode_s=attempt.decode_s,
+        wait_s=wait_s,
+    )

@@ -1,0 +1,242 @@
+"""Synthetic long videos with questions: real mp4 files in which one moment holds the answer.
+
+A video is a row of scenes in muted colours, with drifting waves and grain. At one random step of it a *needle* flashes: a shape
+or a digit in a full colour, at a random place and size. The question asks for its colour, its shape or its digit, each with
+eight equally frequent answers, so chance is 12.5 %, and nothing but the needle tells the answer. A step lasts ``hold`` frames of
+the file; a trainer that takes as many frames, uniformly, as there are steps meets every step, and so the needle, once.
+
+Legend: T frames of a clip, H = W side in pixels, n steps of a video.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+COLOURS = {
+    "red": (225, 20, 20),
+    "green": (20, 170, 40),
+    "blue": (25, 50, 230),
+    "yellow": (250, 230, 20),
+    "cyan": (20, 225, 235),
+    "magenta": (230, 30, 220),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+SHAPES = ("disc", "square", "diamond", "ring", "cross", "bar", "triangle", "frame")
+DIGITS = {
+    "1": "upper-right lower-right",
+    "2": "top upper-right middle lower-left bottom",
+    "3": "top upper-right middle lower-right bottom",
+    "4": "upper-left upper-right middle lower-right",
+    "5": "top upper-left middle lower-right bottom",
+    "6": "top upper-left middle lower-left lower-right bottom",
+    "7": "top upper-right lower-right",
+    "8": "top upper-left upper-right middle lower-left lower-right bottom",
+}
+"""Segments of each digit."""
+
+ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "digit": tuple(DIGITS)}
+"""The eight answers to each kind of question."""
+
+_QUESTIONS = (
+    "Which {kind} flashed in the {medium}?",
+    "What was the {kind} of the flash in the {medium}?",
+    "Name the {kind} that flashed in the {medium}.",
+)
+_LONGEST_SCENE = 64
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What flashes: ``symbol`` is a shape or a digit; ``step`` counts from 0."""
+
+    step: int
+    colour: str
+    symbol: str
+
+
+def write_synthetic_set(
+    out_dir: str | Path,
+    lengths: Sequence[int],
+    train: int,
+    evaluation: int,
+    *,
+    kinds: Sequence[str] = ("colour",),
+    images: bool = False,
+    size: int = 56,
+    fps: int = 8,
+    hold: int = 1,
+    codec: str = "libx264",
+    seed: int = 0,
+) -> list[Path]:
+    """Write videos and LLaVA-format questions, and return the paths of the JSON files.
+
+    For each length n (steps of a video) ``train`` samples go to ``train_{n}.json`` and ``evaluation`` samples to
+    ``eval_{n}.json``; the files are in ``videos/``, their paths relative to the JSON file. With ``images`` the same is done
+    with single pictures: ``train_image.json``, ``eval_image.json``, ``images/*.png``. Each sample has its own video, so the two
+    splits share none. ``kinds`` are the kinds of questions, taken in turn. ``size`` is the side in pixels, ``fps`` frames per
+    second of the file, ``hold`` frames per step. Each record also says in which frame of the file the needle begins
+    (``needle_frame``). The same arguments give the same files.
+
+    Raises ``ValueError`` for arguments that cannot be drawn.
+    """
+    unknown = [k for k in kinds if k not in ANSWERS]
+    if unknown or not kinds:
+        raise ValueError(f"kinds={list(kinds)} must be some of {', '.join(ANSWERS)}")
+    if size < 16 or size % 2:
+        raise ValueError(f"size={size} cannot be encoded; use an even number of at least 16 pixels")
+    if min([*lengths, fps, hold]) < 1 or min(train, evaluation) < 0:
+        raise ValueError(
+            f"lengths={list(lengths)}, fps={fps} and hold={hold} must be at least 1, "
+            f"train={train} and evaluation={evaluation} at least 0"
+        )
+    out = Path(out_dir)
+    written = []
+    for steps in ([0] if images else []) + list(lengths):
+        for split, count in (("train", train), ("eval", evaluation)):
+            if not count:
+                continue
+            plan_rng = np.random.default_rng([seed, steps, split == "eval"])
+            records = []
+            for index, (kind, answer) in enumerate(_plan(count, kinds, plan_rng)):
+                rng = np.random.default_rng([seed, steps, split == "eval", index])
+                needle = _draw_needle(kind, answer, max(steps, 1), rng)
+                frames = render(max(steps, 1), size, needle, hold if steps else 1, rng)
+                path = f"videos/{split}_{steps}_{index:05d}.mp4" if steps else f"images/{split}_{index:05d}.png"
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                if steps:
+                    write_video(out / path, frames, size, fps, codec)
+                else:
+                    Image.fromarray(next(frames)[0]).save(out / path)
+                records.append(_record(path, kind, answer, needle.step * hold if steps else None, rng))
+            written.append(out / f"{split}_{steps or 'image'}.json")
+            written[-1].write_text(json.dumps(records, indent=1) + "\n")
+    return written
+
+
+def corpus() -> list[str]:
+    """Sentences with every word of the questions and answers, to train a tokenizer on."""
+    texts = []
+    for kind, answers in ANSWERS.items():
+        for medium in ("image", "video"):
+            texts += [f"<{medium}>\n{question.format(kind=kind, medium=medium)}" for question in _QUESTIONS]
+            texts += [f"The {medium} shows a {kind}. The {kind} that flashed was {answer}." for answer in answers]
+        texts += [f"It was not {a}, it was {b}.\n{a}\n{b}" for a in answers for b in answers if a != b]
+    return texts + [
+        "The user asks what, which or name.\nThe assistant answers.\nThe system says nothing.\nuser\nassistant\nsystem"
+    ]
+
+
+def render(steps: int, size: int, needle: Needle, hold: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Draw a video of ``steps * hold`` pictures, scene by scene: uint8 [T, H, W, 3]."""
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    u_HW, v_HW = np.meshgrid(axis, axis)
+    grain = rng.normal(0, 4, (2 * size, 2 * size, 1)).astype(np.float32)
+    half = rng.uniform(0.4, 0.7)
+    centre_u, centre_v = rng.uniform(half - 0.95, 0.95 - half, 2)
+    mask_HW = symbol_mask(needle.symbol, (u_HW - centre_u) / half, (v_HW - centre_v) / half)
+    done = 0
+    while done < steps * hold:
+        count = min(int(rng.integers(_LONGEST_SCENE // 8, _LONGEST_SCENE)), steps * hold - done)
+        clip_THWC = _scene(count, u_HW, v_HW, grain, rng)
+        first, last = max(needle.step * hold - done, 0), max((needle.step + 1) * hold - done, 0)
+        clip_THWC[first:last, mask_HW] = COLOURS[needle.colour]
+        yield clip_THWC
+        done += count
+
+
+def symbol_mask(symbol: str, u_HW: np.ndarray, v_HW: np.ndarray) -> np.ndarray:
+    """Where a shape or digit covers the plane: bool [H, W]; u (right) and v (down) run from -1 to 1 across its box."""
+    across, along, radius = np.abs(u_HW), np.abs(v_HW), np.hypot(u_HW, v_HW)
+    box = np.maximum(across, along)
+    if symbol in DIGITS:
+        width, pen = 0.6, 0.3
+        left, right = u_HW <= pen - width, u_HW >= width - pen
+        upper, lower = v_HW <= pen / 2, v_HW >= -pen / 2
+        segments = {
+            "top": v_HW <= pen - 1,
+            "middle": along <= pen / 2,
+            "bottom": v_HW >= 1 - pen,
+            "upper-left": upper & left,
+            "upper-right": upper & right,
+            "lower-left": lower & left,
+            "lower-right": lower & right,
+        }
+        return np.any([segments[name] for name in DIGITS[symbol].split()], axis=0) & (across <= width) & (along <= 1)
+    shapes = {
+        "disc": radius <= 1,
+        "square": box <= 0.85,
+        "diamond": across + along <= 1,
+        "ring": (radius <= 1) & (radius >= 0.55),
+        "cross": np.minimum(across, along) <= 0.3,
+        "bar": along <= 0.35,
+        "triangle": across <= (v_HW + 1) / 2,
+        "frame": box >= 0.55,
+    }
+    return shapes[symbol] & (box <= 1)
+
+
+def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: int, codec: str = "libx264") -> None:
+    """Encode clips uint8 [T, H, W, 3] as an mp4 file with ``libx264`` or ``mpeg4``."""
+    quality = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {"qscale": "3"}
+    with av.open(str(path), "w") as container:
+        # One thread: with more, the bytes of the file depend on the number of cores.
+        stream = container.add_stream(codec, rate=fps, options={**quality, "threads": "1"})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for clip in clips:
+            for picture in clip:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _plan(count: int, kinds: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Kind and answer of each sample in random order, all answers equally frequent (as far as ``count`` allows)."""
+    pairs = [
+        (kind, answer)
+        for answers in zip(*(ANSWERS[k] for k in kinds), strict=True)
+        for kind, answer in zip(kinds, answers, strict=True)
+    ]
+    return [pairs[i % len(pairs)] for i in rng.permutation(count)]
+
+
+def _draw_needle(kind: str, answer: str, steps: int, rng: np.random.Generator) -> Needle:
+    symbols = tuple(DIGITS) if kind == "digit" else SHAPES
+    colour, symbol = str(rng.choice(list(COLOURS))), str(rng.choice(symbols))
+    return Needle(
+        int(rng.integers(steps)), answer if kind == "colour" else colour, symbol if kind == "colour" else answer
+    )
+
+
+def _record(path: str, kind: str, answer: str, needle_frame: int | None, rng: np.random.Generator) -> dict:
+    medium = "image" if needle_frame is None else "video"
+    question = str(rng.choice(_QUESTIONS)).format(kind=kind, medium=medium)
+    return {
+        "id": Path(path).stem,
+        medium: path,
+        "conversations": [{"from": "human", "value": f"<{medium}>\n{question}"}, {"from": "gpt", "value": answer}],
+        "needle_frame": needle_frame or 0,
+    }
+
+
+def _scene(count: int, u_HW: np.ndarray, v_HW: np.ndarray, grain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One scene of ``count`` pictures: two muted colours mixed by a drifting wave, with grain that moves."""
+    size = len(u_HW)
+    base = (rng.uniform(80, 170) + rng.uniform(-25, 25, 3)).astype(np.float32)
+    mix = (rng.uniform(-35, 35) + rng.uniform(-20, 20, 3)).astype(np.float32)
+    wave_u, wave_v = rng.uniform(-4, 4, 2).astype(np.float32)
+    angle_HW = wave_u * u_HW + wave_v * v_HW
+    phase_T = (rng.uniform(0, 2 * np.pi) + rng.uniform(0.1, 0.5) * np.arange(count)).astype(np.float32)
+    clip_THWC = np.empty((count, size, size, 3), dtype=np.uint8)
+    for t, (down, right) in enumerate(rng.integers(0, size, (count, 2))):
+        picture_HWC = np.sin(angle_HW + phase_T[t])[..., None] * mix + base
+        picture_HWC += grain[down : down + size, right : right + size]
+        clip_THWC[t] = picture_HWC.clip(0, 255)
+    return clip_THWC

@@ -1,0 +1,125 @@
+"""A small tokenizer trained on given texts, and loading of any tokenizer with a chat template.
+
+``train_tokenizer`` trains a SentencePiece unigram model and writes it next to the same model as a Hugging Face fast tokenizer,
+so that text becomes the same ids in both. Conversations are written as ChatML: ``<|im_start|>role``, newline, text,
+``<|im_end|>``, newline.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_SPACE = "▁"
+
+
+def train_tokenizer(texts: Iterable[str], out_dir: str | os.PathLike, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on ``texts``, write it to the folder ``out_dir`` and return it.
+
+    The folder holds ``tokenizer.model`` (SentencePiece) and the files that ``AutoTokenizer.from_pretrained`` reads offline.
+    Text survives encoding and decoding (but for the character U+2581, SentencePiece's space): no normalisation, no space put
+    in front, and a character that the texts never showed becomes bytes. Ids 0..3 are unknown, ``<|pad|>``, ``<|im_start|>``
+    and ``<|im_end|>``, which also ends a text. The vocabulary is smaller than ``vocab_size`` if the texts hold fewer pieces:
+    ``len`` of the result is its size. The same texts in the same order give the same files.
+
+    Raises ``ValueError`` for texts without a character and for a ``vocab_size`` below what bytes and characters need.
+    """
+    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError("cannot train a tokenizer: the texts are empty")
+    least = 4 + 256 + 1 + len({c for line in lines for c in line})
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for bytes and the characters of the texts; use {least} or more"
+        )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        control_symbols=[PAD, START, END],
+        user_defined_symbols=["\n"],
+        max_sentence_length=1 << 24,
+        num_threads=1,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_fast_tokenizer(processor),
+        unk_token="<unk>",
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return tokenizer
+
+
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """Load the fast tokenizer of a local folder; nothing is downloaded and no code of the folder is run.
+
+    Raises ``FileNotFoundError`` if there is no such folder, ``ValueError`` if it holds no tokenizer, no fast one (character
+    offsets are needed to mark the answers), or no chat template.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"data.tokenizer={str(folder)!r} is not a folder; give the folder of a Hugging Face tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"data.tokenizer={str(folder)!r} holds no tokenizer that can be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"data.tokenizer={str(folder)!r} is a slow tokenizer without character offsets; save it again as a fast one "
+            "(it needs a tokenizer.json file)"
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"data.tokenizer={str(folder)!r} has no chat template; put chat_template.jinja into the folder, as the "
+            "tokenizers of instruction-tuned models have it"
+        )
+    return tokenizer
+
+
+def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
+    """The SentencePiece unigram model as a ``tokenizers`` pipeline with the same ids."""
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, START, END)])
+    return tokenizer

@@ -1,0 +1,264 @@
+"""Exact frames of a video file, by index, without decoding what lies before them.
+
+``probe_video`` reads the packets of a file once, without decoding, and keeps the presentation timestamp (PTS) of every
+frame: frame i is the i-th smallest PTS, which stays exact for B-frames, variable frame rates and edit lists, where
+arithmetic with a frame rate is wrong. ``decode_video_frames`` then seeks to the key frame before the first wanted frame and
+goes forward; it seeks again only if a key frame lies between what has been read and the next wanted frame, because a seek per
+frame decodes the same group of pictures again and again.
+
+Legend: N frames of the file, n wanted frames, K key frames.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+
+class MediaError(Exception):
+    """An image or video that cannot be used: ``path`` names the file, ``reason`` says what is wrong with it."""
+
+    def __init__(self, path: str | os.PathLike, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path = str(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class VideoInfo:
+    """What the packets of a video say.
+
+    ``pts`` int64 [N] ascending and ``key_pts`` int64 [K] ascending count ``time_base`` seconds. ``fps`` is the mean rate, in
+    frames per second, and ``duration_s = num_frames / fps``. ``width`` and ``height`` are pixels as stored, before the
+    rotation that the file may ask for. ``has_pts`` is false where the container keeps no presentation times (AVI): ``pts``
+    then counts frames, and decoding goes through the file from its start.
+    """
+
+    path: str
+    num_frames: int
+    fps: float
+    duration_s: float
+    width: int
+    height: int
+    time_base: Fraction
+    pts: np.ndarray
+    key_pts: np.ndarray
+    has_pts: bool
+
+
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """Read the frame table of ``path`` from its packets, without decoding.
+
+    Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
+    index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            stream = _video_stream(container, path)
+            # Tuples, not packets: a film's packets would fill the memory.
+            packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+            indexed = len(stream.index_entries)
+            rate, time_base = stream.average_rate, stream.time_base
+            width, height = stream.codec_context.width, stream.codec_context.height
+            avi = container.format.name == "avi"
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(path, _open_failure(path, error)) from error
+    damaged = next((i for i, (*_, corrupt) in enumerate(packets) if corrupt), None)
+    if damaged is not None or len(packets) < indexed:
+        found = len(packets) if damaged is None else damaged
+        raise MediaError(path, f"cut off or corrupt: {found} of {max(indexed, len(packets))} frames can be read")
+    shown = [pts for pts, _, discarded, _ in packets if not discarded]
+    if not shown:
+        raise MediaError(path, "the video stream holds no frame")
+    has_pts = not avi and all(packet[0] is not None for packet in packets)
+    if has_pts:
+        pts = np.unique(np.array(shown, dtype=np.int64))
+        key_pts = np.unique(np.array([pts for pts, key, _, _ in packets if key], dtype=np.int64))
+        span_s = float((pts[-1] - pts[0]) * time_base)
+    else:
+        pts, key_pts = np.arange(len(shown), dtype=np.int64), np.zeros(1, dtype=np.int64)
+        span_s = 0.0
+    fps = (len(pts) - 1) / span_s if span_s > 0 else float(rate or 1)
+    return VideoInfo(
+        path=os.fspath(path),
+        num_frames=len(pts),
+        fps=fps,
+        duration_s=len(pts) / fps,
+        width=width,
+        height=height,
+        time_base=time_base,
+        pts=pts,
+        key_pts=key_pts,
+        has_pts=has_pts,
+    )
+
+
+def sample_frame_indices(video: VideoInfo | tuple[int, float], num_frames: int, fps: float = 0.0) -> np.ndarray:
+    """Frames to take from a video: int64 [n], ascending, without duplicates.
+
+    ``video`` is a ``VideoInfo`` or (frames, frames per second). The rules are VILA's:
+
+    * ``fps`` = 0: ``round(linspace(0, N - 1, n))``, the rule of its inference code, with n = ``num_frames``.
+    * ``fps`` > 0: at most ``fps`` frames per second of video. A video of at least ``num_frames / fps`` seconds gives
+      ``num_frames``, a shorter one ``int(duration * fps)`` but at least 2; the places are ``linspace`` cut down to whole
+      numbers, the rule of its training code.
+
+    n is never above N: VILA's inference repeats frames of a shorter video to fill the count, its training does not, and a
+    repeated frame costs time and teaches nothing. Raises ``ValueError`` for a count, rate or video that makes no sense.
+    """
+    total, rate = (video.num_frames, video.fps) if isinstance(video, VideoInfo) else video
+    if num_frames < 1 or total < 1 or fps < 0:
+        raise ValueError(
+            f"cannot take num_frames={num_frames} at fps={fps} from a video of {total} frames: all must be positive"
+        )
+    if fps == 0:
+        return np.round(np.linspace(0, total - 1, min(num_frames, total))).astype(np.int64)
+    if rate <= 0:
+        raise ValueError(f"fps={fps} needs a video with a frame rate, got {rate}; set fps=0 to take frames uniformly")
+    duration_s = total / rate
+    wanted = num_frames if duration_s >= num_frames / fps else max(2, int(duration_s * fps))
+    return np.linspace(0, total - 1, min(wanted, num_frames, total)).astype(np.int64)
+
+
+def decode_video_frames(
+    path: str | os.PathLike, indices: Sequence[int], info: VideoInfo | None = None
+) -> list[Image.Image]:
+    """Decode the frames ``indices`` (ascending, repeats allowed) of ``path`` as RGB pictures, upright.
+
+    ``info`` saves a second probe of the same file. Decoding uses the calling thread alone, so many files can be decoded at
+    once from many threads or forked workers. Raises ``MediaError`` if the file cannot be read or a frame cannot be had,
+    ``ValueError`` for indices that are not ascending or out of range.
+    """
+    wanted = [int(i) for i in indices]
+    info = info or probe_video(path)
+    if wanted != sorted(wanted):
+        raise ValueError(f"frame indices must ascend, got {wanted}")
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < info.num_frames:
+        raise ValueError(
+            f"frames {wanted[0]}..{wanted[-1]} asked of {info.path}, which has frames 0..{info.num_frames - 1}"
+        )
+    if not wanted:
+        return []
+    with VideoReader(info) as reader:
+        pictures = {i: reader.frame(i) for i in dict.fromkeys(wanted)}
+    return [pictures[i] for i in wanted]
+
+
+class VideoReader:
+    """An open video that gives frames by ascending index. Use it as a context manager: it holds a decoder.
+
+    ``frames_decoded`` and ``seeks`` count the work done so far.
+    """
+
+    def __init__(self, info: VideoInfo) -> None:
+        self.info = info
+        self.frames_decoded = 0
+        self.seeks = 0
+        # One converter for all frames: VideoFrame.to_image builds tables and starts threads for each.
+        self._to_rgb = VideoReformatter()
+        self._open()
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._container.close()
+
+    def frame(self, index: int) -> Image.Image:
+        """Frame ``index``, which must lie after every frame asked for before; RGB and upright. Raises ``MediaError``."""
+        try:
+            frame = self._frame_by_time(index) if self.info.has_pts else self._frame_by_count(index)
+            if frame is None or frame.is_corrupt:
+                raise MediaError(self.info.path, f"frame {index} of {self.info.num_frames} cannot be decoded")
+            picture = Image.fromarray(self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(
+                self.info.path, f"decoding frame {index} of {self.info.num_frames} failed: {_text(error)}"
+            ) from error
+        return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+    def _frame_by_time(self, index: int) -> av.VideoFrame | None:
+        target = int(self.info.pts[index])
+        key = int(self.info.key_pts[max(0, np.searchsorted(self.info.key_pts, target, side="right") - 1)])
+        if key > self._read_key:
+            self._seek(key, target)
+        for frame in self._frames:
+            if frame.pts is not None and frame.pts >= target:
+                return frame if frame.pts == target else None
+        return None
+
+    def _frame_by_count(self, index: int) -> av.VideoFrame | None:
+        return next(itertools.islice(self._frames, index - self.frames_decoded, None), None)
+
+    def _open(self) -> None:
+        try:
+            self._container = av.open(self.info.path)
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(self.info.path, _open_failure(self.info.path, error)) from error
+        self._stream = _video_stream(self._container, self.info.path)
+        self._read_key = int(self.info.key_pts[0]) if len(self.info.key_pts) else int(self.info.pts[0])
+        self._frames = self._decode(self._container.demux(self._stream))
+
+    def _seek(self, key: int, target: int) -> None:
+        """Stand on key frame ``key``, the last one up to ``target``, or on an earlier one if the container cannot do better."""
+        self.seeks += 1
+        before = int(self.info.key_pts[int(np.searchsorted(self.info.key_pts, key)) - 1])
+        for offset in (target, key, before):
+            self._container.seek(offset, backward=True, any_frame=False, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            first = next((p for p in packets if p.is_keyframe and p.pts is not None), None)
+            # Containers that seek by decoding time may land behind the key frame: then its group would lack a reference.
+            if first is not None and first.pts <= key:
+                self._read_key = first.pts
+                self._frames = self._decode(itertools.chain([first], packets))
+                return
+        self._container.close()
+        self._open()
+
+    def _decode(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
+        for packet in packets:
+            if packet.is_keyframe and packet.pts is not None:
+                self._read_key = max(self._read_key, packet.pts)
+            for frame in packet.decode():
+                self.frames_decoded += 1
+                yield frame
+
+
+def _video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.VideoStream:
+    """The first video stream that is no cover picture; the other streams are not read."""
+    attached = av.stream.Disposition.attached_pic
+    stream = next((s for s in container.streams.video if not s.disposition & attached), None)
+    if stream is None:
+        raise MediaError(path, "the file holds no video stream")
+    if stream.codec_context is None:
+        raise MediaError(path, "no decoder is installed for the codec of this video")
+    for other in container.streams:
+        if other is not stream:
+            other.discard = av.stream.Discard.all
+    # Frame threads before a fork can deadlock, and a loader decodes many files at once anyway.
+    stream.codec_context.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _open_failure(path: str | os.PathLike, error: Exception) -> str:
+    if not os.path.exists(path):
+        return "no such file"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "the file is empty (0 bytes)"
+    return f"not a video that can be read: {_text(error)}"
+
+
+def _text(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

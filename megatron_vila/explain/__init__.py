@@ -1,0 +1,1 @@
+"""What a configuration means on a given number of ranks, told without starting one."""

@@ -1,0 +1,120 @@
+"""``python -m megatron_vila.explain CONFIG [KEY=VALUE ...]``: the layout of a run, with no process started and no GPU used.
+
+CONFIG             a YAML file or a preset, e.g. longvila-7b-stage5
+world_size=256     ranks to explain (default: one replica)
+sample=3           sample number 3 of data.train: where its frames and tokens go and what travels
+frames=600         a made-up video of 600 frames ...
+text=2000          ... with 2000 text tokens
+parallel.tp=4 ...  any key of the configuration
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_vila.config.layouts import Layout
+from megatron_vila.config.load import ConfigError, load_config
+from megatron_vila.config.schema import Config
+from megatron_vila.config.validate import tokenizer_problems, validate
+from megatron_vila.data.row import Document
+from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
+from megatron_vila.explain.sample import explain_sample, made_up_document
+from megatron_vila.explain.text import console
+from megatron_vila.parallel.grid import GridShape
+
+OWN_KEYS = ("world_size", "sample", "frames", "text")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the explanation of the command line ``arguments``; returns the exit status (2: bad input)."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        own, overrides = _split(arguments[1:])
+        config = load_config(arguments[0], overrides)
+        parallel = config.parallel
+        world_size = own.get("world_size", Layout.of(parallel).size)
+        warnings = validate(config, world_size, check_files=False)
+        grid = GridShape.of(world_size, parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
+        document, note = _document(config, own)
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    out = console(sys.stdout)
+    explain_grid(out, config, grid)
+    explain_model(out, config, grid)
+    explain_tokens(out, config, grid)
+    if document is not None:
+        explain_sample(out, config, grid, document, note)
+    for warning in warnings:
+        out.print(f"warning: {warning}", style="yellow")
+    return 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """The command's own keys as numbers, and the overrides of the configuration."""
+    own, overrides = {}, []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in OWN_KEYS or not equals:
+            overrides.append(argument)
+            continue
+        least = 1 if name == "world_size" else 0
+        if not value.isdecimal() or int(value) < least:
+            raise ConfigError(f"command line: {argument} must be a whole number of at least {least}")
+        own[name] = int(value)
+    if "sample" in own and ("frames" in own or "text" in own):
+        raise ConfigError(
+            "command line: sample=N takes a sample of data.train, frames= and text= make one up; give one only"
+        )
+    return own, overrides
+
+
+def _document(config: Config, own: dict[str, int]) -> tuple[Document | None, str]:
+    """The sample that the command line asks for, and what training would do to it (empty: nothing)."""
+    if "sample" in own:
+        return _sample_of_the_data(config, own["sample"])
+    if "frames" not in own and "text" not in own:
+        return None, ""
+    frames, text = own.get("frames", 0), own.get("text", 64)
+    if not frames and not text:
+        raise ConfigError("command line: frames=0 text=0 is no sample; give at least one token")
+    document = made_up_document(config, frames, text)
+    if len(document) <= config.train.seq_length:
+        return document, ""
+    fate = f"training would {config.data.over_long} it; shown whole"
+    return document, f"longer than train.seq_length={config.train.seq_length}: {fate}"
+
+
+def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
+    # Needed for real samples only: a layout can be explained where no data library is installed.
+    from transformers import AutoTokenizer
+
+    from megatron_vila.data.dataset import VilaDataset
+    from megatron_vila.data.records import RecordFiles
+
+    data = config.data
+    problems = list(tokenizer_problems(data.tokenizer))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    records = RecordFiles(data.train, data.media_dir)
+    if index >= len(records):
+        raise ConfigError(
+            f"command line: sample={index} is not in data.train, which has samples 0 to {len(records) - 1}"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, local_files_only=True)
+    choice = VilaDataset(records, tokenizer, data, config.model, config.train.seq_length).choose(index)
+    notes = [f"sample {broken} is broken: {reason}" for broken, reason in choice.found.items()]
+    if choice.replaced:
+        notes.append(f"sample {index} ({choice.replaced.replace('_', ' ')}) is replaced by sample {choice.index}")
+    if choice.dropped_frames:
+        notes.append(
+            f"{choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={config.train.seq_length}"
+        )
+    return choice.document, "; ".join(notes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

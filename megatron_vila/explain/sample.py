@@ -1,0 +1,130 @@
+"""One sample on the grid: where each frame is encoded, where each token lands, what travels.
+
+A sample comes from ``data.train`` or is made up from a number of frames and text tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from rich.console import Console
+
+from megatron_vila.config.memory import element_bytes
+from megatron_vila.config.schema import Config
+from megatron_vila.config.sizes import patches_per_frame, tokens_per_frame
+from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.explain import traffic
+from megatron_vila.explain.text import count, number, ranges, size, table
+from megatron_vila.parallel.grid import GridShape
+from megatron_vila.parallel.layout import ReshardPlan, local_positions, plan_reshard
+
+LISTED_RANKS = 64
+
+
+def made_up_document(config: Config, frames: int, text: int) -> Document:
+    """A video of ``frames`` frames in the middle of ``text`` text tokens (a sixteenth of them before it, as a prompt has)."""
+    each, separators = tokens_per_frame(config.model), config.data.frame_separator_ids
+    step = each + len(separators)
+    before = text // 16
+    block = np.array([MEDIA_TOKEN] * each + separators, dtype=np.int64)
+    ids = np.concatenate([np.zeros(before, np.int64), np.tile(block, frames), np.zeros(text - before, np.int64)])
+    refs = tuple(FrameRef("video", i, each, patches_per_frame(config.model.vision), True) for i in range(frames))
+    starts = before + step * np.arange(frames, dtype=np.int64)
+    name = f"made up: {count(frames, 'frame')}, {count(text, 'text token')}"
+    return Document(ids, np.full(len(ids), IGNORE, np.int64), refs, starts, name)
+
+
+def explain_sample(out: Console, config: Config, grid: GridShape, document: Document, note: str) -> None:
+    """Print the frame plan, the token plan and the traffic of a row with this one document; ``note`` is shown beside it."""
+    row = pack([document], grid.document_multiple, grid.row_multiple)
+    plan = plan_row(row, grid)
+    visual = sum(frame.tokens for frame in row.frames)
+    out.print(
+        f"[bold]Sample[/] {document.sample_id}: {number(len(document))} tokens "
+        f"({number(visual)} visual of {count(len(row.frames), 'frame')}), {number(row.length)} with padding"
+    )
+    if note:
+        out.print(f"({note})")
+    out.print()
+    _media(out, row)
+    _frames_and_tokens(out, grid, row, plan)
+    _traffic(out, config, grid, row, plan)
+
+
+def plan_row(row: Row, grid: GridShape) -> ReshardPlan:
+    """Stage 1 and stage 2 of a row."""
+    tokens, costs = [f.tokens for f in row.frames], [f.cost for f in row.frames]
+    return plan_reshard(row.cu_seqlens, row.frame_starts, tokens, costs, grid.cp, grid.tp)
+
+
+def _media(out: Console, row: Row) -> None:
+    rows, first = [], 0
+    for (source, is_video), run in itertools.groupby(row.frames, key=lambda frame: (frame.source, frame.is_video)):
+        frames = list(run)
+        decoded = f"{frames[0].index} .. {frames[-1].index}" if is_video else "the picture"
+        rows.append([source, ranges(range(first, first + len(frames))), decoded, frames[0].tokens])
+        first += len(frames)
+    if rows:
+        table(out, "Media", ["file", "frames of the row", "decoded", "tokens each"], rows)
+
+
+def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPlan) -> None:
+    rows = []
+    per_rank = row.length // grid.encoders
+    made = plan.traffic.sum(axis=1)
+    for encoder, rank in enumerate(traffic.block_ranks(grid)):
+        place = grid.coordinates(rank)
+        frames = range(int(plan.boundaries[encoder]), int(plan.boundaries[encoder + 1]))
+        local = local_positions(row.cu_seqlens, grid.cp, grid.cp_rank(rank))
+        places = local[place.tp * per_rank : (place.tp + 1) * per_rank]
+        stays = int(plan.traffic[encoder, encoder])
+        where = f"{place.tp}/{place.ulysses}/{place.ring}"
+        rows.append([rank, where, ranges(frames), len(frames), number(made[encoder]), number(stays), ranges(places)])
+    hidden = len(rows) - LISTED_RANKS
+    if hidden > 0:
+        rows = [*rows[: LISTED_RANKS - 8], [".."] * 7, *rows[-8:]]
+    columns = [
+        "rank",
+        "t/u/r",
+        "frames encoded",
+        "count",
+        "visual tokens made",
+        "of which stay",
+        "row places of its tokens",
+    ]
+    table(out, "Stage 1: frames, and stage 2: tokens (first replica, first pipeline stage)", columns, rows)
+    more = f"; {hidden} ranks not listed" if hidden > 0 else ""
+    out.print(
+        f"Each rank holds {number(per_rank)} tokens of the row. Frames are dealt by cost in contiguous ranges{more}.\n"
+    )
+
+
+def _traffic(out: Console, config: Config, grid: GridShape, row: Row, plan: ReshardPlan) -> None:
+    llm = config.model.llm
+    element = element_bytes(config.train.precision, on_gpu=True)
+    nodes = np.array(traffic.block_ranks(grid)) // config.parallel.gpus_per_node
+    reshard = traffic.reshard_bytes(plan, llm.hidden_size, element)
+    exchanges = [("stage-2 re-shard, once a row", reshard, reshard.T)]
+    for name, function in (
+        ("TP gather and scatter, a layer", traffic.tensor_bytes),
+        ("Ulysses all-to-all, a layer", traffic.ulysses_bytes),
+        ("ring K/V, a layer", traffic.ring_bytes),
+    ):
+        exchanges.append((name, *function(grid, llm, row.length, element)))
+    rows = []
+    for name, forward, backward in exchanges:
+        for direction, matrix in (("forward", forward), ("backward", backward)):
+            links = traffic.Links.of(matrix, nodes)
+            cells = [size(n) for n in (links.most_sent_by_a_rank, links.inside_nodes, links.between_nodes)]
+            rows.append([name if direction == "forward" else "", direction, *cells])
+    columns = ["exchange", "pass", "most sent by a rank", "all, inside nodes", "all, between nodes"]
+    table(out, f"Bytes of one micro-batch in one replica ({element} bytes an element)", columns, rows)
+    out.print(
+        f"Stage 2 moves {number(plan.moved)} of {number(int(plan.traffic.sum()))} visual tokens: the lower bound."
+    )
+    if config.model.recompute == "full":
+        out.print("model.recompute=full runs the forward exchanges of each layer once more in the backward pass.")
+    if grid.pp > 1:
+        boundary = row.length // grid.encoders * llm.hidden_size * element
+        out.print(f"Between pipeline stages each rank sends {size(boundary)} forward and as much backward.")

@@ -1,0 +1,41 @@
+"""How many patches a picture has and how many LLM tokens it becomes: pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from megatron_vila.config.schema import ProjectorConfig, VisionConfig
+
+_DOWNSAMPLE_RATES = {
+    "mlp_downsample": 2,
+    "mlp_downsample_2x2_fix": 2,
+    "mlp_downsample_3x3_fix": 3,
+    "linear": 1,
+    "mlp2x_gelu": 1,
+}
+
+
+def patches_per_side(vision: VisionConfig) -> int:
+    """Patches along one side of a picture; pixels that do not fill a patch are not seen (384 / 14: 27).
+
+    Raises ``ValueError`` if a patch is larger than the picture.
+    """
+    if not 0 < vision.patch_size <= vision.image_size:
+        raise ValueError(
+            f"vision.patch_size={vision.patch_size} does not fit vision.image_size={vision.image_size}; "
+            "set a patch size between 1 and the image size"
+        )
+    return vision.image_size // vision.patch_size
+
+
+def downsample_rate(type: str) -> int:
+    """Side, in patches, of the square cell that becomes one token of the projector ``type``.
+
+    Raises ``ValueError`` for an unknown type.
+    """
+    if type not in _DOWNSAMPLE_RATES:
+        raise ValueError(f"projector.type={type} is unknown; use one of {', '.join(_DOWNSAMPLE_RATES)}")
+    return _DOWNSAMPLE_RATES[type]
+
+
+def tokens_per_frame(vision: VisionConfig, projector: ProjectorConfig) -> int:
+    """LLM tokens of one picture or video frame, separators not counted: the square of ceil(patches per side / rate)."""
+    return (-(-patches_per_side(vision) // downsample_rate(projector.type))) ** 2

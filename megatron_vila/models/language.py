@@ -1,0 +1,107 @@
+"""The language model: Megatron-Core's GPT in Llama-3 and Qwen2 shape with MM-SP attention.
+
+The one factory of ``GPTModel`` and ``TransformerConfig`` in the project; both Megatron-Core versions are known here only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_vila.config.schema import ModelConfig
+from megatron_vila.models.norm import RMSNorm
+from megatron_vila.parallel.attention import MMSPAttention
+from megatron_vila.parallel.topology import ParallelTopology
+
+VOCAB_MULTIPLE = 64
+"""The embedding table is padded to a multiple of this (and of tp), so that checkpoints fit every usual tp."""
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the table over all tensor-parallel ranks; those from ``vocab_size`` on are padding that no token reaches."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tp)
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(model: ModelConfig, topology: ParallelTopology, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-Core's view of the language model on this grid.
+
+    Losses are sums with token counts (``calculate_per_token_loss``): the only mode whose gradients do not depend on cp.
+    """
+    llm, grid = model.llm, topology.grid
+    return TransformerConfig(
+        num_layers=llm.num_layers,
+        hidden_size=llm.hidden_size,
+        num_attention_heads=llm.num_heads,
+        num_query_groups=llm.num_kv_heads,
+        kv_channels=llm.head_dim or llm.hidden_size // llm.num_heads,
+        ffn_hidden_size=llm.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=llm.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=llm.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        context_parallel_size=grid.cp,
+        hierarchical_context_parallel_sizes=[grid.ulysses, grid.ring],
+        sequence_parallel=grid.tp > 1,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,  # packed rows differ in length
+        moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, experts or not
+        batch_p2p_sync=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        recompute_granularity="full" if model.recompute == "full" else None,
+        recompute_method="uniform" if model.recompute == "full" else None,
+        recompute_num_layers=1 if model.recompute == "full" else None,
+    )
+
+
+def build_language_model(
+    model: ModelConfig, config: TransformerConfig, topology: ParallelTopology, device: torch.device, deterministic: bool
+) -> GPTModel:
+    """This rank's part of the GPT (its tensor-parallel shard of its pipeline stage's layers)."""
+    llm = model.llm
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    attention = functools.partial(
+        MMSPAttention,
+        ulysses_group=topology.ulysses,
+        ring_group=topology.ring,
+        kernel_name=model.attention,
+        device=device,
+        deterministic=deterministic,
+    )
+    layer.submodules.self_attention.submodules.core_attention = attention
+    # Megatron's local norms refuse sequence parallelism.
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=topology.place.pp)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
+        vocab_size=padded_vocab_size(llm.vocab_size, topology.grid.tp),
+        max_sequence_length=llm.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=llm.tie_embeddings,
+        position_embedding_type="none",  # MMSPAttention turns queries and keys by the positions of the row
+        pg_collection=topology.collection,
+    )

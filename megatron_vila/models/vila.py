@@ -1,0 +1,97 @@
+"""VILA on Megatron-Core: vision tower and projector on the first pipeline stage, GPT over all stages, fused head on the last.
+
+Legend: s tokens of a CP rank (S/cp), t = s/tp tokens of a rank under Megatron sequence parallelism, F frames encoded here,
+n supervised tokens held here, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_vila.config.schema import Config
+from megatron_vila.models.head import HeadOutput, Vocabulary, fused_head
+from megatron_vila.models.initialize import initialize_language_model
+from megatron_vila.models.language import build_language_model, transformer_config
+from megatron_vila.models.projector import Projector
+from megatron_vila.models.shard import RowShard
+from megatron_vila.models.vision import VisionTower, encode_frames
+from megatron_vila.parallel.topology import ParallelTopology
+
+
+class VilaModel(MegatronModule):
+    """One rank's part of the model.
+
+    Vision tower and projector are whole on every tp x cp rank of the first stage, each encoding its own frames; under tensor
+    parallelism their parameters carry Megatron's ``sequence_parallel`` mark, so that ``finalize_model_grads`` sums their
+    gradients over tp (DDP sums over dp x cp). Initial weights follow from ``train.seed`` and do not depend on the grid.
+    """
+
+    def __init__(self, config: Config, topology: ParallelTopology, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(config=transformer_config(config.model, topology, dtype))
+        model, grid = config.model, topology.grid
+        self.topology = topology
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = topology.is_first_stage, topology.is_last_stage
+        self.share_embeddings_and_output_weights = model.llm.tie_embeddings
+        if self.pre_process:
+            torch.manual_seed(config.train.seed)
+            self.vision = VisionTower(model.vision, model.init_std)
+            self.projector = Projector(model.projector, model.vision, model.llm.hidden_size, model.init_std)
+            self.vision.to(device=device, dtype=dtype)
+            self.projector.to(device=device, dtype=dtype)
+            self.vision.set_trainable(config.optim.vision.trainable)
+            self.projector.requires_grad_(config.optim.projector.trainable)
+            for parameter in (*self.vision.parameters(), *self.projector.parameters()):
+                parameter.sequence_parallel = grid.tp > 1
+        self.llm = build_language_model(model, self.config, topology, device, config.train.deterministic)
+        initialize_language_model(
+            self.llm,
+            config.train.seed,
+            model.init_std,
+            model.llm.num_layers,
+            get_transformer_layer_offset(self.config, vp_stage=None, pp_rank=topology.place.pp),
+            grid.tp,
+            topology.place.tp,
+        )
+        self.llm.to(device=device, dtype=dtype)
+        self.llm.requires_grad_(config.optim.llm.trainable)
+        rows = self.llm.vocab_size // grid.tp
+        first = rows * topology.place.tp
+        self.vocabulary = Vocabulary(first, max(0, min(rows, model.llm.vocab_size - first)), topology.tp)
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Megatron's pipeline schedules hand over the previous stage's output here."""
+        self.llm.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """For Megatron's gradient sum of tied embeddings over the first and last stage."""
+        return self.llm.shared_embedding_or_output_weight()
+
+    def forward(self, shard: RowShard, pixels_F3HW: torch.Tensor) -> torch.Tensor | HeadOutput:
+        """The last stage gives a ``HeadOutput``, earlier ones hidden states [t, 1, H] for the next.
+
+        ``pixels_F3HW`` are the normalised frames that this rank encodes (none after the first stage). Collectives: the
+        stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the head's over tp.
+        """
+        embeddings = self._embed(shard, pixels_F3HW) if self.pre_process else None
+        hidden = self.llm.decoder(hidden_states=embeddings, attention_mask=None, packed_seq_params=shard.params)
+        if not self.post_process:
+            return hidden
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.llm.output_layer.weight
+        return fused_head(
+            hidden.squeeze(1).index_select(0, shard.selected_n), weight, shard.labels_n, shard.counts, self.vocabulary
+        )
+
+    def _embed(self, shard: RowShard, pixels_F3HW: torch.Tensor) -> torch.Tensor:
+        """Token embeddings of this rank [t, 1, H], visual tokens in their places."""
+        text_tH = self.llm.embedding(input_ids=shard.token_ids_1s, position_ids=None).squeeze(1)
+        made_NH = encode_frames(self.vision, self.projector, pixels_F3HW).flatten(0, 1)
+        merged_tH = text_tH.index_copy(0, shard.reshard.slots, shard.reshard(made_NH).to(text_tH.dtype))
+        if torch.is_grad_enabled() and not merged_tH.requires_grad:
+            # Attention's backward is collective: with everything below frozen it must still run on every rank.
+            merged_tH.requires_grad_()
+        return merged_tH.unsqueeze(1)

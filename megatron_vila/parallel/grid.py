@@ -1,0 +1,127 @@
+"""The process grid as plain arithmetic: which rank stands where and which ranks share a group.
+
+Megatron-Core's rank order ``tp-cp-ep-dp-pp`` with cp = ulysses x ring and ulysses innermost:
+``rank = t + tp * (u + ulysses * (r + ring * (d + dp * p)))``. No process is needed to ask these questions; the trainer,
+``explain`` and the tests use the same class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+GROUP_KINDS = ("tp", "ulysses", "ring", "cp", "tp_cp", "dp", "dp_cp", "pp", "block")
+"""Groups by what varies inside: ``tp_cp`` shares one sample's frames, ``block`` (tp, cp and pp) shares one sample."""
+
+
+class Coordinates(NamedTuple):
+    """Place of a rank on each axis of the grid."""
+
+    tp: int
+    ulysses: int
+    ring: int
+    dp: int
+    pp: int
+
+
+_AXES_OF_KIND = {
+    "tp": ("tp",),
+    "ulysses": ("ulysses",),
+    "ring": ("ring",),
+    "cp": ("ulysses", "ring"),
+    "tp_cp": ("tp", "ulysses", "ring"),
+    "dp": ("dp",),
+    "dp_cp": ("ulysses", "ring", "dp"),
+    "pp": ("pp",),
+    "block": ("tp", "ulysses", "ring", "pp"),
+}
+
+
+@dataclass(frozen=True)
+class GridShape:
+    """Sizes of the five axes. ``GridShape.of`` derives dp from a world size."""
+
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    dp: int = 1
+    pp: int = 1
+
+    @classmethod
+    def of(cls, world_size: int, tp: int = 1, pp: int = 1, ulysses: int = 1, ring: int = 1) -> GridShape:
+        """The grid of ``world_size`` ranks; raises ``ValueError`` if the sizes do not divide it."""
+        sizes = {"parallel.tp": tp, "parallel.pp": pp, "parallel.ulysses": ulysses, "parallel.ring": ring}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        model = tp * pp * ulysses * ring
+        if world_size < 1 or world_size % model:
+            raise ValueError(
+                f"world size {world_size} is not a multiple of tp*pp*ulysses*ring = {tp}*{pp}*{ulysses}*{ring} = {model}; "
+                f"start a multiple of {model} processes or choose sizes whose product divides {world_size}"
+            )
+        return cls(tp=tp, ulysses=ulysses, ring=ring, dp=world_size // model, pp=pp)
+
+    @property
+    def cp(self) -> int:
+        return self.ulysses * self.ring
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def encoders(self) -> int:
+        """Ranks of one block's first pipeline stage: those that encode frames."""
+        return self.tp * self.cp
+
+    @property
+    def document_multiple(self) -> int:
+        """Every document of a row is padded to a multiple of this (2*cp zigzag chunks)."""
+        return 2 * self.cp
+
+    @property
+    def row_multiple(self) -> int:
+        """Every row is padded to a multiple of this (zigzag chunks, then Megatron sequence parallelism)."""
+        return 2 * self.cp * self.tp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside a grid of {self.world_size}")
+        place = []
+        for size in (self.tp, self.ulysses, self.ring, self.dp, self.pp):
+            place.append(rank % size)
+            rank //= size
+        return Coordinates(*place)
+
+    def rank(self, tp: int = 0, ulysses: int = 0, ring: int = 0, dp: int = 0, pp: int = 0) -> int:
+        return tp + self.tp * (ulysses + self.ulysses * (ring + self.ring * (dp + self.dp * pp)))
+
+    def cp_rank(self, rank: int) -> int:
+        place = self.coordinates(rank)
+        return place.ulysses + self.ulysses * place.ring
+
+    def encoder_rank(self, rank: int) -> int:
+        """Index of ``rank`` among the tp*cp ranks of its block and pipeline stage (tp varies fastest)."""
+        return self.coordinates(rank).tp + self.tp * self.cp_rank(rank)
+
+    def group(self, kind: str, rank: int) -> list[int]:
+        """The ranks of the ``kind`` group (GROUP_KINDS) that holds ``rank``, ascending."""
+        axes = _AXES_OF_KIND[kind]
+        mine = self.coordinates(rank)
+        fixed = [axis for axis in Coordinates._fields if axis not in axes]
+        return [
+            other
+            for other in range(self.world_size)
+            if all(getattr(self.coordinates(other), axis) == getattr(mine, axis) for axis in fixed)
+        ]
+
+    def groups(self, kind: str) -> list[list[int]]:
+        """All groups of a kind, ordered by their first rank."""
+        seen: dict[tuple[int, ...], list[int]] = {}
+        axes = _AXES_OF_KIND[kind]
+        for rank in range(self.world_size):
+            place = self.coordinates(rank)
+            fixed = tuple(getattr(place, axis) for axis in Coordinates._fields if axis not in axes)
+            seen.setdefault(fixed, []).append(rank)
+        return sorted(seen.values())

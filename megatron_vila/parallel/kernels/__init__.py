@@ -1,0 +1,46 @@
+"""Attention kernels behind one protocol, one file per backend: fa4, cudnn, flash2 (CUDA), cpu, reference (float64)."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_vila.parallel.kernels import cpu, cudnn, fa4, flash2, reference
+from megatron_vila.parallel.kernels.protocol import AttentionKernel
+from megatron_vila.parallel.kernels.segments import Segments
+
+__all__ = ["KERNELS", "AttentionKernel", "Segments", "select_kernel"]
+
+KERNELS = {
+    "fa4": (fa4.available, fa4.Fa4Kernel),
+    "cudnn": (cudnn.available, cudnn.CudnnKernel),
+    "flash2": (flash2.available, flash2.Flash2Kernel),
+    "cpu": (cpu.available, cpu.CpuKernel),
+    "reference": (reference.available, reference.ReferenceKernel),
+}
+# Fastest first. The reference is never chosen unasked: its memory grows with the square of the length.
+_AUTOMATIC = ("fa4", "cudnn", "flash2", "cpu")
+
+
+def select_kernel(
+    name: str, head_dim: int, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+) -> AttentionKernel:
+    """The kernel called ``name``, or with ``auto`` the fastest one that runs ``head_dim`` in ``dtype`` on ``device``.
+
+    ``deterministic`` leaves out kernels whose backward pass adds in varying order. Raises ``ValueError`` for an unknown
+    name and for a kernel that cannot run here, with the reason.
+    """
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"model.attention={name} is no kernel; use auto, {', '.join(KERNELS)}")
+    reasons = {}
+    for candidate in _AUTOMATIC if name == "auto" else (name,):
+        available, kernel = KERNELS[candidate]
+        reasons[candidate] = available(head_dim, dtype, device, deterministic)
+        if reasons[candidate] is None:
+            return kernel(deterministic)
+    if name != "auto":
+        raise ValueError(f"model.attention={name} cannot run here: {reasons[name]}; or use model.attention=auto")
+    listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise ValueError(
+        f"model.attention=auto finds no kernel for head dim {head_dim} in {dtype} on {device} ({listed}); "
+        "train in bfloat16, or use model.attention=reference (float64, short sequences only)"
+    )

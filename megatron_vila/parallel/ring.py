@@ -1,0 +1,233 @@
+"""The outer level of 2D attention: a zigzag ring over packed documents with float32 log-sum-exp merge (LongVILA 3.3).
+
+Step i of a rank attends to the keys of the rank i places before it. Each rank sends its own keys and values straight to
+the rank that needs them next, and only the front halves where the causal mask leaves no more; the gradients dK, dV of a
+block go straight back to its owner. Compared with passing blocks from neighbour to neighbour this moves a quarter less,
+needs no accumulator on the wire, and every transfer runs under the attention of the current block.
+
+Legend: T local tokens (S/R), h query heads, k key/value heads, D head dim, R ring size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vila.parallel.kernels import AttentionKernel, Segments
+from megatron_vila.parallel.layout import ALL, BACK, FRONT, half_indices, ring_step
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """Segments and halves of one row's local tokens; the same on every rank of the ring.
+
+    ``halves`` maps front and back to a slice (one document) or an int64 index on the device (several documents).
+    """
+
+    whole: Segments
+    half: Segments
+    all_to_front: Segments
+    back_to_all: Segments
+    halves: dict[str, slice | torch.Tensor]
+
+    @classmethod
+    def of(cls, cu_seqlens: np.ndarray, ring: int, device: torch.device) -> RingLayout:
+        lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))
+        shorter = tuple(n // 2 for n in lengths)
+        front, back = half_indices(cu_seqlens, ring)
+        if len(lengths) == 1:
+            halves = {FRONT: slice(0, len(front)), BACK: slice(len(front), 2 * len(front))}
+        else:
+            halves = {FRONT: torch.from_numpy(front).to(device), BACK: torch.from_numpy(back).to(device)}
+        return cls(
+            whole=Segments(lengths, lengths),
+            half=Segments(shorter, shorter),
+            all_to_front=Segments(lengths, shorter),
+            back_to_all=Segments(shorter, lengths),
+            halves=halves,
+        )
+
+    def segments(self, queries: str, keys: str) -> Segments:
+        return {(ALL, ALL): self.whole, (ALL, FRONT): self.all_to_front, (BACK, ALL): self.back_to_all}[queries, keys]
+
+    def take(self, x: torch.Tensor, part: str, dim: int = 0) -> torch.Tensor:
+        """The tokens of ``part`` of ``x`` along ``dim``."""
+        if part == ALL:
+            return x
+        index = self.halves[part]
+        if isinstance(index, slice):
+            return x.narrow(dim, index.start, index.stop - index.start)
+        return x.index_select(dim, index)
+
+    def add(self, total: torch.Tensor, x: torch.Tensor, part: str, dim: int = 0) -> None:
+        """``total[part] += x`` in place along ``dim``."""
+        if part == ALL:
+            total += x
+        elif isinstance(index := self.halves[part], slice):
+            total.narrow(dim, index.start, index.stop - index.start).add_(x)
+        else:
+            total.index_add_(dim, index, x.to(total.dtype))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Ring attention of one rank over ``group`` with one attention kernel."""
+
+    kernel: AttentionKernel
+    scale: float
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+    def forward(self, q_ThD: torch.Tensor, k_TkD: torch.Tensor, v_TkD: torch.Tensor, layout: RingLayout, expansion: torch.Tensor | None):
+        """Causal attention of each document over the whole ring: out [T, h, D] and log-sum-exp [h, T] (float32 at least).
+
+        ``expansion`` int64 repeats key/value heads for the kernel (``HeadSplit.expansion``). Point-to-point over the ring
+        group: at most one block of keys and values is in flight while the current one is computed.
+        """
+        blocks = _KeyValueBlocks(self, layout, k_TkD, v_TkD)
+        out = lse = None
+        for step in range(self.size):
+            block, (k, v) = blocks.next()
+            o, l = self.kernel.forward(
+                layout.take(q_ThD, block.queries),
+                _expand(k, expansion),
+                _expand(v, expansion),
+                layout.segments(block.queries, block.keys),
+                block.causal,
+                self.scale,
+            )
+            if self.size == 1:
+                return o, l
+            if step == 0:
+                out, lse = o.to(l.dtype), l
+            else:
+                _merge(out, lse, o, l, layout, block.queries)
+        return out.to(q_ThD.dtype), lse
+
+    def backward(self, dout_ThD, q_ThD, k_TkD, v_TkD, out_ThD, lse_hT, layout: RingLayout, expansion: torch.Tensor | None):
+        """Gradients dq [T, h, D], dk and dv [T, k, D] from the merged output and log-sum-exp.
+
+        Keys and values travel again; each block's dK and dV return to its owner while the next block is computed.
+        """
+        blocks = _KeyValueBlocks(self, layout, k_TkD, v_TkD)
+        total = None
+        returning: _Return | None = None
+        for step in range(self.size):
+            block, (k, v) = blocks.next()
+            dq, dk, dv = self.kernel.backward(
+                layout.take(dout_ThD, block.queries),
+                layout.take(q_ThD, block.queries),
+                _expand(k, expansion),
+                _expand(v, expansion),
+                layout.take(out_ThD, block.queries),
+                layout.take(lse_hT, block.queries, dim=1),
+                layout.segments(block.queries, block.keys),
+                block.causal,
+                self.scale,
+            )
+            dk, dv = _contract(dk, expansion, k.shape[1]), _contract(dv, expansion, v.shape[1])
+            if self.size == 1:
+                return dq, dk, dv
+            if step == 0:
+                # 16-bit blocks are summed in float32, as one kernel over all keys would.
+                wide = torch.promote_types(q_ThD.dtype, torch.float32)
+                total = dq.to(wide), torch.stack((dk, dv)).to(wide)
+                continue
+            layout.add(total[0], dq, block.queries)
+            if returning is not None:
+                returning.collect(total[1])
+            returning = _Return(self, layout, step, torch.stack((dk, dv)))
+        returning.collect(total[1])
+        dk_TkD, dv_TkD = total[1].to(q_ThD.dtype)
+        return total[0].to(q_ThD.dtype), dk_TkD, dv_TkD
+
+    def exchange(self, send: torch.Tensor, to: int, recv: torch.Tensor, source: int) -> list[dist.Work]:
+        """Start sending to ring rank ``to`` and receiving from ``source``."""
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, send, group=self.group, group_peer=to),
+                dist.P2POp(dist.irecv, recv, group=self.group, group_peer=source),
+            ]
+        )
+
+
+class _KeyValueBlocks:
+    """The blocks of keys and values in ring order; the next one is on its way while the current one is used."""
+
+    def __init__(self, ring: Ring, layout: RingLayout, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._ring, self._layout, self._step = ring, layout, 0
+        self._own = (k, v)
+        self._packed = torch.stack((k, v)) if ring.size > 1 else None
+        self._arriving: tuple[torch.Tensor, torch.Tensor, list[dist.Work]] | None = None
+
+    def next(self):
+        ring, step = self._ring, self._step
+        if step == 0:
+            block = self._own
+        else:
+            received, _, works = self._arriving
+            for work in works:
+                work.wait()
+            block = received[0], received[1]
+        if step + 1 < ring.size:
+            self._arriving = self._start(step + 1)
+        self._step += 1
+        return ring_step(ring.size, ring.rank, step), block
+
+    def _start(self, step: int):
+        ring = self._ring
+        to, source = (ring.rank + step) % ring.size, (ring.rank - step) % ring.size
+        send = self._layout.take(self._packed, ring_step(ring.size, to, step).keys, dim=1).contiguous()
+        half = ring_step(ring.size, ring.rank, step).keys == FRONT
+        tokens = self._packed.shape[1] // (2 if half else 1)
+        recv = self._packed.new_empty(2, tokens, *self._packed.shape[2:])
+        # The sent copy is kept until the transfer is over.
+        return recv, send, ring.exchange(send, to, recv, source)
+
+
+class _Return:
+    """dK and dV of a block on their way to its owner, and the matching ones of our keys on their way to us."""
+
+    def __init__(self, ring: Ring, layout: RingLayout, step: int, dkv: torch.Tensor) -> None:
+        owner, helper = (ring.rank - step) % ring.size, (ring.rank + step) % ring.size
+        self._layout, self._part = layout, ring_step(ring.size, helper, step).keys
+        tokens = layout.whole.tokens_k if self._part == ALL else layout.half.tokens_k
+        self._sent = dkv
+        self._received = dkv.new_empty(2, tokens, *dkv.shape[2:])
+        self._works = ring.exchange(dkv, owner, self._received, helper)
+
+    def collect(self, total: torch.Tensor) -> None:
+        for work in self._works:
+            work.wait()
+        self._layout.add(total, self._received, self._part, dim=1)
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, o: torch.Tensor, l: torch.Tensor, layout: RingLayout, part: str) -> None:
+    """Add a block's normalised output ``o`` with log-sum-exp ``l`` to the running ones, in place."""
+    old = layout.take(lse, part, dim=1)
+    new = torch.logaddexp(old, l)
+    scale_old, scale_new = (old - new).exp().t().unsqueeze(-1), (l - new).exp().t().unsqueeze(-1)
+    merged = layout.take(out, part) * scale_old + o * scale_new
+    if part == ALL:
+        out.copy_(merged)
+        lse.copy_(new)
+    elif isinstance(index := layout.halves[part], slice):
+        out[index] = merged
+        lse[:, index] = new
+    else:
+        out.index_copy_(0, index, merged)
+        lse.index_copy_(1, index, new)
+
+
+def _expand(x: torch.Tensor, expansion: torch.Tensor | None) -> torch.Tensor:
+    return x if expansion is None else x.index_select(1, expansion)
+
+
+def _contract(dx: torch.Tensor, expansion: torch.Tensor | None, heads: int) -> torch.Tensor:
+    if expansion is None:
+        return dx
+    return dx.new_zeros(dx.shape[0], heads, dx.shape[2]).index_add_(1, expansion, dx)

@@ -1,0 +1,48 @@
+"""Rotary position embedding from explicit positions (RoFormer, arXiv 2104.09864; half-split layout of Llama and Qwen2).
+
+Positions are data here, not a counter: under MM-SP a rank holds two chunks of each packed document.
+
+Legend: S tokens, H heads, D head dim, N = D/2 rotation frequencies.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotary_angles(
+    positions_S: torch.Tensor, head_dim: int, theta: float, scaling_factor: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [S, D] of position / scaling_factor * theta^(-2n/D), the N angles repeated for both halves.
+
+    ``positions_S`` int64. The result is float64 if ``dtype`` is float64, else float32, on the device of the
+    positions. Angles are always formed in float64: at a position of a million, float32 is off by up to 0.06 radian.
+    Raises ``ValueError`` for an odd head dim, a theta or a factor that is not positive, and positions that are not
+    integers.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} is odd and rotary embedding turns pairs; use an even head_dim")
+    if theta <= 0 or scaling_factor <= 0:
+        raise ValueError(f"rope_theta={theta} and rope_scaling_factor={scaling_factor} must be above 0")
+    if positions_S.is_floating_point():
+        raise ValueError(f"positions are {positions_S.dtype}; give token positions as int64")
+    exponents_N = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_S.device) / head_dim
+    angles_SN = torch.outer(positions_S.double() / scaling_factor, theta**-exponents_N)
+    angles_SD = torch.cat([angles_SN, angles_SN], dim=-1)
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    return angles_SD.cos().to(result), angles_SD.sin().to(result)
+
+
+def apply_rotary(x_SHD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (n, n + D/2) of ``x_SHD`` by its angle; same shape and dtype.
+
+    The products are formed in the wider dtype of ``x_SHD`` and ``cos_SD`` and rounded once. The gradient is the turn
+    back.
+    """
+    half = x_SHD.shape[-1] // 2
+    cos_S1N, sin_S1N = cos_SD[:, None, :half], sin_SD[:, None, :half]
+    first_SHN, second_SHN = x_SHD[..., :half], x_SHD[..., half:]
+    # Each half is rounded before the two are joined: at most half of the tensor exists in float32.
+    turned_first = (first_SHN * cos_S1N - second_SHN * sin_S1N).to(x_SHD.dtype)
+    turned_second = (second_SHN * cos_S1N + first_SHN * sin_S1N).to(x_SHD.dtype)
+    return torch.cat([turned_first, turned_second], dim=-1)

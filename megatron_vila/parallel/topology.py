@@ -1,0 +1,94 @@
+"""ParallelTopology: (tp, pp, ulysses, ring; dp follows) on Megatron-Core's own process groups.
+
+The only file that touches ``megatron.core.parallel_state``. MM-SP is Megatron's context-parallel group of size
+cp = ulysses x ring; its two levels are Megatron's hierarchical CP groups, ulysses innermost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.parallel.grid import Coordinates, GridShape
+
+
+@dataclass(frozen=True)
+class ParallelTopology:
+    """This rank's place in the grid and its groups.
+
+    ``block_cpu`` is a gloo group over the block (tp x cp x pp) that shares one sample: the loader agrees on broken files
+    there without touching the device.
+    """
+
+    grid: GridShape
+    rank: int
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    ulysses: dist.ProcessGroup
+    ring: dist.ProcessGroup
+    tp_cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    block_cpu: dist.ProcessGroup
+    collection: ProcessGroupCollection
+
+    @classmethod
+    def create(cls, parallel: ParallelConfig, timeout_minutes: int = 30) -> ParallelTopology:
+        """Make Megatron's groups over the initialised default group (collective over all ranks).
+
+        Raises ``ValueError`` on every rank, before any group is made, if the sizes do not divide the world size.
+        """
+        grid = GridShape.of(dist.get_world_size(), parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=grid.tp,
+            pipeline_model_parallel_size=grid.pp,
+            context_parallel_size=grid.cp,
+            hierarchical_context_parallel_sizes=[grid.ulysses, grid.ring],
+            distributed_timeout_minutes=timeout_minutes,
+        )
+        rank = dist.get_rank()
+        block_cpu, _ = dist.new_subgroups_by_enumeration(grid.groups("block"), backend="gloo")
+        ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
+        return cls(
+            grid=grid,
+            rank=rank,
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+            cp=parallel_state.get_context_parallel_group(),
+            ulysses=ulysses,
+            ring=ring,
+            tp_cp=parallel_state.get_tensor_and_context_parallel_group(),
+            dp=parallel_state.get_data_parallel_group(),
+            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            block_cpu=block_cpu,
+            collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+
+    def destroy(self) -> None:
+        """Forget Megatron's groups, so that another grid can be made in this process."""
+        parallel_state.destroy_model_parallel()
+
+    @property
+    def place(self) -> Coordinates:
+        return self.grid.coordinates(self.rank)
+
+    @property
+    def cp_rank(self) -> int:
+        return self.grid.cp_rank(self.rank)
+
+    @property
+    def encoder_rank(self) -> int:
+        return self.grid.encoder_rank(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.place.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place.pp == self.grid.pp - 1

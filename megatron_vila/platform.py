@@ -1,0 +1,323 @@
+"""CUDA with NCCL or CPU with gloo: the one place where the two differ.
+
+On a machine with CUDA everything here is a thin wrapper over ``torch.cuda``. Without CUDA, ``prepare`` lets Megatron-Core
+(0.16.1 and 0.19.2), which is written for GPUs only, run on the CPU: every ``megatron.core`` module gets a private ``torch``
+namespace whose tensor factories, devices, streams and random state are the CPU's. Code outside ``megatron.core`` keeps the
+real ``torch``; no operator becomes slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import sys
+import types
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+_MCORE = "megatron.core"
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# What Megatron-Core says on every start and a user can do nothing about.
+_QUIET_WARNINGS = (
+    ".*Apex (is|are) not installed",
+    "full scope is deprecated",
+    ".* is experimental and still under active development",
+    "The .grad attribute of a Tensor that is not a leaf",
+    r"`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+)
+_QUIET_LOGS = ("GPTModel IS DEPRECATED", "CPU RNG state changed within GPU RNG context", "full_param_layout not provided")
+_FACTORIES = (
+    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm "
+    "empty_like zeros_like ones_like full_like rand_like randn_like empty_strided"
+).split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# devices and processes
+
+
+def device() -> torch.device:
+    """Device of this process: its own GPU (the current CUDA device) or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend() -> str:
+    """torch.distributed backend of this machine: ``nccl`` with CUDA, else ``gloo``."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Parameter dtype of ``train.precision``: auto (bf16 with CUDA, else fp32), bf16, fp32 or fp64.
+
+    Raises ``ValueError`` for another name.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if precision not in _DTYPES:
+        raise ValueError(f"train.precision={precision!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[precision]
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> None:
+    """Join the default process group described by torchrun's environment; a lone process needs no environment at all.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, binds the process to its GPU, and does nothing when the
+    group exists already. Collective over all processes when WORLD_SIZE is above 1.
+    Raises ``RuntimeError`` when the environment is incomplete or names a GPU that does not exist.
+    """
+    import torch.distributed as dist
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise RuntimeError(
+                f"LOCAL_RANK={local} but this node shows {gpus} GPU(s); start at most {gpus} processes per node "
+                "(torchrun --nproc-per-node) or widen CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(local)
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if world == 1:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
+    dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout)
+
+
+def synchronize() -> None:
+    """Wait until the device has done all its work (nothing to wait for on a CPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    """Give cached device memory back to the driver (nothing to do on a CPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use since the last ``reset_peak_memory``, in bytes: GPU tensors, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak. Where the system keeps no resettable peak (CPU outside Linux) the peak stays that of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Ask for bitwise repeatable kernels; call it before the first CUDA or NCCL operation. ``False`` undoes it.
+
+    An operator without a deterministic form raises ``RuntimeError`` instead of running.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(enabled)
+    # The fill only helps to find reads of uninitialised memory, and costs a pass over every buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic = enabled
+    torch.backends.cudnn.benchmark = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Megatron-Core on a CPU
+
+
+def prepare() -> None:
+    """Make ``megatron.core`` usable on this machine. Call it before the first use of Megatron-Core; calling again is free.
+
+    With CUDA it only silences import-time warnings about optional packages. Without, modules of ``megatron.core``, those
+    imported already and those to come, are redirected to the CPU, and their ``torch.compile`` fusions are switched off.
+    """
+    for message in _QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("models.gpt.gpt_model", "tensor_parallel.random", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"{_MCORE}.{name}").addFilter(_is_news)
+    if torch.cuda.is_available() or any(isinstance(finder, _RedirectingFinder) for finder in sys.meta_path):
+        return
+    finder = _RedirectingFinder(_cpu_torch())
+    sys.meta_path.insert(0, finder)
+    for name, module in list(sys.modules.items()):
+        if name == _MCORE or name.startswith(_MCORE + "."):
+            finder.redirect(module)
+    _redirect_methods()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _QUIET_LOGS)
+
+
+class _RedirectingFinder(importlib.abc.MetaPathFinder):
+    """Import hook: finds ``megatron.core`` modules as usual and redirects each one as soon as it is executed."""
+
+    def __init__(self, cpu_torch: types.ModuleType):
+        self._torch = cpu_torch
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _MCORE and not fullname.startswith(_MCORE + "."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            execute = spec.loader.exec_module
+
+            def exec_and_redirect(module):
+                execute(module)
+                self.redirect(module)
+
+            spec.loader.exec_module = exec_and_redirect
+        return spec
+
+    def redirect(self, module: types.ModuleType) -> None:
+        names = vars(module)
+        if names.get("torch") is torch:
+            names["torch"] = self._torch
+        if module.__name__ == f"{_MCORE}.jit":
+            module.disable_jit_fuser()
+        if module.__name__ == f"{_MCORE}.tensor_parallel.random":
+            module._get_cuda_rng_state = _get_rng_state
+            module._set_cuda_rng_state = _set_rng_state
+        # A module that was imported before prepare() may hold compiled helpers: put the plain functions back.
+        for name, value in list(names.items()):
+            plain = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
+            if plain is not None:
+                names[name] = plain
+
+
+def _cpu_torch() -> types.ModuleType:
+    """A twin of ``torch`` whose factories and ``cuda`` part live on the CPU; everything else is torch's own."""
+    twin = types.ModuleType("torch", torch.__doc__)
+    vars(twin).update(vars(torch))
+    twin.__getattr__ = functools.partial(getattr, torch)
+    twin.cuda = _cpu_cuda()
+    for name in _FACTORIES:
+        setattr(twin, name, _on_cpu(getattr(torch, name)))
+    return twin
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def create(*args, **kwargs):
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _Stream:
+    """CPU twin of a CUDA stream or event: everything is done by the time it is asked for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def record_event(self, event=None):
+        return self
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+
+def _cpu_cuda() -> types.ModuleType:
+    """A twin of ``torch.cuda`` for the parts that Megatron-Core calls on the training path."""
+    twin = types.ModuleType("torch.cuda")
+    vars(twin).update(vars(torch.cuda))
+    stream = _Stream()
+    twin.current_device = lambda: torch.device("cpu")
+    twin.Stream = twin.Event = _Stream
+    twin.current_stream = twin.default_stream = lambda device=None: stream
+    twin.stream = lambda stream: contextlib.nullcontext()
+    twin.synchronize = twin.empty_cache = lambda *args, **kwargs: None
+    twin.manual_seed = twin.manual_seed_all = torch.manual_seed
+    twin.get_rng_state, twin.set_rng_state = _get_rng_state, _set_rng_state
+    return twin
+
+
+def _get_rng_state(device=None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device=None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _redirect_methods() -> None:
+    """Tensor and module methods that move to the GPU, and the type names that Megatron's optimizer compares with.
+
+    Only calls from ``megatron.core`` see the difference. float64 passes for float32 in the optimizer, whose float32 path then
+    keeps the parameter's own dtype throughout.
+    """
+
+    def from_mcore(part: str = "") -> bool:
+        return sys._getframe(2).f_globals.get("__name__", "").startswith(_MCORE + part)
+
+    def identity_for_mcore(original):
+        @functools.wraps(original)
+        def method(self, *args, **kwargs):
+            return self if from_mcore() else original(self, *args, **kwargs)
+
+        return method
+
+    original_float = torch.Tensor.float
+
+    @functools.wraps(original_float)
+    def as_float(self, *args, **kwargs):
+        if self.dtype == torch.float64 and from_mcore(".optimizer"):
+            return self
+        return original_float(self, *args, **kwargs)
+
+    original_type = torch.Tensor.type
+
+    @functools.wraps(original_type)
+    def type_name(self, *args, **kwargs):
+        result = original_type(self, *args, **kwargs)
+        if isinstance(result, str) and from_mcore():
+            return result.replace("torch.", "torch.cuda.").replace("Double", "Float")
+        return result
+
+    torch.Tensor.type = type_name
+    torch.Tensor.float = as_float
+    torch.Tensor.cuda = identity_for_mcore(torch.Tensor.cuda)
+    torch.Tensor.pin_memory = identity_for_mcore(torch.Tensor.pin_memory)
+    torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)

@@ -1,0 +1,86 @@
+"""``torchrun ... -m megatron_vila.train CONFIG.yaml [key=value ...] [--dry-run]``: train, resume and evaluate.
+
+Errors that a user can cure are printed once, by rank 0, as a message; the exit status is 2 then, on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_vila import platform
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_vila.train", description="Train a long-video VLM with MM-SP.")
+    parser.add_argument("config", help="YAML file, or the name of a preset")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides such as parallel.ulysses=2 train.steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked before training, then exit")
+    parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: the environment's, or one replica)")
+    options = parser.parse_intermixed_args(arguments)
+    rank = int(os.environ.get("RANK", 0))
+    platform.prepare()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("megatron_vila").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # Imported late: Megatron-Core must find the platform prepared.
+    from megatron_vila.config.load import ConfigError
+    from megatron_vila.data.chat import ChatTemplateError
+    from megatron_vila.data.dataset import NoUsableSampleError
+    from megatron_vila.data.loader import LoaderError
+    from megatron_vila.data.records import RecordError
+    from megatron_vila.training.checkpoint import CheckpointError
+    from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
+
+    curable = (
+        ConfigError, ChatTemplateError, NoUsableSampleError, LoaderError, RecordError, CheckpointError, NonFiniteError,
+        NothingToLearnError,
+    )  # fmt: skip
+    try:
+        return _run(options, rank)
+    except curable as error:
+        if rank == 0:
+            print(f"megatron_vila: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(options: argparse.Namespace, rank: int) -> int:
+    from megatron_vila.config.load import load_config
+    from megatron_vila.config.validate import validate
+
+    config = load_config(options.config, options.overrides)
+    parallel = config.parallel
+    replica = parallel.tp * parallel.pp * parallel.ulysses * parallel.ring
+    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", replica if options.dry_run else 1))
+    for warning in validate(config, world_size):
+        logging.getLogger(__name__).info("warning: %s", warning)
+    if options.dry_run:
+        return _dry_run(config, world_size, rank)
+    platform.init_distributed()
+    import torch.distributed as dist
+
+    from megatron_vila.training.trainer import Trainer
+
+    Trainer(config).run()
+    dist.destroy_process_group()
+    return 0
+
+
+def _dry_run(config, world_size: int, rank: int) -> int:
+    """Open the data as the trainer would and show the first sample."""
+    from megatron_vila.data.chat import describe
+    from megatron_vila.training.feed import open_dataset
+
+    if rank == 0:
+        for files in filter(None, (config.data.train, config.data.eval)):
+            dataset = open_dataset(config, files)
+            document = dataset.document(0)
+            print(f"{len(dataset)} samples in {', '.join(files)}; the first one:\n{describe(document, dataset.encoder.tokenizer)}")
+        print(f"dry run: everything fits together for {world_size} ranks")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The data side of a run: records, tokenizer, order and loader put together for one rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_vila.config.schema import Config
+from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.lengths import length_table
+from megatron_vila.data.loader import RowLoader
+from megatron_vila.data.order import RowOrder
+from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.tokenizer import load_tokenizer
+from megatron_vila.models.shard import local_frames
+from megatron_vila.parallel.topology import ParallelTopology
+
+
+def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
+    """The samples of ``files`` as documents. Reads text only. Raises the data package's errors, which name file and cure."""
+    records = RecordFiles(files, config.data.media_dir)
+    return VilaDataset(records, load_tokenizer(config.data.tokenizer), config.data, config.model, config.train.seq_length)
+
+
+def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
+    """The training rows of this rank, and the rows of an epoch. With packing, rank 0 measures the samples first (a barrier
+    over all ranks)."""
+    dataset = open_dataset(config, config.data.train)
+    lengths = None
+    if config.data.packing:
+        cache = str(Path(config.train.output) / "lengths.json")
+        if topology.rank == 0:
+            length_table(dataset, cache, config.data.workers)
+        dist.barrier()
+        lengths = length_table(dataset, cache, config.data.workers)
+    order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
+    return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
+
+
+def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
+    """The held-out samples, one per row in their order, and their number; a step is one row on each replica."""
+    dataset = open_dataset(config, config.data.eval)
+    order = RowOrder(len(dataset), config.train.seed, shuffle=False)
+    return _loader(config, topology, dataset, order, topology.grid.dp), len(dataset)
+
+
+def chance_level(files: Sequence[str], media_dir: str) -> float:
+    """Accuracy of always giving the most frequent answer of ``files``."""
+    answers = Counter(record.turns[-1].text for record in RecordFiles(files, media_dir))
+    return max(answers.values()) / sum(answers.values())
+
+
+def agreement(group: dist.ProcessGroup) -> Callable[[list[str]], list[str]]:
+    """``agree`` of the loader over a CPU group: an all-reduce of the number of reports, and only if there are any an
+    all-gather of them."""
+
+    def agree(reports: list[str]) -> list[str]:
+        count = torch.tensor(len(reports))
+        dist.all_reduce(count, group=group)
+        if not count:
+            return []
+        gathered: list[list[str]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(gathered, reports, group=group)
+        return sorted({report for part in gathered for report in part})
+
+    return agree
+
+
+def _loader(config: Config, topology: ParallelTopology, dataset: VilaDataset, order: RowOrder, batch: int) -> RowLoader:
+    return RowLoader(
+        dataset,
+        order,
+        global_batch_size=batch,
+        dp_rank=topology.place.dp,
+        dp_size=topology.grid.dp,
+        document_multiple=topology.grid.document_multiple,
+        row_multiple=topology.grid.row_multiple,
+        local_frames=lambda row: local_frames(row, topology),
+        agree=agreement(topology.block_cpu),
+        image_size=config.model.vision.image_size,
+        aspect=config.data.image_aspect,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )

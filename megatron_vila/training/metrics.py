@@ -1,0 +1,218 @@
+"""What a run reports: progress line, TensorBoard, ``metrics.jsonl``, loss curve and summary, all from one record per step.
+
+Only the writer rank writes; on the others every call is a no-op, so that the trainer needs no ``if``. No collective is called
+here: the trainer hands over numbers that hold for the whole run (loss over the global batch, tokens of all ranks, ...).
+
+Files in the output folder:
+
+* ``metrics.jsonl``: one JSON object per step (it has ``loss``) or evaluation (its keys begin with ``eval_``). Floats are
+  written so that they read back bit for bit; a number that is not finite becomes null. After a resume at step k the lines
+  after k are dropped first, in one atomic replacement, so that no step stands there twice;
+* ``tensorboard/``: the same as scalars; a resume hides the steps after k in the same way;
+* ``loss.png`` and ``summary.json``: see ``plots.py`` and ``summary.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_vila.training.flops import mfu
+from megatron_vila.training.progress import progress_display
+from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, summarize, write_json
+
+PLOT_FILE = "loss.png"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, measured by the trainer over all ranks."""
+
+    step: int
+    """steps done, this one included"""
+    loss: float
+    """mean over the supervised tokens of the global batch"""
+    lr: Mapping[str, float]
+    """learning rate of each trained part (``llm``, ``projector``, ``vision``)"""
+    grad_norm: float
+    """global norm before clipping"""
+    tokens: int
+    """LLM tokens of the global batch without padding"""
+    supervised_tokens: int
+    frames: int
+    """pictures encoded in the step"""
+    model_flops: float
+    """by ``flops.model_flops``, all ranks together"""
+    step_s: float
+    """wall time of the step, waiting for data included"""
+    data_wait_s: float
+    """of which waiting for data, on the rank that waited longest"""
+    peak_memory_gib: float
+    """largest memory of a rank since the start"""
+    skipped: int
+    """updates skipped so far"""
+
+
+class MetricsLogger:
+    """Writes the records of a run; use it as a context manager, so that the files are complete on every way out.
+
+    ``gpus`` is the number of ranks and ``peak`` the FLOP/s of one of them (None: no MFU is shown). ``start_step`` is the
+    step of the checkpoint that the run goes on from, 0 for a new run: a new run starts ``metrics.jsonl`` afresh.
+    Lines and TensorBoard scalars of a step appear every ``log_every`` steps, with rates over the steps since the line before;
+    ``metrics.jsonl`` has every step.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        is_writer: bool,
+        total_steps: int,
+        gpus: int,
+        peak: float | None,
+        log_every: int = 1,
+        start_step: int = 0,
+        console: Console | None = None,
+    ):
+        self.folder = Path(output_dir)
+        self.is_writer = is_writer
+        self._total_steps, self._gpus, self._peak, self._log_every = total_steps, gpus, peak, log_every
+        self._window: list[StepMetrics] = []
+        self._started = time.monotonic()
+        self._open = is_writer
+        if not is_writer:
+            return
+        # tensorboard is slow to import: only the writer pays for it
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        truncate_after(self.folder / METRICS_FILE, start_step)
+        self._jsonl = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self._progress = progress_display(console or Console(), total_steps, start_step)
+        if peak is not None:
+            self.message(
+                f"MFU: model FLOPs against {peak / 1e12:.0f} TFLOP/s per GPU; causal attention counts as half, "
+                "recomputation and padding do not count"
+            )
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        if not self._open:
+            return
+        self._write_line(self._record([metrics]))
+        self._window.append(metrics)
+        if metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
+            record = self._record(self._window)
+            self._window = []
+            self._progress.step(record)
+            self._write_scalars(record)
+        else:
+            self._progress.advance(metrics.step)
+
+    def evaluation(self, step: int, results: Mapping[str, float]) -> None:
+        """Record an evaluation after ``step``, such as ``{"accuracy": 0.93, "chance": 0.125}``."""
+        if not self._open:
+            return
+        record = {f"eval_{name}": value for name, value in results.items()}
+        self._write_line({"step": step} | record)
+        for name, value in results.items():
+            self._tensorboard.add_scalar(f"eval/{name}", value, step)
+        self._progress.message(
+            f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in results.items())
+        )
+
+    def message(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._open:
+            self._progress.message(text)
+
+    def plot(self) -> None:
+        """Draw ``loss.png`` from what is written so far."""
+        if self.is_writer:
+            # matplotlib is slow to import: only the writer pays for it
+            from megatron_vila.training.plots import plot_runs
+
+            plot_runs([self.folder], self.folder / PLOT_FILE)
+
+    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Close the files and write ``summary.json``: totals of the whole run and ``results``; returns it ({} elsewhere)."""
+        self.close()
+        if not self.is_writer:
+            return {}
+        summary = summarize(self.folder) | {"wall_s": time.monotonic() - self._started} | dict(results)
+        write_json(self.folder / SUMMARY_FILE, summary)
+        return summary
+
+    def close(self) -> None:
+        """Stop the progress bar, close the files and draw the loss curve; calls after the first do nothing."""
+        if not self._open:
+            return
+        self._open = False
+        self._progress.stop()
+        self._jsonl.close()
+        self._tensorboard.close()
+        self.plot()
+
+    def _record(self, window: list[StepMetrics]) -> dict[str, Any]:
+        """The last step of ``window`` with rates over all of it."""
+        last = asdict(window[-1])
+        seconds = sum(m.step_s for m in window)
+        rates = {
+            "tokens_per_s_per_gpu": sum(m.tokens for m in window) / seconds / self._gpus,
+            "frames_per_s": sum(m.frames for m in window) / seconds,
+            "mfu": mfu(sum(m.model_flops for m in window), seconds, self._gpus, self._peak),
+            "data_wait_s": sum(m.data_wait_s for m in window) / len(window),
+            "step_s": seconds / len(window),
+        }
+        return last | {f"lr_{part}": lr for part, lr in last.pop("lr").items()} | rates
+
+    def _write_line(self, record: Mapping[str, Any]) -> None:
+        self._jsonl.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
+        self._jsonl.flush()
+
+    def _write_scalars(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                group = "speed" if name in _SPEED else "train"
+                self._tensorboard.add_scalar(f"{group}/{name}", value, record["step"])
+
+
+_SPEED = {"tokens_per_s_per_gpu", "frames_per_s", "mfu", "data_wait_s", "step_s", "peak_memory_gib", "model_flops"}
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of ``path`` after ``step``, and a last line cut off by a crash, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept if step > 0 else [])
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

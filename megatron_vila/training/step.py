@@ -1,0 +1,117 @@
+"""One pass of Megatron's pipeline schedule over the micro-batches of a step, and what comes out of it.
+
+A micro-batch is one packed row. The loss of a micro-batch is the sum over the supervised tokens of this CP rank together
+with their number; Megatron divides gradients by the number of the whole global batch (dp, cp and micro-batches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vila.config.schema import LanguageConfig
+from megatron_vila.data.row import Row
+from megatron_vila.models.head import HeadOutput
+from megatron_vila.models.shard import RowShard
+from megatron_vila.parallel.topology import ParallelTopology
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A row and the frames that this rank encodes: float [F, 3, image_size, image_size]."""
+
+    row: Row
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Runs rows through the model: ``run(rows)`` trains, ``run(rows, forward_only=True)`` evaluates."""
+
+    model: torch.nn.Module
+    topology: ParallelTopology
+    llm: LanguageConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self, rows: Sequence[MicroBatch], forward_only: bool = False) -> list[dict[str, Any]]:
+        """One dict per row on the last pipeline stage (see ``_report``), an empty list on the others.
+
+        Collectives: all of the model's, pipeline point-to-point, and with gradients Megatron's reduction over dp x cp.
+        """
+        return get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(rows),
+            model=[self.model],
+            num_microbatches=len(rows),
+            seq_length=max(r.row.length for r in rows),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, rows: Iterator[MicroBatch], model: torch.nn.Module):
+        batch = next(rows)
+        head_dim = self.llm.head_dim or self.llm.hidden_size // self.llm.num_heads
+        shard = RowShard.of(batch.row, self.topology, self.llm, head_dim, self.dtype, self.device)
+        output = model(shard, batch.pixels.to(self.device, non_blocking=True))
+        if isinstance(output, HeadOutput):
+            return output.loss_sum, partial(_loss, shard, batch.row, output.correct_n)
+        return output, None
+
+
+def _loss(shard: RowShard, row: Row, correct_n: torch.Tensor, loss_sum: torch.Tensor):
+    """Megatron's loss function: (sum, number of tokens, report); nothing is averaged here."""
+    tokens = torch.tensor(shard.supervised, dtype=torch.int, device=loss_sum.device)
+    return loss_sum, tokens, _report(shard, row, correct_n, loss_sum)
+
+
+def _report(shard: RowShard, row: Row, correct_n: torch.Tensor, loss_sum: torch.Tensor) -> dict[str, Any]:
+    """``loss_sum`` and ``supervised`` of this CP rank; ``correct_n`` and the document of each supervised token held here."""
+    return {
+        "loss_sum": loss_sum.detach(),
+        "supervised": shard.supervised,
+        "row": row,
+        "correct_n": correct_n,
+        "documents_n": shard.documents_n,
+    }
+
+
+def mean_loss(reports: Sequence[dict[str, Any]], topology: ParallelTopology, device: torch.device) -> tuple[float, int]:
+    """Mean loss per supervised token of the global batch and their number, on every rank.
+
+    All-reduce over dp x cp on the last pipeline stage, then a broadcast over the pipeline group. Zero tokens: (0.0, 0).
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for report in reports:
+        total += torch.stack([report["loss_sum"].double(), torch.tensor(report["supervised"], device=device).double()])
+    if topology.is_last_stage:
+        dist.all_reduce(total, group=topology.dp_cp)
+    if topology.grid.pp > 1:
+        dist.broadcast(total, group=topology.pp, group_src=topology.grid.pp - 1)
+    loss, tokens = total.tolist()
+    return (loss / tokens if tokens else 0.0), int(tokens)
+
+
+def exact_matches(reports: Sequence[dict[str, Any]], topology: ParallelTopology, device: torch.device) -> list[bool | None]:
+    """For each document of the reports' rows, in order: was every supervised token predicted (arg-max)? None without any.
+
+    Called on the last pipeline stage. All-reduce over cp, then over tp under sequence parallelism.
+    """
+    wrong, seen = [], []
+    for report in reports:
+        documents = len(report["row"].lengths)
+        missed = ~report["correct_n"].cpu().numpy()
+        wrong += np.bincount(report["documents_n"][missed], minlength=documents).tolist()
+        seen += np.bincount(report["documents_n"], minlength=documents).tolist()
+    counts = torch.tensor([wrong, seen], device=device)
+    dist.all_reduce(counts, group=topology.cp)
+    if topology.grid.tp > 1:
+        dist.all_reduce(counts, group=topology.tp)
+    return [w == 0 if s else None for w, s in zip(*counts.tolist(), strict=True)]

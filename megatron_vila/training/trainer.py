@@ -1,0 +1,255 @@
+"""The training run: a plain loop over Megatron-Core's pieces, from a configuration to a checkpoint, metrics and a plot."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_vila import platform
+from megatron_vila.config.load import dump_config
+from megatron_vila.config.schema import Config
+from megatron_vila.data.chat import describe
+from megatron_vila.data.loader import LoadedRow
+from megatron_vila.models.vila import VilaModel
+from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
+from megatron_vila.training.evaluate import evaluate
+from megatron_vila.training.feed import open_dataset, training_loader
+from megatron_vila.training.flops import model_flops, peak_flops
+from megatron_vila.training.metrics import MetricsLogger, StepMetrics
+from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, wrap_ddp
+from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+
+logger = logging.getLogger(__name__)
+
+DATA_COUNTS = ("replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out")
+"""Counts of ``RowStats`` that are summed over the run and reported."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to; equal on all ranks. ``lr`` are the rates that it used."""
+
+    loss: float
+    supervised: int
+    updated: bool
+    grad_norm: float
+    lr: dict[str, float]
+
+
+class Trainer:
+    """One rank of a run. ``Trainer(config).run()`` needs the default process group; it is collective over all ranks.
+
+    The order of construction matters: groups, seeds, model, weights of ``checkpoint.load``, DDP and optimizer (which copies
+    16-bit weights), then the state of a run that goes on.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device, self.dtype = platform.device(), platform.dtype_of(config.train.precision)
+        platform.set_deterministic(config.train.deterministic)
+        self.topology = ParallelTopology.create(config.parallel)
+        self.is_writer = self.topology.rank == 0
+        model_parallel_cuda_manual_seed(config.train.seed)
+        model = VilaModel(config, self.topology, self.dtype, self.device)
+        resumed = latest_checkpoint(config.train.output) if config.checkpoint.resume else None
+        if resumed is None and config.checkpoint.load:
+            load_checkpoint(config.checkpoint.load, [model])
+            self._say(f"weights of {config.checkpoint.load}")
+        self.model = wrap_ddp(model, config.optim, model.config)
+        self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
+        self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
+        if resumed is not None:
+            self._resume(resumed)
+        self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
+        self._sigterm = threading.Event()
+
+    def run(self) -> dict[str, Any]:
+        """Train to ``train.steps``, evaluate, save; returns the run's summary on the writer rank, {} elsewhere.
+
+        After a SIGTERM to any rank the step in work is finished and saved, and the method returns. Raises ``NonFiniteError``
+        as ``train.on_nan`` says and ``NothingToLearnError`` if an epoch holds no label, on all ranks at once.
+        """
+        train = self.config.train
+        previous = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
+        try:
+            if self.is_writer:
+                self._describe_run()
+            peak = _peak_of_device(self.dtype)
+            world = self.topology.grid.world_size
+            with MetricsLogger(
+                train.output, self.is_writer, train.steps, world, peak, train.log_every, self.step
+            ) as metrics:
+                results, stopped = self._loop(metrics)
+                if stopped:
+                    metrics.message(f"stopped by SIGTERM after step {self.step}; the same command goes on from there")
+                return metrics.finish({"stopped": stopped, **self.counts, **results})
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _loop(self, metrics: MetricsLogger) -> tuple[dict[str, float], bool]:
+        """All steps that are left; the last evaluation, and whether a SIGTERM ended the loop."""
+        train, data = self.config.train, self.config.data
+        loader, rows_per_epoch = training_loader(self.config, self.topology)
+        results: dict[str, float] = {}
+        barren_rows = skips_in_a_row = 0
+        platform.reset_peak_memory()
+        with loader:
+            while self.step < train.steps:
+                started_s = time.perf_counter()
+                rows = loader.rows(self.step)
+                outcome = self._train_step(rows)
+                self.step += 1
+                self.skipped += not outcome.updated
+                stopping, record = self._measure(rows, outcome, started_s)
+                metrics.step(record)
+                barren_rows = 0 if outcome.supervised else barren_rows + train.global_batch_size
+                skips_in_a_row = 0 if outcome.updated or not outcome.supervised else skips_in_a_row + 1
+                self._guard(outcome, skips_in_a_row, barren_rows >= rows_per_epoch, metrics)
+                finished = self.step == train.steps
+                if data.eval and not stopping and _due(self.step, train.eval_every) and not finished:
+                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
+                if finished or stopping or _due(self.step, self.config.checkpoint.save_every):
+                    self._save()
+                if stopping:
+                    return {}, True
+        if data.eval:
+            results = evaluate(self.config, self.forward)
+            metrics.evaluation(self.step, results)
+            results["held_out_accuracy"] = results.pop("accuracy")
+        return results, False
+
+    def _train_step(self, rows: Sequence[LoadedRow]) -> Outcome:
+        """Forward, backward and update. No weight changes if the step has no label or anything is not finite."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self.forward.run([MicroBatch(row.row, row.pixels) for row in rows])
+        loss, supervised = mean_loss(reports, self.topology, self.device)
+        updated, norm = False, 0.0
+        if supervised:
+            updated, norm = apply_step(self.optimizer, math.isfinite(loss))
+        rates = learning_rates(self.optimizer, self.config.optim)
+        self.scheduler.step(1)
+        return Outcome(loss, supervised, updated, norm, rates)
+
+    def _measure(self, rows: Sequence[LoadedRow], outcome: Outcome, started_s: float) -> tuple[bool, StepMetrics]:
+        """Whether any rank was told to stop, and the step's record. A sum over dp and a maximum over all ranks."""
+        flops = sum(
+            model_flops(r.row.lengths, r.row.supervised_tokens, len(r.row.frames), self.config.model, self.config.optim).total
+            for r in rows
+        )
+        counts = [sum(getattr(r.stats, name) for r in rows) for name in DATA_COUNTS]
+        tokens, frames = sum(sum(r.row.lengths) for r in rows), sum(len(r.row.frames) for r in rows)
+        sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums, group=self.topology.dp)
+        wait_s, peak_gib = sum(r.stats.wait_s for r in rows), platform.peak_memory_bytes() / 2**30
+        largest = torch.tensor([self._sigterm.is_set(), wait_s, peak_gib], dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        tokens, frames, flops, *counts = sums.tolist()
+        stopping, wait_s, peak_gib = largest.tolist()
+        for name, count in zip(DATA_COUNTS, counts, strict=True):
+            self.counts[name] += int(count)
+        return bool(stopping), StepMetrics(
+            step=self.step,
+            loss=outcome.loss,
+            lr=outcome.lr,
+            grad_norm=outcome.grad_norm,
+            tokens=int(tokens),
+            supervised_tokens=outcome.supervised,
+            frames=int(frames),
+            model_flops=flops,
+            step_s=time.perf_counter() - started_s,
+            data_wait_s=wait_s,
+            peak_memory_gib=peak_gib,
+            skipped=self.skipped,
+        )
+
+    def _guard(self, outcome: Outcome, skips_in_a_row: int, barren_epoch: bool, metrics: MetricsLogger) -> None:
+        """End the run on all ranks where going on would be wrong or pointless."""
+        train = self.config.train
+        if outcome.updated:
+            return
+        if not outcome.supervised:
+            metrics.message(f"step {self.step} has no supervised token: nothing updated")
+            if barren_epoch:
+                raise NothingToLearnError(
+                    f"a whole epoch of data.train={self.config.data.train} held no supervised token; the samples need answers "
+                    "(turns from gpt) that fit into train.seq_length"
+                )
+            return
+        what = f"loss {outcome.loss} and gradient norm {outcome.grad_norm} after step {self.step}"
+        if train.on_nan == "stop":
+            raise NonFiniteError(
+                f"{what}: not finite, weights and checkpoints are as before the step; look at the data and optim.lr, "
+                "or drop such updates with train.on_nan=skip"
+            )
+        metrics.message(f"{what}: update skipped ({self.skipped} so far)")
+        if skips_in_a_row > train.max_skips:
+            raise NonFiniteError(f"{what}: {skips_in_a_row} updates skipped in a row, more than train.max_skips={train.max_skips}")
+
+    def _resume(self, checkpoint: Path) -> None:
+        extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler)
+        self.step, self.skipped, self.counts = extra["step"], extra["skipped"], extra["counts"]
+        self._say(f"going on from {checkpoint} after step {self.step}")
+        changed = [f"{k}: {extra['data'][k]} -> {v}" for k, v in self._data_identity().items() if extra["data"][k] != v]
+        if changed:
+            self._say(f"the samples of coming steps are not those of the saved run, because of {'; '.join(changed)}")
+
+    def _save(self) -> None:
+        extra = {"step": self.step, "skipped": self.skipped, "counts": self.counts, "data": self._data_identity()}
+        info = {"model": self.config.model.name, "layout": asdict(self.config.parallel) | {"dp": self.topology.grid.dp}}
+        save_checkpoint(
+            self.config.train.output,
+            self.step,
+            [self.model],
+            self.optimizer,
+            self.scheduler,
+            extra,
+            self.config.checkpoint.keep,
+            info,
+        )
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What the order of samples depends on."""
+        config = self.config
+        return {
+            "train.seed": config.train.seed,
+            "train.global_batch_size": config.train.global_batch_size,
+            "data.train": list(config.data.train),
+            "data.shuffle": config.data.shuffle,
+            "data.packing": config.data.packing,
+        }
+
+    def _describe_run(self) -> None:
+        """Keep the configuration beside the run and show the first sample as the model sees it."""
+        output = Path(self.config.train.output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(dump_config(self.config))
+        dataset = open_dataset(self.config, self.config.data.train)
+        logger.info("first sample:\n%s", describe(dataset.document(0), dataset.encoder.tokenizer))
+
+    def _say(self, text: str) -> None:
+        if self.is_writer:
+            logger.warning(text)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _peak_of_device(dtype: torch.dtype) -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    return peak_flops(torch.cuda.get_device_name(), "bf16" if dtype == torch.bfloat16 else str(dtype))

@@ -1,0 +1,44 @@
+"""Installs megatron_vila: ``pip install -c constraints.txt -e .[test]`` (Python 3.12 and later: ``constraints-py312.txt``).
+
+Lower bounds are the oldest versions that were tried; the constraints files hold the versions that the tests run with.
+"""
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.11",
+    "megatron-core>=0.16.1",
+    # megatron-core 0.19 imports triton without declaring it; a CPU build of torch does not bring it along
+    "triton; python_version >= '3.12' and sys_platform == 'linux'",
+    # megatron-core asks for einops when it makes hierarchical context-parallel groups
+    "einops>=0.8",
+    "transformers>=5.23",
+    "tokenizers>=0.22",
+    "sentencepiece>=0.2",
+    "jinja2>=3.1",
+    "av>=18",
+    "pillow>=11",
+    "numpy>=2",
+    "omegaconf>=2.3",
+    "pyyaml>=6",
+    "tensorboard>=2.18",
+    "rich>=13.9",
+    "matplotlib>=3.9",
+]
+
+setup(
+    name="megatron-vila",
+    version="0.1.0",
+    description="Training of long-video vision language models with multi-modal sequence parallelism on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_vila", "megatron_vila.*"]),
+    package_data={"megatron_vila": ["config/presets/**/*.yaml"]},
+    install_requires=REQUIRED,
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+        # pre-release: pinned here, because pip takes one only when asked for it by its exact version
+        "gpu": ["flash-attn-4==4.0.0b36"],
+        "te": ["transformer-engine[pytorch]>=2.13"],
+    },
+)

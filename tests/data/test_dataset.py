@@ -1,0 +1,307 @@
+"""Documents from records: token counts, the over-long policy, replacement of bad samples, the order of rows, the length table."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, share_frames, thin_out
+from megatron_vila.data.lengths import length_table
+from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
+from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.row import MEDIA_TOKEN
+from tests.data.material import byte_level_tokenizer, conversation, cut_off, write_jsonl, write_video
+
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=56, patch_size=14),
+    projector=ProjectorConfig(type="mlp_downsample"),
+    llm=LanguageConfig(vocab_size=1000),
+)
+TOKENIZER = byte_level_tokenizer("qwen2")
+quick = settings(deadline=None, max_examples=60)
+few = settings(deadline=None, max_examples=25)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder with good and bad media; a record names them by file name."""
+    folder = tmp_path_factory.mktemp("media")
+    for name, frames in (("short.mp4", 3), ("long.mp4", 64), ("other.mp4", 24)):
+        write_video(folder / name, frames)
+    Image.new("RGB", (40, 30), (200, 0, 0)).save(folder / "red.png")
+    cut_off(write_video(folder / "cut.mp4", 24))
+    (folder / "empty.mp4").touch()
+    (folder / "empty.png").touch()
+    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    return folder
+
+
+def make(media, tmp_path, records, seq_length=512, model=MODEL, **data):
+    path = write_jsonl(tmp_path / "train.jsonl", records)
+    files = RecordFiles([path], media_dir=str(media))
+    return VilaDataset(files, TOKENIZER, DataConfig(**{"num_frames": 8, **data}), model, seq_length)
+
+
+def video(name, **more):
+    return {"id": name, "video": name, "conversations": conversation("<video>\nWhat?"), **more}
+
+
+TEXT = {"id": "text", "conversations": conversation()}
+
+
+def test_a_video_becomes_the_sampled_frames_each_followed_by_its_separators(media, tmp_path):
+    document = make(media, tmp_path, [video("long.mp4")], frame_separator_ids=[7, 9]).document(0)
+    assert [f.index for f in document.frames] == [0, 9, 18, 27, 36, 45, 54, 63]
+    assert {(f.source, f.tokens, f.cost, f.is_video) for f in document.frames} == {
+        (str(media / "long.mp4"), 4, 16, True)
+    }
+    assert (document.token_ids == MEDIA_TOKEN).sum() == 8 * 4
+    assert np.diff(document.frame_starts).tolist() == [6] * 7
+    assert document.token_ids[document.frame_starts + 4].tolist() == [7] * 8
+
+
+def test_a_short_video_gives_all_its_frames_and_fps_limits_a_long_one(media, tmp_path):
+    assert len(make(media, tmp_path, [video("short.mp4")]).document(0).frames) == 3
+    assert len(make(media, tmp_path, [video("long.mp4")], fps=0.5).document(0).frames) == 4
+
+
+def test_images_and_text_alone_are_samples_too(media, tmp_path):
+    records = [{"image": "red.png", "conversations": conversation("<image> What?")}, TEXT]
+    dataset = make(media, tmp_path, records, image_separator_ids=[5])
+    image, text = dataset.document(0), dataset.document(1)
+    assert [(f.index, f.is_video) for f in image.frames] == [(0, False)]
+    assert image.token_ids[image.frame_starts[0] + 4] == 5
+    assert text.frames == () and text.frame_starts.shape == (0,)
+
+
+def test_the_documents_of_real_model_shapes_have_the_published_token_counts(media, tmp_path):
+    for size, kind, expected in (
+        (384, "mlp_downsample", 196),
+        (448, "mlp_downsample_2x2_fix", 256),
+        (448, "mlp_downsample_3x3_fix", 121),
+        (384, "mlp_downsample_3x3_fix", 81),
+        (384, "linear", 729),
+    ):
+        model = ModelConfig(
+            vision=VisionConfig(image_size=size),
+            projector=ProjectorConfig(type=kind),
+            llm=LanguageConfig(vocab_size=1000),
+        )
+        document = make(media, tmp_path, [video("long.mp4")], model=model, seq_length=10_000).document(0)
+        assert document.frames[0].tokens == expected
+        assert document.frames[0].cost == (size // 14) ** 2
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_an_over_long_video_keeps_as_many_frames_as_fit_spread_evenly(media, tmp_path, room):
+    whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).document(0)
+    seq_length = len(whole) - 8 * 5 + room * 5 + 4
+    choice = make(media, tmp_path, [video("long.mp4"), TEXT], seq_length=seq_length, frame_separator_ids=[7]).choose(0)
+    if room == 0:
+        assert (choice.index, choice.replaced) == (1, "too_long")
+        return
+    assert (choice.index, choice.replaced, choice.dropped_frames) == (0, "", 8 - room)
+    assert len(choice.document.frames) == room
+    assert seq_length - 5 < len(choice.document) <= seq_length
+    gaps = np.diff([0, *(f.index for f in choice.document.frames[1:])])
+    assert choice.document.frames[0].index == 0
+    assert room == 1 or (choice.document.frames[-1].index == 63 and gaps.max() - gaps[gaps > 0].min() <= 1)
+
+
+def test_over_long_samples_are_replaced_where_the_policy_is_drop(media, tmp_path):
+    records = [video("long.mp4"), video("other.mp4"), video("short.mp4")]
+    length = len(make(media, tmp_path, records).document(2))
+    choice = make(media, tmp_path, records, seq_length=length, over_long="drop").choose(0)
+    assert (choice.index, choice.replaced, choice.dropped_frames) == (2, "too_long", 0)
+    with pytest.raises(ValueError, match="data.over_long=shrink is unknown; use truncate or drop"):
+        make(media, tmp_path, records, over_long="shrink")
+
+
+def test_text_that_is_too_long_is_never_cut(media, tmp_path):
+    records = [{"conversations": conversation("word " * 400)}, TEXT]
+    choice = make(media, tmp_path, records, seq_length=100).choose(0)
+    assert (choice.index, choice.replaced) == (1, "too_long")
+
+
+@quick
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 200))
+def test_frames_are_shared_between_videos_in_proportion_and_fill_the_room(counts, room):
+    if room < len(counts):
+        with pytest.raises(TooLongError):
+            share_frames(counts, room)
+        return
+    kept = share_frames(counts, room)
+    assert sum(kept) == min(room, sum(counts))
+    assert all(1 <= k <= n for k, n in zip(kept, counts, strict=True))
+    if room < sum(counts):
+        assert all(
+            a <= b + 1
+            for (m, a) in zip(counts, kept, strict=True)
+            for (n, b) in zip(counts, kept, strict=True)
+            if m <= n
+        )
+
+
+@quick
+@given(st.integers(1, 500), st.data())
+def test_thinned_frames_are_distinct_and_within_the_video(frames, data):
+    count = data.draw(st.integers(1, frames))
+    thin = thin_out(np.arange(frames), count)
+    assert (
+        len(np.unique(thin)) == count and thin[0] == 0 and thin[-1] == (frames - 1 if count > 1 or frames == 1 else 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (video("missing.mp4"), "no such file"),
+        (video("empty.mp4"), "empty"),
+        (video("text.mp4"), "text.mp4"),
+        (video("cut.mp4"), "cut.mp4"),
+        ({"image": "empty.png", "conversations": conversation()}, "empty"),
+        ({"image": "missing.png", "conversations": conversation()}, "No such file"),
+    ],
+)
+def test_a_broken_sample_is_replaced_by_the_next_good_one_and_named(media, tmp_path, record, reason):
+    records = [TEXT, record, video("empty.mp4"), video("long.mp4")]
+    choice = make(media, tmp_path, records).choose(1)
+    assert (choice.index, choice.replaced, choice.document.sample_id) == (3, "broken", "long.mp4")
+    assert sorted(choice.found) == [1, 2]
+    assert reason in choice.found[1]
+    last = make(media, tmp_path, [TEXT, *records[1:3]]).choose(1)
+    assert last.index == 0, "after the last record comes the first"
+
+
+@few
+@given(bad=st.sets(st.integers(0, 5)), known=st.sets(st.integers(0, 5)), index=st.integers(0, 5))
+def test_the_replacement_does_not_depend_on_what_was_known_before(media, tmp_path_factory, bad, known, index):
+    records = [video("missing.mp4") if i in bad else {**TEXT, "id": i} for i in range(6)]
+    dataset = make(media, tmp_path_factory.mktemp("records"), records)
+    if len(bad) == 6:
+        with pytest.raises(NoUsableSampleError, match="none of the 6 samples can be used: 6 are broken"):
+            dataset.choose(index, dict.fromkeys(known & bad, "known"))
+        return
+    expected = next(i % 6 for i in range(index, index + 6) if i % 6 not in bad)
+    choice = dataset.choose(index, dict.fromkeys(known & bad, "known"))
+    assert choice.index == expected
+    assert choice.replaced == ("broken" if index in bad else "")
+
+
+def test_a_replacement_in_a_packed_row_must_fit_its_place(media, tmp_path):
+    records = [video("missing.mp4"), video("long.mp4"), video("short.mp4"), TEXT]
+    dataset = make(media, tmp_path, records)
+    lengths = np.array([len(dataset.document(i)) for i in range(4)])
+    assert lengths[0] == lengths[1] > lengths[2] > lengths[3]
+    for table in (None, lengths):
+        assert dataset.choose(0, {1: "known"}, int(lengths[0]), table).index == 2
+        assert dataset.choose(1, {1: "known"}, int(lengths[3]), table).index == 3
+        with pytest.raises(NoUsableSampleError):
+            dataset.choose(1, {1: "known"}, int(lengths[3]) - 1, table)
+
+
+def test_the_error_when_no_sample_is_left_tells_the_reasons(media, tmp_path):
+    records = [video("missing.mp4"), {"conversations": conversation("word " * 400)}]
+    with pytest.raises(NoUsableSampleError, match=r"1 are broken, 1 do not fit train.seq_length=64\n.*no such file"):
+        make(media, tmp_path, records, seq_length=64).document(0)
+
+
+def test_a_sample_without_an_answer_is_not_supervised(media, tmp_path):
+    dataset = make(media, tmp_path, [{"conversations": conversation()[:1]}, TEXT])
+    assert [dataset.choose(i).supervised for i in range(2)] == [False, True]
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(media, tmp_path):
+    small = ModelConfig(vision=MODEL.vision, projector=MODEL.projector, llm=LanguageConfig(vocab_size=20))
+    with pytest.raises(ValueError, match=r"data.frame_separator_ids holds token id 25, but model.llm.vocab_size=20"):
+        make(media, tmp_path, [TEXT], model=small, frame_separator_ids=[25])
+    with pytest.raises(ValueError, match=r"sample text holds token id \d+, but model.llm.vocab_size=20"):
+        make(media, tmp_path, [TEXT], model=small).document(0)
+
+
+@quick
+@given(st.integers(1, 300), st.integers(-5, 2**40), st.integers(0, 50))
+def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide(samples, seed, epoch):
+    order = epoch_order(samples, seed, epoch, shuffle=True)
+    assert sorted(order) == list(range(samples))
+    assert (order == epoch_order(samples, seed, epoch, shuffle=True)).all()
+    assert (epoch_order(samples, seed, epoch, shuffle=False) == np.arange(samples)).all()
+
+
+def test_epochs_and_seeds_differ_and_the_order_is_the_same_for_ever():
+    assert epoch_order(10, 1234, 0, True).tolist() == [9, 2, 7, 6, 1, 3, 0, 8, 5, 4]
+    orders = {tuple(epoch_order(50, seed, epoch, True)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    first = np.stack([epoch_order(8, seed, 0, True) for seed in range(4000)])
+    counts = np.stack([(first == i).sum(axis=0) for i in range(8)])
+    assert abs(counts - 500).max() < 120, "each sample comes at each place equally often"
+
+
+@quick
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
+def test_greedy_rows_hold_every_sample_once_and_no_sample_would_have_fitted_the_row_before(lengths, seq_length):
+    lengths = np.array(lengths)
+    starts = pack_greedily(lengths, seq_length)
+    rows = [lengths[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    assert np.concatenate(rows).tolist() == lengths.tolist()
+    assert all(0 < row.sum() <= seq_length for row in rows)
+    assert all(row.sum() + after[0] > seq_length for row, after in zip(rows, rows[1:], strict=False))
+
+
+def test_packing_refuses_a_sample_longer_than_a_row():
+    with pytest.raises(ValueError, match="a sample of 11 tokens cannot be packed into rows of train.seq_length=10"):
+        pack_greedily(np.array([3, 11]), 10)
+
+
+@quick
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.booleans(), st.booleans(), st.integers(0, 9))
+def test_rows_run_through_epoch_after_epoch_wherever_one_starts(lengths, packed, shuffle, start):
+    table = np.array(lengths) if packed else None
+    order = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else None)
+    rows = [row for epoch in range(3) for row in epoch_rows(order, epoch)]
+    fresh = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else None)
+    got = [list(fresh.row(g)) for g in range(start, len(rows))]
+    assert got == rows[start:]
+    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+    seen = [i for epoch in range(3) for i in np.concatenate(epoch_rows(order, epoch)).tolist()]
+    assert seen == [i for epoch in range(3) for i in epoch_order(len(lengths), 3, epoch, shuffle)]
+
+
+def epoch_rows(order, epoch):
+    first = sum(order.rows_of_epoch(e) for e in range(epoch))
+    assert order.locate(first) == (epoch, 0)
+    return [list(order.row(first + k)) for k in range(order.rows_of_epoch(epoch))]
+
+
+def test_the_length_table_is_made_once_and_made_anew_when_files_or_settings_change(media, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cache = str(tmp_path / "run" / "lengths.json")
+    records = [video("long.mp4"), video("missing.mp4"), TEXT, {"image": "red.png", "conversations": conversation()}]
+
+    def table(**data):
+        caplog.clear()
+        dataset = make(media, tmp_path, records, **data)
+        lengths = length_table(dataset, cache, workers=2)
+        assert lengths.tolist() == [len(dataset.document(i)) for i in range(len(dataset))]
+        return "measuring" in caplog.text
+
+    assert table(), "first"
+    assert not table(), "the same again"
+    assert not table(workers=7, shuffle=False), "settings that do not matter"
+    assert table(num_frames=4)
+    assert table()
+    records[2] = {"conversations": conversation("Another question, longer than the one before?")}
+    assert table(), "another text"
+    write_video(media / "other.mp4", 24)
+    records[0] = video("other.mp4")
+    assert table()
+    write_video(media / "other.mp4", 5)
+    assert table(), "another video under the same name"
+    content = json.loads((tmp_path / "run" / "lengths.json").read_text())
+    (tmp_path / "run" / "lengths.json").write_text(json.dumps(content)[:40])
+    assert table(), "half a file"
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["lengths.json"]

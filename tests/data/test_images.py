@@ -1,0 +1,130 @@
+"""Reading pictures, and what the vision tower gets."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from megatron_vila.data.images import PAD_COLOUR, load_image, preprocess
+from megatron_vila.data.video import MediaError
+
+
+def noise(width, height, channels=3, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return pixels[..., 0] if channels == 1 else pixels
+
+
+def saved(tmp_path, image, name="picture.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def pixel(image, x=0, y=0):
+    return image.getpixel((x, y))
+
+
+@pytest.mark.parametrize("shape", [(100, 60), (60, 100), (56, 56), (7, 400)])
+@pytest.mark.parametrize("size", [56, 384])
+def test_resize_equals_the_siglip_processor_of_transformers(shape, size):
+    images = [Image.fromarray(noise(*shape, seed=s)) for s in range(3)]
+    processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    found = preprocess(images, size, "resize")
+    assert found.shape == (3, 3, size, size) and found.dtype == torch.float32 and found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(100, 60), (60, 101), (56, 56)])
+def test_pad_centres_the_picture_on_a_square_of_the_mean_colour(shape):
+    image = Image.fromarray(noise(*shape))
+    side = max(shape)
+    square = np.full((side, side, 3), PAD_COLOUR[0], np.uint8)
+    top, left = (side - shape[1]) // 2, (side - shape[0]) // 2
+    square[top : top + shape[1], left : left + shape[0]] = np.asarray(image)
+    expected = SiglipImageProcessorPil(size={"height": 56, "width": 56})([Image.fromarray(square)], return_tensors="pt")
+    torch.testing.assert_close(preprocess([image], 56, "pad"), expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_pictures_of_different_sizes_become_one_tensor_and_none_an_empty_one():
+    pixels = preprocess([Image.fromarray(noise(30, 50)), Image.fromarray(noise(80, 20, 1))], 28)
+    assert pixels.shape == (2, 3, 28, 28)
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    assert preprocess([], 28).shape == (0, 3, 28, 28)
+
+
+def test_black_and_white_are_minus_one_and_one():
+    pixels = preprocess([Image.new("RGB", (9, 9)), Image.new("RGB", (9, 9), (255, 255, 255))], 4)
+    assert torch.equal(pixels[0], torch.full((3, 4, 4), -1.0))
+    assert torch.equal(pixels[1], torch.full((3, 4, 4), 1.0))
+
+
+def test_an_unknown_aspect_is_refused():
+    with pytest.raises(ValueError, match="resize or pad"):
+        preprocess([Image.new("RGB", (9, 9))], 4, "dynamic")
+
+
+def test_a_picture_survives_reading(tmp_path):
+    pixels = noise(20, 10)
+    image = load_image(saved(tmp_path, Image.fromarray(pixels)))
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_the_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (20, 10), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 10, 10))  # blue on the left as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    shown = load_image(saved(tmp_path, image, "photo.png", exif=exif))
+    assert shown.size == (10, 20)
+    assert pixel(shown, 5, 2) == (0, 0, 255) and pixel(shown, 5, 18) == (255, 0, 0)
+
+
+def test_transparent_pixels_are_laid_on_white(tmp_path):
+    hidden = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert pixel(load_image(saved(tmp_path, hidden))) == (255, 255, 255)
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert abs(pixel(load_image(saved(tmp_path, half)))[0] - 127) <= 1
+    grey = Image.new("LA", (4, 4), (10, 0))
+    assert pixel(load_image(saved(tmp_path, grey))) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    assert pixel(load_image(saved(tmp_path, palette, transparency=0))) == (255, 255, 255)
+
+
+def test_grey_palette_and_sixteen_bit_pictures_become_rgb(tmp_path):
+    assert pixel(load_image(saved(tmp_path, Image.new("L", (4, 4), 77)))) == (77, 77, 77)
+    deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
+    assert pixel(load_image(saved(tmp_path, deep))) == (128, 128, 128)
+    assert pixel(load_image(saved(tmp_path, Image.new("RGB", (4, 4), (1, 2, 3)).quantize()))) == (1, 2, 3)
+
+
+def test_the_first_picture_of_an_animation_is_read(tmp_path):
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    path = saved(tmp_path, first, "moving.gif", save_all=True, append_images=[second])
+    assert pixel(load_image(path)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "not an image", "cut off", "a folder"])
+def test_a_broken_image_is_a_media_error_that_names_the_file(tmp_path, name):
+    path = tmp_path / "picture.png"
+    if name == "empty":
+        path.write_bytes(b"")
+    elif name == "not an image":
+        path.write_bytes(b"some text" * 40)
+    elif name == "cut off":
+        saved(tmp_path, Image.fromarray(noise(64, 64)))
+        path.write_bytes(path.read_bytes()[:2000])
+    elif name == "a folder":
+        path.mkdir()
+    reason = {"missing": "no such file", "empty": "the file is empty"}.get(name, "not an image that can be read")
+    with pytest.raises(MediaError, match=reason) as caught:
+        load_image(path)
+    assert caught.value.path == str(path)
+
+
+def test_a_picture_too_large_to_be_safe_is_a_media_error(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.new("L", (300, 300)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(MediaError, match="exceeds limit"):
+        load_image(path)

@@ -1,0 +1,135 @@
+"""LLaVA-format files: what is read, and what a mistake in them says."""
+
+import json
+import os
+
+import pytest
+
+from megatron_vila.data.records import Media, RecordError, RecordFiles, Turn
+from tests.data.material import conversation, write_jsonl
+
+
+def read_one(tmp_path, record, **options):
+    return RecordFiles([write_jsonl(tmp_path / "train.jsonl", [record])], **options)[0]
+
+
+def test_a_json_list_and_json_lines_give_the_same_records(tmp_path):
+    records = [
+        {"id": 7, "image": "a.png", "conversations": conversation("<image>\nOù est le chat ? 猫", "Ici.")},
+        {"video": "b.mp4", "conversations": conversation("What?\n<video>")},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *conversation()]},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records, indent=2, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text(
+        "\ufeff" + "\n\n".join(json.dumps(r, ensure_ascii=r is records[1]) for r in records), encoding="utf-8"
+    )
+    listed = RecordFiles([str(tmp_path / "train.json")])
+    lined = RecordFiles([str(tmp_path / "lines.jsonl")])
+    assert len(listed) == len(lined) == 3
+    assert [(r.turns, r.media) for r in listed] == [(r.turns, r.media) for r in lined]
+    assert listed[0].sample_id == "7"
+    assert listed[0].turns == (Turn("user", "<image>\nOù est le chat ? 猫"), Turn("assistant", "Ici."))
+    assert listed[1].media == (Media(str(tmp_path / "b.mp4"), True),)
+    assert listed[1].sample_id == "train.json#2"
+    assert lined[1].sample_id == "lines.jsonl#3", "the line in the file, blank lines counted"
+    assert listed[2].turns[0] == Turn("system", "Be brief.")
+
+
+def test_files_are_read_one_after_the_other_with_paths_relative_to_each(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    first = write_jsonl(tmp_path / "one" / "a.jsonl", [{"image": "x.png", "conversations": conversation()}] * 2)
+    second = write_jsonl(tmp_path / "two" / "b.jsonl", [{"image": "/abs/y.png", "conversations": conversation()}])
+    records = RecordFiles([first, second])
+    assert [r.media[0].path for r in records] == [str(tmp_path / "one" / "x.png")] * 2 + ["/abs/y.png"]
+    assert RecordFiles([first], media_dir="/media")[0].media[0].path == "/media/x.png"
+    with pytest.raises(IndexError):
+        records[3]
+
+
+def test_media_without_a_marker_stand_before_the_first_human_turn(tmp_path):
+    record = {
+        "images": ["a.png", "b.png"],
+        "conversations": [{"from": "system", "value": "S"}, *conversation("Q", "A")],
+    }
+    assert [t.text for t in read_one(tmp_path, record).turns] == ["S", "<image><image>Q", "A"]
+    record = {"video": "a.mp4", "conversations": conversation("Q", "A")}
+    assert read_one(tmp_path, record).turns[0].text == "<video>Q"
+
+
+def test_media_are_sorted_to_their_markers(tmp_path):
+    record = {
+        "images": ["a.png", "b.png"],
+        "video": "c.mp4",
+        "conversations": conversation("<image> then <video>", "Like this: <image>"),
+    }
+    assert [os.path.basename(m.path) for m in read_one(tmp_path, record).media] == ["a.png", "c.mp4", "b.png"]
+
+
+def test_an_image_marker_stands_for_a_video_where_there_are_only_videos(tmp_path):
+    record = {"video": "c.mp4", "conversations": conversation("<image>\nWhat?")}
+    assert read_one(tmp_path, record).media[0].is_video
+
+
+GOOD = {"conversations": conversation()}
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({}, "line 2, field 'conversations': must be a list of turns"),
+        ({"conversations": []}, "line 2, field 'conversations': must be a list of turns"),
+        (
+            {"conversations": [{"from": "bot", "value": "x"}]},
+            "turn 1: 'from' must be one of system, human, gpt, found 'bot'",
+        ),
+        ({"conversations": [{"from": "human", "value": None}]}, "turn 1: 'value' must be text, found None"),
+        (
+            {"conversations": [*conversation(), {"from": "system", "value": "x"}]},
+            "turn 3: a system turn must be the first",
+        ),
+        ({"video": 3, **GOOD}, "field 'video': must be a path or a list of paths, found 3"),
+        ({"images": ["a.png", ""], **GOOD}, "field 'images': must be a path"),
+        ({"image": "a.png", "images": ["b.png"], **GOOD}, "field 'images': the record has 'image' as well"),
+        ({"id": ["x"], **GOOD}, "field 'id': must be text or a number"),
+        ({"image": "a.png", "conversations": conversation("<image><image>")}, "2 markers <image> for 1 files"),
+        ({"conversations": conversation("<video>")}, "1 markers <video> for 0 files"),
+        ({"video": "a.mp4", "conversations": [{"from": "gpt", "value": "x"}]}, "no human turn to put them before"),
+        ([1], "a record must be a JSON object, found list"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_record_and_field(tmp_path, record, complaint):
+    path = write_jsonl(tmp_path / "train.jsonl", [GOOD, record])
+    with pytest.raises(RecordError) as error:
+        RecordFiles([path])
+    assert f"{path}, line 2" in str(error.value)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.jsonl", b'{"conversations": [', "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b"\xff\xfe{}", "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b"\n \n", "the file holds no record"),
+        ("a.json", b"[]", "the file holds no record"),
+        ("a.json", b"", "must hold one list of records"),
+        ("a.json", b'{"a": 1}', "must hold one list of records"),
+        ("a.json", b'[{"a": 1}, {"a" 2}]', "a.json, record 2: not JSON"),
+        ("a.json", b'[{"a": 1}, {"a": 2}', "the list breaks off"),
+        ("a.json", b"[\xff]", "not UTF-8"),
+        ("a.txt", b"[]", "must end in .json"),
+    ],
+)
+def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordError, match="a.") as error:
+        RecordFiles([str(tmp_path / name)])
+    assert complaint in str(error.value)
+
+
+def test_a_missing_file_and_an_empty_list_of_files_are_refused(tmp_path):
+    with pytest.raises(RecordError, match=r"none.jsonl: the file with samples cannot be read: No such file"):
+        RecordFiles([str(tmp_path / "none.jsonl")])
+    with pytest.raises(RecordError, match="set data.train"):
+        RecordFiles([])

@@ -1,0 +1,282 @@
+"""The vision tower against transformers' own hidden states, and what MM-SP asks of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import SiglipVisionModel
+
+from megatron_vila.config.schema import ProjectorConfig, VisionConfig
+from megatron_vila.models.projector import Projector
+from megatron_vila.models.vision import VisionTower, encode_frames, layers_to_run, siglip_config
+from tests.ranks import pool
+
+SMALL = VisionConfig(
+    hidden_size=24, num_layers=4, num_heads=2, ffn_hidden_size=40, image_size=30, patch_size=4, frame_micro_batch=2
+)
+LAYER_WEIGHTS = [
+    f"{part}.{kind}"
+    for part in (
+        "layer_norm1",
+        "layer_norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+        "self_attn.k_proj",
+        "self_attn.out_proj",
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+    )
+    for kind in ("weight", "bias")
+]
+HEAD_WEIGHTS = [
+    "probe",
+    "attention.in_proj_weight",
+    "attention.in_proj_bias",
+    *(
+        f"{part}.{kind}"
+        for part in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ),
+]
+
+
+def build_tower(config: VisionConfig, seed: int = 1, std: float = 0.2) -> VisionTower:
+    """A float64 tower whose biases and norms are not trivial either."""
+    torch.manual_seed(seed)
+    tower = VisionTower(config, std).double()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return tower
+
+
+def pictures(frames: int, config: VisionConfig = SMALL) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.rand(frames, 3, config.image_size, config.image_size, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def features_and_gradients(config: VisionConfig, frames: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tower = build_tower(config)
+    features_FPC = tower(pictures(frames, config))
+    weights = torch.linspace(-1, 1, features_FPC.numel(), dtype=torch.float64).view_as(features_FPC)
+    (features_FPC * weights).sum().backward()
+    return features_FPC.detach(), gradients(tower)
+
+
+@pytest.mark.parametrize("select_layer", [-1, -2, -3, 0, 1, 4])
+@pytest.mark.parametrize(("image_size", "patch_size"), [(24, 4), (26, 4), (30, 4)])
+def test_features_and_gradients_equal_the_hidden_states_of_transformers(image_size, patch_size, select_layer):
+    config = replace(SMALL, image_size=image_size, patch_size=patch_size, select_layer=select_layer)
+    features_FPC, found = features_and_gradients(config, frames=3)
+    reference = SiglipVisionModel(siglip_config(config)).double()
+    getattr(reference, "vision_model", reference).load_state_dict(build_tower(config).vision_model.state_dict())
+    states = reference(pixel_values=pictures(3, config), output_hidden_states=True).hidden_states
+    assert features_FPC.shape == (3, (image_size // patch_size) ** 2, 24)
+    torch.testing.assert_close(features_FPC, states[select_layer], rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(-1, 1, features_FPC.numel(), dtype=torch.float64).view_as(features_FPC)
+    (states[select_layer] * weights).sum().backward()
+    expected = gradients(getattr(reference, "vision_model", reference))
+    assert {name.removeprefix("vision_model.") for name in found} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"vision_model.{name}"], gradient, rtol=1e-11, atol=1e-11)
+
+
+def test_pixels_that_do_not_fill_a_patch_are_not_seen():
+    tower, pixels = build_tower(SMALL), pictures(1)
+    changed = pixels.clone()
+    changed[..., 28:, :] = 9
+    changed[..., 28:] = 9
+    assert torch.equal(tower(pixels), tower(changed))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("frame_micro_batch", [1, 3, 5, 16])
+def test_micro_batches_of_frames_and_recompute_change_no_feature_and_no_gradient(frame_micro_batch, recompute):
+    whole_FPC, whole = features_and_gradients(replace(SMALL, frame_micro_batch=5), frames=5)
+    config = replace(SMALL, frame_micro_batch=frame_micro_batch, recompute=recompute)
+    features_FPC, found = features_and_gradients(config, frames=5)
+    torch.testing.assert_close(features_FPC, whole_FPC, rtol=1e-12, atol=1e-12)
+    assert set(found) == set(whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_recompute_encodes_each_frame_again_in_the_backward_pass_one_micro_batch_at_a_time():
+    tower = build_tower(replace(SMALL, recompute=True))
+    sizes = []
+    tower.vision_model.encoder.layers[0].register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    loss = tower(pictures(5)).sum()
+    assert sizes == [2, 2, 1]
+    loss.backward()
+    assert sorted(sizes) == [1, 1, 2, 2, 2, 2]
+
+
+def test_recompute_keeps_nothing_but_the_pictures():
+    def kept_bytes(recompute: bool) -> int:
+        tower = build_tower(replace(SMALL, recompute=recompute))
+        own = {parameter.data_ptr() for parameter in tower.parameters()}
+        kept = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features_FPC = tower(pictures(4))
+        features_FPC.sum().backward()
+        return sum(kept.values())
+
+    assert kept_bytes(recompute=True) <= pictures(4).nbytes < kept_bytes(recompute=False) / 4
+
+
+def test_a_rank_without_frames_gives_every_trainable_parameter_a_gradient_of_exact_zeros():
+    tower = build_tower(SMALL)
+    with torch.no_grad():
+        tower.vision_model.embeddings.position_embedding.weight.fill_(float("nan"))
+    features_FPC = tower(pictures(0))
+    assert features_FPC.shape == (0, 49, 24) and features_FPC.dtype == torch.float64
+    features_FPC.sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or (parameter.grad == 0).all(), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("frames", [0, 5])
+def test_tower_and_projector_in_one_pass_equal_one_after_the_other(frames, recompute):
+    def run(together: bool):
+        tower = build_tower(replace(SMALL, recompute=recompute))
+        projector = Projector(ProjectorConfig(), SMALL, 20, 0.2).double()
+        pixels = pictures(frames)
+        tokens_FTD = encode_frames(tower, projector, pixels) if together else projector(tower(pixels))
+        tokens_FTD.square().sum().backward()
+        return tokens_FTD.detach(), gradients(tower) | gradients(projector)
+
+    (tokens_FTD, found), (expected_FTD, expected) = run(together=True), run(together=False)
+    assert tokens_FTD.shape == (frames, 16, 20) and set(found) == set(expected)
+    torch.testing.assert_close(tokens_FTD, expected_FTD, rtol=1e-12, atol=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_tower_builds_no_graph_but_its_projector_still_learns():
+    tower = build_tower(SMALL)
+    tower.set_trainable(False)
+    projector = Projector(ProjectorConfig(), SMALL, 20, 0.2).double()
+    for frames in (0, 3):
+        assert not tower(pictures(frames)).requires_grad
+        encode_frames(tower, projector, pictures(frames)).sum().backward()
+        assert len(gradients(projector)) == 6 and not gradients(tower)
+
+
+def test_only_the_parameters_that_features_depend_on_can_be_trained():
+    tower = build_tower(SMALL)
+    carried = ("vision_model.encoder.layers.3.", "vision_model.post_layernorm.", "vision_model.head.")
+    for trainable in (True, False, True):
+        tower.set_trainable(trainable)
+        for name, parameter in tower.named_parameters():
+            assert parameter.requires_grad == (trainable and not name.startswith(carried)), name
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_weight_names_are_those_of_the_published_files(use_head):
+    tower = VisionTower(replace(SMALL, use_head=use_head), 0.02)
+    expected = [
+        f"embeddings.{name}" for name in ("patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight")
+    ]
+    expected += [f"encoder.layers.{layer}.{name}" for layer in range(4) for name in LAYER_WEIGHTS]
+    expected += ["post_layernorm.weight", "post_layernorm.bias"]
+    expected += [f"head.{name}" for name in HEAD_WEIGHTS] if use_head else []
+    assert set(tower.state_dict()) == {f"vision_model.{name}" for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("image_size", "use_head", "published_megabytes"),
+    [(384, True, 856.45), (448, False, 826.65)],
+)
+def test_parameter_count_is_that_of_the_published_towers(image_size, use_head, published_megabytes):
+    with torch.device("meta"):
+        model = SiglipVisionModel(siglip_config(VisionConfig(image_size=image_size, use_head=use_head)))
+    assert abs(sum(p.numel() for p in model.parameters()) * 2 / 1e6 - published_megabytes) < 0.1
+
+
+def test_initial_weights_follow_from_the_seed_and_the_standard_deviation_alone():
+    torch.manual_seed(3)
+    first = VisionTower(SMALL, 0.02)
+    torch.manual_seed(3)
+    second = VisionTower(SMALL, 0.02)
+    torch.manual_seed(4)
+    third = VisionTower(SMALL, 0.02)
+    for name, weight in first.state_dict().items():
+        assert weight.device.type == "cpu" and torch.equal(weight, second.state_dict()[name]), name
+        if weight.dim() > 1:
+            assert not torch.equal(weight, third.state_dict()[name]), name
+    matrices = torch.cat([p.flatten() for name, p in first.named_parameters() if p.dim() > 1 and "bias" not in name])
+    assert abs(matrices.std() - 0.02) < 5e-4 and abs(matrices.mean()) < 5e-4
+    torch.manual_seed(3)
+    names = sorted(name for name, p in first.named_parameters() if p.dim() > 1)
+    for name in names:
+        parameter = first.get_parameter(name)
+        assert torch.equal(parameter, torch.empty_like(parameter).normal_(0, 0.02)), name
+
+
+def test_bfloat16_stays_close_to_float64():
+    tower = build_tower(SMALL, std=0.05)
+    exact_FPC = tower(pictures(3))
+    rough_FPC = tower.bfloat16()(pictures(3))
+    assert rough_FPC.dtype == torch.bfloat16
+    assert (rough_FPC.double() - exact_FPC).norm() < 0.02 * exact_FPC.norm()
+
+
+def test_pictures_of_another_size_are_refused_with_the_cure():
+    tower = build_tower(SMALL)
+    with pytest.raises(ValueError, match="vision.image_size=30 needs .frames, 3, 30, 30.; resize the pictures"):
+        tower(torch.zeros(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("select_layer", [-6, 5])
+def test_a_hidden_state_that_does_not_exist_is_refused_with_the_range(select_layer):
+    with pytest.raises(ValueError, match="select_layer=.* use -5 to 4"):
+        layers_to_run(replace(SMALL, select_layer=select_layer))
+
+
+def test_an_empty_frame_micro_batch_is_refused():
+    with pytest.raises(ValueError, match="frame_micro_batch=0"):
+        VisionTower(replace(SMALL, frame_micro_batch=0), 0.02)
+
+
+def _overlapped_steps(rank: int, frames_of_rank: tuple[int, ...]) -> list[torch.Tensor]:
+    """Gradients of three steps under Megatron's DDP with overlapped reduction; frames are dealt over the ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.initialize_model_parallel(context_parallel_size=len(frames_of_rank))
+    try:
+        tower = build_tower(SMALL)
+        tower.projector = Projector(ProjectorConfig(), SMALL, 20, 0.2).double()
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        options = DistributedDataParallelConfig(overlap_grad_reduce=True, average_in_collective=False)
+        model = DistributedDataParallel(config, options, tower)
+        model.broadcast_params()
+        start = sum(frames_of_rank[:rank])
+        for _ in range(3):
+            model.zero_grad_buffer()
+            part = pictures(sum(frames_of_rank))[start : start + frames_of_rank[rank]]
+            encode_frames(tower, tower.projector, part).square().sum().backward()
+            model.finish_grad_sync()
+        return [p.main_grad.clone() for _, p in sorted(tower.named_parameters()) if p.requires_grad]
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_overlapped_gradient_reduction_is_exact_when_a_rank_has_no_frames():
+    idle, even = (pool.run(2, _overlapped_steps, frames) for frames in ((3, 0), (1, 2)))
+    for mine, other, dealt in zip(idle[0], idle[1], even[0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+        torch.testing.assert_close(mine, dealt, rtol=1e-11, atol=1e-12)

@@ -1,0 +1,140 @@
+"""What each rank does in the gradient-contract tests: build the model in a layout, run a step, compare with the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_vila import platform
+from megatron_vila.config.schema import Config, ParallelConfig
+from megatron_vila.data.row import Document, pack
+from megatron_vila.models.initialize import global_name, tensor_parallel_slice
+from megatron_vila.models.shard import local_frames
+from megatron_vila.models.vila import VilaModel
+from megatron_vila.models.vision import encode_frames
+from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.training.optimizer import finalize_gradients
+from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+from tests import truth
+from tests.samples import pixels
+
+CPU = torch.device("cpu")
+Rows = list[list[Document]]
+
+
+def build(
+    config: Config, parallel: ParallelConfig, dtype: torch.dtype = torch.float64, device: torch.device = CPU
+) -> tuple[ParallelTopology, VilaModel, int]:
+    """Topology, model with weights that are a function of their global names, and its first layer's number."""
+    topology = ParallelTopology.create(parallel)
+    model_parallel_cuda_manual_seed(1)
+    model = VilaModel(config, topology, dtype, device)
+    offset = topology.place.pp * (config.model.llm.num_layers // topology.grid.pp)
+    tied = config.model.llm.tie_embeddings
+    with torch.no_grad():
+        for local, parameter in model.named_parameters():
+            name = global_name(local, offset)
+            if tied and name == "llm.output_layer.weight":
+                name = "llm.embedding.word_embeddings.weight"
+            shape = list(parameter.shape)
+            if getattr(parameter, "tensor_model_parallel", False):
+                shape[parameter.partition_dim] *= topology.grid.tp
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+            noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            # Exact in bfloat16, so that every precision has the same weights.
+            full = (noise * config.model.init_std + (1.0 if parameter.dim() == 1 else 0.0)).bfloat16().double()
+            parameter.copy_(tensor_parallel_slice(full, name, parameter, topology.grid.tp, topology.place.tp))
+    return topology, model, offset
+
+
+def write_truth(rank: int, config: Config, rows: Rows, path: Path) -> None:
+    """Sum of losses, its gradients and the number of supervised tokens of the single-process truth, to ``path``."""
+    topology, model, _ = build(config, ParallelConfig())
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = torch.zeros((), dtype=torch.float64)
+    supervised = 0
+    for document in (d for row in rows for d in row):
+        visual = encode_frames(model.vision, model.projector, pixels(document.frames)).flatten(0, 1)
+        total = total + truth.loss_sum(truth.document_logits(weights, config.model, document, visual), document)
+        supervised += int((document.labels >= 0).sum())
+    total.backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in weights.items()}
+    torch.save({"loss_sum": total.detach(), "supervised": supervised, "grads": grads}, path)
+    topology.destroy()
+
+
+def write_truth_in_a_process_without_gpus(config: Config, rows: Rows, path: Path) -> None:
+    """``write_truth`` where the pool's processes have GPUs: Megatron-Core's CPU redirections need a process without."""
+    context = multiprocessing.get_context("spawn")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        process = context.Process(target=_alone, args=(config, rows, path))
+        process.start()
+        process.join()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    if process.exitcode:
+        raise RuntimeError(f"the truth was not written: exit status {process.exitcode}")
+
+
+def _alone(config: Config, rows: Rows, path: Path) -> None:
+    platform.prepare()
+    platform.init_distributed()
+    write_truth(0, config, rows, path)
+
+
+def compare(
+    rank: int, config: Config, rows: Rows, parallel: ParallelConfig, path: Path, dtype: torch.dtype = torch.float64
+) -> dict[str, float]:
+    """Relative errors of this rank's loss and of each of its parameters' gradients against the truth in ``path``.
+
+    Rows go round-robin to data-parallel replicas, several per replica as micro-batches. On a machine with GPUs each rank uses
+    its own.
+    """
+    device = platform.device()
+    topology, model, offset = build(config, parallel, dtype, device)
+    grid = topology.grid
+    ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=dtype == torch.bfloat16)
+    ddp = DistributedDataParallel(model.config, ddp_config, model)
+    model.config.finalize_model_grads_func = finalize_gradients
+    model.config.no_sync_func = ddp.no_sync
+    mine = rows[topology.place.dp :: grid.dp]
+    batches = []
+    for documents in mine:
+        row = pack(documents, grid.document_multiple, grid.row_multiple)
+        frames = [row.frames[i] for i in local_frames(row, topology)]
+        batches.append(MicroBatch(row, pixels(frames)))
+    ddp.zero_grad_buffer()
+    reports = Pass(ddp, topology, config.model.llm, dtype, device).run(batches)
+    loss, _ = mean_loss(reports, topology, device)
+    reference = torch.load(path, weights_only=True)
+    grads, tokens = reference["grads"], max(reference["supervised"], 1)
+    wanted = reference["loss_sum"].item() / tokens
+    errors = {"loss": abs(loss - wanted) / max(abs(wanted), 1e-30)}
+    for local, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = global_name(local, offset)
+        if config.model.llm.tie_embeddings and name == "llm.output_layer.weight":
+            name = "llm.embedding.word_embeddings.weight"
+        full = grads[name]
+        if name.startswith("llm.") and full.shape != parameter.shape:
+            full = tensor_parallel_slice(full, name, parameter, grid.tp, topology.place.tp)
+        errors[name] = (parameter.main_grad.double().cpu() * tokens - full).abs().max().item() / _scale(name, grads)
+    topology.destroy()
+    return errors
+
+
+def _scale(name: str, grads: dict[str, torch.Tensor]) -> float:
+    """Largest entry of the whole gradient (a slice may be all zeros). A key bias shifts all scores of a query alike, so its
+    true gradient is zero and the query bias sets the scale."""
+    return max(grads[name.replace("k_proj.bias", "q_proj.bias")].abs().max().item(), 1e-12)

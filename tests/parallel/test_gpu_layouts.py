@@ -1,0 +1,56 @@
+"""On GPUs with NCCL in bfloat16: every layout errs about as little as one GPU does, with each CUDA kernel.
+
+Run with ``MEGATRON_VILA_TEST_GPU=1 bash tests/run.sh tests/parallel/test_gpu_layouts.py``; skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_vila.config.schema import Config, ParallelConfig
+from megatron_vila.parallel.kernels import KERNELS
+from tests import samples
+from tests.parallel import contract
+from tests.parallel.test_gradient_contract import MIXED_ROWS
+from tests.ranks import pool
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs GPUs")
+
+LAYOUTS = [ParallelConfig(ulysses=2), ParallelConfig(ring=2), ParallelConfig(tp=2), ParallelConfig(pp=2), ParallelConfig()]
+ERROR_BUDGET = 3.0
+"""Largest gradient error of a layout as a multiple of one GPU's, both against the float64 truth."""
+
+
+def _config(kernel: str) -> Config:
+    config = samples.config(heads=8, kv_heads=2, layers=2)
+    llm = dataclasses.replace(config.model.llm, hidden_size=256, head_dim=64, ffn_hidden_size=512, rope_theta=10000.0)
+    # Small enough weights that bfloat16 is meaningful.
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm, init_std=0.05, attention=kernel))
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    path = tmp_path_factory.mktemp("truth") / "truth.pt"
+    contract.write_truth_in_a_process_without_gpus(_config("reference"), MIXED_ROWS, path)
+    return path
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash2", "fa4"])
+def test_every_layout_errs_about_as_little_as_one_gpu(truth, kernel):
+    reason = KERNELS[kernel][0](64, torch.bfloat16, torch.device("cuda", 0), False)
+    if reason:
+        pytest.skip(reason)
+    [single] = pool.run(1, contract.compare, _config(kernel), MIXED_ROWS, ParallelConfig(), truth, torch.bfloat16)
+    worst = max(single.values())
+    assert worst < 0.1
+    for parallel in LAYOUTS:
+        world = min(2, torch.cuda.device_count())
+        if world < parallel.tp * parallel.pp * parallel.ulysses * parallel.ring:
+            continue
+        for errors in pool.run(world, contract.compare, _config(kernel), MIXED_ROWS, parallel, truth, torch.bfloat16):
+            wrong = {n: (e, single[n]) for n, e in errors.items() if not e <= ERROR_BUDGET * max(single[n], worst / 10)}
+            assert not wrong, f"{kernel} {parallel}: {wrong}"
+            print(kernel, parallel, f"worst {max(errors.values()):.2e} (one GPU {worst:.2e}), loss {errors['loss']:.2e}")

@@ -1,0 +1,121 @@
+"""The gradient contract: in every layout, loss and every parameter gradient equal the single-process truth.
+
+All in float64 with real gloo processes. The one thing that Megatron-Core would force to float32 here, the factor 1/tokens, is
+formed in float64 by ``training.optimizer.finalize_gradients``, so one bound holds for everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.data.row import pack
+from megatron_vila.parallel.frames import deal_frames
+from tests import samples
+from tests.parallel import contract
+from tests.ranks import pool
+
+TOLERANCE = 1e-8
+
+DOCUMENTS = {
+    "video": samples.document("video", "tt" + "Ft" * 7 + "ttttt", slice(-4, None)),
+    "short": samples.document("short", "tttttttt"),
+    "frames_first": samples.document("frames-first", "FFF" + "t" * 30, slice(-20, None)),
+    "one_label": samples.document("one-label", "t" * 40 + "FFFF" + "tt", slice(2, 3)),
+    "text_only": samples.document("text-only", "t" * 45),
+    "image_only": samples.document("image-only", "F" * 9 + "t", slice(-2, None)),
+    "one_token": samples.document("one-token", "t"),
+    "no_labels": samples.document("no-labels", "tFt", slice(0, 0)),
+    "last_frame": samples.document("last-frame", "t" * 9 + "F" + "ttt", slice(-3, None)),
+}
+MIXED_ROWS = [
+    [DOCUMENTS["video"], DOCUMENTS["short"], DOCUMENTS["frames_first"]],
+    [DOCUMENTS["one_label"]],
+    [DOCUMENTS["text_only"], DOCUMENTS["one_token"]],
+    [DOCUMENTS["image_only"]],
+    [DOCUMENTS["no_labels"], DOCUMENTS["last_frame"]],
+    [DOCUMENTS["short"]],
+    [DOCUMENTS["one_token"], DOCUMENTS["video"]],
+    [DOCUMENTS["frames_first"], DOCUMENTS["no_labels"]],
+]
+
+
+def layouts(world: int) -> list[ParallelConfig]:
+    """Every (tp, pp, dp, ulysses, ring) with this product; dp is what the others leave."""
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    return [
+        ParallelConfig(tp=tp, pp=pp, ulysses=u, ring=r)
+        for tp, pp, u, r in itertools.product(sizes, repeat=4)
+        if world % (tp * pp * u * r) == 0
+    ]
+
+
+def name(parallel: ParallelConfig) -> str:
+    return f"tp{parallel.tp}-pp{parallel.pp}-u{parallel.ulysses}-r{parallel.ring}"
+
+
+class Truths:
+    """Truths by case, computed once."""
+
+    def __init__(self, folder) -> None:
+        self._folder, self._known = folder, {}
+
+    def check(self, case: str, config, rows, world: int, parallel: ParallelConfig) -> None:
+        if case not in self._known:
+            self._known[case] = self._folder / f"{case}.pt"
+            pool.run(1, contract.write_truth, config, rows, self._known[case])
+        for rank, errors in enumerate(pool.run(world, contract.compare, config, rows, parallel, self._known[case])):
+            wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE}
+            assert not wrong, f"rank {rank} of {name(parallel)} differs from the truth: {wrong}"
+            assert "loss" in errors and any(key.startswith("llm.decoder") for key in errors)
+
+
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory) -> Truths:
+    return Truths(tmp_path_factory.mktemp("truth"))
+
+
+CASES = [pytest.param(world, p, id=f"world{world}-{name(p)}") for world in (1, 2, 4, 8) for p in layouts(world)]
+
+
+def test_there_are_as_many_layouts_as_ordered_factorings():
+    assert [len(layouts(world)) for world in (1, 2, 4, 8)] == [1, 5, 15, 35]
+
+
+@pytest.mark.parametrize("world, parallel", CASES)
+def test_loss_and_every_gradient_equal_the_truth_in_every_layout(truths, world, parallel):
+    """Uneven documents and frames, ranks without frames, text-only and image-only rows, labels all on one rank, GQA with fewer
+    key/value heads than ulysses or tp."""
+    truths.check("mixed", samples.config(), MIXED_ROWS, world, parallel)
+
+
+@pytest.mark.parametrize("parallel", layouts(4), ids=name)
+def test_the_contract_holds_for_tied_embeddings_without_bias(truths, parallel):
+    truths.check("tied", samples.config(tied=True, bias=False, layers=4), MIXED_ROWS[:4], 4, parallel)
+
+
+@pytest.mark.parametrize("parallel", [p for p in layouts(4) if p.ulysses > 1], ids=name)
+def test_the_contract_holds_for_28_query_heads(truths, parallel):
+    truths.check("28-heads", samples.config(heads=28, kv_heads=4, layers=4), MIXED_ROWS[:4], 4, parallel)
+
+
+def test_the_contract_holds_for_seven_ulysses_ranks_that_cut_key_value_groups_unevenly(truths):
+    truths.check("28-heads", samples.config(heads=28, kv_heads=4, layers=4), MIXED_ROWS[:4], 7, ParallelConfig(ulysses=7))
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(ulysses=2, ring=2), ParallelConfig(ulysses=4)], ids=name)
+def test_the_contract_holds_where_ulysses_cuts_inside_key_value_groups(truths, parallel):
+    truths.check("12-heads", samples.config(heads=12, kv_heads=3, layers=4), MIXED_ROWS[:3], 4, parallel)
+
+
+@pytest.mark.parametrize("row", ["text_only", "image_only", "one_label", "no_labels"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(tp=2, ulysses=2), ParallelConfig(ulysses=2, ring=2)], ids=name)
+def test_the_contract_holds_for_a_step_of_one_special_row(truths, row, parallel):
+    truths.check(f"only-{row}", samples.config(layers=4), [[DOCUMENTS[row]]], 4, parallel)
+
+
+def test_the_rows_leave_some_ranks_without_frames():
+    idle = [row for row in MIXED_ROWS if 0 < len(pack(row).frames) < 8]
+    assert any(0 in list(map(int, (b[1:] - b[:-1]))) for b in (deal_frames([4] * len(pack(r).frames), 8) for r in idle))

@@ -1,0 +1,119 @@
+"""A pool of real processes (gloo, or NCCL where there are GPUs) kept alive over many tests: ``pool.run(world_size, fn, *args)``.
+
+Each run forms a default process group of exactly ``world_size`` ranks, so a test sees what ``torchrun`` would give it,
+without paying for process start and imports each time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import multiprocessing as mp
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.distributed as dist
+
+TIMEOUT_S = 180
+
+
+class RankFailure(AssertionError):
+    """A rank raised; the text holds its traceback."""
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    # A rank that waits in a collective must not outlive an interrupted test run (PR_SET_PDEATHSIG).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_vila import platform
+
+    platform.prepare()
+    if torch.cuda.is_available() and rank < torch.cuda.device_count():
+        torch.cuda.set_device(rank)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    while (job := pipe.recv()) is not None:
+        number, world_size, fn, args = job
+        try:
+            dist.init_process_group(
+                platform.backend(),
+                store=dist.PrefixStore(f"run{number}", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=TIMEOUT_S),
+            )
+            result = (True, fn(rank, *args))
+        except BaseException:
+            result = (False, f"rank {rank}:\n{traceback.format_exc()}")
+        try:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            # Gloo's threads live until the last reference to their group goes, and models are cycles.
+            gc.collect()
+            pipe.send(result)
+        except BaseException:
+            pipe.send((False, f"rank {rank} at the end:\n{traceback.format_exc()}"))
+
+
+class RankPool:
+    """Processes are started when first needed and ended by ``close``; a failed run restarts them."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+        self._store: dist.TCPStore | None = None
+        self._runs = 0
+
+    def run(self, world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``fn(rank, *args)`` on ``world_size`` ranks; returns the results in rank order.
+
+        ``fn`` must be importable (a module-level function). Raises ``RankFailure`` with the first traceback.
+        """
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = mp.get_context("spawn")
+        while len(self._workers) < world_size:
+            here, there = context.Pipe()
+            rank = len(self._workers)
+            process = context.Process(target=_serve, args=(rank, self._store.port, there), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+        self._runs += 1
+        team = self._workers[:world_size]
+        for _, pipe in team:
+            pipe.send((self._runs, world_size, fn, args))
+        results: dict[int, Any] = {}
+        pipes = {pipe: rank for rank, (_, pipe) in enumerate(team)}
+        while pipes:
+            for pipe in wait(list(pipes), timeout=TIMEOUT_S + 60) or self._fail("no rank answered in time"):
+                rank = pipes.pop(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, f"rank {rank} died"
+                if not ok:
+                    self._fail(value)
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
+
+    def _fail(self, message: str) -> None:
+        self.close()
+        raise RankFailure(message)
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers = []
+
+
+pool = RankPool()

@@ -1,0 +1,389 @@
+"""The explanation of a layout: its numbers are those of the real collectives, its text reads without a terminal."""
+
+import json
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vila.config.load import load_config
+from megatron_vila.config.schema import Config, ParallelConfig
+from megatron_vila.data.row import pack
+from megatron_vila.explain import traffic
+from megatron_vila.explain.__main__ import main
+from megatron_vila.explain.sample import made_up_document, plan_row
+from megatron_vila.explain.text import number, rank_list, ranges, size
+from megatron_vila.parallel.grid import GridShape
+from tests import samples
+from tests.ranks import pool
+
+ROOT = Path(__file__).parents[1]
+
+
+def explained(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def prose(text: str) -> str:
+    """The text with its line breaks taken out."""
+    return " ".join(text.split())
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def row_of(text: str, first_cell: str) -> list[str]:
+    """Cells of the table row that begins with ``first_cell``."""
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(first_cell + "  ")]
+    return [cell for cell in re.split(r"\s{2,}", line.strip()) if cell]
+
+
+# ------------------------------------------------------------------------------------------------- bytes of real collectives
+
+
+class Recorder:
+    """Bytes that this rank sends to each other rank through the real collectives, by kind of exchange."""
+
+    def __init__(self, topology) -> None:
+        self.topology = topology
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.clear()
+
+    def clear(self) -> None:
+        self.sent = {kind: [0] * self.world for kind in ("reshard", "ulysses", "ring", "tp")}
+
+    def add(self, kind: str, group, group_rank: int, tensor_bytes: int) -> None:
+        to = dist.get_process_group_ranks(group)[group_rank]
+        if to != self.rank:
+            self.sent[kind][to] += tensor_bytes
+
+    def all_to_all(self, call):
+        def recorded(out, given, recv, send, group):
+            kind = "reshard" if group is self.topology.tp_cp else "ulysses"
+            width = given[0:1].numel() if len(given) else 0
+            for peer, items in enumerate(send):
+                self.add(kind, group, peer, items * width * given.element_size())
+            return call(out, given, recv, send, group=group)
+
+        return recorded
+
+    def point_to_point(self, call):
+        def recorded(operations):
+            for operation in operations:
+                if operation.op is dist.isend:
+                    self.add("ring", operation.group, operation.group_peer, operation.tensor.nbytes)
+            return call(operations)
+
+        return recorded
+
+    def gather(self, call):
+        def recorded(out, given, group, **options):
+            for peer in range(group.size()):
+                self.add("tp", group, peer, given.nbytes)
+            return call(out, given, group=group, **options)
+
+        return recorded
+
+    def scatter(self, call):
+        def recorded(out, given, group, **options):
+            for peer in range(group.size()):
+                self.add("tp", group, peer, out.nbytes)
+            return call(out, given, group=group, **options)
+
+        return recorded
+
+    @contextmanager
+    def listening(self):
+        from megatron.core.tensor_parallel import layers, mappings
+
+        places = [(dist, "all_to_all_single", self.all_to_all), (dist, "batch_isend_irecv", self.point_to_point)]
+        for module in (layers, mappings):
+            places += [(module, "dist_all_gather_func", self.gather), (module, "dist_reduce_scatter_func", self.scatter)]
+        kept = [getattr(module, name) for module, name, _ in places]
+        try:
+            for (module, name, wrapper), call in zip(places, kept, strict=True):
+                setattr(module, name, wrapper(call))
+            yield
+        finally:
+            for (module, name, _), call in zip(places, kept, strict=True):
+                setattr(module, name, call)
+
+
+def measure(rank: int, config: Config, parallel: ParallelConfig, document) -> dict[str, dict[str, list[int]]]:
+    """Bytes sent by this rank in the forward and in the backward pass of one row through the whole model."""
+    from megatron_vila.config.sizes import head_dim
+    from megatron_vila.models.shard import RowShard, local_frames
+    from megatron_vila.models.vila import VilaModel
+    from megatron_vila.parallel.topology import ParallelTopology
+
+    topology = ParallelTopology.create(parallel)
+    cpu = torch.device("cpu")
+    model = VilaModel(config, topology, torch.float64, cpu)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    row = pack([document], topology.grid.document_multiple, topology.grid.row_multiple)
+    shard = RowShard.of(row, topology, config.model.llm, head_dim(config.model.llm), torch.float64, cpu)
+    frames = samples.pixels([row.frames[i] for i in local_frames(row, topology)])
+    recorder, result = Recorder(topology), {}
+    with recorder.listening():
+        loss_sum = model(shard, frames).loss_sum
+        result["forward"] = recorder.sent
+        recorder.clear()
+        loss_sum.backward()
+        result["backward"] = recorder.sent
+    topology.destroy()
+    return result
+
+
+LAYOUTS = [
+    ParallelConfig(ulysses=2, ring=2),
+    ParallelConfig(ulysses=4),  # 4 ranks share 2 key/value heads
+    ParallelConfig(ring=4),
+    ParallelConfig(tp=2, ulysses=2),
+    ParallelConfig(tp=2, ring=2),
+    ParallelConfig(tp=4),  # 4 ranks share 2 key/value heads
+]
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=lambda p: f"tp{p.tp}-u{p.ulysses}-r{p.ring}")
+def test_explained_bytes_are_those_that_the_model_sends(parallel):
+    document = samples.document("explained", "tt" + "Ft" * 7 + "F" * 4 + "t" * 9)
+    grid = GridShape.of(4, parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
+    row = pack([document], grid.document_multiple, grid.row_multiple)
+    one, two = (samples.config(layers=layers) for layers in (1, 2))
+    at_one, at_two = (pool.run(4, measure, config, parallel, document) for config in (one, two))
+    llm, element = one.model.llm, 8
+    expected = {
+        "tp": traffic.tensor_bytes(grid, llm, row.length, element),
+        "ulysses": traffic.ulysses_bytes(grid, llm, row.length, element),
+        "ring": traffic.ring_bytes(grid, llm, row.length, element),
+    }
+    for kind, passes in expected.items():
+        for direction, wanted in zip(("forward", "backward"), passes, strict=True):
+            # What two layers send beyond one layer is the traffic of a layer.
+            a_layer = [np.array(b[direction][kind]) - a[direction][kind] for a, b in zip(at_one, at_two, strict=True)]
+            np.testing.assert_array_equal(np.array(a_layer), wanted, err_msg=f"{kind} {direction}")
+    reshard = traffic.reshard_bytes(plan_row(row, grid), llm.hidden_size, element)
+    assert reshard.any()
+    for direction, wanted in (("forward", reshard), ("backward", reshard.T)):
+        np.testing.assert_array_equal(np.array([rank[direction]["reshard"] for rank in at_one]), wanted)
+
+
+def test_a_ring_moves_three_quarters_of_passing_every_block_to_every_rank():
+    grid, llm = GridShape.of(8, ring=8), load_config("models/qwen2-7b", []).model.llm
+    forward, _ = traffic.ring_bytes(grid, llm, 1024, 2)
+    everything = 8 * 7 * (1024 // 8) * 2 * llm.num_kv_heads * 128 * 2
+    assert forward.sum() == everything * 3 // 4
+
+
+def test_bytes_are_booked_on_the_link_that_carries_them():
+    sent = np.array([[0, 1, 10], [2, 0, 20], [100, 200, 0]])
+    links = traffic.Links.of(sent, np.array([0, 0, 1]))
+    assert (links.inside_nodes, links.between_nodes, links.most_sent_by_a_rank) == (3, 330, 300)
+
+
+def test_the_block_of_a_later_replica_and_stage_is_found():
+    grid = GridShape.of(32, tp=2, pp=2, ulysses=2, ring=2)
+    assert traffic.block_ranks(grid) == list(range(8))
+    assert traffic.block_ranks(grid, dp=1, pp=1) == list(range(24, 32))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the text
+
+
+def test_the_grid_of_256_ranks_is_explained_with_ranges_and_strides(capsys):
+    text = explained(capsys, "longvila-7b-stage5", "world_size=256")
+    assert "longvila-7b on 256 ranks (32 nodes of 8)" in text
+    assert re.search(r"^dp +d +8 +32 ", text, re.MULTILINE)
+    assert re.search(r"^ring +32 +8 +0, 4 \.\. 28 \(every 4th\) +crosses nodes ", text, re.MULTILINE)
+    assert "cp = ulysses * ring = 16; a row is spread over tp * cp = 32 ranks" in text
+    assert "One step: 32 rows = 8 data-parallel replicas x 4 micro-batches of one row." in text
+
+
+def test_groups_that_cross_nodes_are_told_from_those_that_do_not(capsys):
+    text = explained(capsys, "longvila-7b-stage5", "world_size=64")
+    links = {line.split()[0]: line for line in text.splitlines() if re.match(r"(tp|ulysses|ring|cp) .*node", line)}
+    assert "inside a node" in links["tp"]
+    assert "inside a node" in links["ulysses"]
+    assert "crosses nodes" in links["ring"]
+    assert "crosses nodes" in links["cp"]
+
+
+def test_the_size_of_a_node_decides_what_crosses(capsys):
+    text = explained(capsys, "longvila-7b-stage5", "world_size=64", "parallel.gpus_per_node=64")
+    assert "crosses nodes" not in text
+    assert "on 64 ranks (one node)" in text
+
+
+def test_every_rank_stands_in_one_group_of_each_kind(capsys):
+    text = explained(capsys, "tiny", "world_size=8", "parallel.tp=2", "parallel.pp=2", "parallel.ring=2")
+    groups = text[text.index("Groups") : text.index("One step")]
+    counts = {m[1]: int(m[2]) * int(m[3]) for m in re.finditer(r"^(\w+) +(\d+) +(\d+)  ", groups, re.MULTILINE)}
+    assert counts == dict.fromkeys(["tp", "ulysses", "ring", "cp", "tp_cp", "dp", "dp_cp", "pp", "block"], 8)
+
+
+def test_layers_are_dealt_to_pipeline_stages_with_what_else_they_hold(capsys):
+    text = explained(capsys, "llama3-longvila-8b-stage5", "world_size=64", "parallel.pp=4")
+    stages = text[text.index("Pipeline stages") : text.index("Attention heads")].splitlines()[3:7]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in stages]
+    assert cells == [
+        ["0", "0-15", "0-7", "vision tower, projector, token embedding"],
+        ["1", "16-31", "8-15"],
+        ["2", "32-47", "16-23"],
+        ["3", "48-63", "24-31", "final norm, output layer and loss"],
+    ]
+
+
+def test_replicated_key_value_heads_are_named(capsys):
+    text = explained(capsys, "longvila-7b-stage5", "parallel.tp=1", "parallel.ulysses=7", "parallel.ring=2")
+    assert "Ulysses replicates: 4 key/value heads become 10 in a group, gradients are summed" in prose(text)
+    text = explained(capsys, "longvila-7b-stage5", "parallel.tp=28", "parallel.ulysses=1", "parallel.ring=2")
+    assert "each key/value head stands on 7 tp ranks" in prose(text)
+
+
+def test_unreplicated_key_value_heads_are_named(capsys):
+    assert "none is replicated" in prose(explained(capsys, "longvila-7b-stage5"))
+
+
+def test_tokens_of_a_rank_are_those_of_the_padded_row(capsys):
+    text = explained(capsys, "tiny", "world_size=8", "parallel.tp=2", "parallel.ulysses=2", "parallel.ring=2", "train.seq_length=1001")
+    assert row_of(text, "padded row")[1] == "1 008"
+    assert row_of(text, "cp rank")[1] == "252"
+    assert re.search(r"^rank +126 ", text, re.MULTILINE)
+
+
+def test_frames_and_tokens_of_a_made_up_sample_are_placed(capsys):
+    text = explained(capsys, "tiny", "world_size=2", "parallel.ulysses=2", "frames=5", "text=12")
+    assert "Sample made up: 5 frames, 12 text tokens: 32 tokens (20 visual of 5 frames), 32 with padding" in prose(text)
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if re.match(r" *[01]   0/[01]/0 ", line)]
+    assert lines[0][:5] == ["0", "0/0/0", "0-1", "2", "8"]
+    assert lines[1][:5] == ["1", "0/1/0", "2-4", "3", "12"]
+    assert lines[0][-1] == "0-7, 24-31"
+    assert lines[1][-1] == "8-23"
+
+
+def test_a_rank_without_frames_shows_a_dash(capsys):
+    text = explained(capsys, "tiny", "world_size=4", "parallel.ring=4", "frames=1", "text=12")
+    assert sum(bool(re.match(r" *\d   0/0/\d +- +0 ", line)) for line in text.splitlines()) == 3
+
+
+def test_a_sample_without_pictures_is_explained(capsys):
+    text = explained(capsys, "tiny", "world_size=2", "parallel.ring=2", "text=100")
+    assert "Stage 2 moves 0 of 0 visual tokens" in text
+
+
+def test_a_made_up_sample_that_is_too_long_is_shown_whole_with_what_training_would_do(capsys):
+    text = explained(capsys, "tiny", "frames=400")
+    assert "longer than train.seq_length=1024: training would truncate it; shown whole" in prose(text)
+
+
+def test_traffic_of_the_plan_is_in_the_table(capsys):
+    config = load_config("longvila-7b-stage5", [])
+    grid = GridShape.of(32, 2, 1, 2, 8)
+    row = pack([made_up_document(config, 600, 2000)], grid.document_multiple, grid.row_multiple)
+    sent = traffic.reshard_bytes(plan_row(row, grid), 3584, 2)
+    links = traffic.Links.of(sent, np.arange(32) // 8)
+    text = explained(capsys, "longvila-7b-stage5", "frames=600", "text=2000")
+    (line,) = [line for line in text.splitlines() if line.startswith("stage-2 re-shard")]
+    for amount in (links.most_sent_by_a_rank, links.inside_nodes, links.between_nodes):
+        assert size(amount) in line
+
+
+def test_recompute_and_pipeline_traffic_are_mentioned(capsys):
+    text = explained(capsys, "longvila-7b-stage5", "parallel.pp=2", "world_size=64", "frames=10")
+    assert "model.recompute=full runs the forward exchanges of each layer once more" in text
+    assert "Between pipeline stages each rank sends" in text
+
+
+def test_many_ranks_are_listed_in_short(capsys):
+    text = explained(capsys, "longvila-7b-stage5", "world_size=256", "parallel.ring=64", "frames=2000")
+    listed = sum(bool(re.match(r" *\d+   [01]/[01]/\d+ ", line)) for line in text.splitlines())
+    assert listed == 64
+    assert f"{256 - 64} ranks not listed" in prose(text)
+
+
+def test_warnings_stand_at_the_end(capsys):
+    text = explained(capsys, "tiny", "train.seq_length=16384")
+    assert text[text.index("rank     ") :].count("warning: train.seq_length=16384 exceeds") == 1
+
+
+def test_piped_output_has_no_colours_and_fits_110_columns():
+    command = [sys.executable, "-m", "megatron_vila.explain", "longvila-7b-stage5", "world_size=256", "frames=600", "text=2000"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "\x1b" not in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 110
+    assert run.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_help_is_given_without_arguments(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "world_size=256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
+        (["tiny", "world_size=3", "parallel.tp=2"], "world size 3 is not a multiple"),
+        (["tiny", "world_size=many"], "world_size=many must be a whole number of at least 1"),
+        (["tiny", "world_size=0"], "world_size=0 must be a whole number of at least 1"),
+        (["tiny", "frames=-1"], "frames=-1 must be a whole number of at least 0"),
+        (["tiny", "sample=0", "frames=3"], "give one only"),
+        (["tiny", "frames=0", "text=0"], "give at least one token"),
+        (["tiny", "parallel.ulyses=2"], "unknown key 'parallel.ulyses'"),
+        (["tiny", "sample=0"], "data.tokenizer is empty"),
+    ],
+)
+def test_bad_input_gives_a_message_and_no_table(capsys, arguments, part):
+    assert part in refused(capsys, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- short texts
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_ranges_hold_exactly_their_values(values):
+    text = ranges(sorted(values))
+    found = set()
+    for piece in [] if text == "-" else text.split(", "):
+        first, _, last = piece.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    assert found == values
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([5], "5"),
+        (range(8), "0-7"),
+        ([0, 2, 4, 6], "0, 2, 4, 6"),
+        (range(0, 64, 4), "0, 4 .. 60 (every 4th)"),
+        (range(1, 64, 2), "1, 3 .. 63 (every 2nd)"),
+        ([*range(16), *range(128, 144)], "0-15, 128-143"),
+        ([r for b in range(0, 256, 32) for r in range(b, b + 4)], "0-3, 32-35, 64-67 .. 227 (32 ranks)"),
+    ],
+)
+def test_rank_lists_are_short(ranks, text):
+    assert rank_list(ranks) == text
+
+
+def test_numbers_and_sizes_are_readable():
+    assert number(524288) == "524 288"
+    assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 5 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "5.0 TiB"]

@@ -1,0 +1,57 @@
+"""Make synthetic long videos with questions (LLaVA format) and a tokenizer for them: see megatron_vila/data/synthetic.py.
+
+Example: python tools/make_synthetic_videos.py data/synthetic --frames 1 4 16 32 --train 512 --eval 256 --images
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_vila.data.synthetic import ANSWERS, corpus, write_synthetic_set
+from megatron_vila.data.tokenizer import train_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[1, 4, 16, 32], help="steps of the videos, one set per number"
+    )
+    parser.add_argument("--train", type=int, default=512, help="training samples of each set")
+    parser.add_argument("--eval", type=int, default=256, help="held-out samples of each set")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["colour"], choices=list(ANSWERS), help="what the questions ask for"
+    )
+    parser.add_argument("--images", action="store_true", help="also write a set of single pictures")
+    parser.add_argument("--size", type=int, default=56, help="side of the pictures in pixels")
+    parser.add_argument("--fps", type=int, default=8, help="frames per second of the video files")
+    parser.add_argument("--hold", type=int, default=1, help="frames of the file for each step, the needle's length too")
+    parser.add_argument("--codec", default="libx264", choices=["libx264", "mpeg4"], help="video encoder")
+    parser.add_argument("--vocab-size", type=int, default=512, help="largest vocabulary of the tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
+    args = parser.parse_args()
+    try:
+        written = write_synthetic_set(
+            args.out,
+            args.frames,
+            args.train,
+            args.eval,
+            kinds=args.kinds,
+            images=args.images,
+            size=args.size,
+            fps=args.fps,
+            hold=args.hold,
+            codec=args.codec,
+            seed=args.seed,
+        )
+        tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size)
+    except ValueError as error:
+        parser.error(str(error))
+    for path in written:
+        print(path)
+    print(f"{args.out / 'tokenizer'}: {len(tokenizer)} pieces")
+
+
+if __name__ == "__main__":
+    main()
