@@ -43,3 +43,17 @@ launch() {
     --nproc-per-node "$GPUS_PER_NODE" \
     -m megatron_vila.train "$@"
 }
+
+# rotary_base CONTEXT: the base that the released scripts train a context of so many tokens with
+rotary_base() {
+  case $1 in
+    131072) echo 15300000.0 ;;
+    262144) echo 207112184.0 ;;
+    524288) echo 1062356830.0 ;;
+    1048576) echo 3580165449.0 ;;
+    *)
+      echo "CONTEXT=$1 has no known rotary base; use 131072, 262144, 524288 or 1048576" >&2
+      return 1
+      ;;
+  esac
+}

@@ -16,23 +16,20 @@ TOKENIZER=${TOKENIZER:?set TOKENIZER to the folder of the Hugging Face tokenizer
 CHECKPOINT=${CHECKPOINT:-runs/$MODEL-stage3} # weights to start from: a run's folder or one of its steps
 OUTPUT=${OUTPUT:-runs/$MODEL-stage4-$CONTEXT}
 
-case $CONTEXT in
-  131072) THETA=15300000.0 STEPS=40 BATCH=4 ;;
-  262144) THETA=207112184.0 STEPS=80 BATCH=16 ;;
-  524288) THETA=1062356830.0 STEPS=80 BATCH=16 ;;
-  1048576) THETA=3580165449.0 STEPS=50 BATCH=4 ;;
-  *)
-    echo "CONTEXT=$CONTEXT has no known rotary base; use 131072, 262144, 524288 or 1048576" >&2
-    exit 1
-    ;;
-esac
-
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+THETA=$(rotary_base "$CONTEXT")
+case $CONTEXT in
+  131072) STEPS=40 BATCH=4 ;;
+  262144 | 524288) STEPS=80 BATCH=16 ;;
+  1048576) STEPS=50 BATCH=4 ;;
+esac
 
 launch "$MODEL-stage4" \
   data.train="[$DATA]" \
   data.tokenizer="$TOKENIZER" \
   model.llm.rope_theta="$THETA" \
+  model.llm.rope_scaling_factor=1.0 \
   model.llm.max_positions="$CONTEXT" \
   train.seq_length="$CONTEXT" \
   train.steps="$STEPS" \

@@ -13,12 +13,17 @@ MODEL=${MODEL:-longvila-7b}          # longvila-1.5b, longvila-7b or llama3-long
 DATA=${DATA:?set DATA to the LLaVA-format JSON or JSONL file of the long-video samples; several: a.json,b.json}
 MEDIA=${MEDIA:-}                     # folder of the files that DATA names; empty: the folder of DATA
 TOKENIZER=${TOKENIZER:?set TOKENIZER to the folder of the Hugging Face tokenizer of the LLM}
-CHECKPOINT=${CHECKPOINT:-runs/$MODEL-stage4-262144} # weights to start from: a run's folder or one of its steps
+CONTEXT=${CONTEXT:-262144}           # context of stage 4; the rotary base follows from it
+CHECKPOINT=${CHECKPOINT:-runs/$MODEL-stage4-$CONTEXT} # weights to start from: a run's folder or one of its steps
 OUTPUT=${OUTPUT:-runs/$MODEL-stage5}
 
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+# The published longvila-7b has another pair of base and factor (the preset's): to go on from it, override both.
+THETA=$(rotary_base "$CONTEXT")
 launch "$MODEL-stage5" \
+  model.llm.rope_theta="$THETA" \
+  model.llm.rope_scaling_factor=1.0 \
   data.train="[$DATA]" \
   data.media_dir="$MEDIA" \
   data.tokenizer="$TOKENIZER" \

@@ -204,7 +204,7 @@ class _RedirectingFinder(importlib.abc.MetaPathFinder):
             module._set_cuda_rng_state = _set_rng_state
         # A module that was imported before prepare() may hold compiled helpers: put the plain functions back.
         for name, value in list(names.items()):
-            plain = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
+            plain = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, types.FunctionType) else None
             if plain is not None:
                 names[name] = plain
 

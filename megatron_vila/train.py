@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_vila import platform
@@ -22,22 +23,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: the environment's, or one replica)")
     options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", 0))
+    # Other packages' warnings concern their developers; ours go through logging.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|transformers|cutlass|nvidia_cutlass_dsl)\b")
     platform.prepare()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron_vila").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     # Imported late: Megatron-Core must find the platform prepared.
     from megatron_vila.config.load import ConfigError
-    from megatron_vila.data.chat import ChatTemplateError
     from megatron_vila.data.dataset import NoUsableSampleError
     from megatron_vila.data.loader import LoaderError
-    from megatron_vila.data.records import RecordError
     from megatron_vila.training.checkpoint import CheckpointError
     from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
 
-    curable = (
-        ConfigError, ChatTemplateError, NoUsableSampleError, LoaderError, RecordError, CheckpointError, NonFiniteError,
-        NothingToLearnError,
-    )  # fmt: skip
+    curable = (ConfigError, NoUsableSampleError, LoaderError, CheckpointError, NonFiniteError, NothingToLearnError)
     try:
         return _run(options, rank)
     except curable as error:
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, rank: int) -> int:
-    from megatron_vila.config.load import load_config
+    from megatron_vila.config.load import ConfigError, load_config
     from megatron_vila.config.validate import validate
 
     config = load_config(options.config, options.overrides)
@@ -55,15 +53,20 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     replica = parallel.tp * parallel.pp * parallel.ulysses * parallel.ring
     world_size = options.world_size or int(os.environ.get("WORLD_SIZE", replica if options.dry_run else 1))
     for warning in validate(config, world_size):
-        logging.getLogger(__name__).info("warning: %s", warning)
+        logging.getLogger("megatron_vila").warning("warning: %s", warning)
     if options.dry_run:
         return _dry_run(config, world_size, rank)
-    platform.init_distributed()
     import torch.distributed as dist
 
     from megatron_vila.training.trainer import Trainer
 
-    Trainer(config).run()
+    try:
+        platform.init_distributed()
+        trainer = Trainer(config)
+    except (ValueError, FileNotFoundError) as error:
+        # What a part refuses when it is built (a kernel that is not there, a warm-up as long as the run) is a setting's fault.
+        raise ConfigError(str(error)) from error
+    trainer.run()
     dist.destroy_process_group()
     return 0
 

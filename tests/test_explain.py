@@ -20,7 +20,7 @@ from megatron_vila.data.row import pack
 from megatron_vila.explain import traffic
 from megatron_vila.explain.__main__ import main
 from megatron_vila.explain.sample import made_up_document, plan_row
-from megatron_vila.explain.text import number, rank_list, ranges, size
+from megatron_vila.explain.text import number, ranges, rank_list, size
 from megatron_vila.parallel.grid import GridShape
 from tests import samples
 from tests.ranks import pool
@@ -111,7 +111,10 @@ class Recorder:
 
         places = [(dist, "all_to_all_single", self.all_to_all), (dist, "batch_isend_irecv", self.point_to_point)]
         for module in (layers, mappings):
-            places += [(module, "dist_all_gather_func", self.gather), (module, "dist_reduce_scatter_func", self.scatter)]
+            places += [
+                (module, "dist_all_gather_func", self.gather),
+                (module, "dist_reduce_scatter_func", self.scatter),
+            ]
         kept = [getattr(module, name) for module, name, _ in places]
         try:
             for (module, name, wrapper), call in zip(places, kept, strict=True):
@@ -124,12 +127,15 @@ class Recorder:
 
 def measure(rank: int, config: Config, parallel: ParallelConfig, document) -> dict[str, dict[str, list[int]]]:
     """Bytes sent by this rank in the forward and in the backward pass of one row through the whole model."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
     from megatron_vila.config.sizes import head_dim
     from megatron_vila.models.shard import RowShard, local_frames
     from megatron_vila.models.vila import VilaModel
     from megatron_vila.parallel.topology import ParallelTopology
 
     topology = ParallelTopology.create(parallel)
+    model_parallel_cuda_manual_seed(1)
     cpu = torch.device("cpu")
     model = VilaModel(config, topology, torch.float64, cpu)
     for parameter in model.parameters():
@@ -250,8 +256,8 @@ def test_layers_are_dealt_to_pipeline_stages_with_what_else_they_hold(capsys):
 def test_replicated_key_value_heads_are_named(capsys):
     text = explained(capsys, "longvila-7b-stage5", "parallel.tp=1", "parallel.ulysses=7", "parallel.ring=2")
     assert "Ulysses replicates: 4 key/value heads become 10 in a group, gradients are summed" in prose(text)
-    text = explained(capsys, "longvila-7b-stage5", "parallel.tp=28", "parallel.ulysses=1", "parallel.ring=2")
-    assert "each key/value head stands on 7 tp ranks" in prose(text)
+    text = explained(capsys, "llama3-longvila-8b-stage5", "parallel.tp=16", "parallel.ulysses=2")
+    assert "each key/value head stands on 2 tp ranks" in prose(text)
 
 
 def test_unreplicated_key_value_heads_are_named(capsys):
@@ -259,7 +265,15 @@ def test_unreplicated_key_value_heads_are_named(capsys):
 
 
 def test_tokens_of_a_rank_are_those_of_the_padded_row(capsys):
-    text = explained(capsys, "tiny", "world_size=8", "parallel.tp=2", "parallel.ulysses=2", "parallel.ring=2", "train.seq_length=1001")
+    text = explained(
+        capsys,
+        "tiny",
+        "world_size=8",
+        "parallel.tp=2",
+        "parallel.ulysses=2",
+        "parallel.ring=2",
+        "train.seq_length=1001",
+    )
     assert row_of(text, "padded row")[1] == "1 008"
     assert row_of(text, "cp rank")[1] == "252"
     assert re.search(r"^rank +126 ", text, re.MULTILINE)
@@ -273,6 +287,12 @@ def test_frames_and_tokens_of_a_made_up_sample_are_placed(capsys):
     assert lines[1][:5] == ["1", "0/1/0", "2-4", "3", "12"]
     assert lines[0][-1] == "0-7, 24-31"
     assert lines[1][-1] == "8-23"
+
+
+def test_tensor_parallel_ranks_hold_slices_of_their_cp_rank(capsys):
+    text = explained(capsys, "tiny", "world_size=4", "parallel.tp=2", "parallel.ring=2", "text=32")
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if re.match(r" *\d   [01]/0/[01] ", line)]
+    assert [line[-1] for line in lines] == ["0-7", "24-31", "8-15", "16-23"]
 
 
 def test_a_rank_without_frames_shows_a_dash(capsys):
@@ -321,11 +341,70 @@ def test_warnings_stand_at_the_end(capsys):
 
 
 def test_piped_output_has_no_colours_and_fits_110_columns():
-    command = [sys.executable, "-m", "megatron_vila.explain", "longvila-7b-stage5", "world_size=256", "frames=600", "text=2000"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_vila.explain",
+        "longvila-7b-stage5",
+        "world_size=256",
+        "frames=600",
+        "text=2000",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "\x1b" not in run.stdout
     assert max(map(len, run.stdout.splitlines())) <= 110
     assert run.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------- samples of the training data
+
+
+@pytest.fixture
+def data(tmp_path) -> list[str]:
+    """Overrides with a broken video, three pictures in one sample and a text sample."""
+    from PIL import Image
+
+    from tests.data.material import byte_level_tokenizer
+
+    byte_level_tokenizer("qwen2").save_pretrained(tmp_path / "tokenizer")
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    answer = {"from": "gpt", "value": "A red circle."}
+    records = [
+        {"id": "broken", "video": "missing.mp4", "conversations": [{"from": "human", "value": "<video>What?"}, answer]},
+        {
+            "id": "pictures[/b]",
+            "images": ["a.png", "b.png", "c.png"],
+            "conversations": [{"from": "human", "value": "<image><image><image>What?"}, answer],
+        },
+        {"id": "text", "conversations": [{"from": "human", "value": "What?"}, answer]},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    return [f"data.train=[{tmp_path / 'train.json'}]", f"data.tokenizer={tmp_path / 'tokenizer'}"]
+
+
+def test_a_sample_of_the_training_data_is_placed(capsys, data, tmp_path):
+    text = explained(capsys, "tiny", "world_size=2", "parallel.ring=2", "sample=1", *data)
+    assert "Sample pictures[/b]: " in text
+    assert "(12 visual of 3 frames)" in prose(text)
+    assert "b.png" in text.replace("\n", "")
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if re.match(r" *[01]   0/0/[01] ", line)]
+    assert [line[2:5] for line in lines] == [["0", "1", "4"], ["1-2", "2", "8"]]
+
+
+def test_a_broken_sample_is_explained_with_the_one_that_replaces_it(capsys, data):
+    text = prose(explained(capsys, "tiny", "sample=0", *data))
+    assert "Sample pictures[/b]: " in text
+    assert "sample 0 (broken) is replaced by sample 1" in text
+    assert "missing.mp4" in text.replace(" ", "")
+
+
+def test_a_sample_that_is_not_there_is_refused_with_those_that_are(capsys, data):
+    assert "sample=3 is not in data.train, which has samples 0 to 2" in refused(capsys, "tiny", "sample=3", *data)
+
+
+def test_a_sample_of_a_missing_file_is_refused(capsys, data):
+    assert "nowhere.json" in refused(capsys, "tiny", "sample=0", *data, "data.train=[nowhere.json]")
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
@@ -386,4 +465,10 @@ def test_rank_lists_are_short(ranks, text):
 
 def test_numbers_and_sizes_are_readable():
     assert number(524288) == "524 288"
-    assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 5 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "5.0 TiB"]
+    assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 5 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "3.0 GiB",
+        "5.0 TiB",
+    ]

@@ -39,7 +39,7 @@ def main() -> None:
                 print(error, flush=True)
                 continue
             rows.append(row)
-            print({key: row[key] for key in ("variant", "time_s", "tokens_per_s_per_gpu", "mfu", "peak_gib", "loss")}, flush=True)
+            print({key: row[key] for key in ("variant", "time_s", "tokens_per_s_per_gpu", "mfu", "peak_gib", "first_loss")}, flush=True)
             write_table(rows, options.out)
 
 

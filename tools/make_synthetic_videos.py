@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument(
-        "--frames", type=int, nargs="+", default=[1, 4, 16, 32], help="steps of the videos, one set per number"
+        "--frames", type=int, nargs="*", default=[1, 4, 16, 32], help="steps of the videos, one set per number"
     )
     parser.add_argument("--train", type=int, default=512, help="training samples of each set")
     parser.add_argument("--eval", type=int, default=256, help="held-out samples of each set")

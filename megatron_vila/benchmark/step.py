@@ -24,7 +24,7 @@ from megatron_vila.training.summary import METRICS_FILE
 
 COLUMNS = (
     "model", "variant", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s", "tokens_per_s_per_gpu",
-    "tflops_per_gpu", "mfu", "peak_gib", "loss", "hardware", "versions", "command",
+    "tflops_per_gpu", "mfu", "peak_gib", "first_loss", "hardware", "versions", "command",
 )  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def run_variant(config: str, common: Sequence[str], variant: str, gpus: int, war
     if done.returncode:
         raise RuntimeError(f"variant {variant} failed:\n{(done.stdout + done.stderr)[-3000:]}")
     records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    steps = [record for record in records if "loss" in record][warmup:]
+    every = [record for record in records if "loss" in record]
+    steps = every[warmup:]
     run = load_config(config, overrides)
     seconds = statistics.median(step["step_s"] for step in steps)
     flops = statistics.median(step["model_flops"] for step in steps)
@@ -58,7 +59,8 @@ def run_variant(config: str, common: Sequence[str], variant: str, gpus: int, war
         "tflops_per_gpu": round(flops / seconds / gpus / 1e12, 1),
         "mfu": "" if steps[-1]["mfu"] is None else round(statistics.median(step["mfu"] for step in steps), 4),
         "peak_gib": round(max(step["peak_memory_gib"] for step in steps), 2),
-        "loss": round(steps[-1]["loss"], 5),
+        # Before the first update all variants have the same weights: their losses differ by rounding alone.
+        "first_loss": round(every[0]["loss"], 5),
         "hardware": hardware(gpus),
         "versions": versions(),
         "command": " ".join(["torchrun", "--nproc-per-node", str(gpus), "-m", "megatron_vila.train", config, *overrides[:-2]]),

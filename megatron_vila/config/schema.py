@@ -27,7 +27,10 @@ class VisionConfig:
     ffn_hidden_size: int = key(4304, "width of the feed-forward layer")
     image_size: int = key(384, "side of the square input in pixels")
     patch_size: int = key(14, "side of a patch in pixels; left-over pixels at the right and bottom are not seen")
-    select_layer: int = key(-2, "hidden state used as features, counted as transformers counts hidden_states (-2: last layer but one)")
+    select_layer: int = key(
+        -2,
+        "hidden state used as features, counted as transformers counts hidden_states (-2: last layer but one)",
+    )
     use_head: bool = key(True, "the checkpoint carries SigLIP's pooling head (carried, never run)")
     layer_norm_eps: float = key(1e-6, "epsilon of the tower's LayerNorms")
     frame_micro_batch: int = key(16, "frames encoded at once on a rank")
@@ -73,7 +76,10 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig, metadata={"help": "projector"})
     llm: LanguageConfig = field(default_factory=LanguageConfig, metadata={"help": "language model"})
     init_std: float = key(0.02, "standard deviation of random initial weights")
-    attention: str = key("auto", "attention kernel: auto, fa4, cudnn, flash2 (CUDA), cpu, or reference (float64, slow, the truth)")
+    attention: str = key(
+        "auto",
+        "attention kernel: auto, fa4, cudnn, flash2 (CUDA), cpu, or reference (float64, slow, the truth)",
+    )
     recompute: str = key("none", "activation recompute of the decoder layers: none or full")
 
 
@@ -102,7 +108,10 @@ class DataConfig:
     frame_separator_ids: list[int] = key([], "token ids written after each video frame")
     image_separator_ids: list[int] = key([], "token ids written after each image")
     packing: bool = key(False, "pack several samples into one row of at most train.seq_length tokens")
-    over_long: str = key("truncate", "sample longer than train.seq_length: truncate (fewer frames, evenly) or drop; both are counted")
+    over_long: str = key(
+        "truncate",
+        "sample longer than train.seq_length: truncate (fewer frames, evenly) or drop; both are counted",
+    )
     shuffle: bool = key(True, "shuffle the samples of each epoch by (train.seed, epoch)")
     workers: int = key(2, "decoding threads of a rank")
     prefetch: int = key(4, "rows decoded ahead on a rank")
@@ -146,7 +155,10 @@ class TrainConfig:
     seed: int = key(1234, "seed of the data order and of random initial weights")
     precision: str = key("auto", "auto (bf16 on GPU, fp32 on CPU), bf16, fp32 or fp64")
     deterministic: bool = key(False, "deterministic kernels: bitwise equal runs in the same layout")
-    on_nan: str = key("stop", "loss or gradient not finite: stop (after saving nothing) or skip (the update is dropped and counted)")
+    on_nan: str = key(
+        "stop",
+        "loss or gradient not finite: stop (after saving nothing) or skip (the update is dropped and counted)",
+    )
     max_skips: int = key(10, "skipped updates in a row after which the run stops all the same")
     log_every: int = key(1, "steps between progress lines")
     eval_every: int = key(0, "steps between evaluations on data.eval; 0: only at the end")

@@ -24,7 +24,11 @@ from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
 
 
 class NoUsableSampleError(RuntimeError):
-    """Every sample that could stand at a place of a row is broken or too long."""
+    """Every sample that could stand at a place of a row is broken or too long; ``found`` as in ``Choice``."""
+
+    def __init__(self, message: str, found: dict[int, str]) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 class TooLongError(Exception):
@@ -119,7 +123,8 @@ class VilaDataset:
         problems = [*broken.values(), *found.values()]
         raise NoUsableSampleError(
             f"none of the {len(self)} samples can be used: {len(problems)} are broken, {too_long} do not fit "
-            f"train.seq_length={self.seq_length}" + "".join(f"\n  {reason}" for reason in problems[:3])
+            f"train.seq_length={self.seq_length}" + "".join(f"\n  {reason}" for reason in problems[:3]),
+            found,
         )
 
     def _build(self, record: Record) -> tuple[Document, int]:

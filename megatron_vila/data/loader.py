@@ -71,10 +71,10 @@ class _Attempt:
 
     choices: tuple[Choice, ...] = ()
     left_out: int = 0
+    found: dict[int, str] = field(default_factory=dict)
     row: Row | None = None
     frames: range = range(0)
     pixels: torch.Tensor | None = None
-    undecodable: dict[int, str] = field(default_factory=dict)
     decode_s: float = 0.0
     error: Exception | None = None
 
@@ -82,8 +82,7 @@ class _Attempt:
         """What the other ranks of the block must know, as text."""
         if self.error is not None:
             return [json.dumps(["error", f"{type(self.error).__name__}: {self.error}"])]
-        found = {k: v for choice in self.choices for k, v in choice.found.items()} | self.undecodable
-        return sorted(json.dumps(["broken", index, reason]) for index, reason in found.items())
+        return sorted(json.dumps(["broken", index, reason]) for index, reason in self.found.items())
 
 
 class RowLoader:
@@ -205,30 +204,31 @@ class RowLoader:
     def _attempt(self, slots: Sequence[int], broken: Mapping[int, str], previous: _Attempt | None = None) -> _Attempt:
         """Build the row of the samples ``slots`` and decode this rank's frames; runs in a thread. Errors are returned."""
         try:
-            choices, left_out = self._choose(slots, broken)
-            if previous is not None and _same(choices, previous.choices):
-                return replace(previous, choices=choices, left_out=left_out)
+            choices, found = self._choose(slots, broken)
+            left_out = len(slots) - len(choices)
+            if previous is not None and [c.index for c in choices] == [c.index for c in previous.choices]:
+                return replace(previous, choices=choices, left_out=left_out, found=found)
             row = pack([choice.document for choice in choices], *self._multiples)
             frames = self._local_frames(row)
             started_s = time.perf_counter()
             pixels, undecodable = self._decode(choices, frames)
-            return _Attempt(choices, left_out, row, frames, pixels, undecodable, time.perf_counter() - started_s)
+            return _Attempt(
+                choices, left_out, found | undecodable, row, frames, pixels, time.perf_counter() - started_s
+            )
         except Exception as error:
             return _Attempt(error=error)
 
-    def _choose(self, slots: Sequence[int], broken: Mapping[int, str]) -> tuple[tuple[Choice, ...], int]:
-        """The samples of a row, and how many were left out because nothing that fits could replace them."""
-        if len(slots) == 1:
-            return (self._dataset.choose(slots[0], broken),), 0
-        choices, lengths = [], self._order.lengths
-        for slot in slots:
+    def _choose(self, slots: Sequence[int], broken: Mapping[int, str]) -> tuple[tuple[Choice, ...], dict[int, str]]:
+        """The samples of a row and the broken ones met; a sample that nothing can replace in a packed row is left out."""
+        choices, found, lengths = [], {}, self._order.lengths
+        for slot in slots if len(slots) > 1 else ():
             try:
                 choices.append(self._dataset.choose(slot, broken, int(lengths[slot]), lengths))
-            except NoUsableSampleError:
-                continue
+            except NoUsableSampleError as error:
+                found |= error.found
         if not choices:
             choices.append(self._dataset.choose(slots[0], broken))
-        return tuple(choices), len(slots) - len(choices)
+        return tuple(choices), found | {k: v for choice in choices for k, v in choice.found.items()}
 
     def _decode(self, choices: Sequence[Choice], local: range) -> tuple[torch.Tensor, dict[int, str]]:
         """Pixels of the frames ``local`` of the row, and the samples whose frames could not be decoded."""
@@ -271,10 +271,6 @@ class RowLoader:
         if self._closing.is_set():
             raise LoaderError("the loader was closed")
         out_3HW.copy_(preprocess([picture], self._image_size, self._aspect)[0])
-
-
-def _same(choices: Sequence[Choice], others: Sequence[Choice]) -> bool:
-    return [c.index for c in choices] == [c.index for c in others]
 
 
 def _stats(attempt: _Attempt, wait_s: float) -> RowStats:

@@ -21,7 +21,7 @@ from PIL import Image
 
 COLOURS = {
     "red": (225, 20, 20),
-    "green": (20, 170, 40),
+    "green": (10, 200, 20),
     "blue": (25, 50, 230),
     "yellow": (250, 230, 20),
     "cyan": (20, 225, 235),
@@ -185,7 +185,7 @@ def symbol_mask(symbol: str, u_HW: np.ndarray, v_HW: np.ndarray) -> np.ndarray:
 
 def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: int, codec: str = "libx264") -> None:
     """Encode clips uint8 [T, H, W, 3] as an mp4 file with ``libx264`` or ``mpeg4``."""
-    quality = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {"qscale": "3"}
+    quality = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {"qmin": "3", "qmax": "3"}
     with av.open(str(path), "w") as container:
         # One thread: with more, the bytes of the file depend on the number of cores.
         stream = container.add_stream(codec, rate=fps, options={**quality, "threads": "1"})
@@ -229,8 +229,8 @@ def _record(path: str, kind: str, answer: str, needle_frame: int | None, rng: np
 def _scene(count: int, u_HW: np.ndarray, v_HW: np.ndarray, grain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One scene of ``count`` pictures: two muted colours mixed by a drifting wave, with grain that moves."""
     size = len(u_HW)
-    base = (rng.uniform(80, 170) + rng.uniform(-25, 25, 3)).astype(np.float32)
-    mix = (rng.uniform(-35, 35) + rng.uniform(-20, 20, 3)).astype(np.float32)
+    base = (rng.uniform(90, 165) + rng.uniform(-20, 20, 3)).astype(np.float32)
+    mix = (rng.uniform(-22, 22) + rng.uniform(-12, 12, 3)).astype(np.float32)
     wave_u, wave_v = rng.uniform(-4, 4, 2).astype(np.float32)
     angle_HW = wave_u * u_HW + wave_v * v_HW
     phase_T = (rng.uniform(0, 2 * np.pi) + rng.uniform(0.1, 0.5) * np.arange(count)).astype(np.float32)

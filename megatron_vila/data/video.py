@@ -58,7 +58,7 @@ class VideoInfo:
 
 
 def probe_video(path: str | os.PathLike) -> VideoInfo:
-    """Read the frame table of ``path`` from its packets, without decoding.
+    """Read the frame table of ``path`` from its packets, without decoding; the file is read once from end to end.
 
     Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
     index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
@@ -68,7 +68,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
             stream = _video_stream(container, path)
             # Tuples, not packets: a film's packets would fill the memory.
             packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
-            indexed = len(stream.index_entries)
+            indexed = sum(entry.size > 0 for entry in stream.index_entries)
             rate, time_base = stream.average_rate, stream.time_base
             width, height = stream.codec_context.width, stream.codec_context.height
             avi = container.format.name == "avi"
@@ -84,7 +84,8 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     has_pts = not avi and all(packet[0] is not None for packet in packets)
     if has_pts:
         pts = np.unique(np.array(shown, dtype=np.int64))
-        key_pts = np.unique(np.array([pts for pts, key, _, _ in packets if key], dtype=np.int64))
+        # A stream refreshed bit by bit may mark no key frame at all.
+        key_pts = np.unique(np.array([pts for pts, key, _, _ in packets if key] or [pts[0]], dtype=np.int64))
         span_s = float((pts[-1] - pts[0]) * time_base)
     else:
         pts, key_pts = np.arange(len(shown), dtype=np.int64), np.zeros(1, dtype=np.int64)
@@ -191,8 +192,18 @@ class VideoReader:
     def _frame_by_time(self, index: int) -> av.VideoFrame | None:
         target = int(self.info.pts[index])
         key = int(self.info.key_pts[max(0, np.searchsorted(self.info.key_pts, target, side="right") - 1)])
-        if key > self._read_key:
-            self._seek(key, target)
+        if key <= self._read_key:
+            return self._forward_to(target)
+        self._seek(key, target)
+        frame = self._forward_to(target)
+        if frame is None or frame.is_corrupt:
+            # Some streams mark pictures as keys that need earlier ones (gradual refresh): only the start is safe.
+            self._container.close()
+            self._open()
+            frame = self._forward_to(target)
+        return frame
+
+    def _forward_to(self, target: int) -> av.VideoFrame | None:
         for frame in self._frames:
             if frame.pts is not None and frame.pts >= target:
                 return frame if frame.pts == target else None
@@ -207,7 +218,7 @@ class VideoReader:
         except (av.error.FFmpegError, OSError) as error:
             raise MediaError(self.info.path, _open_failure(self.info.path, error)) from error
         self._stream = _video_stream(self._container, self.info.path)
-        self._read_key = int(self.info.key_pts[0]) if len(self.info.key_pts) else int(self.info.pts[0])
+        self._read_key = int(self.info.key_pts[0])
         self._frames = self._decode(self._container.demux(self._stream))
 
     def _seek(self, key: int, target: int) -> None:

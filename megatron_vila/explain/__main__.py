@@ -89,16 +89,16 @@ def _document(config: Config, own: dict[str, int]) -> tuple[Document | None, str
 
 
 def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
-    # Needed for real samples only: a layout can be explained where no data library is installed.
+    data = config.data
+    problems = list(tokenizer_problems(data.tokenizer))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    # Slow to import and needed for real samples only.
     from transformers import AutoTokenizer
 
     from megatron_vila.data.dataset import VilaDataset
     from megatron_vila.data.records import RecordFiles
 
-    data = config.data
-    problems = list(tokenizer_problems(data.tokenizer))
-    if problems:
-        raise ConfigError("\n".join(problems))
     records = RecordFiles(data.train, data.media_dir)
     if index >= len(records):
         raise ConfigError(

@@ -30,7 +30,7 @@ def explain_grid(out: Console, config: Config, grid: GridShape) -> None:
     gpus = config.parallel.gpus_per_node
     nodes = -(-grid.world_size // gpus)
     where = f"{count(nodes, 'node')} of {gpus}" if nodes > 1 else "one node"
-    out.print(f"[bold]{config.model.name}[/] on {count(grid.world_size, 'rank')} ({where})")
+    out.print(f"{config.model.name} on {count(grid.world_size, 'rank')} ({where})", style="bold")
     out.print(f"rank = t + {grid.tp}*(u + {grid.ulysses}*(r + {grid.ring}*(d + {grid.dp}*p)))\n")
     strides = {
         "tp": 1,

@@ -41,7 +41,7 @@ def explain_sample(out: Console, config: Config, grid: GridShape, document: Docu
     plan = plan_row(row, grid)
     visual = sum(frame.tokens for frame in row.frames)
     out.print(
-        f"[bold]Sample[/] {document.sample_id}: {number(len(document))} tokens "
+        f"Sample {document.sample_id}: {number(len(document))} tokens "
         f"({number(visual)} visual of {count(len(row.frames), 'frame')}), {number(row.length)} with padding"
     )
     if note:

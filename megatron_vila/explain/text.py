@@ -18,7 +18,8 @@ _NUMBER = re.compile(r"\d[\d .]*( ([KMGT]i)?B)?|-|\.\.")
 
 def console(file: TextIO) -> Console:
     """A console of fixed width, so that a pipe or a log gets the same lines as a terminal."""
-    return Console(width=WIDTH, file=file, highlight=False, soft_wrap=False)
+    # File names may hold brackets and colons: nothing is read as markup.
+    return Console(width=WIDTH, file=file, highlight=False, markup=False, emoji=False)
 
 
 def table(out: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -30,7 +31,7 @@ def table(out: Console, title: str, columns: Sequence[str], rows: Sequence[Seque
         grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         grid.add_row(*row)
-    out.print(f"[bold]{title}[/]")
+    out.print(title, style="bold")
     out.print(grid)
     out.print()
 

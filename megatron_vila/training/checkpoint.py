@@ -2,7 +2,7 @@
 
 A run's folder holds::
 
-    checkpoints/step-00000100/    one checkpoint: Megatron-Core's torch_dist files, state.pt, info.json
+    checkpoints/step-00000100/    one checkpoint: Megatron-Core's torch_dist files, state.pt, info.json (the last one written)
     checkpoints/latest            the name of the newest finished one
     checkpoints/.step-...         being written or deleted; ignored by loading, removed by the next save
 
@@ -55,12 +55,12 @@ def save_checkpoint(
     """
     io.require_plain(extra or {}, "extra")
     root = Path(run_folder) / "checkpoints"
-    final = root / f"step-{step:08d}"
-    partial = root / f".{final.name}.partial"
+    partial = root / f".step-{step:08d}.partial"
     failed = f"checkpoint of step {step} not saved in {root}"
     cure = "earlier checkpoints are intact; free space or set train.output to a folder that can be written"
 
     io.on_rank_zero(lambda: _make_room(root, partial), failed, cure)
+    final = io.from_rank_zero(lambda: _free_place(root, step))
     model_state = _model_state(model_chunks)
     state: dict[str, Any] = {"model": model_state}
     counters: dict[str, Any] = {"adam_step": None, "scheduler_steps": None}
@@ -86,7 +86,7 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / "info.json").write_text(json.dumps(io.describe(step, info or {}, sizes), indent=2) + "\n")
         _publish(root, partial, final)
-        _delete_older(root, step, keep)
+        _delete_older(root, final, keep)
 
     io.on_all_ranks(write_tensors, failed, cure)
     io.on_rank_zero(finish, failed, cure)
@@ -164,10 +164,15 @@ def _resolve(path: Path) -> Path:
     return newest
 
 
+def _order(folder: Path) -> tuple[int, int]:
+    """(step, number of the save at that step) of ``step-00000010`` or, saved again, ``step-00000010-1``."""
+    _, step, *again = folder.name.split("-")
+    return int(step), int(again[0]) if again else 0
+
+
 def _finished(root: Path) -> list[Path]:
-    """Finished checkpoints by step, the oldest first."""
-    folders = [folder for folder in root.glob("step-*") if (folder / "info.json").is_file()]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+    """Finished checkpoints, the oldest step first."""
+    return sorted((folder for folder in root.glob("step-*") if (folder / "info.json").is_file()), key=_order)
 
 
 def _make_room(root: Path, partial: Path) -> None:
@@ -177,12 +182,17 @@ def _make_room(root: Path, partial: Path) -> None:
     partial.mkdir()
 
 
+def _free_place(root: Path, step: int) -> Path:
+    """A checkpoint of the same step is not overwritten: there would be a moment without any."""
+    saved = [_order(folder)[1] for folder in root.glob(f"step-{step:08d}*")]
+    return root / (f"step-{step:08d}-{max(saved) + 1}" if saved else f"step-{step:08d}")
+
+
 def _publish(root: Path, partial: Path, final: Path) -> None:
     """Make a complete hidden folder the newest checkpoint. A crash between any two lines leaves a loadable one."""
     for file in partial.iterdir():
         io.flush(file)
     io.flush(partial)
-    _delete(final)
     partial.rename(final)
     io.flush(root)
     pointer = root / ".latest"
@@ -192,20 +202,22 @@ def _publish(root: Path, partial: Path, final: Path) -> None:
     io.flush(root)
 
 
-def _delete_older(root: Path, step: int, keep: int) -> None:
+def _delete_older(root: Path, final: Path, keep: int) -> None:
     """Later steps, left by a run that was set back by hand, are nobody's to delete."""
+    older = [folder for folder in _finished(root) if _order(folder) < _order(final)]
+    for folder in older:
+        if _order(folder)[0] == _order(final)[0]:
+            _delete(folder)
     if keep > 0:
-        upto = [folder for folder in _finished(root) if int(folder.name.removeprefix("step-")) <= step]
-        for folder in upto[:-keep]:
+        for folder in [folder for folder in older if folder.exists()][: 1 - keep or None]:
             _delete(folder)
 
 
 def _delete(folder: Path) -> None:
     """Hidden first, so that a half-deleted checkpoint is never taken for a finished one."""
-    if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.deleted")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -36,7 +36,7 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
     result, problem = None, None
     try:
         result = action()
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
         problem = str(error) if isinstance(error, CheckpointError) else _reason(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -50,6 +50,13 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
 def on_rank_zero(action: Callable[[], None], failed: str, cure: str = "") -> None:
     """As ``on_all_ranks`` for work that only rank 0 does; returns on every rank after it is done."""
     on_all_ranks(action if dist.get_rank() == 0 else lambda: None, failed, cure)
+
+
+def from_rank_zero(action: Callable[[], T]) -> T:
+    """The result of ``action`` on rank 0, on every rank (a broadcast over all ranks)."""
+    result = [action() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 class InProcessSave(torch_dist.TorchDistSaveShardedStrategy):

@@ -29,8 +29,8 @@ def evaluate(config: Config, forward: Pass) -> dict[str, float]:
             reports = forward.run([MicroBatch(r.row, r.pixels) for r in rows], forward_only=True)
             if not topology.is_last_stage:
                 continue
-            # In the last step some replicas hold samples of a second round.
-            counts = [row.number < samples for row in rows]
+            # In the last step some replicas hold samples of a second round; a broken sample's replacement is no second try.
+            counts = [row.number < samples and not row.stats.replaced_broken for row in rows]
             for match, report, counted in zip(exact_matches(reports, topology, device), reports, counts, strict=True):
                 if counted:
                     losses += torch.stack([report["loss_sum"].double(), losses.new_tensor(report["supervised"])])

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.lengths import length_table
@@ -21,22 +22,27 @@ from megatron_vila.parallel.topology import ParallelTopology
 
 
 def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
-    """The samples of ``files`` as documents. Reads text only. Raises the data package's errors, which name file and cure."""
-    records = RecordFiles(files, config.data.media_dir)
-    return VilaDataset(records, load_tokenizer(config.data.tokenizer), config.data, config.model, config.train.seq_length)
+    """The samples of ``files`` as documents. Reads text only. Raises ``ConfigError`` that names file, place and cure."""
+    try:
+        records = RecordFiles(files, config.data.media_dir)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        return VilaDataset(records, tokenizer, config.data, config.model, config.train.seq_length)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
-    """The training rows of this rank, and the rows of an epoch. With packing, rank 0 measures the samples first (a barrier
-    over all ranks)."""
+    """The training rows of this rank, and the rows of an epoch. With packing, rank 0 measures the samples and broadcasts
+    their lengths to all ranks."""
     dataset = open_dataset(config, config.data.train)
     lengths = None
     if config.data.packing:
-        cache = str(Path(config.train.output) / "lengths.json")
+        # One rank measures for all: tables made by several could differ where their copies of the files do.
+        tables = [None]
         if topology.rank == 0:
-            length_table(dataset, cache, config.data.workers)
-        dist.barrier()
-        lengths = length_table(dataset, cache, config.data.workers)
+            tables = [length_table(dataset, str(Path(config.train.output) / "lengths.json"), config.data.workers)]
+        dist.broadcast_object_list(tables)
+        [lengths] = tables
     order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
     return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
 

@@ -153,7 +153,7 @@ class MetricsLogger:
         self.close()
         if not self.is_writer:
             return {}
-        summary = summarize(self.folder) | {"wall_s": time.monotonic() - self._started} | dict(results)
+        summary = dict(results) | summarize(self.folder) | {"wall_s": time.monotonic() - self._started}
         write_json(self.folder / SUMMARY_FILE, summary)
         return summary
 

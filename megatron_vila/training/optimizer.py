@@ -153,8 +153,9 @@ def apply_step(optimizer: DistributedOptimizer, loss_is_finite: bool = True) -> 
     if not math.isfinite(norm):
         return False, norm
     limit = optimizer.config.clip_grad
-    if 0 < limit < norm:
-        torch._foreach_mul_([p.grad for p in optimizer.get_parameters() if p.grad is not None], limit / (norm + 1e-6))
+    clipped = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    if 0 < limit < norm and clipped:
+        torch._foreach_mul_(clipped, limit / (norm + 1e-6))
     optimizer.step_with_ready_grads()
     return True, norm
 

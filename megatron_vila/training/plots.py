@@ -82,7 +82,7 @@ def _draw_losses(losses: Axes, rates: Axes, runs: list[list[dict[str, Any]]]) ->
     losses.set_ylabel("loss per supervised token")
     rates.set_ylabel("largest learning rate", color=_LR)
     rates.set_ylim(bottom=0)
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    rates.yaxis.set_major_formatter("{x:g}")
     if finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         losses.set_yscale("log")
     elif finite and min(finite) >= 0:

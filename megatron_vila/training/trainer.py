@@ -126,9 +126,9 @@ class Trainer:
                 if stopping:
                     return {}, True
         if data.eval:
-            results = evaluate(self.config, self.forward)
-            metrics.evaluation(self.step, results)
-            results["held_out_accuracy"] = results.pop("accuracy")
+            found = evaluate(self.config, self.forward)
+            metrics.evaluation(self.step, found)
+            results = {"held_out_accuracy": found["accuracy"], "chance": found["chance"]}
         return results, False
 
     def _train_step(self, rows: Sequence[LoadedRow]) -> Outcome:

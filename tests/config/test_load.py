@@ -196,7 +196,9 @@ def test_an_include_that_is_no_list_is_refused(tmp_path):
     assert "must be a list of files or presets" in problems(write(tmp_path / "run.yaml", "include: models/tiny\n"))
 
 
-@pytest.mark.parametrize("text", ["train: [1\n", "- 1\n", "train: {steps: 1, steps: 2}\n", "a: !!python/object:os.system x\n"])
+@pytest.mark.parametrize(
+    "text", ["train: [1\n", "- 1\n", "train: {steps: 1, steps: 2}\n", "a: !!python/object:os.system x\n"]
+)
 def test_a_file_that_is_no_mapping_of_keys_is_refused_with_its_name(tmp_path, text):
     run = write(tmp_path / "run.yaml", text)
     assert problems(run).startswith(run)
@@ -241,5 +243,7 @@ def test_the_configuration_page_names_every_key_with_its_default():
 
 
 def test_the_module_prints_the_page():
-    run = subprocess.run([sys.executable, "-m", "megatron_vila.config"], capture_output=True, text=True, cwd=ROOT, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron_vila.config"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert run.stdout == describe_keys()

@@ -40,7 +40,9 @@ def test_a_good_configuration_has_neither_problems_nor_warnings():
 
 def test_a_world_that_the_layout_does_not_divide_names_worlds_and_layouts_that_work():
     (message,) = refused(6, "parallel.ulysses=2", "parallel.ring=2")
-    assert message.startswith("world size 6 is not a multiple of tp*pp*ulysses*ring = 1*1*2*2 = 4; start 4 or 8 processes")
+    assert message.startswith(
+        "world size 6 is not a multiple of tp*pp*ulysses*ring = 1*1*2*2 = 4; start 4 or 8 processes"
+    )
     assert "for 6 use tp=1 pp=1 ulysses=2 ring=3" in message
 
 
@@ -54,7 +56,9 @@ def test_proposed_layouts_work():
 
 def test_ulysses_that_does_not_divide_the_heads_names_the_sizes_that_do_and_a_layout_of_the_same_cp():
     (message,) = refused(8, "parallel.ulysses=8", "train.seq_length=32768", preset="models/qwen2-7b")
-    assert message == "parallel.ulysses=8 does not divide 28 query heads; use ulysses=4 or 7 (cp=8 as ulysses=4, ring=2)"
+    assert (
+        message == "parallel.ulysses=8 does not divide 28 query heads; use ulysses=4 or 7 (cp=8 as ulysses=4, ring=2)"
+    )
 
 
 def test_ulysses_divides_the_heads_that_tensor_parallelism_leaves():
@@ -129,7 +133,12 @@ def test_the_batch_must_be_a_multiple_of_the_data_parallel_size():
 
 def test_all_problems_are_listed_at_once():
     messages = refused(
-        6, "parallel.pp=3", "parallel.ulysses=8", "model.vision.num_heads=7", "optim.warmup_fraction=1", "data.frame_separator_ids=[512]"
+        6,
+        "parallel.pp=3",
+        "parallel.ulysses=8",
+        "model.vision.num_heads=7",
+        "optim.warmup_fraction=1",
+        "data.frame_separator_ids=[512]",
     )
     assert len(messages) == 6
 
@@ -164,7 +173,9 @@ def test_a_value_below_its_bound_is_refused(name, too_small, bound):
 
 
 def test_every_number_of_the_schema_has_a_bound_or_a_rule_of_its_own():
-    bounded = {f"{s}.{leaf}" for table in (AT_LEAST_ONE, AT_LEAST_ZERO, ABOVE_ZERO) for s, ls in table.items() for leaf in ls}
+    bounded = {
+        f"{s}.{leaf}" for table in (AT_LEAST_ONE, AT_LEAST_ZERO, ABOVE_ZERO) for s, ls in table.items() for leaf in ls
+    }
     own_rule = {"model.vision.select_layer", "model.llm.head_dim", "optim.beta1", "optim.beta2"}
     own_rule |= {f"optim.{part}.lr" for part in ("vision", "projector", "llm")}
     numbers = {k.name for k in config_keys() if k.type in (int, float, int | None, float | None)}
@@ -180,7 +191,10 @@ def test_every_number_of_the_schema_has_a_bound_or_a_rule_of_its_own():
         ("optim.lr=.inf", "optim.lr=inf must be above 0"),
         ("model.llm.head_dim=0", "model.llm.head_dim=0 must be at least 1"),
         ("model.llm.head_dim=15", "is odd"),
-        ("model.llm.hidden_size=130", "model.llm.num_heads=4 does not divide model.llm.hidden_size=130; use 2 or 5 heads"),
+        (
+            "model.llm.hidden_size=130",
+            "model.llm.num_heads=4 does not divide model.llm.hidden_size=130; use 2 or 5 heads",
+        ),
         ("model.llm.num_kv_heads=3", "use 2 or 4 key/value heads"),
         ("model.vision.num_heads=5", "use 4 or 8 heads"),
         ("model.vision.patch_size=57", "a picture has no patch; use a patch of at most 56"),
@@ -197,7 +211,9 @@ def test_a_value_that_cannot_work_is_refused_with_its_cure(override, part):
     assert part in message
 
 
-@pytest.mark.parametrize("override", ["model.vision.select_layer=3", "model.vision.select_layer=-4", "model.vision.patch_size=15"])
+@pytest.mark.parametrize(
+    "override", ["model.vision.select_layer=3", "model.vision.select_layer=-4", "model.vision.patch_size=15"]
+)
 def test_values_at_the_edge_are_accepted(override):
     assert warned(1, override) == []
 
@@ -267,6 +283,13 @@ def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
     assert estimate.weights == pytest.approx(2 * (llm + frozen), rel=1e-3)
     assert estimate.gradients == pytest.approx(4 * llm, rel=1e-3)
     assert estimate.optimizer == pytest.approx(12 * llm / 8, rel=1e-3)
+
+
+def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():
+    def optimizer(*overrides):
+        return estimate_memory(load_config("models/qwen2-7b", list(overrides)), 8, on_gpu=True).optimizer
+
+    assert optimizer("parallel.ring=2", "parallel.ulysses=4") == optimizer()
 
 
 def test_activations_shrink_with_tp_and_cp_and_with_recompute():

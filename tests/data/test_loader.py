@@ -91,7 +91,7 @@ class Data:
             MODEL,
             SEQ_LENGTH,
         )
-        lengths = length_table(dataset, self.cache, 1) if self.packing else None
+        lengths = length_table(dataset, self.cache, 1) if self.packing else more.pop("lengths", None)
         order = RowOrder(len(dataset), seed, more.pop("shuffle", True), lengths, SEQ_LENGTH)
 
         def local_frames(row):
@@ -245,6 +245,24 @@ def test_a_file_that_one_rank_cannot_see_is_replaced_on_all_ranks(tmp_path, fold
     )
     for left, right in zip(first, second, strict=True):
         assert read_stamps(torch.cat([left.pixels, right.pixels])) == [f.index for f in left.row.frames]
+
+
+def test_a_packed_sample_that_one_rank_cannot_see_and_nothing_can_replace_is_left_out_on_all_ranks(tmp_path, folder):
+    (tmp_path / "other_host").mkdir()
+    (tmp_path / "other_host" / "a.mp4").symlink_to(folder / "a.mp4")
+    data = Data(tmp_path, folder, [sample("white.png"), sample("a.mp4")])
+    agreement = Agreement(2)
+
+    def run(rank):
+        more = {"folder": str(tmp_path / "other_host")} if rank else {}
+        more |= {"lengths": np.array([30, 80]), "shuffle": False, "batch": 1}
+        with data.loader(rank, 2, lambda r: agreement(rank, r), **more) as loader:
+            return loader.rows(0)[0]
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(run, range(2))
+    assert first.row.sample_ids == second.row.sample_ids == ("a.mp4",)
+    assert first.stats.left_out == second.stats.left_out == 1
 
 
 def test_when_every_sample_is_broken_all_ranks_end_with_the_reasons(tmp_path, folder):

@@ -28,7 +28,18 @@ def number_of(picture) -> int:
     return sum(1 << b for b, bright in enumerate((middle > 128).ravel()) if bright)
 
 
-def write(path, frames=300, codec="libx264", gop=250, b_frames=3, params="", pts_ms=None, pictures=None, rotation=None, **muxer):
+def write(
+    path,
+    frames=300,
+    codec="libx264",
+    gop=250,
+    b_frames=3,
+    params="",
+    pts_ms=None,
+    pictures=None,
+    rotation=None,
+    **muxer,
+):
     """Write a stamped video. ``pts_ms``: times of the frames (variable frame rate), else 24 per second."""
     options = {"threads": "1", "preset": "veryfast", "sc_threshold": "0"} if codec == "libx264" else {"threads": "1"}
     if params:
@@ -128,6 +139,28 @@ def test_frames_cut_off_by_an_edit_list_are_not_counted_but_used_as_references(t
     assert info.num_frames == 200
     assert numbers(cut, range(0, 200, 9), info) == list(range(100, 300, 9))
     assert numbers(cut, range(190, 200), info) == list(range(290, 300))
+
+
+def test_an_empty_sample_in_the_index_is_no_missing_frame(tmp_path):
+    path = tmp_path / "v.mp4"
+    write(path, movflags="faststart")
+    data = bytearray(path.read_bytes())
+    sizes = data.find(b"stsz") + 16
+    last, empty = sizes + 4 * 298, sizes + 4 * 299
+    both = sum(int.from_bytes(data[place : place + 4], "big") for place in (last, empty))
+    data[last : last + 4], data[empty : empty + 4] = both.to_bytes(4, "big"), bytes(4)
+    path.write_bytes(data)
+    info = probe_video(path)
+    assert info.num_frames == 299
+    assert numbers(path, range(280, 290), info) == list(range(280, 290))
+
+
+def test_a_stream_that_marks_no_key_frame_is_read_from_its_start(tmp_path):
+    path = write(tmp_path / "v.mp4", frames=60)
+    info = probe_video(path)
+    assert info.key_pts.tolist() == [info.pts[0]]
+    refreshed = write(tmp_path / "refreshed.ts", frames=60, params="intra-refresh=1:keyint=20")
+    assert numbers(refreshed, [7, 44, 59]) == [7, 44, 59]
 
 
 def read(info, indices):
@@ -330,7 +363,9 @@ def test_sampling_takes_the_table_of_a_probed_video(videos):
     assert sample_frame_indices(info, 100, fps=2.0).tolist() == np.linspace(0, 299, 25).astype(int).tolist()
 
 
-@pytest.mark.parametrize(("video", "wanted", "fps"), [((0, 24.0), 4, 0), ((10, 24.0), 0, 0), ((10, 24.0), 4, -1), ((10, 0.0), 4, 1)])
+@pytest.mark.parametrize(
+    ("video", "wanted", "fps"), [((0, 24.0), 4, 0), ((10, 24.0), 0, 0), ((10, 24.0), 4, -1), ((10, 0.0), 4, 1)]
+)
 def test_sampling_that_makes_no_sense_is_refused(video, wanted, fps):
     with pytest.raises(ValueError, match="fps"):
         sample_frame_indices(video, wanted, fps)

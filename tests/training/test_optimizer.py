@@ -7,7 +7,7 @@ import torch
 
 from megatron_vila.config.schema import OptimConfig, TrainConfig
 from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, part_of
-from tests.ranks import RankFailure, pool
+from tests.ranks import pool
 from tests.training.small_run import build, same
 
 LAYOUTS = [(1, (1, 1, 1, 1)), (2, (1, 1, 1, 1)), (2, (2, 1, 1, 1)), (2, (1, 2, 1, 1)), (2, (1, 1, 2, 1)), (4, (2, 1, 1, 2))]
@@ -203,9 +203,14 @@ def test_frozen_parts_stay_and_a_stage_with_nothing_to_train_takes_part(frozen):
     assert moved == {"vision", "projector", "llm"} - set(frozen)
 
 
-def test_a_run_with_nothing_to_train_is_refused():
-    with pytest.raises(RankFailure, match="nothing to train: optim.vision, optim.projector and optim.llm"):
-        pool.run(1, frozen_run, (1, 1, 1, 1), ("vision", "projector", "llm"))
+def nothing_to_train(rank):
+    frozen = {f"optim__{part}__trainable": False for part in ("vision", "projector", "llm")}
+    with pytest.raises(ValueError, match="nothing to train: optim.vision, optim.projector and optim.llm"):
+        build((1, 2, 1, 1), **frozen)
+
+
+def test_a_run_with_nothing_to_train_is_refused_on_every_rank():
+    pool.run(2, nothing_to_train)
 
 
 def too_long_warm_up(rank):

@@ -1,0 +1,123 @@
+"""The trained tokenizer is the same in SentencePiece and in transformers; loading says what is missing."""
+
+import json
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "Which colour flashed in the video?",
+    "What was the colour of the flash?\nIt was not red, it was blue.",
+    "The user asks, the assistant answers: red, green, blue.",
+    "user\nassistant\nsystem",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS, out, 400)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_the_folder_loads_offline_as_a_fast_tokenizer_with_the_size_of_the_model(tokenizer, model):
+    assert tokenizer.is_fast
+    assert len(tokenizer) == model.get_piece_size() <= 400
+    assert tokenizer.convert_ids_to_tokens(list(range(4))) == ["<unk>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    assert (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "", " ", "\n", "a  b", "  lead", "trail  ", "a\n\n b", "Ünïcödé ☃ 日本語", "tab\tx"]
+)
+def test_ids_equal_those_of_sentencepiece_and_text_survives(tokenizer, model, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == model.encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_characters="▁\x00\r", exclude_categories=["Cs"]), max_size=40))
+def test_any_text_survives(tokenizer, model, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == model.encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_words_that_come_in_several_forms_become_one_piece(tmp_path):
+    tokenizer = train_tokenizer(
+        [f"A {word}, the {word}.\n{word}" for word in ("colour", "video", "flash")], tmp_path, 400
+    )
+    assert tokenizer.tokenize("video\nflash, colour") == ["video", "\n", "flash", ",", "▁colour"]
+
+
+def test_offsets_point_into_the_text(tokenizer):
+    text = "Which colour?\nred ☃<|im_end|>\n"
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    pieces = [text[a:b] for a, b in encoded["offset_mapping"]]
+    assert pieces[-2:] == ["<|im_end|>", "\n"]
+    covered = {place for a, b in encoded["offset_mapping"] for place in range(a, b)}
+    assert covered == set(range(len(text)))
+
+
+def test_conversations_are_written_as_chatml_with_single_special_tokens(tokenizer):
+    messages = [{"role": "user", "content": "Which?\nSay."}, {"role": "assistant", "content": "red"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nWhich?\nSay.<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nWhich?\nSay.<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids.count(2) == ids.count(3) == 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nWhich?\nSay.\nassistant\nred\n"
+
+
+def test_the_same_texts_give_the_same_files(folder, tmp_path):
+    train_tokenizer(TEXTS, tmp_path, 400)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_vocabulary_grows_no_further_than_the_texts(tmp_path):
+    assert len(train_tokenizer(TEXTS, tmp_path, 5000)) < 500
+
+
+def test_too_little_text_or_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="texts are empty"):
+        train_tokenizer(["", "\n"], tmp_path, 400)
+    with pytest.raises(ValueError, match=r"vocab_size=100 is too small .* use \d+ or more"):
+        train_tokenizer(TEXTS, tmp_path, 100)
+
+
+def test_the_least_vocabulary_that_the_message_names_works(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        train_tokenizer(TEXTS, tmp_path, 1)
+    least = int(str(caught.value).split("use ")[1].split()[0])
+    assert len(train_tokenizer(TEXTS, tmp_path, least)) == least
+
+
+def test_loading_says_what_is_missing(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)

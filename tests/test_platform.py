@@ -1,0 +1,183 @@
+"""The machine below Megatron-Core: what changes without CUDA, and that nothing else does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vila import platform
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron-Core is redirected only where CUDA is absent")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh process prints."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    variables = {name: value for name, value in os.environ.items() if name not in names} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@cpu_only
+def test_megatron_core_works_on_cpu_tensors_and_other_code_still_finds_no_cuda():
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    inside = utils.torch
+    assert inside.zeros(2, device="cuda", pin_memory=True).device.type == "cpu"
+    assert inside.empty(2, device=inside.cuda.current_device()).device.type == "cpu"
+    assert inside.cuda.is_available() is False
+    inside.cuda.current_stream().wait_stream(inside.cuda.Stream())
+    inside.cuda.synchronize()
+    assert inside.Tensor is torch.Tensor and inside.nn is torch.nn and inside.float32 is torch.float32
+    assert inside.nn.functional is torch.nn.functional and clip_grads.torch is inside
+
+    tensor = torch.ones(2, dtype=torch.float64)
+    assert tensor.type() == "torch.DoubleTensor" and tensor.float().dtype == torch.float32
+    with pytest.raises((AssertionError, RuntimeError)):
+        tensor.cuda()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+@cpu_only
+def test_preparing_again_changes_nothing():
+    finders, method = list(sys.meta_path), torch.Tensor.type
+    platform.prepare()
+    assert sys.meta_path == finders and torch.Tensor.type is method
+
+
+CHECK = """
+import sys, types, torch, megatron.core
+from megatron.core.fusions import fused_bias_swiglu
+from megatron.core.tensor_parallel import random
+modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core") and getattr(m, "torch", None) is torch]
+compiled = [name for key, m in list(sys.modules.items()) if key.startswith("megatron.core")
+            for name, value in vars(m).items() if isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable")]
+print(modules, compiled, random._get_cuda_rng_state().dtype)
+"""
+
+
+@cpu_only
+@pytest.mark.parametrize("prepare_first", [True, False])
+def test_modules_imported_before_and_after_are_redirected_and_not_compiled(prepare_first):
+    prepare = "from megatron_vila import platform; platform.prepare()\n"
+    early = "import megatron.core.fusions.fused_bias_swiglu\n"
+    output = run_python((prepare if prepare_first else early + prepare) + CHECK)
+    assert output.strip().splitlines()[-1] == "[] [] torch.uint8"
+
+
+@cpu_only
+def test_megatrons_random_streams_are_reproducible_and_apart_on_a_cpu():
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    torch.manual_seed(3)
+    tracker = CudaRNGStatesTracker()
+    tracker.add("a", 1)
+    tracker.add("b", 2)
+    drawn = {}
+    for name in ("a", "b"):
+        with tracker.fork(name):
+            drawn[name] = torch.rand(4)
+    outside = torch.rand(4)
+    torch.manual_seed(3)
+    assert torch.equal(outside, torch.rand(4))
+    torch.manual_seed(1)
+    assert torch.equal(drawn["a"], torch.rand(4))
+    assert not torch.equal(drawn["a"], drawn["b"])
+
+
+@cpu_only
+def test_importing_and_preparing_says_nothing_about_optional_packages():
+    code = "from megatron_vila import platform; platform.prepare(); import megatron.core.optimizer, megatron.core.models.gpt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0
+    assert "Apex" not in done.stderr and "deprecated" not in done.stderr
+
+
+def test_precision_names_give_dtypes():
+    assert platform.dtype_of("auto") == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert [platform.dtype_of(name) for name in ("bf16", "fp32", "fp64")] == [torch.bfloat16, torch.float32, torch.float64]
+    with pytest.raises(ValueError, match="train.precision='fp8' is unknown; use auto, bf16, fp32, fp64"):
+        platform.dtype_of("fp8")
+
+
+def test_device_and_backend_belong_together():
+    assert (platform.device().type, platform.backend()) in [("cpu", "gloo"), ("cuda", "nccl")]
+
+
+JOIN = """
+import sys
+from megatron_vila import platform
+import torch.distributed as dist
+platform.init_distributed(timeout_minutes=2)
+platform.init_distributed()
+import torch
+t = torch.tensor(float(dist.get_rank() + 1), device=platform.device())
+dist.all_reduce(t)
+print(dist.get_world_size(), dist.get_backend(), t.item())
+dist.destroy_process_group()
+"""
+
+
+def test_a_lone_process_needs_no_environment():
+    assert run_python(JOIN).split() == ["1", platform.backend(), "1.0"]
+
+
+@cpu_only
+def test_processes_of_torchrun_find_each_other():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", JOIN], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == sorted(["2", "gloo", "3.0"] * 2)
+
+
+def test_an_incomplete_environment_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=4 but RANK, MASTER_ADDR not set; start the processes with torchrun"):
+        platform.init_distributed()
+
+
+MEMORY = """
+import torch
+from megatron_vila import platform
+def peak(megabytes):
+    platform.reset_peak_memory()
+    before = platform.peak_memory_bytes()
+    held = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=platform.device())
+    del held
+    platform.synchronize()
+    platform.empty_cache()
+    return (platform.peak_memory_bytes() - before) / 2**20
+print(peak(256), peak(64))
+"""
+
+
+def test_peak_memory_is_that_since_the_last_reset():
+    large, small = map(float, run_python(MEMORY).split())
+    assert large > 240
+    assert 48 < small < 128
+
+
+def test_deterministic_mode_can_be_switched_on_and_off(monkeypatch):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.delenv(name, raising=False)
+    platform.set_deterministic(True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        platform.set_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic

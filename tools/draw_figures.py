@@ -1,0 +1,292 @@
+"""Draw the README's pictures from the project's own pure functions, so that they cannot differ from the code.
+
+Example: python tools/draw_figures.py docs/images
+
+Writes process-grid.png (who shares a group with whom) and two-stage-sharding.png (one packed row: frames to encoders, visual
+tokens to owners). Legend: S tokens of the row. Lengths in the pictures are inches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
+
+from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.parallel.frames import frame_owner
+from megatron_vila.parallel.grid import GridShape
+from megatron_vila.parallel.layout import ReshardPlan, local_positions, owners, plan_reshard
+
+INK, FAINT, LINE, TEXT_TOKEN = "#1f2933", "#616e7c", "#cbd2d9", "#e4e7eb"
+GROUP_COLOURS = {"tp": "#c2410c", "ulysses": "#1d4ed8", "ring": "#047857", "dp": "#7e22ce"}
+RANK_COLOURS = ("#2563eb", "#ea8a0b", "#0f9d76", "#a855c7")
+WIDTH, DPI = 9.0, 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write to")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        figure, picture = draw(), io.BytesIO()
+        FigureCanvasAgg(figure)
+        figure.savefig(picture, dpi=DPI, facecolor="white")
+        # A palette is enough for flat colours and makes the files small.
+        Image.open(picture).convert("RGB").quantize(96).save(out / f"{name}.png", optimize=True)
+        print(out / f"{name}.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the process grid
+
+CELL_W, CELL_H, NODE_GAP_X, NODE_GAP_Y = 0.86, 0.6, 0.85, 0.75
+SHARES = {
+    "tp": "weights, heads, slices of tokens: all-gather, reduce-scatter",
+    "ulysses": "tokens for heads: all-to-all inside the node",
+    "ring": "keys and values: point to point, across nodes",
+    "dp": "different rows; gradients are summed over dp and cp",
+}
+
+
+def draw_process_grid() -> Figure:
+    """32 ranks on four nodes of eight: tp=2, ulysses=4, ring=2, dp=2; the groups of rank 0."""
+    grid = GridShape.of(32, tp=2, ulysses=4, ring=2)
+    sizes = f"tp {grid.tp} × ulysses {grid.ulysses} × ring {grid.ring} × dp {grid.dp}"
+    figure, axes = _canvas(5.6, f"{grid.world_size} ranks = {sizes}, and the groups of rank 0")
+    for rank in range(grid.world_size):
+        x, y = _centre(grid, rank)
+        _box(axes, x, y, 0, facecolor="#f5f7fa", edgecolor=LINE, linewidth=1)
+        _label(axes, x, y, str(rank), size=11, align="center")
+    for dp in range(grid.dp):
+        block = grid.group("block", grid.rank(dp=dp))
+        y = np.mean([_centre(grid, rank)[1] for rank in block])
+        _label(axes, 0.03, y, f"replica {dp}", size=10.5, align="center", bold=True, rotation=90)
+        _label(axes, 0.25, y, f"{len(block)} ranks, one row", FAINT, align="center", rotation=90)
+        for ring in range(grid.ring):
+            _draw_node(axes, grid, [rank for rank in block if grid.coordinates(rank).ring == ring])
+    _draw_groups_of_rank_0(axes, grid)
+    for number, (kind, what) in enumerate(SHARES.items()):
+        y = 0.86 - number * 0.26
+        axes.plot([0.75, 1.08], [y, y], color=GROUP_COLOURS[kind], linewidth=3)
+        _label(axes, 1.2, y, kind, GROUP_COLOURS[kind], size=10, bold=True)
+        _label(axes, 2.05, y, f"ranks {', '.join(map(str, grid.group(kind, 0)))}", size=10)
+        _label(axes, 3.65, y, what, FAINT, size=10)
+    return figure
+
+
+def _centre(grid: GridShape, rank: int) -> tuple[float, float]:
+    """A node is tp rows of ulysses columns; nodes of one ring stand side by side, replicas below each other."""
+    place = grid.coordinates(rank)
+    x = 1.2 + place.ring * (grid.ulysses * CELL_W + NODE_GAP_X) + place.ulysses * CELL_W
+    y = 4.2 - place.dp * (grid.tp * CELL_H + NODE_GAP_Y) - place.tp * CELL_H
+    return x, y
+
+
+def _draw_node(axes: Axes, grid: GridShape, ranks: list[int]) -> None:
+    xs, ys = zip(*(_centre(grid, rank) for rank in ranks), strict=True)
+    left, bottom = min(xs) - CELL_W * 0.62, min(ys) - CELL_H * 0.68
+    width, height = max(xs) - min(xs) + CELL_W * 1.24, max(ys) - min(ys) + CELL_H * 1.36
+    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "none", "edgecolor": FAINT, "linewidth": 1.2}
+    axes.add_patch(FancyBboxPatch((left, bottom), width, height, **style))
+    _label(axes, left + 0.06, bottom + height + 0.14, f"node {ranks[0] // len(ranks)}", FAINT)
+
+
+def _draw_groups_of_rank_0(axes: Axes, grid: GridShape) -> None:
+    centres = {kind: [_centre(grid, rank) for rank in grid.group(kind, 0)] for kind in GROUP_COLOURS}
+    x, y = _centre(grid, 0)
+    _box(axes, x, y, 0, facecolor="#fde68a", edgecolor=INK, linewidth=1.4, zorder=3)
+    _label(axes, x, y, "0", size=11, align="center", bold=True, zorder=4)
+    for kind, grow in (("ulysses", 0.02), ("tp", 0.09)):
+        xs, ys = zip(*centres[kind], strict=True)
+        middle = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+        style = {"facecolor": "none", "edgecolor": GROUP_COLOURS[kind], "linewidth": 2.6, "zorder": 5}
+        _box(axes, *middle, grow, max(xs) - min(xs), max(ys) - min(ys), **style)
+    for kind, bend in (("ring", -0.12), ("dp", 0.2)):
+        (xa, ya), (xb, yb) = centres[kind]
+        start, end = ((xa, ya + 0.26), (xb, yb + 0.26)) if kind == "ring" else ((xa - 0.4, ya), (xb - 0.36, yb))
+        _arrow(axes, start, end, GROUP_COLOURS[kind], "<|-|>", 13, 2.4, connectionstyle=f"arc3,rad={bend}", zorder=6)
+
+
+def _box(axes: Axes, x: float, y: float, grow: float, width: float = 0.0, height: float = 0.0, **style) -> None:
+    """A rounded box around cells whose centres span ``width`` and ``height`` around (x, y)."""
+    width, height = width + CELL_W * 0.86 + grow, height + CELL_H * 0.8 + grow
+    corner = x - width / 2, y - height / 2
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.06", **style))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two-stage sharding
+
+LEFT, ROW_Y, FRAME_Y, CELL = 0.85, 3.32, 4.28, 0.3
+STRIP_Y, STRIP_STEP = 1.68, 0.42
+VIDEOS = ("video A", "video B")
+
+
+def draw_two_stage_sharding() -> Figure:
+    """One packed row of two videos over four ranks (ulysses 2 x ring 2): frames, the row, and what each rank ends up with."""
+    grid = GridShape.of(4, ulysses=2, ring=2)
+    row = pack(
+        [_document(VIDEOS[0], 3, 9, 9), _document(VIDEOS[1], 2, 4, 5)], grid.document_multiple, grid.row_multiple
+    )
+    tokens = [frame.tokens for frame in row.frames]
+    plan = plan_reshard(
+        row.cu_seqlens, row.frame_starts, tokens, [frame.cost for frame in row.frames], grid.cp, grid.tp
+    )
+    maker_S = np.full(row.length, -1)
+    maker_S[row.token_ids == MEDIA_TOKEN] = plan.maker
+    title = f"One packed row of {row.length} tokens, {len(row.frames)} frames, on {grid.encoders} ranks (ulysses 2 × ring 2)"
+    figure, axes = _canvas(5.9, title)
+    unit = 7.95 / row.length
+    _draw_frames(axes, row, plan, unit)
+    _draw_row(axes, grid, row, maker_S, unit)
+    _draw_owners(axes, grid, row, plan, maker_S, unit * 1.6)
+    return figure
+
+
+def _document(name: str, before: int, frames: int, after: int, tokens: int = 4) -> Document:
+    """``frames`` frames of ``tokens`` tokens between ``before`` and ``after`` tokens of text."""
+    ids = np.array([0] * before + [MEDIA_TOKEN] * (frames * tokens) + [0] * after, dtype=np.int64)
+    refs = tuple(FrameRef(name, index, tokens, cost=1, is_video=True) for index in range(frames))
+    starts = before + tokens * np.arange(frames, dtype=np.int64)
+    return Document(ids, np.full(len(ids), IGNORE, dtype=np.int64), refs, starts, name)
+
+
+def _draw_frames(axes: Axes, row: Row, plan: ReshardPlan, unit: float) -> None:
+    """Pictures above their places in the row, coloured by the rank that encodes them."""
+    what = "each rank decodes, encodes and projects a contiguous range of frames of equal cost"
+    _heading(axes, FRAME_Y + 0.86, "Stage 1", what)
+    encoder = frame_owner(plan.boundaries)
+    centres = LEFT + (row.frame_starts + row.frames[0].tokens / 2) * unit
+    size = row.frames[0].tokens * unit * 0.84
+    for index, (x, rank) in enumerate(zip(centres, encoder, strict=True)):
+        colour = RANK_COLOURS[rank]
+        axes.add_patch(Rectangle((x - size / 2, FRAME_Y), size, size, facecolor=colour))
+        _label(axes, x, FRAME_Y + size / 2, str(index), "white", align="center", bold=True)
+        _arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), colour, "-|>", 8, 1.3)
+    documents = np.searchsorted(row.cu_seqlens, row.frame_starts, side="right")
+    for rank, document in sorted(set(zip(encoder.tolist(), documents.tolist(), strict=True))):
+        middle = centres[(encoder == rank) & (documents == document)].mean()
+        _label(axes, middle, FRAME_Y + 0.5, f"rank {rank}", RANK_COLOURS[rank], align="center", bold=True)
+
+
+def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: float) -> None:
+    """The packed row: tokens coloured by their maker, zigzag chunks framed in the colour of their owner."""
+    for place in range(row.length):
+        _token(axes, LEFT + place * unit, ROW_Y, unit, CELL, maker_S[place], _is_padding(row, place))
+    for start, stop, name in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], VIDEOS, strict=True):
+        size = (stop - start) * unit, CELL
+        axes.add_patch(
+            Rectangle((LEFT + start * unit, ROW_Y), *size, fill=False, edgecolor=INK, linewidth=1.4, zorder=5)
+        )
+        middle = LEFT + (start + stop) / 2 * unit
+        _label(axes, middle, ROW_Y + CELL + 0.13, f"{name}: one document, {stop - start} tokens", align="center")
+    _label(axes, LEFT - 0.08, ROW_Y + CELL / 2, "packed row", align="right")
+    _label(axes, LEFT - 0.08, ROW_Y - 0.17, "owner", align="right")
+    for first, size in _chunks(row, grid):
+        rank = int(owners(row.cu_seqlens, grid.cp, grid.tp, np.array([first]))[0][0])
+        x, width, colour = LEFT + first * unit, size * unit, RANK_COLOURS[rank]
+        corner = x + 0.012, ROW_Y - 0.28
+        axes.add_patch(Rectangle(corner, width - 0.024, 0.22, facecolor="white", edgecolor=colour, linewidth=1.6))
+        _label(axes, x + width / 2, ROW_Y - 0.175, str(rank), colour, size=9, align="center", bold=True)
+    y = ROW_Y - 0.5
+    what = "fill: rank that made the token     frame: rank that owns its place (zigzag chunks of each document)"
+    _label(axes, LEFT, y, what, FAINT)
+    for x, label, padding in ((LEFT + 6.45, "text", False), (LEFT + 7.15, "padding", True)):
+        _token(axes, x, y - 0.08, 0.16, 0.16, -1, padding)
+        _label(axes, x + 0.22, y, label, FAINT)
+
+
+def _draw_owners(axes: Axes, grid: GridShape, row: Row, plan: ReshardPlan, maker_S: np.ndarray, unit: float) -> None:
+    """What each rank holds in the LLM, in its local order."""
+    what = "one all-to-all sends each visual token straight to the rank that owns its place"
+    _heading(axes, STRIP_Y + 0.6, "Stage 2", what)
+    for rank, colour in enumerate(RANK_COLOURS):
+        positions = local_positions(row.cu_seqlens, grid.cp, rank)
+        y, end = STRIP_Y - rank * STRIP_STEP, len(positions) * unit
+        for slot, place in enumerate(positions):
+            _token(axes, LEFT + slot * unit, y, unit, CELL, maker_S[place], _is_padding(row, int(place)))
+        axes.add_patch(Rectangle((LEFT, y), end, CELL, fill=False, edgecolor=colour, linewidth=2, zorder=5))
+        for slot in np.flatnonzero(np.isin(positions, [first for first, _ in _chunks(row, grid)])):
+            x = LEFT + slot * unit
+            axes.plot([x, x], [y, y + CELL], color=colour, linewidth=2.4, solid_capstyle="butt", zorder=5)
+        owned, own = int(plan.traffic[:, rank].sum()), int(plan.traffic[rank, rank])
+        _label(axes, LEFT - 0.08, y + CELL / 2, f"rank {rank}", colour, size=10, align="right", bold=True)
+        result = f"{len(positions)} tokens, {owned} visual: {own} made here, {owned - own} received"
+        _label(axes, LEFT + end + 0.12, y + CELL / 2, result)
+    moved = f"{plan.moved} of {int(plan.traffic.sum())} visual tokens change rank."
+    _label(axes, LEFT, -0.02, f"{moved} Each travels once; no rank holds the embeddings of the whole row.", size=10)
+
+
+def _token(axes: Axes, x: float, y: float, width: float, height: float, maker: int, padding: bool) -> None:
+    """One token: the colour of its maker, grey for text (-1), hatched for padding."""
+    colour = RANK_COLOURS[maker] if maker >= 0 else "white" if padding else TEXT_TOKEN
+    style = {"facecolor": colour, "edgecolor": LINE if maker < 0 else "white", "hatch": "/////" if padding else None}
+    axes.add_patch(Rectangle((x, y), width, height, linewidth=0.7, **style))
+
+
+def _is_padding(row: Row, place: int) -> bool:
+    document = int(np.searchsorted(row.cu_seqlens, place, side="right")) - 1
+    return place - int(row.cu_seqlens[document]) >= row.lengths[document]
+
+
+def _chunks(row: Row, grid: GridShape) -> list[tuple[int, int]]:
+    """First place and size of each zigzag chunk of each document."""
+    chunks = []
+    for start, stop in zip(row.cu_seqlens[:-1].tolist(), row.cu_seqlens[1:].tolist(), strict=True):
+        size = (stop - start) // (2 * grid.cp)
+        chunks += [(start + index * size, size) for index in range(2 * grid.cp)]
+    return chunks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shared
+
+
+def _canvas(height: float, title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 0.94))
+    axes.set_xlim(-0.1, WIDTH - 0.1)
+    axes.set_ylim(-0.1, height * 0.94 - 0.1)
+    axes.axis("off")
+    axes.set_title(title, fontsize=12.5, color=INK, loc="left", x=0.012, pad=4, weight="bold")
+    return figure, axes
+
+
+def _heading(axes: Axes, y: float, name: str, text: str) -> None:
+    _label(axes, -0.02, y, name, size=11, bold=True)
+    _label(axes, LEFT, y, text, size=10)
+
+
+def _label(
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    colour: str = INK,
+    size: float = 9.5,
+    align: str = "left",
+    bold: bool = False,
+    **style,
+) -> None:
+    weight = "bold" if bold else "normal"
+    axes.text(x, y, text, fontsize=size, color=colour, ha=align, va="center", weight=weight, **style)
+
+
+def _arrow(axes: Axes, start, end, colour: str, kind: str, head: float, width: float, **style) -> None:
+    axes.add_patch(
+        FancyArrowPatch(start, end, arrowstyle=kind, mutation_scale=head, color=colour, linewidth=width, **style)
+    )
+
+
+PICTURES = {"process-grid": draw_process_grid, "two-stage-sharding": draw_two_stage_sharding}
+
+if __name__ == "__main__":
+    main()
