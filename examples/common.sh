@@ -84,7 +84,7 @@ set_up() {
     PYTHON=$VIRTUAL_ENV/bin/python
   elif [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-} != base ]]; then
     PYTHON=$CONDA_PREFIX/bin/python
-  elif [[ ! -e $REPO/.venv ]] && PYTHON=$(container_python); then
+  elif PYTHON=$(container_python); then
     :
   else
     own_venv=1

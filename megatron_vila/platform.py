@@ -32,11 +32,16 @@ _QUIET_WARNINGS = (
     "The .grad attribute of a Tensor that is not a leaf",
     r"`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
 )
-_QUIET_LOGS = ("GPTModel IS DEPRECATED", "CPU RNG state changed within GPU RNG context", "full_param_layout not provided")
+_QUIET_LOGS = (
+    "GPTModel IS DEPRECATED",
+    "CPU RNG state changed within GPU RNG context",
+    "full_param_layout not provided",
+)
 _FACTORIES = (
-    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint randperm "
-    "empty_like zeros_like ones_like full_like rand_like randn_like empty_strided"
-).split()
+    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "empty_strided"),
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like"),
+    *("empty_like", "zeros_like", "ones_like", "full_like"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,9 +209,8 @@ class _RedirectingFinder(importlib.abc.MetaPathFinder):
             module._set_cuda_rng_state = _set_rng_state
         # A module that was imported before prepare() may hold compiled helpers: put the plain functions back.
         for name, value in list(names.items()):
-            plain = getattr(value, "_torchdynamo_orig_callable", None) if isinstance(value, types.FunctionType) else None
-            if plain is not None:
-                names[name] = plain
+            if isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
+                names[name] = value._torchdynamo_orig_callable
 
 
 def _cpu_torch() -> types.ModuleType:

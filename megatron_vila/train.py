@@ -1,6 +1,7 @@
 """``torchrun ... -m megatron_vila.train CONFIG.yaml [key=value ...] [--dry-run]``: train, resume and evaluate.
 
-Errors that a user can cure are printed once, by rank 0, as a message; the exit status is 2 then, on every rank.
+An error that a user can cure is printed once, by the first rank that meets it, as a message; the exit status is 2 then, on
+every rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config", help="YAML file, or the name of a preset")
     parser.add_argument("overrides", nargs="*", help="dotted overrides such as parallel.ulysses=2 train.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked before training, then exit")
-    parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: the environment's, or one replica)")
+    parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: one replica)")
     options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", 0))
     # Other packages' warnings concern their developers; ours go through logging.
@@ -39,8 +40,26 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _run(options, rank)
     except curable as error:
-        if rank == 0:
+        if _count_failure() == 1:
             print(f"megatron_vila: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError:
+        # A rank that ended with a message breaks the connections of the others: theirs is no news.
+        if _count_failure() > 1:
+            return 2
+        raise
+
+
+def _count_failure() -> int:
+    """How many ranks have failed, this one included; 1 where no process group joins them."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return 1
+    try:
+        return dist.distributed_c10d._get_default_store().add("megatron_vila/failures", 1)
+    except RuntimeError:
+        # The store's own process has ended.
         return 2
 
 
@@ -48,40 +67,52 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     from megatron_vila.config.load import ConfigError, load_config
     from megatron_vila.config.validate import validate
 
-    config = load_config(options.config, options.overrides)
-    parallel = config.parallel
-    replica = parallel.tp * parallel.pp * parallel.ulysses * parallel.ring
-    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", replica if options.dry_run else 1))
-    for warning in validate(config, world_size):
-        logging.getLogger("megatron_vila").warning("warning: %s", warning)
     if options.dry_run:
-        return _dry_run(config, world_size, rank)
+        return _dry_run(options) if rank == 0 else 0
     import torch.distributed as dist
 
     from megatron_vila.training.trainer import Trainer
 
     try:
+        # First of all, so that what a single rank finds wrong is told and ends the others.
         platform.init_distributed()
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+    config = load_config(options.config, options.overrides)
+    for warning in validate(config, dist.get_world_size()):
+        logging.getLogger("megatron_vila").warning("warning: %s", warning)
+    try:
         trainer = Trainer(config)
     except (ValueError, FileNotFoundError) as error:
         # What a part refuses when it is built (a kernel that is not there, a warm-up as long as the run) is a setting's fault.
         raise ConfigError(str(error)) from error
+    if trainer.topology.block_cpu.rank() == 0:
+        # Each replica names the broken samples that it meets.
+        logging.getLogger("megatron_vila.data").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     trainer.run()
     dist.destroy_process_group()
     return 0
 
 
-def _dry_run(config, world_size: int, rank: int) -> int:
-    """Open the data as the trainer would and show the first sample."""
+def _dry_run(options: argparse.Namespace) -> int:
+    """Check the settings, open the data as the trainer would and show the first samples; no process group is made."""
+    from megatron_vila.config.load import load_config
+    from megatron_vila.config.validate import validate
     from megatron_vila.data.chat import describe
     from megatron_vila.training.feed import open_dataset
 
-    if rank == 0:
-        for files in filter(None, (config.data.train, config.data.eval)):
-            dataset = open_dataset(config, files)
-            document = dataset.document(0)
-            print(f"{len(dataset)} samples in {', '.join(files)}; the first one:\n{describe(document, dataset.encoder.tokenizer)}")
-        print(f"dry run: everything fits together for {world_size} ranks")
+    config = load_config(options.config, options.overrides)
+    parallel = config.parallel
+    replica = parallel.tp * parallel.pp * parallel.ulysses * parallel.ring
+    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", replica))
+    for warning in validate(config, world_size):
+        logging.getLogger("megatron_vila").warning("warning: %s", warning)
+    for files in filter(None, (config.data.train, config.data.eval)):
+        dataset = open_dataset(config, files)
+        document = dataset.document(0)
+        print(f"{len(dataset)} samples in {', '.join(files)}; the first one:")
+        print(describe(document, dataset.encoder.tokenizer))
+    print(f"dry run: everything fits together for {world_size} ranks")
     return 0
 
 

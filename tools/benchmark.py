@@ -39,7 +39,8 @@ def main() -> None:
                 print(error, flush=True)
                 continue
             rows.append(row)
-            print({key: row[key] for key in ("variant", "time_s", "tokens_per_s_per_gpu", "mfu", "peak_gib", "first_loss")}, flush=True)
+            shown = ("variant", "time_s", "tokens_per_s_per_gpu", "mfu", "peak_gib", "first_loss")
+            print({key: row[key] for key in shown}, flush=True)
             write_table(rows, options.out)
 
 

@@ -44,39 +44,177 @@ FAULTS = [
         "return torch.empty_like(sent_NH).index_copy_(0, reshard.send_order, sent_NH), None",
         "return sent_NH, None",
     ),
-    Fault("visual tokens land in reversed slots", PARALLEL + "layout.py", "return self.slot[self.owner == rank]", "return self.slot[self.owner == rank][::-1].copy()"),
-    Fault("zigzag takes the wrong second half", PARALLEL + "layout.py", "(2 * parts - 1 - part) * chunk]", "(parts + part) * chunk]"),
-    Fault("ring step takes the later ranks for the earlier", PARALLEL + "layout.py", "if source < rank:", "if source > rank:"),
-    Fault("ring attends to the back half of earlier keys", PARALLEL + "layout.py", "return RingStep(source, ALL, FRONT, causal=False)", "return RingStep(source, ALL, BACK, causal=False)"),
-    Fault("own ring block is not causal", PARALLEL + "layout.py", "return RingStep(source, ALL, ALL, causal=True)", "return RingStep(source, ALL, ALL, causal=False)"),
-    Fault("tensor-parallel slice of a token off by one rank", PARALLEL + "layout.py", "return cp_rank * tp + local // per_rank, local % per_rank", "return cp_rank * tp + (local // per_rank + 1) % tp, local % per_rank"),
-    Fault("Ulysses result is not permuted", PARALLEL + "layout.py", 'return np.argsort(np.concatenate(members), kind="stable")', "return np.arange(sum(map(len, members)))"),
-    Fault("labels shifted by one", "megatron_vila/models/shard.py", "labels_n=_to(row.labels[held], device)", "labels_n=_to(np.roll(row.labels, 1)[held].clip(min=0), device)"),
-    Fault("positions count local tokens", "megatron_vila/models/shard.py", "_to(row.positions[mine], device)", "_to(np.arange(len(mine)), device)"),
-    Fault("positions go on across packed documents", "megatron_vila/data/row.py", "positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)", "positions = np.arange(total, dtype=np.int64)"),
-    Fault("packed documents attend to each other", PARALLEL + "ring.py", "lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))", "cu_seqlens = cu_seqlens[[0, -1]]\n        lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))"),
-    Fault("token count of the loss misses cp", "megatron_vila/training/optimizer.py", "dist.all_reduce(num_tokens, group=pg_collection.dp_cp)", "dist.all_reduce(num_tokens, group=pg_collection.dp)"),
-    Fault("Ulysses and ring groups swapped", PARALLEL + "topology.py", "ulysses, ring = parallel_state.get_hierarchical", "ring, ulysses = parallel_state.get_hierarchical"),
-    Fault("last dK/dV transfer is lost", PARALLEL + "ring.py", "        returning.collect(total[1])\n        dk_TkD", "        dk_TkD"),
-    Fault("dK/dV are added to the wrong half", PARALLEL + "ring.py", "self._layout.add(total, self._received, self._part, dim=1)", "self._layout.add(total, self._received, BACK if self._part == FRONT else self._part, dim=1)"),
-    Fault("merge forgets to rescale the running output", PARALLEL + "ring.py", "layout.take(out, part) * scale_old + o * scale_new", "layout.take(out, part) + o * scale_new"),
-    Fault("merge forgets the running log-sum-exp", PARALLEL + "ring.py", "new = torch.logaddexp(old, l)", "new = torch.maximum(old, l)"),
-    Fault("ring sends back halves for front halves", PARALLEL + "ring.py", "self._layout.take(self._packed, ring_step(ring.size, to, step).keys, dim=1)", "self._layout.take(self._packed, BACK if ring_step(ring.size, to, step).keys == FRONT else ALL, dim=1)"),
-    Fault("gradients of replicated key/value heads overwrite each other", PARALLEL + "ulysses.py", "dk[:, kv.start : kv.stop] += dk_part", "dk[:, kv.start : kv.stop] = dk_part"),
-    Fault("gradient of the output is not permuted", PARALLEL + "ulysses.py", "return received.view(-1, heads, dout_sHD.shape[-1]).index_select(0, order)", "return received.view(-1, heads, dout_sHD.shape[-1])"),
-    Fault("a rank takes its neighbour's key/value heads", PARALLEL + "ulysses.py", "first = rank * self.per_rank\n        return range(", "first = (rank + 1) % self.ulysses * self.per_rank\n        return range("),
-    Fault("vision gradients are not summed over tp", "megatron_vila/models/vila.py", "parameter.sequence_parallel = grid.tp > 1", "parameter.sequence_parallel = False"),
-    Fault("norm gradients are not summed over tp", "megatron_vila/models/norm.py", "self.weight.sequence_parallel = config.sequence_parallel", "self.weight.sequence_parallel = False"),
+    Fault(
+        "visual tokens land in reversed slots",
+        PARALLEL + "layout.py",
+        "return self.slot[self.owner == rank]",
+        "return self.slot[self.owner == rank][::-1].copy()",
+    ),
+    Fault(
+        "zigzag takes the wrong second half",
+        PARALLEL + "layout.py",
+        "(2 * parts - 1 - part) * chunk]",
+        "(parts + part) * chunk]",
+    ),
+    Fault(
+        "ring step takes the later ranks for the earlier",
+        PARALLEL + "layout.py",
+        "if source < rank:",
+        "if source > rank:",
+    ),
+    Fault(
+        "ring attends to the back half of earlier keys",
+        PARALLEL + "layout.py",
+        "return RingStep(source, ALL, FRONT, causal=False)",
+        "return RingStep(source, ALL, BACK, causal=False)",
+    ),
+    Fault(
+        "own ring block is not causal",
+        PARALLEL + "layout.py",
+        "return RingStep(source, ALL, ALL, causal=True)",
+        "return RingStep(source, ALL, ALL, causal=False)",
+    ),
+    Fault(
+        "tensor-parallel slice of a token off by one rank",
+        PARALLEL + "layout.py",
+        "return cp_rank * tp + local // per_rank, local % per_rank",
+        "return cp_rank * tp + (local // per_rank + 1) % tp, local % per_rank",
+    ),
+    Fault(
+        "Ulysses result is not permuted",
+        PARALLEL + "layout.py",
+        'return np.argsort(np.concatenate(members), kind="stable")',
+        "return np.arange(sum(map(len, members)))",
+    ),
+    Fault(
+        "labels shifted by one",
+        "megatron_vila/models/shard.py",
+        "labels_n=_to(row.labels[held], device)",
+        "labels_n=_to(np.roll(row.labels, 1)[held].clip(min=0), device)",
+    ),
+    Fault(
+        "positions count local tokens",
+        "megatron_vila/models/shard.py",
+        "_to(row.positions[mine], device)",
+        "_to(np.arange(len(mine)), device)",
+    ),
+    Fault(
+        "positions go on across packed documents",
+        "megatron_vila/data/row.py",
+        "positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)",
+        "positions = np.arange(total, dtype=np.int64)",
+    ),
+    Fault(
+        "packed documents attend to each other",
+        PARALLEL + "ring.py",
+        "lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))",
+        "cu_seqlens = cu_seqlens[[0, -1]]\n        lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))",
+    ),
+    Fault(
+        "token count of the loss misses cp",
+        "megatron_vila/training/optimizer.py",
+        "dist.all_reduce(num_tokens, group=pg_collection.dp_cp)",
+        "dist.all_reduce(num_tokens, group=pg_collection.dp)",
+    ),
+    Fault(
+        "Ulysses and ring groups swapped",
+        PARALLEL + "topology.py",
+        "ulysses, ring = parallel_state.get_hierarchical",
+        "ring, ulysses = parallel_state.get_hierarchical",
+    ),
+    Fault(
+        "last dK/dV transfer is lost",
+        PARALLEL + "ring.py",
+        "        returning.collect(total[1])\n        dk_TkD",
+        "        dk_TkD",
+    ),
+    Fault(
+        "dK/dV are added to the wrong half",
+        PARALLEL + "ring.py",
+        "self._layout.add(total, self._received, self._part, dim=1)",
+        "self._layout.add(total, self._received, BACK if self._part == FRONT else self._part, dim=1)",
+    ),
+    Fault(
+        "merge forgets to rescale the running output",
+        PARALLEL + "ring.py",
+        "layout.take(out_ThD, part) * scale_old + part_out * scale_new",
+        "layout.take(out_ThD, part) + part_out * scale_new",
+    ),
+    Fault(
+        "merge forgets the running log-sum-exp",
+        PARALLEL + "ring.py",
+        "new = torch.logaddexp(old, part_lse)",
+        "new = torch.maximum(old, part_lse)",
+    ),
+    Fault(
+        "ring sends back halves for front halves",
+        PARALLEL + "ring.py",
+        "self._layout.take(self._packed, ring_step(ring.size, to, step).keys, dim=1)",
+        "self._layout.take(self._packed, BACK if ring_step(ring.size, to, step).keys == FRONT else ALL, dim=1)",
+    ),
+    Fault(
+        "gradients of replicated key/value heads overwrite each other",
+        PARALLEL + "ulysses.py",
+        "dk[:, kv.start : kv.stop] += dk_part",
+        "dk[:, kv.start : kv.stop] = dk_part",
+    ),
+    Fault(
+        "gradient of the output is not permuted",
+        PARALLEL + "ulysses.py",
+        "return received.view(-1, heads, dout_sHD.shape[-1]).index_select(0, order)",
+        "return received.view(-1, heads, dout_sHD.shape[-1])",
+    ),
+    Fault(
+        "a rank takes its neighbour's key/value heads",
+        PARALLEL + "ulysses.py",
+        "first = rank * self.per_rank\n        return range(",
+        "first = (rank + 1) % self.ulysses * self.per_rank\n        return range(",
+    ),
+    Fault(
+        "vision gradients are not summed over tp",
+        "megatron_vila/models/vila.py",
+        "parameter.sequence_parallel = grid.tp > 1",
+        "parameter.sequence_parallel = False",
+    ),
+    Fault(
+        "norm gradients are not summed over tp",
+        "megatron_vila/models/norm.py",
+        "self.weight.sequence_parallel = config.sequence_parallel",
+        "self.weight.sequence_parallel = False",
+    ),
     Fault("ranks without frames leave the graph", "megatron_vila/models/vision.py", " + zero_connected_to(used)", ""),
-    Fault("head keeps its partial gradient under tp", "megatron_vila/models/head.py", "dist.reduce_scatter_tensor(grads_CH, partial, group=vocabulary.group)", "grads_CH.copy_(partial.chunk(vocabulary.group.size())[vocabulary.group.rank()])"),
-    Fault("head normalises over the local vocabulary", "megatron_vila/models/head.py", "_all_reduce(sums_C, dist.ReduceOp.SUM, vocabulary)", "pass"),
-]  # fmt: skip
+    Fault(
+        "head keeps its partial gradient under tp",
+        "megatron_vila/models/head.py",
+        "dist.reduce_scatter_tensor(grads_CH, partial, group=vocabulary.group)",
+        "grads_CH.copy_(partial.chunk(vocabulary.group.size())[vocabulary.group.rank()])",
+    ),
+    Fault(
+        "head normalises over the local vocabulary",
+        "megatron_vila/models/head.py",
+        "_all_reduce(sums_C, dist.ReduceOp.SUM, vocabulary)",
+        "pass",
+    ),
+]
 
 
 def run_tests(folder: Path) -> tuple[bool, str]:
     """Whether the chosen part of the suite passes in ``folder``, and the first line that says what failed."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", CONTRACT, "-k", LAYOUTS]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+        CONTRACT,
+        "-k",
+        LAYOUTS,
+    ]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest could not run:\n{done.stdout}{done.stderr}")
@@ -102,7 +240,9 @@ def main() -> int:
             path = copy / fault.file
             original = path.read_text()
             if original.count(fault.old) != 1:
-                raise ValueError(f"fault '{fault.name}': its text stands {original.count(fault.old)} times in {fault.file}")
+                raise ValueError(
+                    f"fault '{fault.name}': its text stands {original.count(fault.old)} times in {fault.file}"
+                )
             path.write_text(original.replace(fault.old, fault.new))
             passed, failed = run_tests(copy)
             path.write_text(original)

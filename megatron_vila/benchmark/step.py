@@ -28,12 +28,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run_variant(config: str, common: Sequence[str], variant: str, gpus: int, warmup: int, timed: int, folder: Path) -> dict[str, Any]:
+def run_variant(
+    config: str, common: Sequence[str], variant: str, gpus: int, warmup: int, timed: int, folder: Path
+) -> dict[str, Any]:
     """Train ``warmup + timed`` steps of ``config`` with the overrides of ``variant`` (joined by commas) on ``gpus`` processes.
 
     Returns one row of the table. Raises ``RuntimeError`` with the end of the run's output if it fails.
     """
-    overrides = [*common, *variant.split(","), f"train.steps={warmup + timed}", f"train.output={folder}", "checkpoint.resume=false"]
+    run_settings = [f"train.steps={warmup + timed}", f"train.output={folder}", "checkpoint.resume=false", "checkpoint.save=false"]
+    overrides = [*common, *variant.split(","), *run_settings]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command += ["-m", "megatron_vila.train", config, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -63,7 +66,7 @@ def run_variant(config: str, common: Sequence[str], variant: str, gpus: int, war
         "first_loss": round(every[0]["loss"], 5),
         "hardware": hardware(gpus),
         "versions": versions(),
-        "command": " ".join(["torchrun", "--nproc-per-node", str(gpus), "-m", "megatron_vila.train", config, *overrides[:-2]]),
+        "command": " ".join(["torchrun", "--nproc-per-node", str(gpus), "-m", "megatron_vila.train", config, *overrides[: -len(run_settings) + 1]]),
     }
 
 

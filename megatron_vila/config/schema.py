@@ -169,6 +169,7 @@ class TrainConfig:
 class CheckpointConfig:
     """Saving and loading."""
 
+    save: bool = key(True, "save checkpoints; false for benchmarks")
     save_every: int = key(0, "steps between checkpoints; 0: only at the end")
     keep: int = key(2, "checkpoints kept, the newest ones; 0: all")
     resume: bool = key(True, "go on from the newest checkpoint of train.output if there is one")

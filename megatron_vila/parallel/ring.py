@@ -82,7 +82,7 @@ class Ring:
     rank: int
     group: dist.ProcessGroup
 
-    def forward(self, q_ThD: torch.Tensor, k_TkD: torch.Tensor, v_TkD: torch.Tensor, layout: RingLayout, expansion: torch.Tensor | None):
+    def forward(self, q_ThD, k_TkD, v_TkD, layout: RingLayout, expansion: torch.Tensor | None):
         """Causal attention of each document over the whole ring: out [T, h, D] and log-sum-exp [h, T] (float32 at least).
 
         ``expansion`` int64 repeats key/value heads for the kernel (``HeadSplit.expansion``). Point-to-point over the ring
@@ -92,7 +92,7 @@ class Ring:
         out = lse = None
         for step in range(self.size):
             block, (k, v) = blocks.next()
-            o, l = self.kernel.forward(
+            part_out, part_lse = self.kernel.forward(
                 layout.take(q_ThD, block.queries),
                 _expand(k, expansion),
                 _expand(v, expansion),
@@ -101,11 +101,11 @@ class Ring:
                 self.scale,
             )
             if self.size == 1:
-                return o, l
+                return part_out, part_lse
             if step == 0:
-                out, lse = o.to(l.dtype), l
+                out, lse = part_out.to(part_lse.dtype), part_lse
             else:
-                _merge(out, lse, o, l, layout, block.queries)
+                _merge(out, lse, part_out, part_lse, layout, block.queries)
         return out.to(q_ThD.dtype), lse
 
     def backward(self, dout_ThD, q_ThD, k_TkD, v_TkD, out_ThD, lse_hT, layout: RingLayout, expansion: torch.Tensor | None):
@@ -206,21 +206,21 @@ class _Return:
         self._layout.add(total, self._received, self._part, dim=1)
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, o: torch.Tensor, l: torch.Tensor, layout: RingLayout, part: str) -> None:
-    """Add a block's normalised output ``o`` with log-sum-exp ``l`` to the running ones, in place."""
-    old = layout.take(lse, part, dim=1)
-    new = torch.logaddexp(old, l)
-    scale_old, scale_new = (old - new).exp().t().unsqueeze(-1), (l - new).exp().t().unsqueeze(-1)
-    merged = layout.take(out, part) * scale_old + o * scale_new
+def _merge(out_ThD, lse_hT, part_out, part_lse, layout: RingLayout, part: str) -> None:
+    """Add a block's normalised output and log-sum-exp to the running ones of the queries ``part``, in place."""
+    old = layout.take(lse_hT, part, dim=1)
+    new = torch.logaddexp(old, part_lse)
+    scale_old, scale_new = (old - new).exp().t().unsqueeze(-1), (part_lse - new).exp().t().unsqueeze(-1)
+    merged = layout.take(out_ThD, part) * scale_old + part_out * scale_new
     if part == ALL:
-        out.copy_(merged)
-        lse.copy_(new)
+        out_ThD.copy_(merged)
+        lse_hT.copy_(new)
     elif isinstance(index := layout.halves[part], slice):
-        out[index] = merged
-        lse[:, index] = new
+        out_ThD[index] = merged
+        lse_hT[:, index] = new
     else:
-        out.index_copy_(0, index, merged)
-        lse.index_copy_(1, index, new)
+        out_ThD.index_copy_(0, index, merged)
+        lse_hT.index_copy_(1, index, new)
 
 
 def _expand(x: torch.Tensor, expansion: torch.Tensor | None) -> torch.Tensor:

@@ -160,7 +160,9 @@ def _resolve(path: Path) -> Path:
         return path
     newest = latest_checkpoint(path)
     if newest is None:
-        raise CheckpointError("no finished checkpoint there; give the folder of a step (step-...) or the folder of a run")
+        raise CheckpointError(
+            "no finished checkpoint there; give the folder of a step (step-...) or the folder of a run"
+        )
     return newest
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +67,9 @@ class InProcessSave(torch_dist.TorchDistSaveShardedStrategy):
     """
 
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
-        entries, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        entries, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             dcp.save(
@@ -91,7 +93,7 @@ def describe(step: int, info: dict[str, Any], sizes: dict[str, int]) -> dict[str
         "step": step,
         **info,
         "world_size": dist.get_world_size(),
-        "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("megatron-vila", "megatron-core", "torch")},
         "files": sizes,
     }
@@ -101,7 +103,9 @@ def check_files(folder: Path) -> None:
     """Raise ``CheckpointError`` unless every file of ``info.json`` is there with its size."""
     info = json.loads((folder / "info.json").read_text())
     if info["format"] > FORMAT:
-        raise CheckpointError(f"it has format {info['format']}, this version reads up to {FORMAT}; update megatron_vila")
+        raise CheckpointError(
+            f"it has format {info['format']}, this version reads up to {FORMAT}; update megatron_vila"
+        )
     wrong = [name for name, size in info["files"].items() if not _has_size(folder / name, size)]
     if wrong:
         raise CheckpointError(f"missing or truncated files: {_some(wrong)}; restore them or load another checkpoint")
@@ -147,7 +151,9 @@ def require_plain(value: Any, name: str) -> None:
         for index, item in enumerate(value):
             require_plain(item, f"{name}[{index}]")
     elif type(value) not in (str, int, float, bool, type(None), torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds plain dicts, lists, strings, numbers and tensors")
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; a checkpoint holds plain dicts, lists, strings, numbers and tensors"
+        )
 
 
 def flush(path: Path) -> None:

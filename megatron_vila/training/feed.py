@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
-from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.dataset import NoUsableSampleError, VilaDataset
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
@@ -33,16 +33,21 @@ def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
 
 def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
     """The training rows of this rank, and the rows of an epoch. With packing, rank 0 measures the samples and broadcasts
-    their lengths to all ranks."""
+    their lengths to all ranks, or what is wrong, which all of them raise then (``NoUsableSampleError``)."""
     dataset = open_dataset(config, config.data.train)
     lengths = None
     if config.data.packing:
         # One rank measures for all: tables made by several could differ where their copies of the files do.
-        tables = [None]
+        found: list = [None, None]
         if topology.rank == 0:
-            tables = [length_table(dataset, str(Path(config.train.output) / "lengths.json"), config.data.workers)]
-        dist.broadcast_object_list(tables)
-        [lengths] = tables
+            try:
+                found[0] = length_table(dataset, str(Path(config.train.output) / "lengths.json"), config.data.workers)
+            except NoUsableSampleError as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found)
+        lengths, problem = found
+        if problem is not None:
+            raise NoUsableSampleError(problem, {})
     order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
     return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
 

@@ -108,18 +108,24 @@ def state_shards(optimizer: DistributedOptimizer, model_state: dict) -> dict[str
             for offset, size, flat in blocks_of_range(tuple(piece.local_shape), low - begin, high - begin):
                 at = begin + flat - owned.start
                 for name, tensor in tensors.items():
-                    shard = _block(piece, f"optimizer.{name}.{piece.key}", tensor[at : at + math.prod(size)], offset, size)
+                    shard = _block(
+                        piece, f"optimizer.{name}.{piece.key}", tensor[at : at + math.prod(size)], offset, size
+                    )
                     shards[f"{shard.key}@{'-'.join(map(str, shard.global_offset))}"] = shard
     return shards
 
 
-def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter) -> Iterator[tuple[ShardedTensor, int]]:
+def _pieces(
+    entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter
+) -> Iterator[tuple[ShardedTensor, int]]:
     """The sharded tensors that make up a parameter (gate and up for a fused SwiGLU weight) and where each begins in it."""
     built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
     for piece in nested_values({"piece": built}):
         begin, rest = divmod(piece.data.data_ptr() - parameter.data_ptr(), parameter.element_size())
         if rest or not piece.data.is_contiguous():
-            raise ValueError(f"{piece.key} is not a contiguous part of its parameter: its optimizer state cannot be saved")
+            raise ValueError(
+                f"{piece.key} is not a contiguous part of its parameter: its optimizer state cannot be saved"
+            )
         yield piece, begin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -20,6 +21,7 @@ from megatron_vila import platform
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config
 from megatron_vila.data.chat import describe
+from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
@@ -121,7 +123,8 @@ class Trainer:
                 finished = self.step == train.steps
                 if data.eval and not stopping and _due(self.step, train.eval_every) and not finished:
                     metrics.evaluation(self.step, evaluate(self.config, self.forward))
-                if finished or stopping or _due(self.step, self.config.checkpoint.save_every):
+                saving = self.config.checkpoint
+                if saving.save and (finished or stopping or _due(self.step, saving.save_every)):
                     self._save()
                 if stopping:
                     return {}, True
@@ -197,7 +200,8 @@ class Trainer:
             )
         metrics.message(f"{what}: update skipped ({self.skipped} so far)")
         if skips_in_a_row > train.max_skips:
-            raise NonFiniteError(f"{what}: {skips_in_a_row} updates skipped in a row, more than train.max_skips={train.max_skips}")
+            limit = f"more than train.max_skips={train.max_skips}"
+            raise NonFiniteError(f"{what}: {skips_in_a_row} updates skipped in a row, {limit}")
 
     def _resume(self, checkpoint: Path) -> None:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler)
@@ -238,7 +242,9 @@ class Trainer:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(dump_config(self.config))
         dataset = open_dataset(self.config, self.config.data.train)
-        logger.info("first sample:\n%s", describe(dataset.document(0), dataset.encoder.tokenizer))
+        # Where no sample can be used, the loader says so on all ranks at once.
+        with contextlib.suppress(NoUsableSampleError):
+            logger.info("first sample:\n%s", describe(dataset.document(0), dataset.encoder.tokenizer))
 
     def _say(self, text: str) -> None:
         if self.is_writer:

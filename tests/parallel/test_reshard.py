@@ -40,7 +40,8 @@ def _exchange(rank: int, parallel: ParallelConfig):
 
     def counting(out, x, recv, send, group):
         me = group.rank()
-        sent.append((sum(n for peer, n in enumerate(send) if peer != me) * x[0].numel() * x.element_size(), out.numel(), x.numel()))
+        others = sum(n for peer, n in enumerate(send) if peer != me)
+        sent.append((others * HIDDEN * x.element_size(), out.numel(), x.numel()))
         return original(out, x, recv, send, group=group)
 
     dist.all_to_all_single = counting

@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_vila import platform
 from megatron_vila.config.schema import Config, ParallelConfig
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
@@ -43,14 +44,16 @@ class Run:
         for name, parameter in self.trainable().items():
             # Megatron sums these over tp, and tied embeddings over the first and last stage.
             copies = grid.tp if getattr(parameter, "sequence_parallel", False) else 1
-            is_tied = self.config.model.llm.tie_embeddings and name.endswith(("word_embeddings.weight", "output_layer.weight"))
+            is_tied = self.config.model.llm.tie_embeddings and name.endswith(
+                ("word_embeddings.weight", "output_layer.weight")
+            )
             copies *= 2 if is_tied and grid.pp > 1 else 1
             gradient = torch.sin(parameter.detach().double() * 100 + step) / copies
             parameter.main_grad.copy_(gradient)
         self.finalize(tokens=1)
 
     def finalize(self, tokens: int) -> None:
-        count = torch.tensor(tokens, dtype=torch.int32)
+        count = torch.tensor(tokens, dtype=torch.int32, device=platform.device())
         finalize_gradients([self.ddp], count, pg_collection=self.topology.collection)
 
     def step(self, step: int) -> float:
@@ -96,7 +99,7 @@ def build(layout: Layout, dtype: torch.dtype = torch.float32, tied: bool = False
         setattr(target, last, value)
     parallel_state.destroy_model_parallel()
     topology = ParallelTopology.create(config.parallel)
-    model = VilaModel(config, topology, dtype, torch.device("cpu"))
+    model = VilaModel(config, topology, dtype, platform.device())
     ddp = wrap_ddp(model, config.optim, model.config)
     optimizer, scheduler = build_optimizer([ddp], config.optim, config.train, dtype)
     return Run(config, topology, model, ddp, optimizer, scheduler)

@@ -24,7 +24,13 @@ from tests.ranks import pool
 from tests.training.small_run import build, same
 
 ONE = (1, (1, 1, 1, 1))
-DP2, TP2, PP2, ULYSSES2, RING2 = (2, (1, 1, 1, 1)), (2, (2, 1, 1, 1)), (2, (1, 2, 1, 1)), (2, (1, 1, 2, 1)), (2, (1, 1, 1, 2))
+DP2, TP2, PP2, ULYSSES2, RING2 = (
+    (2, (1, 1, 1, 1)),
+    (2, (2, 1, 1, 1)),
+    (2, (1, 2, 1, 1)),
+    (2, (1, 1, 2, 1)),
+    (2, (1, 1, 1, 2)),
+)
 TP2_RING2, TP2_PP2, PP2_DP2 = (4, (2, 1, 1, 2)), (4, (2, 2, 1, 1)), (4, (1, 2, 1, 1))
 
 
@@ -51,7 +57,9 @@ def save_and_go_on(rank, layout, folder, steps, options):
     for step in range(steps):
         run.step(step)
     extra = {"data": {"epoch": 3, "order": [1, 2]}, "rng": torch.arange(4)}
-    save_checkpoint(folder, steps, [run.ddp], run.optimizer, run.scheduler, extra, info={"model": "small", "layout": layout})
+    save_checkpoint(
+        folder, steps, [run.ddp], run.optimizer, run.scheduler, extra, info={"model": "small", "layout": layout}
+    )
     norms = [run.step(step) for step in range(steps, steps + 3)]
     return norms, run.state()
 
@@ -80,7 +88,9 @@ def check(folder, saved_with, loaded_with, dtype=torch.float32, steps=3, **optio
         (again,) = pool.run(1, content, str(folder / "again"))
         assert same(saved, again), f"{layout} did not load what {saved_with} saved"
         if (world_size, layout) == saved_with:
-            assert all(same(list(a), list(b)) for a, b in zip(results, truth, strict=True)), "going on is not bitwise equal"
+            assert all(same(list(a), list(b)) for a, b in zip(results, truth, strict=True)), (
+                "going on is not bitwise equal"
+            )
         assert results[0][0] == pytest.approx(truth[0][0], rel=1e-5)
 
 
@@ -227,7 +237,10 @@ def load_whatever_there_is(rank, layout, folder):
 
 def test_kill_9_while_saving_leaves_the_last_finished_checkpoint_loadable(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     done = 0
     try:
@@ -249,49 +262,44 @@ def test_a_crash_between_any_two_file_operations_leaves_a_loadable_checkpoint(tm
     pool.run(1, crash_points, str(tmp_path))
 
 
+class Crash(BaseException):
+    pass
+
+
+class CrashAt:
+    """An audit hook that, once armed with a number, lets so many file operations pass and stops at every later one."""
+
+    def __init__(self) -> None:
+        self.left: int | None = None
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.left is not None and event in ("os.rename", "shutil.rmtree", "os.rmdir", "os.remove", "os.mkdir"):
+            self.left -= 1
+            if self.left < 0:
+                raise Crash
+
+
 def crash_points(rank, folder):
     """Stop a save at each rename, delete and pointer update in turn; each time the folder must still load."""
-
-    class Crash(BaseException):
-        pass
-
-    run = build(ONE[1])
+    run, crash = build(ONE[1]), CrashAt()
     point, finished = 0, False
     while not finished:
         place = Path(folder) / str(point)
         for step in (1, 2):
             save_checkpoint(place, step, [run.ddp], run.optimizer, run.scheduler, {"step": step}, keep=1)
-        calls = 0
-
-        def audit(event, args):
-            nonlocal calls
-            if armed and event in ("os.rename", "shutil.rmtree", "os.rmdir", "os.remove", "os.mkdir"):
-                calls += 1
-                if calls > point:
-                    raise Crash
-
-        armed = True
-        HOOKS[:] = [audit]
-        if not HOOKED:
-            sys.addaudithook(lambda event, args: [hook(event, args) for hook in HOOKS])
-            HOOKED.append(True)
+        crash.left = point
         try:
             save_checkpoint(place, 2, [run.ddp], run.optimizer, run.scheduler, {"step": 2}, keep=1)
             finished = True
         except (Crash, CheckpointError):  # torch turns a crash inside its writer into an error
             pass
-        finally:
-            armed = False
-        extra = load_checkpoint(place, [run.ddp], run.optimizer, run.scheduler)
-        assert extra["step"] == 2, f"crash point {point}"
+        crash.left = None
+        assert load_whatever_there_is_in(run, place) == 2, f"crash point {point}"
         save_checkpoint(place, 3, [run.ddp], run.optimizer, run.scheduler, {"step": 3}, keep=1)
         assert names(place) == ["latest", "step-00000003"], f"crash point {point}"
         point += 1
     assert point > 4
-
-
-HOOKS: list = []
-HOOKED: list = []
 
 
 def save_with_a_full_disk(rank, layout, folder, bad_rank):
@@ -303,7 +311,9 @@ def save_with_a_full_disk(rank, layout, folder, bad_rank):
     if rank == bad_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited[1]))
     try:
-        with pytest.raises(CheckpointError, match="checkpoint of step 2 not saved in .*earlier checkpoints are intact") as error:
+        with pytest.raises(
+            CheckpointError, match="checkpoint of step 2 not saved in .*earlier checkpoints are intact"
+        ) as error:
             save_checkpoint(folder, 2, [run.ddp], run.optimizer, run.scheduler, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
@@ -325,7 +335,9 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_harms_nothing(tmp_path, 
 
 def refused_save(rank, folder):
     run = build(DP2[1])
-    with pytest.raises(CheckpointError, match="not saved in .*blocked.*set train.output to a folder that can be written"):
+    with pytest.raises(
+        CheckpointError, match="not saved in .*blocked.*set train.output to a folder that can be written"
+    ):
         save_checkpoint(folder, 1, [run.ddp], run.optimizer, run.scheduler)
     return True
 
@@ -371,7 +383,9 @@ def test_missing_and_truncated_files_are_named(tmp_path):
 def test_tensors_of_another_shape_are_named_and_nothing_is_loaded(tmp_path):
     pool.run(1, saves, ONE[1], str(tmp_path), [10], 0)
     name = "llm.decoder.layers.mlp.linear_fc2.weight"
-    assert_refused(tmp_path, rf"tensors of another shape: .*{name} \[2, 16, 16\] instead of", model__llm__ffn_hidden_size=24)
+    assert_refused(
+        tmp_path, rf"tensors of another shape: .*{name} \[2, 16, 16\] instead of", model__llm__ffn_hidden_size=24
+    )
     assert_refused(tmp_path, "instead of .*load it with the model configuration", TP2, model__llm__ffn_hidden_size=24)
 
 
@@ -387,7 +401,9 @@ def saves_with(rank, folder, options):
 
 def test_optimizer_state_of_a_part_that_was_frozen_is_not_made_up(tmp_path):
     pool.run(1, saves_with, str(tmp_path), {"optim__vision__trainable": False})
-    assert_refused(tmp_path, r"optimizer.exp_avg.vision.*parts that were frozen then have no optimizer state; .*checkpoint.load")
+    assert_refused(
+        tmp_path, r"optimizer.exp_avg.vision.*parts that were frozen then have no optimizer state; .*checkpoint.load"
+    )
 
 
 def test_a_checkpoint_of_weights_alone_does_not_resume_a_run(tmp_path):

@@ -10,7 +10,14 @@ from megatron_vila.training.optimizer import apply_step, build_optimizer, learni
 from tests.ranks import pool
 from tests.training.small_run import build, same
 
-LAYOUTS = [(1, (1, 1, 1, 1)), (2, (1, 1, 1, 1)), (2, (2, 1, 1, 1)), (2, (1, 2, 1, 1)), (2, (1, 1, 2, 1)), (4, (2, 1, 1, 2))]
+LAYOUTS = [
+    (1, (1, 1, 1, 1)),
+    (2, (1, 1, 1, 1)),
+    (2, (2, 1, 1, 1)),
+    (2, (1, 2, 1, 1)),
+    (2, (1, 1, 2, 1)),
+    (4, (2, 1, 1, 2)),
+]
 
 
 def test_the_part_follows_from_the_name():
@@ -150,7 +157,9 @@ def broken_step(rank, layout, dtype, bad_rank, how):
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "loss"])
-@pytest.mark.parametrize("world_size,layout", [(1, (1, 1, 1, 1)), (2, (1, 2, 1, 1)), (2, (2, 1, 1, 1)), (2, (1, 1, 1, 1))])
+@pytest.mark.parametrize(
+    "world_size,layout", [(1, (1, 1, 1, 1)), (2, (1, 2, 1, 1)), (2, (2, 1, 1, 1)), (2, (1, 1, 1, 1))]
+)
 def test_one_value_that_is_not_finite_on_one_rank_changes_nothing_on_any(world_size, layout, how):
     results = pool.run(world_size, broken_step, layout, torch.float32, world_size - 1, how)
     assert results == [(False, False, True, True)] * world_size

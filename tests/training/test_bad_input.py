@@ -1,0 +1,281 @@
+"""What a user gets for bad settings, bad files and numbers that are not finite: one message with a cure, and all ranks end."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+
+import pytest
+from megatron.core import parallel_state
+
+from megatron_vila import platform
+from megatron_vila.config.load import load_config
+from megatron_vila.train import main
+from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.training.feed import open_dataset
+from megatron_vila.training.summary import read_metrics
+from tests.data.material import conversation, cut_off, destroy_frames, write_jsonl
+from tests.ranks import pool
+from tests.training.real_run import Layout, launch, numbers, overrides
+
+
+def _main(rank: int, world: int, arguments: list[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command on this rank."""
+    out, err = io.StringIO(), io.StringIO()
+    level = logging.getLogger("megatron_vila").level
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(arguments)
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        logging.root.handlers.clear()
+        logging.getLogger("megatron_vila").setLevel(level)
+        logging.getLogger("megatron_vila.data").setLevel(logging.NOTSET)
+        parallel_state.destroy_model_parallel()
+        platform.set_deterministic(False)
+    return status, out.getvalue(), err.getvalue()
+
+
+def _run(layout: Layout, arguments: list[str]) -> tuple[int, str, str]:
+    """The command on all ranks: its status, the same on each, and everything said by any."""
+    ranks = pool.run(layout.world, _main, layout.world, ["tiny", *arguments, *layout.overrides()])
+    (status,) = {status for status, _, _ in ranks}
+    return status, "".join(out for _, out, _ in ranks), "".join(err for _, _, err in ranks)
+
+
+def _refused(layout: Layout, arguments: list[str], *words: str) -> str:
+    """The one message that the command ends with, on one rank; it holds ``words``."""
+    status, _, err = _run(layout, arguments)
+    assert status == 2, err
+    assert err.count("megatron_vila: ") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err, err
+    return err
+
+
+def _as_one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def test_settings_that_do_not_fit_are_refused_with_a_cure(videos, tmp_path):
+    good = overrides(videos, tmp_path / "run")
+    two = Layout(2)
+    _refused(Layout(2, ulysses=3), good, "world size 2 is not a multiple of", "start 3 processes")
+    _refused(Layout(2, tp=2), [*good, "model.llm.num_heads=3", "model.llm.num_kv_heads=3"], "parallel.tp=2", "num_heads=3")
+    _refused(Layout(2, pp=2), [*good, "model.llm.num_layers=3"], "pp=2", "num_layers=3")
+    _refused(Layout(2, ulysses=2), [*good, "model.llm.head_dim=8", "model.llm.num_heads=3", "model.llm.num_kv_heads=1"], "ulysses=2", "3 query heads")
+    _refused(two, [*good, "train.global_batch_size=3"], "train.global_batch_size=3", "use 2 or 4")
+    _refused(two, [*good, "train.stepz=3"], "train.stepz", "train.steps")
+    _refused(two, [*good, "train.steps=many"], "train.steps=many")
+    _refused(two, [*good, "data.train=[nowhere.json]"], "data.train", "nowhere.json", "does not exist")
+    _refused(two, [*good, "data.tokenizer=nowhere"], "data.tokenizer='nowhere' is not a folder")
+    _refused(two, [*good, "checkpoint.load=nowhere"], "checkpoint.load='nowhere'")
+    _refused(two, [*good, "optim.warmup_steps=100"], "optim.warmup_steps=100", "use at most 99")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_checkpoint_cannot_be_loaded(videos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = overrides(videos, tmp_path / "run", f"checkpoint.load={tmp_path / 'empty'}")
+    _refused(Layout(2), arguments, str(tmp_path / "empty"), "no finished checkpoint")
+
+
+def test_a_dry_run_says_what_it_checked_and_starts_nothing(videos, tmp_path):
+    arguments = overrides(videos, tmp_path / "run", "parallel.ulysses=2")
+    status, out, err = pool.run(1, _main, 1, ["tiny", *arguments, "--dry-run", "--world-size", "4"])[0]
+    assert (status, err) == (0, "")
+    assert "24 samples in" in out and "train_3.json" in out
+    assert "dry run: everything fits together for 4 ranks" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_with_bad_input_ends_with_status_2(videos, tmp_path):
+    for bad, words in (
+        ("model.llm.num_kv_heads=3", "model.llm.num_kv_heads=3 does not divide"),
+        (f"data.train=[{write_jsonl(tmp_path / 'bad.jsonl', [{'id': 'x'}])}]", "bad.jsonl, line 1"),
+    ):
+        arguments = overrides(videos, tmp_path / "run", bad)
+        status, _, err = pool.run(1, _main, 1, ["tiny", *arguments, "--dry-run"])[0]
+        assert status == 2 and words in err, err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+@pytest.fixture(scope="module")
+def broken(videos, tmp_path_factory):
+    """A copy of the data in which three videos are empty, cut off and destroyed from the fourth of six frames on."""
+    folder = tmp_path_factory.mktemp("broken") / "data"
+    shutil.copytree(videos, folder)
+    (folder / "videos/train_6_00000.mp4").write_bytes(b"")
+    cut_off(folder / "videos/train_6_00002.mp4")
+    destroy_frames(folder / "videos/train_6_00004.mp4", 3, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broken_alone(broken, tmp_path_factory):
+    """What one process makes of it."""
+    output = tmp_path_factory.mktemp("broken_alone")
+    status, said, err = _run(Layout(), _broken_arguments(broken, output))
+    assert (status, err) == (0, "")
+    return numbers(output), json.loads((output / "summary.json").read_text())
+
+
+def _broken_arguments(broken, output):
+    return overrides(
+        broken, output, "data.shuffle=false", "train.steps=2", "checkpoint.load=", "train.log_every=1", train=["6"]
+    )
+
+
+@pytest.mark.parametrize("layout", [Layout(2, ulysses=2), Layout(2), Layout(4, tp=2, pp=2)], ids=str)
+def test_a_broken_video_is_replaced_on_every_rank_by_the_same_sample_counted_and_named_once(
+    broken, broken_alone, tmp_path, layout
+):
+    """Under ulysses=2 only the second rank decodes the destroyed half of a video; two replicas each meet other videos."""
+    status, said, err = _run(layout, _broken_arguments(broken, tmp_path))
+    assert (status, err) == (0, "")
+    for name in ("train_6_00000", "train_6_00002", "train_6_00004"):
+        assert said.count(f"sample {name} is broken and replaced") == 1, said
+    wanted, summary = broken_alone
+    assert summary["replaced_broken"] == 3
+    assert json.loads((tmp_path / "summary.json").read_text())["replaced_broken"] == 3
+    for step, single in zip(numbers(tmp_path), wanted, strict=True):
+        assert step == pytest.approx(single, rel=1e-9)
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_nothing_but_broken_videos_ends_all_ranks_with_one_message(videos, tmp_path, packing):
+    records = json.loads((videos / "train_3.json").read_text())[:2]
+    for number, record in enumerate(records):
+        record["video"] = str(tmp_path / f"{number}.mp4")
+        (tmp_path / f"{number}.mp4").write_bytes(b"not a video")
+    arguments = overrides(
+        videos, tmp_path / "run", f"data.train=[{write_jsonl(tmp_path / 'x.jsonl', records)}]", f"data.packing={packing}"
+    )
+    _refused(Layout(2, ulysses=2), arguments, "none of the 2 samples can be used", str(tmp_path / "0.mp4"))
+
+
+def _lengths(settings):
+    dataset = open_dataset(load_config("tiny", settings), load_config("tiny", settings).data.train)
+    return [len(dataset.document(index)) for index in range(len(dataset))]
+
+
+def test_samples_longer_than_the_context_lose_frames_evenly_or_are_dropped_and_are_counted(videos, tmp_path):
+    settings = overrides(videos, tmp_path / "x", train=["3", "6"])
+    limit = max(_lengths(settings)) - 1
+    over_long = sum(length > limit for length in _lengths(settings))
+    # An epoch of 16 samples.
+    more = (f"train.seq_length={limit}", "train.steps=4")
+    layout = Layout(2, ulysses=2)
+    assert _run(layout, overrides(videos, tmp_path / "cut", *more, train=["3", "6"]))[0] == 0
+    summary = json.loads((tmp_path / "cut/summary.json").read_text())
+    assert (summary["truncated"], summary["replaced_too_long"]) == (over_long, 0)
+    assert summary["frames"] == 8 * 3 + 8 * 6 - over_long
+    more += ("data.over_long=drop",)
+    assert _run(layout, overrides(videos, tmp_path / "drop", *more, train=["3", "6"]))[0] == 0
+    summary = json.loads((tmp_path / "drop/summary.json").read_text())
+    assert (summary["truncated"], summary["replaced_too_long"]) == (0, over_long)
+    _refused(layout, overrides(videos, tmp_path / "none", "train.seq_length=4"), "do not fit train.seq_length=4")
+
+
+def test_an_epoch_without_a_supervised_token_ends_the_run(videos, tmp_path):
+    records = [{"id": f"talk {i}", "conversations": conversation()[:1]} for i in range(4)]
+    path = write_jsonl(tmp_path / "questions.jsonl", records)
+    arguments = overrides(videos, tmp_path / "run", f"data.train=[{path}]", "train.global_batch_size=2")
+    for layout in (Layout(2), Layout(2, pp=2)):
+        _refused(layout, arguments, "a whole epoch of data.train", "questions.jsonl", "no supervised token")
+    assert latest_checkpoint(tmp_path / "run") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers that are not finite
+
+
+def _files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", [Layout(2, ulysses=2), Layout(2, pp=2), Layout(2)], ids=str)
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_leaves_the_checkpoints_alone(videos, tmp_path, layout):
+    good = overrides(videos, tmp_path, "train.steps=2", "optim.schedule=constant")
+    assert _run(layout, good)[0] == 0
+    before = _files_of(latest_checkpoint(tmp_path))
+    # The third step is finite and throws the weights out of the range of float64.
+    _refused(
+        layout,
+        [*good, "train.steps=6", "optim.lr=1e200", "checkpoint.save_every=4"],
+        "loss nan", "after step 4", "optim.lr=1e+200", "train.on_nan=skip",
+    )  # fmt: skip
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+    assert _files_of(latest_checkpoint(tmp_path)) == before
+    assert read_metrics(tmp_path)[0][-1]["loss"] is None
+    assert _run(layout, [*good, "train.steps=3"])[0] == 0
+    assert all(record["loss"] is not None for record in read_metrics(tmp_path)[0])
+
+
+@pytest.fixture
+def picture_then_text(videos, tmp_path):
+    """Settings under which every picture gives a NaN after the first, as the tower's weights are enormous; text goes well."""
+    (picture, *_) = json.loads((videos / "train_image.json").read_text())
+    picture["image"] = str(videos / picture["image"])
+    records = [picture, {"id": "text", "conversations": conversation()}]
+    return (
+        f"data.train=[{write_jsonl(tmp_path / 'mixed.jsonl', records)}]", "data.shuffle=false",
+        "train.global_batch_size=1", "optim.vision.lr=1e200", "train.on_nan=skip",
+    )  # fmt: skip
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted_and_the_run_goes_on(videos, tmp_path, picture_then_text):
+    run = tmp_path / "run"
+    status, said, err = _run(
+        Layout(2, ulysses=2), overrides(videos, run, *picture_then_text, "train.steps=6", "train.max_skips=1")
+    )
+    assert (status, err) == (0, "")
+    steps = read_metrics(run)[0]
+    assert [record["skipped"] for record in steps] == [0, 0, 1, 1, 2, 2]
+    assert [record["loss"] is None for record in steps] == [False, False, True, False, True, False]
+    assert steps[5]["loss"] < steps[1]["loss"]
+    assert "update skipped (2 so far)" in _as_one_line(said)
+    # The count belongs to the run, not to the process.
+    assert _run(Layout(2, ulysses=2), overrides(videos, run, *picture_then_text, "train.steps=7"))[0] == 0
+    assert read_metrics(run)[0][-1]["skipped"] == 3
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run(videos, tmp_path):
+    arguments = overrides(videos, tmp_path, "optim.lr=1e200", "train.on_nan=skip", "train.max_skips=2", "train.steps=9")
+    _refused(Layout(2, tp=2), arguments, "3 updates skipped in a row, more than train.max_skips=2")
+    assert latest_checkpoint(tmp_path) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one rank alone
+
+
+def test_what_only_one_replica_meets_is_told_once_and_ends_all_processes(videos, tmp_path):
+    """The second replica's first sample holds a token that the model does not know."""
+    settings = overrides(videos, tmp_path / "run")
+    dataset = open_dataset(load_config("tiny", settings), load_config("tiny", settings).data.train)
+    tokenizer = dataset.encoder.tokenizer
+    last = len(tokenizer) - 1
+    records = [{"id": "good", "conversations": conversation("a", "a")}] * 4
+    records[1] = {"id": "strange", "conversations": conversation("a", tokenizer.decode([last]))}
+    assert tokenizer.encode(tokenizer.decode([last]), add_special_tokens=False)[-1] == last
+    path = write_jsonl(tmp_path / "samples.jsonl", records)
+    status, said = launch(
+        "tiny", *settings, f"data.train=[{path}]", "data.shuffle=false", "train.global_batch_size=2",
+        f"model.llm.vocab_size={last}", processes=2,
+    )  # fmt: skip
+    assert status != 0
+    assert said.count("megatron_vila: ") == 1, said
+    assert f"sample strange holds token id {last}, but model.llm.vocab_size={last}" in said
+    assert said.count("Traceback") == 0, said

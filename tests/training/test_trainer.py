@@ -1,0 +1,40 @@
+"""Losses, weights and counts of a few steps of the real trainer do not depend on the layout."""
+
+import pytest
+
+from tests.ranks import pool
+from tests.training.real_run import Layout, numbers, overrides, train, weights
+
+LAYOUTS = [
+    Layout(2),
+    Layout(2, tp=2),
+    Layout(2, pp=2),
+    Layout(2, ulysses=2),
+    Layout(2, ring=2),
+    Layout(4, ulysses=2, ring=2),
+    Layout(4, tp=2, pp=2),
+    Layout(4, pp=2, ring=2),
+    Layout(4, tp=2),
+    Layout(4, ulysses=2),
+]
+SETTINGS = ("data.packing=true", "train.steps=3")
+
+
+@pytest.fixture(scope="module")
+def alone(videos, tmp_path_factory):
+    """One process: what its steps came to and its final weights."""
+    output = tmp_path_factory.mktemp("alone")
+    settings = overrides(videos, output, *SETTINGS)
+    pool.run(1, train, settings)
+    return numbers(output), pool.run(1, weights, settings, output)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_run_takes_the_same_steps_in_every_layout(videos, tmp_path, alone, layout):
+    settings = overrides(videos, tmp_path, *SETTINGS, *layout.overrides())
+    pool.run(layout.world, train, settings)
+    for step, wanted in zip(numbers(tmp_path), alone[0], strict=True):
+        assert step == pytest.approx(wanted, rel=1e-9)
+    found = pool.run(1, weights, settings, tmp_path)[0]
+    for name, weight in alone[1].items():
+        assert (found[name] - weight).abs().max() <= 1e-8, name
