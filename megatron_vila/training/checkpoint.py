@@ -105,7 +105,9 @@ def load_checkpoint(
     copies 16-bit weights. Collective over all ranks. Raises ``CheckpointError`` on every rank if there is no finished
     checkpoint, a file is missing or damaged, or tensors are missing or differ in shape (they are named).
     """
-    folder = io.on_all_ranks(lambda: _resolve(Path(path)), f"nothing to load at {path}")
+    found = io.on_all_ranks(lambda: _resolve(Path(path)), f"nothing to load at {path}")
+    # A network file system may show ranks different moments of a folder.
+    folder = io.from_rank_zero(lambda: found)
     failed = f"cannot load checkpoint {folder}"
     io.on_all_ranks(lambda: io.check_files(folder), failed)
     stored = io.on_all_ranks(lambda: io.read_stored_tensors(folder), failed)

@@ -76,9 +76,14 @@ def build_optimizer(
 
     ``dtype`` is that of the parameters; bfloat16 ones get float32 main copies. Norms and biases have no weight decay. The
     scheduler counts steps: call ``scheduler.step(1)`` after each; as usual in Megatron the first step of a warm-up has rate 0.
-    Raises ``ValueError`` if nothing is trainable or the warm-up is as long as the run. Collective over all ranks.
+    Raises ``ValueError`` if nothing is trainable, the warm-up is as long as the run, or float64 parameters are on CUDA.
+    Collective over all ranks.
     """
     _check_something_trains(model_chunks)
+    if dtype == torch.float64 and next(model_chunks[0].parameters()).is_cuda:
+        raise ValueError(
+            "train.precision=fp64: Megatron's distributed optimizer has no float64 on CUDA; use fp32 or bf16"
+        )
     warmup_steps = optim.warmup_steps or round(optim.warmup_fraction * train.steps)
     if warmup_steps >= train.steps:
         raise ValueError(

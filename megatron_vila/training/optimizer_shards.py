@@ -56,7 +56,7 @@ def ensure_state(optimizer: DistributedOptimizer) -> None:
     """Give every parameter of this rank its (zero) Adam state, as the first step would."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
-    if isinstance(inner, torch.optim.Optimizer) and _counts_per_parameter(inner):
+    if _counts_per_parameter(inner):
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if "step" not in inner.state[parameter]:

@@ -31,7 +31,7 @@ from megatron_vila.training.evaluate import evaluate
 from megatron_vila.training.feed import open_dataset, training_loader
 from megatron_vila.training.flops import model_flops, peak_flops
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
-from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, wrap_ddp
+from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 
 logger = logging.getLogger(__name__)
@@ -192,16 +192,22 @@ class Trainer:
                     "(turns from gpt) that fit into train.seq_length"
                 )
             return
-        what = f"loss {outcome.loss} and gradient norm {outcome.grad_norm} after step {self.step}"
+        rates = f"optim.lr={self.config.optim.lr}"
+        for part in PARTS:
+            if getattr(self.config.optim, part).lr is not None:
+                rates += f", optim.{part}.lr={getattr(self.config.optim, part).lr}"
+        what = f"step {self.step} gives loss {outcome.loss} and gradient norm {outcome.grad_norm}"
+        cure = f"look at the data of this step and at {rates}"
         if train.on_nan == "stop":
             raise NonFiniteError(
-                f"{what}: not finite, weights and checkpoints are as before the step; look at the data and optim.lr, "
-                "or drop such updates with train.on_nan=skip"
+                f"{what}, and train.on_nan=stop: the run ends, weights and checkpoints are as before the step; {cure}, or drop "
+                "such updates with train.on_nan=skip"
             )
         metrics.message(f"{what}: update skipped ({self.skipped} so far)")
         if skips_in_a_row > train.max_skips:
-            limit = f"more than train.max_skips={train.max_skips}"
-            raise NonFiniteError(f"{what}: {skips_in_a_row} updates skipped in a row, {limit}")
+            raise NonFiniteError(
+                f"{what}: {skips_in_a_row} updates skipped in a row, more than train.max_skips={train.max_skips}; {cure}"
+            )
 
     def _resume(self, checkpoint: Path) -> None:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler)

@@ -56,7 +56,7 @@ def build(
 def write_truth(rank: int, config: Config, rows: Rows, path: Path) -> None:
     """Sum of losses, its gradients and the number of supervised tokens of the single-process truth, to ``path``."""
     topology, model, _ = build(config, ParallelConfig())
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = dict(model.named_parameters())
     total = torch.zeros((), dtype=torch.float64)
     supervised = 0
     for document in (d for row in rows for d in row):
@@ -64,7 +64,8 @@ def write_truth(rank: int, config: Config, rows: Rows, path: Path) -> None:
         total = total + truth.loss_sum(truth.document_logits(weights, config.model, document, visual), document)
         supervised += int((document.labels >= 0).sum())
     total.backward()
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in weights.items()}
+    trained = {name: p for name, p in weights.items() if p.requires_grad}
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
     torch.save({"loss_sum": total.detach(), "supervised": supervised, "grads": grads}, path)
     topology.destroy()
 

@@ -33,14 +33,16 @@ from megatron_vila.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 
-SMALL_MODEL = (
-    "model.llm.num_layers=4 model.llm.hidden_size=32 model.llm.num_heads=4 model.llm.num_kv_heads=2 "
-    "model.llm.ffn_hidden_size=32 model.vision.hidden_size=16 model.vision.num_layers=2 model.vision.num_heads=2 "
-    "model.vision.ffn_hidden_size=16 model.vision.image_size=28 model.vision.frame_micro_batch=4 model.init_std=0.1 "
+SMALL_MODEL = [
+    "model.llm.num_layers=4", "model.llm.hidden_size=32", "model.llm.num_heads=4", "model.llm.num_kv_heads=2",
+    "model.llm.ffn_hidden_size=32", "model.vision.hidden_size=16", "model.vision.num_layers=2",
+    "model.vision.num_heads=2", "model.vision.ffn_hidden_size=16", "model.vision.image_size=28",
+    "model.vision.frame_micro_batch=4", "model.init_std=0.1", "optim.lr=1e-2", "optim.warmup_fraction=0",
     # A gradient that is zero but for rounding (key biases) must not become a whole step of Adam.
-    "optim.eps=1e-3 optim.lr=1e-2 optim.warmup_fraction=0 train.precision=fp64 train.deterministic=true "
-    "train.global_batch_size=4 train.seq_length=128 data.num_frames=6 data.workers=1 data.prefetch=2"
-).split()  # fmt: skip
+    "optim.eps=1e-3",
+    "train.precision=fp64", "train.deterministic=true", "train.global_batch_size=4", "train.seq_length=128",
+    "data.num_frames=6", "data.workers=1", "data.prefetch=2",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,20 @@ def numbers(output: Path) -> list[tuple]:
 
 
 def command(*arguments: str, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "megatron_vila.train", *map(str, arguments)]
+    """How a user starts the trainer: torchrun for more than one process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = torchrun if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "megatron_vila.train", *arguments]
 
 
 def environment() -> dict[str, str]:
-    """A shell without this test run's traces of a process group."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | {
-        "PYTHONPATH": str(REPOSITORY)
+    ours = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(REPOSITORY),
     }
+    return os.environ | ours
 
 
 @contextmanager

@@ -37,19 +37,19 @@ class Run:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def backward(self, step: int) -> None:
-        """What Megatron's schedule leaves behind: reduced gradients, divided by the number of tokens."""
+        """A backward pass through DDP's hooks and the reduction that Megatron's schedule ends with."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         grid = self.topology.grid
+        total = torch.zeros((), dtype=torch.float64, device=platform.device())
         for name, parameter in self.trainable().items():
             # Megatron sums these over tp, and tied embeddings over the first and last stage.
             copies = grid.tp if getattr(parameter, "sequence_parallel", False) else 1
-            is_tied = self.config.model.llm.tie_embeddings and name.endswith(
-                ("word_embeddings.weight", "output_layer.weight")
-            )
-            copies *= 2 if is_tied and grid.pp > 1 else 1
+            is_table = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+            copies *= 2 if is_table and self.config.model.llm.tie_embeddings and grid.pp > 1 else 1
             gradient = torch.sin(parameter.detach().double() * 100 + step) / copies
-            parameter.main_grad.copy_(gradient)
+            total = total + (gradient * parameter).sum()
+        total.backward()
         self.finalize(tokens=1)
 
     def finalize(self, tokens: int) -> None:
@@ -85,7 +85,9 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def build(layout: Layout, dtype: torch.dtype = torch.float32, tied: bool = False, **changes: Any) -> Run:
+def build(
+    layout: Layout, dtype: torch.dtype = torch.float32, tied: bool = False, overlap: bool | None = None, **changes: Any
+) -> Run:
     """``layout`` is (tp, pp, ulysses, ring); ``changes`` are dotted keys with ``__`` for the dot."""
     config = samples.config(layers=2, tied=tied)
     config.parallel = ParallelConfig(*layout)
@@ -100,6 +102,6 @@ def build(layout: Layout, dtype: torch.dtype = torch.float32, tied: bool = False
     parallel_state.destroy_model_parallel()
     topology = ParallelTopology.create(config.parallel)
     model = VilaModel(config, topology, dtype, platform.device())
-    ddp = wrap_ddp(model, config.optim, model.config)
+    ddp = wrap_ddp(model, config.optim, model.config, overlap)
     optimizer, scheduler = build_optimizer([ddp], config.optim, config.train, dtype)
     return Run(config, topology, model, ddp, optimizer, scheduler)

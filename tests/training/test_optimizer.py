@@ -169,6 +169,19 @@ def test_a_gradient_that_is_not_finite_in_bfloat16_changes_nothing():
     assert pool.run(2, broken_step, (1, 1, 2, 1), torch.bfloat16, 1, "inf") == [(False, False, True, True)] * 2
 
 
+def steps_with_overlap(rank, layout, overlap):
+    run = build(layout, overlap=overlap)
+    assert run.ddp.ddp_config.overlap_grad_reduce is overlap
+    norms = [run.step(step) for step in range(3)]
+    return norms, run.state()["weights"]
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1)])
+def test_reducing_gradients_during_the_backward_pass_changes_no_bit(layout):
+    after, during = (pool.run(2, steps_with_overlap, layout, overlap) for overlap in (False, True))
+    assert same([list(result) for result in after], [list(result) for result in during])
+
+
 def normalised_gradients(rank, dtype):
     run = build((1, 1, 1, 1), dtype)
     run.ddp.zero_grad_buffer()
