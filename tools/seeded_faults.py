@@ -99,10 +99,10 @@ FAULTS = [
         "_to(np.arange(len(mine)), device)",
     ),
     Fault(
-        "positions go on across packed documents",
-        "megatron_vila/data/row.py",
-        "positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)",
-        "positions = np.arange(total, dtype=np.int64)",
+        "rotary scaling is ignored",
+        "megatron_vila/models/shard.py",
+        "llm.rope_theta, llm.rope_scaling_factor, dtype",
+        "llm.rope_theta, 1.0, dtype",
     ),
     Fault(
         "packed documents attend to each other",
