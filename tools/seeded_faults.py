@@ -126,7 +126,7 @@ FAULTS = [
         "last dK/dV transfer is lost",
         PARALLEL + "ring.py",
         "        returning.collect(total[1])\n        dk_TkD",
-        "        dk_TkD",
+        "        [work.wait() for work in returning._works]\n        dk_TkD",
     ),
     Fault(
         "dK/dV are added to the wrong half",

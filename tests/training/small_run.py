@@ -49,7 +49,8 @@ class Run:
             copies *= 2 if is_table and self.config.model.llm.tie_embeddings and grid.pp > 1 else 1
             gradient = torch.sin(parameter.detach().double() * 100 + step) / copies
             total = total + (gradient * parameter).sum()
-        total.backward()
+        if total.requires_grad:
+            total.backward()
         self.finalize(tokens=1)
 
     def finalize(self, tokens: int) -> None:
