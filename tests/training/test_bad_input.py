@@ -75,7 +75,7 @@ def test_settings_that_do_not_fit_are_refused_with_a_cure(videos, tmp_path):
     _refused(Layout(2, pp=2), [*good, "model.llm.num_layers=3"], "pp=2", "3", "use")
     _refused(two, [*good, "train.global_batch_size=3"], "train.global_batch_size=3", "use 2 or 4")
     _refused(two, [*good, "train.stepz=3"], "train.stepz", "train.steps")
-    _refused(two, [*good, "train.steps=many"], "train.steps=many")
+    _refused(two, [*good, "train.steps=many"], "train.steps is 'many'", "whole number")
     _refused(two, [*good, "data.train=[nowhere.json]"], "data.train", "nowhere.json", "does not exist")
     _refused(two, [*good, "data.tokenizer=nowhere"], "data.tokenizer='nowhere' is not a folder")
     _refused(two, [*good, "checkpoint.load=nowhere"], "checkpoint.load='nowhere'")
