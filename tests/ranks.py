@@ -78,6 +78,8 @@ class RankPool:
         """
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if not all(process.is_alive() for process, _ in self._workers):
+            self.close()
         context = mp.get_context("spawn")
         while len(self._workers) < world_size:
             here, there = context.Pipe()
