@@ -337,6 +337,7 @@ def test_a_media_error_travels_between_processes():
     assert (error.path, error.reason, str(error)) == ("a/b.mp4", "cut off", "a/b.mp4: cut off")
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 5000), wanted=st.integers(1, 300))
 def test_uniform_sampling_spreads_frames_from_the_first_to_the_last(total, wanted):
     indices = sample_frame_indices((total, 24.0), wanted)
@@ -346,6 +347,7 @@ def test_uniform_sampling_spreads_frames_from_the_first_to_the_last(total, wante
     assert np.ptp(np.diff(indices)) <= 1 if len(indices) > 1 else True
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 5000), rate=st.floats(1, 60), wanted=st.integers(1, 300), fps=st.floats(0.1, 60))
 def test_a_limit_of_frames_per_second_thins_short_videos_and_leaves_long_ones(total, rate, wanted, fps):
     indices = sample_frame_indices((total, rate), wanted, fps)
