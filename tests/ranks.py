@@ -37,6 +37,8 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     from megatron_vila import platform
 
     platform.prepare()
+    from megatron.core import parallel_state
+
     if torch.cuda.is_available() and rank < torch.cuda.device_count():
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -54,6 +56,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         except BaseException:
             result = (False, f"rank {rank}:\n{traceback.format_exc()}")
         try:
+            parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
             # Gloo's threads live until the last reference to their group goes, and models are cycles.

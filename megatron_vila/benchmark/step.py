@@ -35,7 +35,12 @@ def run_variant(
 
     Returns one row of the table. Raises ``RuntimeError`` with the end of the run's output if it fails.
     """
-    run_settings = [f"train.steps={warmup + timed}", f"train.output={folder}", "checkpoint.resume=false", "checkpoint.save=false"]
+    run_settings = [
+        f"train.steps={warmup + timed}",
+        f"train.output={folder}",
+        "checkpoint.resume=false",
+        "checkpoint.save=false",
+    ]
     overrides = [*common, *variant.split(","), *run_settings]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command += ["-m", "megatron_vila.train", config, *overrides]
@@ -66,7 +71,8 @@ def run_variant(
         "first_loss": round(every[0]["loss"], 5),
         "hardware": hardware(gpus),
         "versions": versions(),
-        "command": " ".join(["torchrun", "--nproc-per-node", str(gpus), "-m", "megatron_vila.train", config, *overrides[: -len(run_settings) + 1]]),
+        "command": f"torchrun --nproc-per-node {gpus} -m megatron_vila.train {config} "
+        + " ".join(overrides[: -len(run_settings) + 1]),
     }
 
 

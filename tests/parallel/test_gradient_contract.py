@@ -102,7 +102,9 @@ def test_the_contract_holds_for_28_query_heads(truths, parallel):
 
 
 def test_the_contract_holds_for_seven_ulysses_ranks_that_cut_key_value_groups_unevenly(truths):
-    truths.check("28-heads", samples.config(heads=28, kv_heads=4, layers=4), MIXED_ROWS[:4], 7, ParallelConfig(ulysses=7))
+    truths.check(
+        "28-heads", samples.config(heads=28, kv_heads=4, layers=4), MIXED_ROWS[:4], 7, ParallelConfig(ulysses=7)
+    )
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(ulysses=2, ring=2), ParallelConfig(ulysses=4)], ids=name)
@@ -110,7 +112,10 @@ def test_the_contract_holds_where_ulysses_cuts_inside_key_value_groups(truths, p
     truths.check("12-heads", samples.config(heads=12, kv_heads=3, layers=4), MIXED_ROWS[:3], 4, parallel)
 
 
-SPREAD = [ParallelConfig(tp=2, ulysses=2), ParallelConfig(ulysses=2, ring=2), ParallelConfig(pp=2, ring=2), ParallelConfig(tp=2, pp=2)]
+SPREAD = [
+    ParallelConfig(**sizes)
+    for sizes in ({"tp": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}, {"pp": 2, "ring": 2}, {"tp": 2, "pp": 2})
+]
 
 
 @pytest.mark.parametrize("parallel", SPREAD, ids=name)
@@ -121,7 +126,9 @@ def test_the_contract_holds_when_decoder_and_tower_are_recomputed(truths, parall
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), ("projector", "llm"), ("llm",)], ids="+".join)
+@pytest.mark.parametrize(
+    "trained", [("projector",), ("vision", "projector"), ("projector", "llm"), ("llm",)], ids="+".join
+)
 @pytest.mark.parametrize("parallel", SPREAD[:3], ids=name)
 def test_the_contract_holds_for_the_parts_that_a_stage_trains(truths, parallel, trained, recompute):
     """Ranks and rows without frames included: with a frozen LLM nothing below their tokens learns, yet collectives must meet."""

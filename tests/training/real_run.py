@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_vila import platform
 from megatron_vila.config.load import load_config
@@ -92,7 +91,6 @@ def train(rank: int, settings: Sequence[str], stop_at: int | None = None) -> dic
         return Trainer(config).run()
     finally:
         done.set()
-        parallel_state.destroy_model_parallel()
         platform.set_deterministic(False)
 
 

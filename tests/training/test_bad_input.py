@@ -9,7 +9,6 @@ import re
 import shutil
 
 import pytest
-from megatron.core import parallel_state
 
 from megatron_vila import platform
 from megatron_vila.config.load import load_config
@@ -35,7 +34,6 @@ def _main(rank: int, world: int, arguments: list[str]) -> tuple[int, str, str]:
         logging.root.handlers.clear()
         logging.getLogger("megatron_vila").setLevel(level)
         logging.getLogger("megatron_vila.data").setLevel(logging.NOTSET)
-        parallel_state.destroy_model_parallel()
         platform.set_deterministic(False)
     return status, out.getvalue(), err.getvalue()
 
