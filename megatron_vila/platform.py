@@ -17,6 +17,7 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +37,7 @@ _QUIET_LOGS = (
     "GPTModel IS DEPRECATED",
     "CPU RNG state changed within GPU RNG context",
     "full_param_layout not provided",
+    "Unknown MLP type",
 )
 _FACTORIES = (
     *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "empty_strided"),
@@ -325,3 +327,17 @@ def _redirect_methods() -> None:
     torch.Tensor.cuda = identity_for_mcore(torch.Tensor.cuda)
     torch.Tensor.pin_memory = identity_for_mcore(torch.Tensor.pin_memory)
     torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)
+
+
+def one_kernel(function: Callable) -> Callable:
+    """``function`` of tensors and numbers: as it is on a CPU, one ``torch.compile``d kernel for all lengths on CUDA.
+
+    The first argument's device decides. The function must not need gradients.
+    """
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (compiled if args[0].is_cuda else function)(*args)
+
+    return call

@@ -324,8 +324,10 @@ def test_traffic_of_the_plan_is_in_the_table(capsys):
 
 def test_recompute_and_pipeline_traffic_are_mentioned(capsys):
     text = explained(capsys, "longvila-7b-stage5", "parallel.pp=2", "world_size=64", "frames=10")
-    assert "model.recompute=full runs the forward exchanges of each layer once more" in text
     assert "Between pipeline stages each rank sends" in text
+    assert "memory.recompute=attention_output sends a layer's q, k, v and output" in text
+    text = explained(capsys, "longvila-7b-stage5", "memory.recompute=full", "world_size=64", "frames=10")
+    assert "memory.recompute=full runs the forward exchanges of each layer once more" in text
 
 
 def test_many_ranks_are_listed_in_short(capsys):

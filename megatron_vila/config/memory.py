@@ -1,10 +1,12 @@
-"""An honest first estimate of the memory that a rank needs, before anything is started.
+"""A prediction of the memory that a rank needs, before anything is started.
 
 It counts what grows with the configuration: weights, gradients, optimizer state (sharded over dp*cp by Megatron's
-distributed optimizer), the saved activations of the local S/(cp*tp) tokens and of the local frames. Of the
-logits only one chunk exists at a time. Not counted: kernel workspaces, communication buffers, fragmentation; ``SLACK_BYTES``
-stands for them on a GPU. Saved activations per token and layer follow from what the operators of a pre-norm SwiGLU layer keep
-(Korthikanti et al., arXiv 2205.05198, section 4, without dropout and without the attention matrix).
+distributed optimizer), what the recompute policy keeps of the local S/cp tokens from forward to backward pass, what the layer in
+work needs on top, and the local frames. ``SLACK_BYTES`` stands for the CUDA context, communication buffers and fragmentation.
+What an operation keeps follows from the code (``models/fused.py``, ``models/mlp.py``, ``parallel/attention2d.py``) and is checked
+in the tests against what autograd really saves.
+
+Legend: s tokens of a CP rank (S/cp), H hidden size, F width of the MLP.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vila.config.schema import Config, LanguageConfig, VisionConfig
+from megatron_vila.config.schema import Config, VisionConfig
 from megatron_vila.config.sizes import (
     head_dim,
     llm_layer_parameters,
@@ -41,6 +43,7 @@ class MemoryEstimate:
     optimizer: int
     llm_activations: int
     vision_activations: int
+    workspace: int
     slack: int
 
     @property
@@ -71,10 +74,21 @@ def estimate_memory(config: Config, world_size: int, on_gpu: bool) -> MemoryEsti
         weights=held * element,
         gradients=trained * grad_bytes,
         optimizer=trained * state_bytes // (dp * cp),
-        llm_activations=_llm_activations(config, cp, dp, element),
+        llm_activations=_llm_activations(config, dp, element),
         vision_activations=_vision_activations(config, cp, dp, element),
+        workspace=max(_layer_workspace(config, element), _head_workspace(config, element)),
         slack=SLACK_BYTES if on_gpu else 0,
     )
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory that are free or can be freed, within the container's limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, int(text) - int(used.read_text()))
+    return available
 
 
 def memory_of_rank(local_ranks: int) -> tuple[int, str]:
@@ -105,29 +119,71 @@ def _stage_parameters(config: Config) -> tuple[int, int]:
     return pictures + first, pictures_trained + first * optim.llm.trainable
 
 
-def _llm_activations(config: Config, cp: int, dp: int, element: int) -> int:
-    llm, parallel = config.model.llm, config.parallel
-    tokens = -(-config.train.seq_length // (cp * parallel.tp))
-    layers = llm.num_layers // parallel.pp
-    working = tokens * layer_activation_elements(llm) * element
-    # Sequence parallelism gathers one layer's input; the loss holds one chunk of float32 logits and its gradient.
-    gathered = tokens * parallel.tp * llm.hidden_size * element if parallel.tp > 1 else 0
-    scored = min(LOGIT_CHUNK_TOKENS, tokens * parallel.tp)
-    transient = max(gathered, 2 * scored * llm.vocab_size // parallel.tp * max(element, 4))
+def _llm_activations(config: Config, dp: int, element: int) -> int:
+    """What the decoder layers of this rank hold on the device between forward and backward pass."""
+    parallel = config.parallel
+    layers = config.model.llm.num_layers // parallel.pp
     # The first stage of 1F1B holds the activations of up to pp micro-batches.
     in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
-    if config.model.recompute == "full":
-        return in_flight * layers * tokens * llm.hidden_size * element + working + transient
-    return in_flight * layers * working + transient
+    kept = in_flight * _local_tokens(config) * kept_bytes_per_token(config, layers, element)
+    return max(0, kept - int(config.memory.offload_gib * GIB))
 
 
-def layer_activation_elements(llm: LanguageConfig) -> int:
-    """Elements per token that one decoder layer saves for its backward pass (per token of S/(cp*tp))."""
-    heads, kv = llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
-    norms = 4 * llm.hidden_size
-    attention = 2 * heads + 2 * kv
-    mlp = 3 * llm.ffn_hidden_size
-    return norms + attention + mlp
+def kept_bytes_per_token(config: Config, layers: int, element: int) -> int:
+    """Bytes per token of a CP rank that ``layers`` decoder layers keep from forward to backward pass under the policy."""
+    llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
+    heads = llm.num_heads // tp
+    log_sum_exp = heads * max(element, 4)
+    if memory.recompute == "none":
+        return layers * (layer_elements(config) * element + log_sum_exp + _norm_scales(tp, element))
+    inputs = llm.hidden_size // tp * element
+    if memory.recompute == "full":
+        return layers * inputs
+    return layers * (heads * head_dim(llm) * element + log_sum_exp) + -(-layers // memory.block_layers) * inputs
+
+
+def layer_elements(config: Config) -> int:
+    """Elements per token of a CP rank that one layer saves when nothing is recomputed: inputs of the norms and of the linear
+    layers, q, k, v, attention's output (twice where the Ulysses exchange makes a copy), gate and up and their product."""
+    llm, tp = config.model.llm, config.parallel.tp
+    q, kv = llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
+    outputs = 2 if config.parallel.ulysses > 1 else 1
+    tiled = 0 < config.memory.mlp_tile < _local_tokens(config) // tp
+    mlp = 0 if tiled else 3 * llm.ffn_hidden_size
+    return (4 * llm.hidden_size + (1 + outputs) * q + 2 * kv + mlp) // tp
+
+
+def _norm_scales(tp: int, element: int) -> int:
+    return 2 * max(element, 4) // tp
+
+
+def _local_tokens(config: Config) -> int:
+    cp = config.parallel.ulysses * config.parallel.ring
+    return -(-config.train.seq_length // cp)
+
+
+def _layer_workspace(config: Config, element: int) -> int:
+    """The layer in work: its own activations where they were not kept, its rebuilt neighbours, the MLP's gradients, and the
+    gathered tokens of sequence parallelism."""
+    llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
+    tokens = _local_tokens(config)
+    in_tile = min(tokens, memory.mlp_tile * tp) if memory.mlp_tile else tokens
+    # A tile holds gate, up and product, and the gradients of all three.
+    mlp = in_tile * 6 * llm.ffn_hidden_size // tp * element
+    gathered = tokens * llm.hidden_size * element if tp > 1 else 0
+    streams = 4 * tokens * llm.hidden_size // tp * element
+    if memory.recompute == "none":
+        return mlp + gathered + streams
+    rebuilt = (memory.block_layers - 1) * tokens * llm.hidden_size // tp * element
+    tiled = 0 < memory.mlp_tile < tokens // tp
+    saved = tokens * layer_elements(config) * element
+    return saved + rebuilt + gathered + streams + (mlp if tiled else mlp // 2)
+
+
+def _head_workspace(config: Config, element: int) -> int:
+    """One chunk of float32 logits and its gradient."""
+    scored = min(LOGIT_CHUNK_TOKENS, _local_tokens(config))
+    return 2 * scored * config.model.llm.vocab_size // config.parallel.tp * max(element, 4)
 
 
 def _vision_activations(config: Config, cp: int, dp: int, element: int) -> int:

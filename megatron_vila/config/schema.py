@@ -34,14 +34,18 @@ class VisionConfig:
     use_head: bool = key(True, "the checkpoint carries SigLIP's pooling head (carried, never run)")
     layer_norm_eps: float = key(1e-6, "epsilon of the tower's LayerNorms")
     frame_micro_batch: int = key(16, "frames encoded at once on a rank")
-    recompute: bool = key(False, "recompute each frame micro-batch in the backward pass instead of keeping its activations")
+    recompute: bool = key(
+        False, "recompute each frame micro-batch in the backward pass instead of keeping its activations"
+    )
 
 
 @dataclass
 class ProjectorConfig:
     """What turns patch features into LLM tokens."""
 
-    type: str = key("mlp_downsample", "mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix, linear or mlp2x_gelu")
+    type: str = key(
+        "mlp_downsample", "mlp_downsample, mlp_downsample_2x2_fix, mlp_downsample_3x3_fix, linear or mlp2x_gelu"
+    )
     token_order: str = key(
         "row_major",
         "order of mlp_downsample's tokens: row_major (NVILA, Qwen2-LongVILA) or legacy_column_major (VILA-1.5, Llama-3-LongVILA)",
@@ -80,7 +84,25 @@ class ModelConfig:
         "auto",
         "attention kernel: auto, fa4, cudnn, flash2 (CUDA), cpu, or reference (float64, slow, the truth)",
     )
-    recompute: str = key("none", "activation recompute of the decoder layers: none or full")
+
+
+@dataclass
+class MemoryConfig:
+    """What is kept between the forward and the backward pass, and where."""
+
+    recompute: str = key(
+        "none",
+        "decoder layers: none (everything is kept), attention_output (everything but attention is recomputed) or full (attention "
+        "too)",
+    )
+    block_layers: int = key(
+        1,
+        "with attention_output: layers whose inputs are rebuilt from one kept input (more: less memory, one more MLP pass)",
+    )
+    mlp_tile: int = key(
+        0, "tokens of an MLP tile, whose inner values exist only one tile at a time; 0: the whole MLP at once"
+    )
+    offload_gib: float = key(0.0, "host memory per rank (GiB) for what recompute keeps, the earliest layers first")
 
 
 @dataclass
@@ -100,7 +122,9 @@ class DataConfig:
 
     train: list[str] = key([], "LLaVA-format JSON or JSONL files with the training samples")
     eval: list[str] = key([], "LLaVA-format files with held-out samples; empty: no evaluation")
-    media_dir: str = key("", "folder of the image and video paths; empty: paths are relative to each JSON file's folder")
+    media_dir: str = key(
+        "", "folder of the image and video paths; empty: paths are relative to each JSON file's folder"
+    )
     tokenizer: str = key("", "folder of a Hugging Face tokenizer with a chat template")
     num_frames: int = key(8, "most frames taken from a video")
     fps: float = key(0.0, "most frames per second of video; 0: num_frames spread uniformly")
@@ -182,6 +206,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "model"})
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"help": "process grid"})
+    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "memory"})
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "data"})
     optim: OptimConfig = field(default_factory=OptimConfig, metadata={"help": "optimizer"})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "training"})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_vila.config.layouts import Layout, layout_problems, nearest_divisors, world_problem
 from megatron_vila.config.load import ConfigError
-from megatron_vila.config.memory import GIB, estimate_memory, memory_of_rank
+from megatron_vila.config.memory import GIB, estimate_memory, host_memory, memory_of_rank
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import PROJECTOR_TYPES, tokens_per_frame
 
@@ -20,7 +20,7 @@ CHOICES = {
     "model.projector.type": PROJECTOR_TYPES,
     "model.projector.token_order": ("row_major", "legacy_column_major"),
     "model.attention": ("auto", "fa4", "cudnn", "flash2", "cpu", "reference"),
-    "model.recompute": ("none", "full"),
+    "memory.recompute": ("none", "attention_output", "full"),
     "data.image_aspect": ("resize", "pad"),
     "data.over_long": ("truncate", "drop"),
     "optim.schedule": ("cosine", "constant"),
@@ -49,11 +49,13 @@ AT_LEAST_ONE = {
         "max_positions",
     ),
     "parallel": ("tp", "pp", "ulysses", "ring", "gpus_per_node"),
+    "memory": ("block_layers",),
     "data": ("num_frames", "workers", "prefetch"),
     "train": ("steps", "global_batch_size", "seq_length", "max_skips", "log_every"),
 }
 
 AT_LEAST_ZERO = {
+    "memory": ("mlp_tile", "offload_gib"),
     "data": ("fps",),
     "optim": ("min_lr", "warmup_steps", "warmup_fraction", "weight_decay", "clip_grad"),
     "train": ("seed", "eval_every"),
@@ -82,8 +84,10 @@ def validate(config: Config, world_size: int, check_files: bool = True) -> list[
         problems += _shape_problems(config)
         problems += _layout_and_batch_problems(config, world_size)
         problems += _optim_problems(config)
+        problems += _policy_problems(config)
     if check_files:
         problems += _file_problems(config)
+        problems += _host_problems(config, world_size)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
@@ -206,6 +210,30 @@ def _optim_problems(config: Config) -> Iterable[str]:
         )
 
 
+def _policy_problems(config: Config) -> Iterable[str]:
+    memory = config.memory
+    if memory.block_layers > 1 and memory.recompute != "attention_output":
+        yield (
+            f"memory.block_layers={memory.block_layers} rebuilds layers from kept attention outputs, but memory.recompute="
+            f"{memory.recompute}; set memory.recompute=attention_output or block_layers=1"
+        )
+    if memory.offload_gib and memory.recompute == "none":
+        yield (
+            f"memory.offload_gib={memory.offload_gib:g} is for what a recompute policy keeps, but memory.recompute=none; set "
+            "memory.recompute=attention_output or offload_gib=0"
+        )
+
+
+def _host_problems(config: Config, world_size: int) -> Iterable[str]:
+    ranks = min(world_size, config.parallel.gpus_per_node)
+    wanted, available = ranks * config.memory.offload_gib * GIB, host_memory()
+    if wanted > available:
+        yield (
+            f"memory.offload_gib={config.memory.offload_gib:g} on {ranks} ranks of a node asks for {wanted / GIB:.1f} GiB of "
+            f"host memory, and {available / GIB:.1f} GiB are there; lower it to {available / GIB / ranks:.1f} or less"
+        )
+
+
 def _file_problems(config: Config) -> Iterable[str]:
     data = config.data
     if not data.train:
@@ -299,7 +327,9 @@ def _memory_cure(config: Config, estimate: object) -> str:
     biggest = max(vars(estimate), key=lambda name: getattr(estimate, name))
     if biggest == "llm_activations":
         more = "raise parallel.ring or parallel.ulysses, or shorten train.seq_length"
-        return more if config.model.recompute == "full" else f"set model.recompute=full, {more}"
+        if config.memory.recompute == "none":
+            return f"set memory.recompute=attention_output, {more}"
+        return f"raise memory.offload_gib or memory.block_layers, {more}"
     if biggest == "vision_activations":
         more = "lower data.num_frames or raise parallel.ring"
         return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"

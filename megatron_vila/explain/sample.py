@@ -123,8 +123,13 @@ def _traffic(out: Console, config: Config, grid: GridShape, row: Row, plan: Resh
     out.print(
         f"Stage 2 moves {number(plan.moved)} of {number(int(plan.traffic.sum()))} visual tokens: the lower bound."
     )
-    if config.model.recompute == "full":
-        out.print("model.recompute=full runs the forward exchanges of each layer once more in the backward pass.")
+    if config.memory.recompute == "full":
+        out.print("memory.recompute=full runs the forward exchanges of each layer once more in the backward pass.")
+    elif config.memory.recompute == "attention_output":
+        out.print(
+            "memory.recompute=attention_output sends a layer's q, k, v and output through the Ulysses exchange once more in the "
+            "backward pass, and gathers and scatters over TP once more; the ring sends nothing more."
+        )
     if grid.pp > 1:
         boundary = row.length // grid.encoders * llm.hidden_size * element
         out.print(f"Between pipeline stages each rank sends {size(boundary)} forward and as much backward.")

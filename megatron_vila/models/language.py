@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_vila.config.schema import ModelConfig
+from megatron_vila.models.mlp import tiled
 from megatron_vila.models.norm import RMSNorm
 from megatron_vila.parallel.attention import MMSPAttention
 from megatron_vila.parallel.topology import ParallelTopology
@@ -69,16 +70,18 @@ def transformer_config(model: ModelConfig, topology: ParallelTopology, dtype: to
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        recompute_granularity="full" if model.recompute == "full" else None,
-        recompute_method="uniform" if model.recompute == "full" else None,
-        recompute_num_layers=1 if model.recompute == "full" else None,
     )
 
 
 def build_language_model(
-    model: ModelConfig, config: TransformerConfig, topology: ParallelTopology, device: torch.device, deterministic: bool
+    model: ModelConfig,
+    config: TransformerConfig,
+    topology: ParallelTopology,
+    device: torch.device,
+    deterministic: bool,
+    mlp_tile: int,
 ) -> GPTModel:
-    """This rank's part of the GPT (its tensor-parallel shard of its pipeline stage's layers)."""
+    """This rank's part of the GPT: its tensor-parallel shard of its pipeline stage's layers."""
     llm = model.llm
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention = functools.partial(
@@ -92,8 +95,9 @@ def build_language_model(
     layer.submodules.self_attention.submodules.core_attention = attention
     # Megatron's local norms refuse sequence parallelism.
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp = tiled(layer.submodules.mlp)
     layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=topology.place.pp)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
         vocab_size=padded_vocab_size(llm.vocab_size, topology.grid.tp),
@@ -105,3 +109,6 @@ def build_language_model(
         position_embedding_type="none",  # MMSPAttention turns queries and keys by the positions of the row
         pg_collection=topology.collection,
     )
+    for layer in model.decoder.layers:
+        layer.mlp.tile_tokens = mlp_tile
+    return model

@@ -12,8 +12,10 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_vila.config.schema import Config
+from megatron_vila.models.decoder import run_decoder
 from megatron_vila.models.head import HeadOutput, Vocabulary, fused_head
 from megatron_vila.models.initialize import initialize_language_model
+from megatron_vila.models.keep import GIB, HostMemory
 from megatron_vila.models.language import build_language_model, transformer_config
 from megatron_vila.models.projector import Projector
 from megatron_vila.models.shard import RowShard
@@ -46,7 +48,11 @@ class VilaModel(MegatronModule):
             self.projector.requires_grad_(config.optim.projector.trainable)
             for parameter in (*self.vision.parameters(), *self.projector.parameters()):
                 parameter.sequence_parallel = grid.tp > 1
-        self.llm = build_language_model(model, self.config, topology, device, config.train.deterministic)
+        self.llm = build_language_model(
+            model, self.config, topology, device, config.train.deterministic, config.memory.mlp_tile
+        )
+        self.memory = config.memory
+        self.host = HostMemory(int(config.memory.offload_gib * GIB), device)
         initialize_language_model(
             self.llm,
             config.train.seed,
@@ -77,7 +83,7 @@ class VilaModel(MegatronModule):
         stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the head's over tp.
         """
         embeddings = self._embed(shard, pixels_F3HW) if self.pre_process else None
-        hidden = self.llm.decoder(hidden_states=embeddings, attention_mask=None, packed_seq_params=shard.params)
+        hidden = run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vila.platform import one_kernel
+
 
 def rotary_angles(
     positions_S: torch.Tensor, head_dim: int, theta: float, scaling_factor: float, dtype: torch.dtype
@@ -37,12 +39,26 @@ def apply_rotary(x_SHD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor
     """Turn each pair (n, n + D/2) of ``x_SHD`` by its angle; same shape and dtype.
 
     The products are formed in the wider dtype of ``x_SHD`` and ``cos_SD`` and rounded once. The gradient is the turn
-    back.
+    back: only the angles are saved.
     """
-    half = x_SHD.shape[-1] // 2
-    cos_S1N, sin_S1N = cos_SD[:, None, :half], sin_SD[:, None, :half]
-    first_SHN, second_SHN = x_SHD[..., :half], x_SHD[..., half:]
-    # Each half is rounded before the two are joined: at most half of the tensor exists in float32.
-    turned_first = (first_SHN * cos_S1N - second_SHN * sin_S1N).to(x_SHD.dtype)
-    turned_second = (second_SHN * cos_S1N + first_SHN * sin_S1N).to(x_SHD.dtype)
-    return torch.cat([turned_first, turned_second], dim=-1)
+    return _Rotary.apply(x_SHD, cos_SD, sin_SD)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SHD, cos_SD, sin_SD):
+        ctx.save_for_backward(cos_SD, sin_SD)
+        return _turn(x_SHD, cos_SD, sin_SD, 1.0)
+
+    @staticmethod
+    def backward(ctx, dout_SHD):
+        cos_SD, sin_SD = ctx.saved_tensors
+        return _turn(dout_SHD, cos_SD, sin_SD, -1.0), None, None
+
+
+@one_kernel
+def _turn(x, cos, sin, direction):
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half] * direction
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)], dim=-1)

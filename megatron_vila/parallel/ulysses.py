@@ -103,16 +103,22 @@ class Ulysses:
         shares = self._return([out_ThD.index_select(0, inverse)], [self.split.per_rank] * self.split.ulysses)
         return torch.cat(shares, dim=1)
 
-    def grad_to_heads(self, dout_sHD: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """Gradient of the output, [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``."""
-        if self.split.ulysses == 1:
-            return dout_sHD
-        heads = self.split.per_rank
-        pieces = [(dout_sHD[:, u * heads : (u + 1) * heads],) for u in range(self.split.ulysses)]
-        received = self._exchange(pieces, [heads] * self.split.ulysses)
-        return received.view(-1, heads, dout_sHD.shape[-1]).index_select(0, order)
+    def outputs_to_heads(self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None) -> list[torch.Tensor]:
+        """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.
 
-    def grads_to_sequence(self, dq_ThD: torch.Tensor, dk_TkD: torch.Tensor, dv_TkD: torch.Tensor, inverse: torch.Tensor | None):
+        One all-to-all over the Ulysses group.
+        """
+        if self.split.ulysses == 1:
+            return list(tensors_sHD)
+        heads, count = self.split.per_rank, len(tensors_sHD)
+        pieces = [tuple(x[:, u * heads : (u + 1) * heads] for x in tensors_sHD) for u in range(self.split.ulysses)]
+        received = self._exchange(pieces, [count * heads] * self.split.ulysses)
+        buffer = received.view(-1, count * heads, tensors_sHD[0].shape[-1])
+        return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]
+
+    def grads_to_sequence(
+        self, dq_ThD: torch.Tensor, dk_TkD: torch.Tensor, dv_TkD: torch.Tensor, inverse: torch.Tensor | None
+    ):
         """Gradients dq, dk, dv back to [s, H, D], [s, K, D], [s, K, D]; replicated heads are summed at home."""
         if self.split.ulysses == 1:
             return dq_ThD, dk_TkD, dv_TkD

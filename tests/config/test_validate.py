@@ -235,6 +235,21 @@ def test_a_bf16_kernel_in_fp32_is_refused(kernel):
     assert f"model.attention={kernel} computes in bf16 only" in message
 
 
+def test_memory_settings_that_do_not_go_together_are_refused():
+    (message,) = refused(1, "memory.block_layers=2")
+    assert "set memory.recompute=attention_output or block_layers=1" in message
+    (message,) = refused(1, "memory.offload_gib=1")
+    assert "memory.offload_gib=1 is for what a recompute policy keeps" in message
+
+
+def test_more_host_memory_than_there_is_is_refused_with_the_largest_value(data_folder):
+    settings = [*data_folder, "memory.recompute=attention_output", "memory.offload_gib=100000"]
+    with pytest.raises(
+        ConfigError, match=r"100000 on 1 ranks of a node asks for 100000.0 GiB of host memory, and .* lower it to"
+    ):
+        validate(load_config("tiny", settings), 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- warnings
 
 
@@ -268,7 +283,7 @@ def test_memory_that_cannot_fit_is_a_warning_with_a_cure(data_folder):
     warnings = validate(load_config("tiny", overrides), 1)
     (warning,) = [w for w in warnings if "GiB" in w]
     assert warning.startswith("a rank needs about ")
-    assert "set model.recompute=full" in warning
+    assert "set memory.recompute=attention_output" in warning
 
 
 def test_a_small_model_fits(data_folder):
@@ -300,7 +315,11 @@ def test_activations_shrink_with_tp_and_cp_and_with_recompute():
     whole = activations()
     for split in ("parallel.tp=4", "parallel.ulysses=4", "parallel.ring=4"):
         assert activations(split) == pytest.approx(whole / 4, rel=0.05)
-    assert activations("model.recompute=full") < whole / 5
+    assert activations("memory.recompute=full") < whole / 5
+    kept = activations("memory.recompute=attention_output")
+    assert activations("memory.recompute=full") < kept < whole / 4
+    assert activations("memory.recompute=attention_output", "memory.block_layers=4") < kept
+    assert activations("memory.recompute=attention_output", "memory.offload_gib=10") == kept - 10 * GIB
 
 
 def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 
-from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.config.schema import MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
 from megatron_vila.parallel.frames import deal_frames
 from tests import samples
@@ -118,14 +118,28 @@ SPREAD = [
 ]
 
 
+MEMORY_POLICIES = {
+    "full": {"recompute": "full"},
+    "kept attention": {"recompute": "attention_output"},
+    "blocks of 2": {"recompute": "attention_output", "block_layers": 2},
+    "tiles": {"mlp_tile": 5},
+    "blocks of 3, tiles, all on the host": {
+        "recompute": "attention_output", "block_layers": 3, "mlp_tile": 5, "offload_gib": 1.0
+    },
+    "part on the host": {"recompute": "attention_output", "offload_gib": 1e-5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", MEMORY_POLICIES)
 @pytest.mark.parametrize("parallel", SPREAD, ids=name)
-def test_the_contract_holds_when_decoder_and_tower_are_recomputed(truths, parallel):
+def test_the_contract_holds_under_every_memory_policy(truths, parallel, policy):
     config = samples.config(layers=4)
-    config.model.recompute, config.model.vision.recompute = "full", True
+    config.memory = MemoryConfig(**MEMORY_POLICIES[policy])
+    config.model.vision.recompute = True
     truths.check("recomputed", config, MIXED_ROWS[:4], 4, parallel)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "attention_output"])
 @pytest.mark.parametrize(
     "trained", [("projector",), ("vision", "projector"), ("projector", "llm"), ("llm",)], ids="+".join
 )
@@ -133,7 +147,7 @@ def test_the_contract_holds_when_decoder_and_tower_are_recomputed(truths, parall
 def test_the_contract_holds_for_the_parts_that_a_stage_trains(truths, parallel, trained, recompute):
     """Ranks and rows without frames included: with a frozen LLM nothing below their tokens learns, yet collectives must meet."""
     config = samples.config(layers=4)
-    config.model.recompute = recompute
+    config.memory.recompute = recompute
     for part in ("vision", "projector", "llm"):
         getattr(config.optim, part).trainable = part in trained
     truths.check(f"{'-'.join(trained)}-{recompute}", config, MIXED_ROWS[:4], 4, parallel)

@@ -1,0 +1,114 @@
+"""Tensors kept between forward and backward pass, on the device or, up to a budget, in page-locked host memory.
+
+What is kept first is needed last, so the first tensors go to the host and the rest stay. Copies run on a stream of their own:
+out while the next layers compute, back while the block of layers behind them is in its backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+GIB = 2**30
+
+
+class Kept:
+    """A tensor that stays where it is."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x: torch.Tensor | None = x
+
+    def prefetch(self) -> None:
+        """Start to bring the tensor back to the device."""
+
+    def take(self) -> torch.Tensor:
+        """The tensor on its device; only once, it is not held any longer."""
+        x, self._x = self._x, None
+        return x
+
+
+class HostMemory:
+    """Buffers in host memory, used again from step to step; at most ``budget_bytes`` hold something at a time.
+
+    On a CPU the buffers are ordinary memory and copies are immediate, so that the same code runs without a GPU.
+    """
+
+    def __init__(self, budget_bytes: int, device: torch.device) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = self.peak_bytes = 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and budget_bytes else None
+        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def keep(self, x: torch.Tensor) -> Kept:
+        """Hold ``x`` until ``take``; nobody may write to it meanwhile. It stays on its device when the budget is used up."""
+        size = x.numel() * x.element_size()
+        if not size or self.used_bytes + size > self.budget_bytes:
+            return Kept(x)
+        self.used_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return _OnHost(x, self)
+
+    def acquire(self, size: int) -> torch.Tensor:
+        """A buffer of ``size`` bytes. Raises ``MemoryError`` if the host does not page-lock as much."""
+        if self._free[size]:
+            return self._free[size].pop()
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if self.stream is not None:
+            # torch's own page-locked allocator rounds sizes up to powers of two.
+            error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+            if error:
+                raise MemoryError(
+                    f"the host page-locks no more than {(self.used_bytes - size) / GIB:.1f} GiB for this rank (CUDA error "
+                    f"{error}); lower memory.offload_gib={self.budget_bytes / GIB:g}, or raise the limit of locked memory "
+                    "(ulimit -l, or --ulimit memlock=-1 of the container)"
+                )
+        return buffer
+
+    def release(self, buffer: torch.Tensor) -> None:
+        self.used_bytes -= buffer.numel()
+        self._free[buffer.numel()].append(buffer)
+
+
+class _OnHost(Kept):
+    """A tensor in host memory. All copies are on one stream, so a buffer is never overwritten before it was read."""
+
+    def __init__(self, x: torch.Tensor, host: HostMemory) -> None:
+        super().__init__(x.new_empty(0))
+        self._host, self._shape = host, x.shape
+        self._buffer = host.acquire(x.numel() * x.element_size())
+        self._back: torch.Tensor | None = None
+        if host.stream is None:
+            self._view(x.dtype).copy_(x)
+            return
+        host.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(host.stream):
+            self._view(x.dtype).copy_(x, non_blocking=True)
+        # The device memory is free for others once the copy is done.
+        x.record_stream(host.stream)
+
+    def prefetch(self) -> None:
+        if self._back is not None:
+            return
+        empty = self._x
+        self._back = empty.new_empty(self._shape)
+        if self._host.stream is None:
+            self._back.copy_(self._view(empty.dtype))
+            return
+        # The memory of the copy may still be in use by kernels that are queued.
+        self._host.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._host.stream):
+            self._back.copy_(self._view(empty.dtype), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def take(self) -> torch.Tensor:
+        self.prefetch()
+        if self._host.stream is not None:
+            torch.cuda.current_stream().wait_event(self._arrived)
+        x, self._back = self._back, None
+        self._host.release(self._buffer)
+        return x
+
+    def _view(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._buffer.view(dtype).view(self._shape)

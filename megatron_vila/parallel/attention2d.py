@@ -1,0 +1,170 @@
+"""2D attention of packed documents: Ulysses inside, zigzag ring outside (LongVILA section 3.3).
+
+q, k, v [s, heads, D] after the rotary embedding -> all-to-all over the Ulysses group -> zigzag ring -> all-to-all back. One
+autograd function saves q, k, v, the output and its log-sum-exp; where a layer is run again for its gradients, another one gets
+the output that was kept, so that attention never runs twice. It knows neither Megatron-Core nor Transformers: both stand
+on it (``parallel/attention.py``, ``hf/mm_sp.py``).
+
+Legend: S tokens of a row, s local tokens (S/cp), T = U*s, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vila.parallel.kernels import AttentionKernel
+from megatron_vila.parallel.layout import ulysses_permutation
+from megatron_vila.parallel.ring import Ring, RingLayout
+from megatron_vila.parallel.ulysses import HeadSplit, Ulysses
+
+
+@dataclass(frozen=True)
+class RowIndices:
+    """What the exchanges of one row need on the device.
+
+    ``order`` and ``inverse`` int64 [T] permute tokens at the Ulysses exchange (None when ulysses = 1).
+    """
+
+    layout: RingLayout
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+    @classmethod
+    def of(cls, cu_seqlens: np.ndarray, ulysses: int, ring: int, ring_rank: int, device: torch.device) -> RowIndices:
+        """``cu_seqlens`` int64 [D+1] on the host. No collective, no synchronisation."""
+        order = inverse = None
+        if ulysses > 1:
+            permutation = torch.from_numpy(ulysses_permutation(cu_seqlens, ulysses, ring, ring_rank))
+            order = permutation.to(device, non_blocking=True)
+            inverse = torch.argsort(permutation).to(device, non_blocking=True)
+        return cls(RingLayout.of(cu_seqlens, ring, device), order, inverse)
+
+
+class KeptAttention:
+    """Output and log-sum-exp of one layer's attention for one row, from the forward pass to the backward pass.
+
+    ``keep`` holds a tensor and gives something with ``prefetch()`` and ``take()`` (``models.keep.HostMemory.keep``).
+    """
+
+    def __init__(self, keep: Callable[[torch.Tensor], Any]) -> None:
+        self._keep = keep
+        self._held: tuple[Any, Any] | None = None
+        self._taken: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def is_filled(self) -> bool:
+        return self._held is not None
+
+    def fill(self, out_sHD: torch.Tensor, lse_hT: torch.Tensor) -> None:
+        self._held = self._keep(out_sHD), self._keep(lse_hT)
+
+    def prefetch(self) -> None:
+        for held in self._held:
+            held.prefetch()
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [s, H, D] and log-sum-exp [h, T], on the device from now on."""
+        if self._taken is None:
+            self._taken = tuple(held.take() for held in self._held)
+        return self._taken
+
+    def output(self) -> torch.Tensor:
+        """What the layer's output projection gets: [s, 1, H*D]."""
+        return self.take()[0].flatten(1).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Attention2D:
+    """Causal self-attention of one rank of a (ulysses x ring) group with one kernel.
+
+    ``expansion`` int64 repeats key/value heads for the kernel where the split cuts a group of query heads.
+    """
+
+    ulysses: Ulysses
+    ring: Ring
+    expansion: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        split: HeadSplit,
+        kernel: AttentionKernel,
+        scale: float,
+        ulysses_group: dist.ProcessGroup,
+        ring_group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> Attention2D:
+        """``split`` for as many ranks as ``ulysses_group`` has; ``scale`` multiplies the scores."""
+        expansion = split.expansion(ulysses_group.rank())
+        return cls(
+            ulysses=Ulysses(split, ulysses_group.rank(), ulysses_group),
+            ring=Ring(kernel, scale, ring_group.size(), ring_group.rank(), ring_group),
+            expansion=None if expansion is None else torch.tensor(expansion, device=device),
+        )
+
+    def __call__(
+        self,
+        q_sHD: torch.Tensor,
+        k_sKD: torch.Tensor,
+        v_sKD: torch.Tensor,
+        row: RowIndices,
+        kept: KeptAttention | None = None,
+    ) -> torch.Tensor:
+        """q [s, H, D], k and v [s, K, D] to the output [s, H, D].
+
+        An empty ``kept`` is filled; a filled one gives the output, and only the backward pass is computed. All-to-all over the
+        Ulysses group and point-to-point over the ring group, forward (unless ``kept`` is filled) and backward.
+        """
+        if kept is not None and kept.is_filled:
+            return _KeptAttention2D.apply(q_sHD, k_sKD, v_sKD, row, self, kept)
+        return _Attention2D.apply(q_sHD, k_sKD, v_sKD, row, self, kept)
+
+
+class _Attention2D(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention | None):
+        q, k, v = attention.ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order)
+        out, lse = attention.ring.forward(q, k, v, row.layout, attention.expansion)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.row, ctx.attention = row, attention
+        out_sHD = attention.ulysses.to_sequence(out, row.inverse)
+        if kept is not None:
+            kept.fill(out_sHD, lse)
+        return out_sHD
+
+    @staticmethod
+    def backward(ctx, dout_sHD):
+        (dout,) = ctx.attention.ulysses.outputs_to_heads([dout_sHD], ctx.row.order)
+        return _gradients(ctx.attention, ctx.row, dout, *ctx.saved_tensors)
+
+
+class _KeptAttention2D(torch.autograd.Function):
+    """Attention whose output is known. q, k and v go through the Ulysses exchange in the backward pass, and so does the output
+    together with its gradient."""
+
+    @staticmethod
+    def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention):
+        ctx.save_for_backward(q_sHD, k_sKD, v_sKD)
+        ctx.row, ctx.attention, ctx.kept = row, attention, kept
+        out_sHD, _ = kept.take()
+        return out_sHD.view_as(out_sHD)
+
+    @staticmethod
+    def backward(ctx, dout_sHD):
+        ulysses, order = ctx.attention.ulysses, ctx.row.order
+        out_sHD, lse = ctx.kept.take()
+        q, k, v = ulysses.to_heads(*ctx.saved_tensors, order)
+        dout, out = ulysses.outputs_to_heads([dout_sHD, out_sHD], order)
+        return _gradients(ctx.attention, ctx.row, dout, q, k, v, out, lse)
+
+
+def _gradients(attention: Attention2D, row: RowIndices, dout, q, k, v, out, lse):
+    """Gradients of q, k and v in the sequence layout, and nothing for the other three arguments."""
+    dq, dk, dv = attention.ring.backward(dout, q, k, v, out, lse, row.layout, attention.expansion)
+    return *attention.ulysses.grads_to_sequence(dq, dk, dv, row.inverse), None, None, None

@@ -1,0 +1,81 @@
+"""The fused operations of a layer against plain autograd."""
+
+import pytest
+import torch
+
+from megatron_vila.models.fused import add_rms_norm, rms_norm, swiglu
+from megatron_vila.parallel.rope import apply_rotary, rotary_angles
+
+
+def plain_norm(x, weight, eps=1e-3):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def plain_swiglu(x):
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def plain_rotary(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def angles(tokens, dim, dtype=torch.float64):
+    return rotary_angles(torch.arange(tokens) * 7, dim, 100.0, 2.0, dtype)
+
+
+CASES = {
+    "norm": (lambda x, w: rms_norm(x, w, 1e-3), plain_norm, [(5, 1, 8), (8,)]),
+    "norm of a sum": (
+        lambda x, y, w: sum(add_rms_norm(x, y, w, 1e-3)),
+        lambda x, y, w: x + y + plain_norm(x + y, w),
+        [(5, 1, 8), (5, 1, 8), (8,)],
+    ),
+    "only the norm of a sum": (
+        lambda x, y, w: add_rms_norm(x, y, w, 1e-3)[1],
+        lambda x, y, w: plain_norm(x + y, w),
+        [(5, 1, 8), (5, 1, 8), (8,)],
+    ),
+    "swiglu": (swiglu, plain_swiglu, [(5, 1, 12)]),
+    "rotary": (lambda x: apply_rotary(x, *angles(5, 6)), lambda x: plain_rotary(x, *angles(5, 6)), [(5, 3, 6)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_equal_plain_autograd(case):
+    fused, plain, shapes = CASES[case]
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    found, expected = fused(*inputs), plain(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    for grads in zip(*(torch.autograd.grad(y, inputs, direction) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "norm of a sum"])
+def test_16_bit_values_are_rounded_once(case):
+    fused, plain, shapes = CASES[case]
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    if case == "only the norm of a sum":
+        inputs[1].zero_()  # the sum is a result of its own, rounded before its norm
+    exact = plain(*(x.double() for x in inputs))
+    error = (fused(*inputs).double() - exact).abs()
+    assert (error <= 1.05 * torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-6).all()
+
+
+def test_only_the_input_of_swiglu_and_the_angles_of_the_rotation_are_saved():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        x = torch.randn(4, 1, 6, requires_grad=True)
+        swiglu(x)
+        apply_rotary(torch.randn(4, 2, 6, requires_grad=True), *angles(4, 6, torch.float32))
+    assert [tuple(t.shape) for t in saved] == [(4, 1, 6), (4, 6), (4, 6)]
+
+
+def test_a_frozen_weight_gets_no_gradient_and_the_input_does():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.ones(4)
+    rms_norm(x, weight, 1e-6).sum().backward()
+    assert x.grad is not None and weight.grad is None

@@ -1,0 +1,149 @@
+"""What is kept between forward and backward pass: attention runs once, host memory is used up to its budget, tiles are equal."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from megatron_vila.config.memory import kept_bytes_per_token
+from megatron_vila.config.schema import MemoryConfig, ParallelConfig
+from megatron_vila.data.row import pack
+from megatron_vila.models.keep import HostMemory
+from megatron_vila.models.mlp import TiledMLP
+from megatron_vila.models.shard import RowShard
+from megatron_vila.parallel.ring import Ring
+from tests import samples
+from tests.parallel import contract
+from tests.ranks import pool
+
+CPU = torch.device("cpu")
+
+
+def bytes_of(*tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_what_is_kept_comes_back_bit_for_bit_from_the_host_and_from_the_device():
+    first, second, third = torch.randn(3, 5), torch.randn(4, dtype=torch.float64), torch.randn(2, 2).bfloat16()
+    host = HostMemory(bytes_of(first, second), CPU)
+    kept = [host.keep(x) for x in (first.clone(), second.clone(), third)]
+    assert host.used_bytes == bytes_of(first, second)
+    kept[1].prefetch()
+    assert kept[2].take() is third
+    assert torch.equal(kept[1].take(), second) and torch.equal(kept[0].take(), first)
+    assert host.used_bytes == 0 and host.peak_bytes == bytes_of(first, second)
+
+
+def test_buffers_are_used_again_and_the_budget_counts_what_is_held():
+    host = HostMemory(40, CPU)
+    kept = host.keep(torch.ones(10))
+    stays = torch.ones(1)
+    assert host.keep(stays).take() is stays
+    buffer = kept._buffer
+    kept.take()
+    assert host.keep(torch.zeros(10))._buffer is buffer
+
+
+def test_nothing_goes_to_the_host_without_a_budget():
+    x = torch.ones(3)
+    assert HostMemory(0, CPU).keep(x).take() is x
+
+
+def one_step(rank, memory):
+    """Forward and backward pass of one row: what ran how often, and the most and the last bytes in host memory."""
+    config = samples.config(layers=4)
+    config.memory = memory
+    topology, model, _ = contract.build(config, ParallelConfig())
+    runs = Counter()
+    with counted(runs, Ring, "forward"), counted(runs, Ring, "backward"), counted(runs, TiledMLP, "whole"):
+        row = pack([samples.document("counted", "ttFtttFttt")], 1, 1)
+        shard = RowShard.of(row, topology, config.model.llm, 4, torch.float64, CPU)
+        model(shard, samples.pixels(row.frames)).loss_sum.backward()
+    topology.destroy()
+    return dict(runs), model.host.peak_bytes, model.host.used_bytes
+
+
+@contextmanager
+def counted(runs, owner, name):
+    original = getattr(owner, name)
+
+    def run(*args):
+        runs[f"{owner.__name__}.{name}"] += 1
+        return original(*args)
+
+    setattr(owner, name, run)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@pytest.mark.parametrize(
+    ("memory", "attention_runs", "mlp_runs"),
+    [
+        (MemoryConfig(), 4, 4),
+        (MemoryConfig(recompute="full"), 8, 8),
+        (MemoryConfig(recompute="attention_output"), 4, 8),
+        # Of a block of two, the first layer's output is rebuilt.
+        (MemoryConfig(recompute="attention_output", block_layers=2), 4, 10),
+        (MemoryConfig(recompute="attention_output", block_layers=4), 4, 11),
+        # 16 tokens in two tiles: forward, and once more in the backward pass, but not when the layer is run for its gradients.
+        (MemoryConfig(recompute="attention_output", mlp_tile=8), 4, 16),
+        (MemoryConfig(mlp_tile=8), 4, 16),
+    ],
+    ids=str,
+)
+def test_attention_runs_once_unless_recompute_is_full_and_the_mlp_as_often_as_said(memory, attention_runs, mlp_runs):
+    ((runs, *_),) = pool.run(1, one_step, memory)
+    assert runs == {"Ring.forward": attention_runs, "Ring.backward": 4, "TiledMLP.whole": mlp_runs}
+
+
+def test_all_that_a_policy_keeps_is_on_the_host_until_the_backward_pass():
+    """16 tokens of 4 layers in float64: 8 heads of 4 for the outputs, 8 for the log-sum-exp, 16 for an input."""
+    per_layer, per_input = 16 * (8 * 4 + 8) * 8, 16 * 16 * 8
+    for block_layers, inputs in ((1, 4), (2, 2), (3, 2)):
+        memory = MemoryConfig(recompute="attention_output", block_layers=block_layers, offload_gib=1.0)
+        ((_, peak, left),) = pool.run(1, one_step, memory)
+        assert (peak, left) == (4 * per_layer + inputs * per_input, 0)
+
+
+def test_only_the_budget_goes_to_the_host():
+    memory = MemoryConfig(recompute="attention_output", offload_gib=10_000 / 2**30)
+    ((_, peak, left),) = pool.run(1, one_step, memory)
+    assert 0 < peak <= 10_000 and left == 0
+
+
+def saved_bytes(rank, layers, overrides):
+    """Bytes that autograd holds for the backward pass of a row of 512 tokens, weights not counted."""
+    config = samples.config(layers=layers)
+    llm = config.model.llm
+    llm.hidden_size, llm.head_dim, llm.ffn_hidden_size = 128, 16, 352
+    config.model.attention = "cpu"
+    config.memory = MemoryConfig(**overrides)
+    topology, model, _ = contract.build(config, ParallelConfig(), torch.bfloat16)
+    row = pack([samples.document("long", "t" * 512, slice(0, 1))], 1, 1)
+    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, CPU)
+    held = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
+
+    def hold(x):
+        held.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        alive.append(x)
+        return x
+
+    alive = []
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+        model(shard, samples.pixels([]))
+    topology.destroy()
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("overrides", [{}, {"mlp_tile": 64}], ids=str)
+def test_the_predicted_activations_are_what_autograd_saves(overrides):
+    (three,), (two,) = (pool.run(1, saved_bytes, layers, overrides) for layers in (3, 2))
+    config = samples.config(layers=3)
+    llm = config.model.llm
+    llm.hidden_size, llm.head_dim, llm.ffn_hidden_size = 128, 16, 352
+    config.memory = MemoryConfig(**overrides)
+    config.train.seq_length = 512
+    assert three - two == 512 * kept_bytes_per_token(config, 1, 2)
