@@ -164,7 +164,13 @@ def prepare() -> None:
     """
     for message in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("models.gpt.gpt_model", "tensor_parallel.random", "distributed.distributed_data_parallel"):
+    quiet = (
+        "models.gpt.gpt_model",
+        "tensor_parallel.random",
+        "distributed.distributed_data_parallel",
+        "transformer.transformer_layer",
+    )
+    for name in quiet:
         logging.getLogger(f"{_MCORE}.{name}").addFilter(_is_news)
     if torch.cuda.is_available() or any(isinstance(finder, _RedirectingFinder) for finder in sys.meta_path):
         return

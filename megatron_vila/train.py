@@ -12,8 +12,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_vila import platform
+
+if TYPE_CHECKING:
+    from megatron_vila.config.schema import Config
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,10 +37,14 @@ def main(arguments: Sequence[str]) -> int:
     from megatron_vila.config.load import ConfigError
     from megatron_vila.data.dataset import NoUsableSampleError
     from megatron_vila.data.loader import LoaderError
+    from megatron_vila.models.keep import HostMemoryError
     from megatron_vila.training.checkpoint import CheckpointError
-    from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
+    from megatron_vila.training.errors import NoMemoryError, NonFiniteError, NothingToLearnError
 
-    curable = (ConfigError, NoUsableSampleError, LoaderError, CheckpointError, NonFiniteError, NothingToLearnError)
+    curable = (
+        ConfigError, NoUsableSampleError, LoaderError, CheckpointError, HostMemoryError, NoMemoryError, NonFiniteError,
+        NothingToLearnError,
+    )  # fmt: skip
     try:
         return _run(options, rank)
     except curable as error:
@@ -69,9 +77,10 @@ def _run(options: argparse.Namespace, rank: int) -> int:
 
     if options.dry_run:
         return _dry_run(options) if rank == 0 else 0
+    import torch
     import torch.distributed as dist
 
-    from megatron_vila.training.trainer import Trainer
+    from megatron_vila.training.memory_report import out_of_memory_message
 
     try:
         # First of all, so that what a single rank finds wrong is told and ends the others.
@@ -82,16 +91,27 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     for warning in validate(config, dist.get_world_size()):
         logging.getLogger("megatron_vila").warning("warning: %s", warning)
     try:
+        _train(config)
+    except torch.OutOfMemoryError as error:
+        raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
+    dist.destroy_process_group()
+    return 0
+
+
+def _train(config: Config) -> None:
+    from megatron_vila.config.load import ConfigError
+    from megatron_vila.training.trainer import Trainer
+
+    try:
         trainer = Trainer(config)
     except (ValueError, FileNotFoundError) as error:
         # What a part refuses when it is built (a kernel that is not there, a warm-up as long as the run) is a setting's fault.
         raise ConfigError(str(error)) from error
     if trainer.topology.block_cpu.rank() == 0:
         # Each replica names the broken samples that it meets.
-        logging.getLogger("megatron_vila.data").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING
+        logging.getLogger("megatron_vila.data").setLevel(level)
     trainer.run()
-    dist.destroy_process_group()
-    return 0
 
 
 def _dry_run(options: argparse.Namespace) -> int:

@@ -190,6 +190,14 @@ class TrainConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Traces of single steps."""
+
+    steps: list[int] = key([], "steps (from 1) that are traced with torch's profiler into train.output/traces, as Chrome traces")
+    ranks: list[int] = key([0], "ranks that write a trace")
+
+
+@dataclass
 class CheckpointConfig:
     """Saving and loading."""
 
@@ -210,4 +218,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "data"})
     optim: OptimConfig = field(default_factory=OptimConfig, metadata={"help": "optimizer"})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "training"})
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata={"help": "profiling"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_vila.config.layouts import Layout, layout_problems, nearest_divisors, world_problem
 from megatron_vila.config.load import ConfigError
-from megatron_vila.config.memory import GIB, estimate_memory, host_memory, memory_of_rank
+from megatron_vila.config.memory import GIB, MemoryEstimate, estimate_memory, host_memory, memory_of_rank
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import PROJECTOR_TYPES, tokens_per_frame
 
@@ -85,6 +85,7 @@ def validate(config: Config, world_size: int, check_files: bool = True) -> list[
         problems += _layout_and_batch_problems(config, world_size)
         problems += _optim_problems(config)
         problems += _policy_problems(config)
+        problems += _profile_problems(config, world_size)
     if check_files:
         problems += _file_problems(config)
         problems += _host_problems(config, world_size)
@@ -210,6 +211,17 @@ def _optim_problems(config: Config) -> Iterable[str]:
         )
 
 
+def _profile_problems(config: Config, world_size: int) -> Iterable[str]:
+    for name, values, most in (
+        ("steps", config.profile.steps, config.train.steps),
+        ("ranks", config.profile.ranks, world_size - 1),
+    ):
+        first = 1 if name == "steps" else 0
+        outside = [value for value in values if not first <= value <= most]
+        if outside and config.profile.steps:
+            yield f"profile.{name}={values}: {outside} do not exist in this run; use {first} to {most}"
+
+
 def _policy_problems(config: Config) -> Iterable[str]:
     memory = config.memory
     if memory.block_layers > 1 and memory.recompute != "attention_output":
@@ -319,11 +331,12 @@ def _memory_warnings(config: Config, world_size: int) -> Iterable[str]:
     capacity, where = memory_of_rank(min(world_size, config.parallel.gpus_per_node))
     if estimate.total > capacity:
         yield (
-            f"a rank needs about {estimate}, but {where} has {capacity / GIB:.1f} GiB; {_memory_cure(config, estimate)}"
+            f"a rank needs about {estimate}, but {where} has {capacity / GIB:.1f} GiB; {memory_cure(config, estimate)}"
         )
 
 
-def _memory_cure(config: Config, estimate: object) -> str:
+def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
+    """The setting that shrinks the largest part of ``estimate``."""
     biggest = max(vars(estimate), key=lambda name: getattr(estimate, name))
     if biggest == "llm_activations":
         more = "raise parallel.ring or parallel.ulysses, or shorten train.seq_length"
@@ -333,6 +346,8 @@ def _memory_cure(config: Config, estimate: object) -> str:
     if biggest == "vision_activations":
         more = "lower data.num_frames or raise parallel.ring"
         return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
+    if biggest == "workspace":
+        return "set memory.mlp_tile=8192" if not config.memory.mlp_tile else "lower memory.mlp_tile, or shorten train.seq_length"
     if biggest == "optimizer":
         return "start more ranks: the optimizer state is shared by all ranks of dp*cp"
     return "raise parallel.tp or parallel.pp"

@@ -13,6 +13,10 @@ import torch
 GIB = 2**30
 
 
+class HostMemoryError(MemoryError):
+    """The host does not page-lock what ``memory.offload_gib`` asks for."""
+
+
 class Kept:
     """A tensor that stays where it is."""
 
@@ -50,7 +54,7 @@ class HostMemory:
         return _OnHost(x, self)
 
     def acquire(self, size: int) -> torch.Tensor:
-        """A buffer of ``size`` bytes. Raises ``MemoryError`` if the host does not page-lock as much."""
+        """A buffer of ``size`` bytes. Raises ``HostMemoryError`` if the host does not page-lock as much."""
         if self._free[size]:
             return self._free[size].pop()
         buffer = torch.empty(size, dtype=torch.uint8)
@@ -58,7 +62,7 @@ class HostMemory:
             # torch's own page-locked allocator rounds sizes up to powers of two.
             error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
             if error:
-                raise MemoryError(
+                raise HostMemoryError(
                     f"the host page-locks no more than {(self.used_bytes - size) / GIB:.1f} GiB for this rank (CUDA error "
                     f"{error}); lower memory.offload_gib={self.budget_bytes / GIB:g}, or raise the limit of locked memory "
                     "(ulimit -l, or --ulimit memlock=-1 of the container)"

@@ -7,5 +7,9 @@ class NonFiniteError(RuntimeError):
     """Loss or gradients are not finite and the run was told to stop, or skipped too many updates in a row."""
 
 
+class NoMemoryError(RuntimeError):
+    """The GPU has too little memory for the run; the text names the part that is largest and the setting that shrinks it."""
+
+
 class NothingToLearnError(RuntimeError):
     """No step of a whole epoch held a supervised token."""

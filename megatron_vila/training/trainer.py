@@ -30,8 +30,10 @@ from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
 from megatron_vila.training.evaluate import evaluate
 from megatron_vila.training.feed import open_dataset, training_loader
 from megatron_vila.training.flops import model_flops, peak_flops
+from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
+from megatron_vila.training.profile import traced
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,11 @@ class Trainer:
                 train.output, self.is_writer, train.steps, world, peak, train.log_every, self.step
             ) as metrics:
                 results, stopped = self._loop(metrics)
+                comparison = write_memory_report(
+                    self.config, self.model, self.optimizer, self.model.module.host.peak_bytes
+                )
+                if torch.cuda.is_available():  # on a CPU libraries outweigh a model that fits there
+                    metrics.message(comparison)
                 if stopped:
                     metrics.message(f"stopped by SIGTERM after step {self.step}; the same command goes on from there")
                 return metrics.finish({"stopped": stopped, **self.counts, **results})
@@ -112,7 +119,8 @@ class Trainer:
             while self.step < train.steps:
                 started_s = time.perf_counter()
                 rows = loader.rows(self.step)
-                outcome = self._train_step(rows)
+                with traced(self.config.profile, self.step + 1, self.topology.rank, train.output):
+                    outcome = self._train_step(rows)
                 self.step += 1
                 self.skipped += not outcome.updated
                 stopping, record = self._measure(rows, outcome, started_s)

@@ -1,0 +1,69 @@
+"""Memory per rank: what was predicted, what is held, and the peak; and what to say when it did not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_vila import platform
+from megatron_vila.config.memory import GIB, estimate_memory
+from megatron_vila.config.schema import Config
+from megatron_vila.config.validate import memory_cure
+from megatron_vila.training.summary import write_json
+
+MEMORY_FILE = "memory.json"
+
+
+def write_memory_report(
+    config: Config, model: DistributedDataParallel, optimizer: DistributedOptimizer, host_peak_bytes: int
+) -> str:
+    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak.
+
+    Per rank in GiB: weights, gradient buffers, optimizer state and main weights on the device, page-locked host memory, and the
+    peak since the first step. An all-gather over all ranks.
+    """
+    mine = {
+        "rank": dist.get_rank(),
+        "weights": _gib(model.parameters()),
+        "gradients": _gib(buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)),
+        "optimizer": _gib(_optimizer_tensors(optimizer)),
+        "host": round(host_peak_bytes / GIB, 6),
+        "peak": round(platform.peak_memory_bytes() / GIB, 6),
+    }
+    ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    estimate = estimate_memory(config, dist.get_world_size(), torch.cuda.is_available())
+    predicted = {name: round(size / GIB, 6) for name, size in vars(estimate).items()} | {"total": estimate.total / GIB}
+    if dist.get_rank() == 0:
+        write_json(Path(config.train.output) / MEMORY_FILE, {"unit": "GiB", "predicted": predicted, "ranks": ranks})
+    fullest = max(ranks, key=lambda rank: rank["peak"])
+    return (
+        f"memory of the fullest rank: {predicted['total']:.2f} GiB predicted, {fullest['peak']:.2f} GiB measured on rank {fullest['rank']}"
+    )
+
+
+def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exception) -> str:
+    """Which part of the prediction is the largest, and the setting that shrinks it."""
+    estimate = estimate_memory(config, world_size, on_gpu=True)
+    grown = max((name for name in vars(estimate) if name != "slack"), key=lambda name: getattr(estimate, name))
+    return (
+        f"rank {rank} is out of GPU memory ({str(error).splitlines()[0]}). Predicted for the fullest rank: {estimate}; the largest "
+        f"part is {grown.replace('_', ' ')}: {memory_cure(config, estimate)}"
+    )
+
+
+def _optimizer_tensors(optimizer: DistributedOptimizer) -> Iterable[torch.Tensor]:
+    for state in optimizer.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    for group in optimizer.shard_fp32_from_float16_groups:
+        yield from group
+
+
+def _gib(tensors: Iterable[torch.Tensor | None]) -> float:
+    return round(sum(x.numel() * x.element_size() for x in tensors if x is not None) / GIB, 6)

@@ -1,0 +1,50 @@
+"""What a run says about its memory and where its time goes."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from megatron_vila.config.load import load_config
+from megatron_vila.training.memory_report import out_of_memory_message
+from tests.ranks import pool
+from tests.training.real_run import Layout, overrides, train
+
+KEPT = ["memory.recompute=attention_output", "memory.block_layers=2", "memory.mlp_tile=16", "memory.offload_gib=0.5"]
+
+
+@pytest.fixture(scope="module")
+def run(videos, tmp_path_factory):
+    """A run of two steps on two ranks that keeps its activations on the host and traces its second step on rank 1."""
+    output = tmp_path_factory.mktemp("kept")
+    layout = Layout(2, tp=2).overrides()
+    settings = overrides(videos, output, *layout, *KEPT, "train.steps=2", "profile.steps=[2]", "profile.ranks=[1]")
+    pool.run(2, train, settings)
+    return output
+
+
+def test_memory_is_predicted_by_part_and_the_peak_of_every_rank_stands_beside(run):
+    report = json.loads((run / "memory.json").read_text())
+    predicted = report["predicted"]
+    parts = {"weights", "gradients", "optimizer", "llm_activations", "vision_activations", "workspace", "slack"}
+    assert set(predicted) == parts | {"total"}
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    for rank in report["ranks"]:
+        assert rank["peak"] > 0 and rank["host"] > 0
+
+
+def test_a_traced_step_is_a_chrome_trace_of_the_rank_that_was_named(run):
+    (file,) = (run / "traces").iterdir()
+    assert file.name == "step-000002-rank-1.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    assert any("_KeptAttention2D" in event.get("name", "") for event in events)
+
+
+def test_a_gpu_that_is_too_small_is_answered_with_the_largest_part_and_a_setting():
+    """The message alone: a CPU has no such error to raise."""
+    config = load_config("models/qwen2-7b", ["train.seq_length=1048576"])
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    message = out_of_memory_message(config, 8, 3, error)
+    assert message.startswith("rank 3 is out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert "the largest part is llm activations: set memory.recompute=attention_output" in message
