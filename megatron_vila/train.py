@@ -80,6 +80,7 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     import torch
     import torch.distributed as dist
 
+    from megatron_vila.training.errors import NoMemoryError
     from megatron_vila.training.memory_report import out_of_memory_message
 
     try:

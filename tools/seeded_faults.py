@@ -161,8 +161,8 @@ FAULTS = [
     Fault(
         "gradient of the output is not permuted",
         PARALLEL + "ulysses.py",
-        "return received.view(-1, heads, dout_sHD.shape[-1]).index_select(0, order)",
-        "return received.view(-1, heads, dout_sHD.shape[-1])",
+        "return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]",
+        "return list(buffer.split([heads] * count, dim=1))",
     ),
     Fault(
         "a rank takes its neighbour's key/value heads",

@@ -6,10 +6,7 @@ step is its own. Protocol of LongVILA section 4: warm-up steps, then timed ones,
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
 import json
-import platform as host
 import statistics
 import subprocess
 import sys
@@ -17,15 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.config.load import load_config
 from megatron_vila.training.summary import METRICS_FILE
-
-COLUMNS = (
-    "model", "variant", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s", "tokens_per_s_per_gpu",
-    "tflops_per_gpu", "mfu", "peak_gib", "first_loss", "hardware", "versions", "command",
-)  # fmt: skip
 
 
 def run_variant(
@@ -74,28 +65,3 @@ def run_variant(
         "command": f"torchrun --nproc-per-node {gpus} -m megatron_vila.train {config} "
         + " ".join(overrides[: -len(run_settings) + 1]),
     }
-
-
-def hardware(gpus: int) -> str:
-    if torch.cuda.is_available():
-        return f"{gpus} x {torch.cuda.get_device_name()}"
-    return f"CPU {host.machine()}, {gpus} processes"
-
-
-def versions() -> str:
-    """Versions of the packages that the numbers depend on."""
-    found = []
-    for package in ("torch", "megatron-core", "transformers", "flash-attn-4", "transformer-engine"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
-def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -44,7 +44,8 @@ def write_memory_report(
         write_json(Path(config.train.output) / MEMORY_FILE, {"unit": "GiB", "predicted": predicted, "ranks": ranks})
     fullest = max(ranks, key=lambda rank: rank["peak"])
     return (
-        f"memory of the fullest rank: {predicted['total']:.2f} GiB predicted, {fullest['peak']:.2f} GiB measured on rank {fullest['rank']}"
+        f"memory of the fullest rank: {predicted['total']:.2f} GiB predicted, {fullest['peak']:.2f} GiB measured "
+        f"on rank {fullest['rank']}"
     )
 
 
@@ -53,8 +54,8 @@ def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exc
     estimate = estimate_memory(config, world_size, on_gpu=True)
     grown = max((name for name in vars(estimate) if name != "slack"), key=lambda name: getattr(estimate, name))
     return (
-        f"rank {rank} is out of GPU memory ({str(error).splitlines()[0]}). Predicted for the fullest rank: {estimate}; the largest "
-        f"part is {grown.replace('_', ' ')}: {memory_cure(config, estimate)}"
+        f"rank {rank} is out of GPU memory ({str(error).splitlines()[0]}). Predicted for the fullest rank: {estimate}; "
+        f"the largest part is {grown.replace('_', ' ')}: {memory_cure(config, estimate)}"
     )
 
 

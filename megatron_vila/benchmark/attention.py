@@ -1,0 +1,104 @@
+"""Attention alone: 2D attention in several layouts and kernels, and a plain ring as LongVILA's baseline runs it.
+
+TFLOP/s count causal attention as half and per document: forward 2, backward 5 products of a score matrix (part ``both``: the
+model FLOPs 2 + 4, as MFU counts them).
+
+Legend: s local tokens (S/cp), H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vila import platform
+from megatron_vila.benchmark.plain_ring import plain_ring_attention
+from megatron_vila.benchmark.table import hardware, versions
+from megatron_vila.benchmark.worker import measure, parse_variant
+from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.parallel.attention2d import Attention2D, RowIndices
+from megatron_vila.parallel.kernels import select_kernel
+from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.parallel.ulysses import HeadSplit
+
+VARIANT = {"ulysses": 1, "ring": 1, "kernel": "auto", "method": "mmsp"}
+METHODS = ("mmsp", "plain_ring")
+PRODUCTS = {"forward": 2, "backward": 5, "both": 6}
+
+
+def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """``settings``: ``documents`` (lengths), ``heads``, ``kv_heads``, ``head_dim``, ``variants``, ``warmup``, ``timed``,
+    ``command``."""
+    for text in settings["variants"]:
+        yield from _variant(settings, text)
+
+
+def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
+    variant = parse_variant(text, VARIANT)
+    if variant["method"] not in METHODS:
+        raise ValueError(f"variant {text}: method={variant['method']} is unknown; use {' or '.join(METHODS)}")
+    heads, kv_heads, dim = (settings[name] for name in ("heads", "kv_heads", "head_dim"))
+    documents = np.array(settings["documents"])
+    device = platform.device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    topology = ParallelTopology.create(ParallelConfig(ulysses=variant["ulysses"], ring=variant["ring"]))
+    grid = topology.grid
+    unit = grid.document_multiple
+    if (documents % unit).any():
+        raise ValueError(f"documents of {documents.tolist()} tokens are no multiples of 2*cp = {unit}")
+    cu_seqlens = np.concatenate([[0], np.cumsum(documents)])
+    tokens = int(cu_seqlens[-1]) // grid.cp
+    kernel = select_kernel(variant["kernel"], dim, dtype, device)
+    generator = torch.Generator(device).manual_seed(topology.rank)
+    q_sHD, k_sKD, v_sKD = (
+        torch.randn(tokens, n, dim, device=device, dtype=dtype, generator=generator).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    )
+    dout_sHD = torch.randn(tokens, heads, dim, device=device, dtype=dtype, generator=generator)
+    if variant["method"] == "plain_ring":
+        if len(documents) > 1:
+            raise ValueError(f"variant {text}: the plain ring has no packed rows; give one document")
+
+        def forward():
+            return plain_ring_attention(q_sHD, k_sKD, v_sKD, kernel, dim**-0.5, topology.ring)
+    else:
+        split = HeadSplit(heads, kv_heads, grid.ulysses)
+        attention = Attention2D.of(split, kernel, dim**-0.5, topology.ulysses, topology.ring, device)
+        row = RowIndices.of(cu_seqlens, grid.ulysses, grid.ring, topology.place.ring, device)
+
+        def forward():
+            return attention(q_sHD, k_sKD, v_sKD, row)
+
+    out_sHD = forward()
+    steps = {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(out_sHD, (q_sHD, k_sKD, v_sKD), dout_sHD, retain_graph=True),
+        "both": lambda: torch.autograd.grad(forward(), (q_sHD, k_sKD, v_sKD), dout_sHD),
+    }
+    world = dist.get_world_size()
+    score = heads * dim * float((documents.astype(np.float64) ** 2).sum())
+    for part, step in steps.items():
+        found = measure(step, settings["warmup"], settings["timed"])
+        yield {
+            "model": f"{heads}/{kv_heads} heads of {dim}",
+            "variant": text,
+            "part": part,
+            "gpus": world,
+            "tp": 1,
+            "ulysses": grid.ulysses,
+            "ring": grid.ring,
+            "attention": kernel.name,
+            "seq_len": int(cu_seqlens[-1]),
+            "note": f"{len(documents)} documents" if len(documents) > 1 else "",
+            "time_s": round(found.seconds, 6),
+            "tflops_per_gpu": float(f"{PRODUCTS[part] * score / found.seconds / world / 1e12:.4g}"),
+            "peak_gib": round(found.peak_bytes / 2**30, 3),
+            "hardware": hardware(world),
+            "versions": versions(),
+            "command": settings["command"],
+        }
+    topology.destroy()

@@ -1,0 +1,141 @@
+"""Decoder layers alone: forward and backward pass, no embedding, no head, no optimizer.
+
+``method`` is ``mmsp`` (this project) or, with Transformer Engine installed, Megatron-Core's own layers and context parallelism:
+``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp. One document, every token trained,
+weights and gradients in bfloat16 on a GPU.
+
+Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_vila import platform
+from megatron_vila.benchmark.table import hardware, versions
+from megatron_vila.benchmark.worker import measure, parse_variant
+from megatron_vila.config.load import load_config
+from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
+from megatron_vila.config.sizes import head_dim
+from megatron_vila.models.decoder import run_decoder
+from megatron_vila.models.keep import GIB, HostMemory
+from megatron_vila.models.language import build_language_model, transformer_config
+from megatron_vila.parallel.attention import RowParams
+from megatron_vila.parallel.layout import local_positions
+from megatron_vila.parallel.rope import rotary_angles
+from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.training.flops import mfu, model_flops, peak_flops
+
+VARIANT = {
+    "tp": 1, "ulysses": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none", "block_layers": 1,
+    "mlp_tile": 0, "offload_gib": 0.0,
+}  # fmt: skip
+MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None}
+
+
+def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """``settings``: ``config``, ``overrides``, ``layers``, ``lengths``, ``variants``, ``warmup``, ``timed``, ``command``."""
+    for length in settings["lengths"]:
+        for text in settings["variants"]:
+            yield _variant(settings, text, length)
+
+
+def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]:
+    variant = parse_variant(text, VARIANT)
+    if variant["method"] not in ("mmsp", *MEGATRON):
+        raise ValueError(f"variant {text}: method={variant['method']} is unknown; use mmsp, {', '.join(MEGATRON)}")
+    config = load_config(settings["config"], settings["overrides"])
+    config.model.llm.num_layers, config.model.attention = settings["layers"], variant["attention"]
+    config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ring")})
+    policy = ("recompute", "block_layers", "mlp_tile", "offload_gib")
+    config.memory = MemoryConfig(**{name: variant[name] for name in policy})
+    config.train.seq_length = length
+    topology = ParallelTopology.create(config.parallel)
+    model_parallel_cuda_manual_seed(1)
+    device = platform.device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(
+        length // topology.grid.encoders, 1, config.model.llm.hidden_size, device=device, dtype=dtype
+    ).requires_grad_()
+    build = _mmsp if variant["method"] == "mmsp" else _megatron
+    run = build(config, variant["method"], topology, dtype, device, length)
+    dout = torch.randn_like(hidden)
+
+    def step():
+        run(hidden).backward(dout)
+
+    found = measure(step, settings["warmup"], settings["timed"])
+    world = dist.get_world_size()
+    flops = model_flops([length], 0, 0, config.model, config.optim).total * topology.grid.dp
+    peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
+    share = mfu(flops, found.seconds, world, peak)
+    topology.destroy()
+    return {
+        "model": f"{config.model.name}, {settings['layers']} layers",
+        "variant": text,
+        "part": "both",
+        "gpus": world,
+        **{axis: variant[axis] for axis in ("tp", "ulysses", "ring")},
+        "attention": variant["attention"],
+        "seq_len": length,
+        "time_s": round(found.seconds, 6),
+        "tflops_per_gpu": float(f"{flops / found.seconds / world / 1e12:.4g}"),
+        "mfu": "" if share is None else round(share, 4),
+        "peak_gib": round(found.peak_bytes / GIB, 3),
+        "hardware": hardware(world),
+        "versions": versions(),
+        "command": settings["command"],
+    }
+
+
+def _mmsp(
+    config: Config, _: str, topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    grid, llm = topology.grid, config.model.llm
+    decoder = build_language_model(
+        config.model, transformer_config(config.model, topology, dtype), topology, device, False, config.memory.mlp_tile
+    ).decoder.to(device, dtype)
+    cu_seqlens = np.array([0, length])
+    positions = torch.from_numpy(local_positions(cu_seqlens, grid.cp, topology.cp_rank)).to(device)
+    angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
+    row = RowParams.of(cu_seqlens, *angles, grid.ulysses, grid.ring, topology.place.ring)
+    host = HostMemory(int(config.memory.offload_gib * GIB), device)
+    return lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
+
+
+def _megatron(
+    config: Config, method: str, topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism."""
+    try:
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        from megatron.core.transformer.enums import AttnMaskType
+        from megatron.core.transformer.transformer_block import TransformerBlock
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    except (ImportError, NameError, TypeError) as error:
+        raise RuntimeError(f"method={method} needs Transformer Engine, which does not load here ({error})") from error
+    stock = dataclasses.replace(
+        transformer_config(config.model, topology, dtype),
+        cp_comm_type=MEGATRON[method],
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        persist_layer_norm=True,
+        hierarchical_context_parallel_sizes=None,
+    )
+    spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal
+    block = TransformerBlock(
+        stock, spec, post_layer_norm=False, pre_process=True, post_process=False, pg_collection=topology.collection
+    ).to(device, dtype)
+    llm = config.model.llm
+    rotary = RotaryEmbedding(head_dim(llm), rotary_percent=1.0, rotary_base=int(llm.rope_theta), cp_group=topology.cp)
+    angles = rotary(length).to(device)
+    return lambda hidden: block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)

@@ -1,0 +1,66 @@
+"""Tables of measurements: one row per variant with what is needed to repeat it, as CSV and as a bar chart."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform as host
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COLUMNS = (
+    "model", "variant", "part", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s",
+    "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "predicted_gib", "first_loss", "note",
+    "hardware", "versions", "command",
+)  # fmt: skip
+"""Columns of every table; a table holds those that it fills."""
+
+
+def hardware(gpus: int) -> str:
+    if torch.cuda.is_available():
+        return f"{gpus} x {torch.cuda.get_device_name()}"
+    return f"CPU {host.machine()}, {gpus} processes"
+
+
+def versions() -> str:
+    """Versions of the packages that the numbers depend on."""
+    found = []
+    for package in ("torch", "megatron-core", "transformers", "flash-attn-4", "transformer-engine"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the rows with the columns that any of them has, in the order of ``COLUMNS``."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of TFLOP/s per GPU, or of tokens or frames per second where no FLOPs are counted; one group per length."""
+    # Drawing is the last thing that a benchmark does, and matplotlib is slow to import.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measures = ("tflops_per_gpu", "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "seq_len")
+    measure = next(name for name in measures if all(row.get(name) not in (None, "") for row in rows))
+    labels = [" ".join(str(row[name]) for name in ("model", "variant", "part", "seq_len") if row.get(name)) for row in rows]
+    figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.32 * len(rows)), layout="constrained")
+    axes.barh(labels, [float(row[measure]) for row in rows], color="#4477aa")
+    axes.invert_yaxis()
+    axes.set_xlabel(measure.replace("_", " "))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,114 @@
+"""Measurements that need process groups: a command starts one torchrun, whose ranks run all variants one after the other.
+
+Running the variants in one job makes their ratios fair: same GPUs, same clocks, same minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vila import platform
+
+KINDS = ("attention", "layer", "reshard", "vision", "trial")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median seconds over the timed calls, the slowest rank's; most bytes in use on a rank."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def measure(call: Callable[[], Any], warmup: int, timed: int) -> Measured:
+    """Time ``call`` on all ranks together. Each call starts when the device and all ranks are done with the one before.
+
+    Collective over all ranks.
+    """
+    for _ in range(warmup):
+        call()
+    platform.synchronize()
+    platform.reset_peak_memory()
+    seconds = []
+    for _ in range(timed):
+        dist.barrier()
+        platform.synchronize()
+        start = time.perf_counter()
+        call()
+        platform.synchronize()
+        seconds.append(time.perf_counter() - start)
+    worst = torch.tensor([*seconds, platform.peak_memory_bytes()], dtype=torch.float64, device=platform.device())
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    *seconds, peak = worst.tolist()
+    return Measured(statistics.median(seconds), int(peak))
+
+
+def parse_variant(text: str, known: dict[str, Any]) -> dict[str, Any]:
+    """``ulysses=2,kernel=fa4`` over the defaults ``known``. Raises ``ValueError`` for an unknown name or a wrong type."""
+    values = dict(known)
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ValueError(f"variant {text}: {name} is unknown; use {', '.join(known)}")
+        try:
+            values[name] = type(known[name])(value)
+        except ValueError as error:
+            raise ValueError(f"variant {text}: {name}={value} should be of type {type(known[name]).__name__}") from error
+    return values
+
+
+def launch(kind: str, gpus: int, settings: dict[str, Any], timeout_s: float | None = None) -> list[dict[str, Any]]:
+    """Run ``kind`` on ``gpus`` processes and return the rows that were finished, each shown as it comes.
+
+    Raises ``RuntimeError`` with the end of the output if the job failed before its first row.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rows_file = Path(folder) / "rows.jsonl"
+        rows_file.touch()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+        command += ["-m", "megatron_vila.benchmark.worker", kind, json.dumps(settings), str(rows_file)]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s)
+            status, said = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as late:
+            status, said = 124, f"stopped after {timeout_s:.0f} s\n{(late.stdout or b'').decode(errors='replace')}"
+        rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    if status and not rows:
+        raise RuntimeError(f"{kind} on {gpus} processes failed:\n{said[-3000:]}")
+    if status:
+        print(f"{kind} ended early with status {status}; {len(rows)} rows are kept\n{said[-1500:]}", flush=True)
+    return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    kind, settings, rows_file = arguments
+    if kind not in KINDS:
+        raise SystemExit(f"benchmark kind {kind} is unknown; use {', '.join(KINDS)}")
+    platform.prepare()
+    platform.init_distributed()
+    # Imported late: Megatron-Core must find the platform prepared.
+    import importlib
+
+    module = importlib.import_module(f"megatron_vila.benchmark.{kind}")
+    with open(rows_file, "a", encoding="utf-8") as file:
+        for row in module.rows(json.loads(settings)):
+            if dist.get_rank() == 0:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,124 @@
+"""Benchmarks measure the real thing: each kind runs on CPU ranks, comparisons compute what ours computes, tables are whole."""
+
+import csv
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vila.benchmark.max_length import longest
+from megatron_vila.benchmark.plain_ring import plain_ring_attention
+from megatron_vila.benchmark.worker import parse_variant
+from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.parallel.kernels import Segments, select_kernel
+from megatron_vila.parallel.topology import ParallelTopology
+from tests.ranks import pool
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+QUICK = {"warmup": 1, "timed": 2, "command": "the command"}
+TINY = {"config": "tiny", "overrides": ["model.llm.num_layers=2"]}
+KINDS = {
+    "attention": {
+        "documents": [24, 8], "heads": 4, "kv_heads": 2, "head_dim": 8, "variants": ["ulysses=2", "ring=2,kernel=cpu"]
+    },
+    "layer": TINY | {"layers": 2, "lengths": [32, 64], "variants": ["tp=2", "ring=2,recompute=attention_output,mlp_tile=8"]},
+    "reshard": {
+        "frames": 5, "tokens_per_frame": 3, "hidden": 8, "variants": ["ring=2", "tp=2", "tp=2,method=full_gather"]
+    },
+    "vision": TINY | {"frames": 3, "variants": ["frame_micro_batch=2", "trainable=0", "recompute=1"]},
+    "trial": TINY | {
+        "overrides": ["parallel.ulysses=2", "train.seq_length=96", "train.steps=10"], "frames": 6, "supervised": 8, "steps": 2
+    },
+}  # fmt: skip
+NEEDED = {"model", "gpus", "tp", "ulysses", "ring", "time_s", "peak_gib", "hardware", "versions", "command"}
+
+
+def rows_of(rank, kind, settings):
+    return list(importlib.import_module(f"megatron_vila.benchmark.{kind}").rows(settings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_fills_a_row_for_each_variant(kind):
+    asked = KINDS[kind]
+    rows, _ = pool.run(2, rows_of, kind, asked | QUICK)
+    variants = asked.get("variants", [None])
+    wanted = {"attention": [v for v in variants for _ in range(3)], "layer": variants * 2}.get(kind, variants)
+    assert [row.get("variant") for row in rows] == wanted
+    for row in rows:
+        assert set(row) >= NEEDED
+        assert row["time_s"] > 0 and row["peak_gib"] > 0 and row["gpus"] == 2
+
+
+def both_ways(rank):
+    """Values and gradients of the plain ring on this rank's piece of the sequence, and of one kernel over the whole."""
+    topology = ParallelTopology.create(ParallelConfig(ring=4))
+    torch.manual_seed(5)
+    q, k, v, dout = (torch.randn(32, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    mine = slice(8 * rank, 8 * rank + 8)
+    kernel = select_kernel("reference", 8, torch.float64, CPU)
+    parts = [x[mine].clone().requires_grad_() for x in (q, k, v)]
+    out = plain_ring_attention(*parts, kernel, 0.3, topology.ring)
+    found = [out, *torch.autograd.grad(out, parts, dout[mine])]
+    whole = Segments((32,), (32,))
+    full, lse = kernel.forward(q, k, v, whole, True, 0.3)
+    wanted = [full, *kernel.backward(dout, q, k, v, full, lse, whole, True, 0.3)]
+    topology.destroy()
+    return max(float((x - y[mine]).abs().max()) for x, y in zip(found, wanted, strict=True))
+
+
+def test_the_plain_ring_that_we_compare_with_computes_causal_attention():
+    assert max(pool.run(4, both_ways)) < 1e-12
+
+
+def same_tokens(rank, tp, ring):
+    """The gather of all tokens gives each rank what the all-to-all gives it, and the same gradients."""
+    from megatron_vila.benchmark import reshard
+
+    return reshard.difference(ParallelConfig(tp=tp, ring=ring), frames=7, each=4, hidden=3)
+
+
+@pytest.mark.parametrize(("tp", "ring"), [(2, 1), (1, 4), (2, 2)])
+def test_the_full_gather_that_we_compare_with_moves_the_same_tokens(tp, ring):
+    assert pool.run(tp * ring, same_tokens, tp, ring) == [0.0] * (tp * ring)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 400), st.integers(1, 9), st.integers(9, 300))
+def test_the_search_finds_the_longest_length_that_fits(limit, start, unit, most):
+    tried = []
+
+    def fits(length):
+        tried.append(length)
+        return length <= limit
+
+    assert longest(fits, start, unit, most) == min(limit, most) // unit * unit
+    assert len(set(tried)) == len(tried)
+    assert all(length % unit == 0 and length <= most for length in tried)
+
+
+def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_refused():
+    known = {"ring": 1, "kernel": "auto"}
+    assert parse_variant("ring=4", known) == {"ring": 4, "kernel": "auto"}
+    assert parse_variant("", known) == known
+    with pytest.raises(ValueError, match="rong is unknown; use ring, kernel"):
+        parse_variant("rong=4", known)
+    with pytest.raises(ValueError, match="ring=four should be of type int"):
+        parse_variant("ring=four", known)
+
+
+def test_the_command_finds_the_longest_row_and_leaves_a_table_and_a_plot(tmp_path):
+    out = tmp_path / "max_length.csv"
+    arguments = ["max-length", "tiny", "memory.recompute=attention_output", "--gpus", "1", "--start", "64", "--unit", "64"]
+    arguments += ["--most", "64", "--supervised", "8", "--video", "--out", str(out)]
+    done = subprocess.run([sys.executable, "tools/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader(out.open())
+    assert row["seq_len"] == "64" and row["frames"] == "15" and float(row["predicted_gib"]) > 0
+    assert row["command"].startswith("python tools/benchmark.py max-length tiny memory.recompute=attention_output --gpus 1")
+    assert (tmp_path / "max_length.png").stat().st_size > 1000
