@@ -257,6 +257,8 @@ def _unknown(name: str, origin: str) -> str:
     likeness = {known: _likeness(name, known) for known in names}
     likely = [known for known in names if likeness[known] >= max(0.7, max(likeness.values()) - 0.05)]
     same_leaf = [known for known in names if _likeness(leaf, known.split(".")[-1]) >= 0.85]
+    if likely and name.rpartition(".")[0] in _section_names():
+        same_leaf = []
     proposals = list(dict.fromkeys([*sorted(likely, key=likeness.get, reverse=True), *same_leaf]))[:4]
     cure = f"did you mean {_one_of(proposals)}?" if proposals else "docs/configuration.md lists all keys"
     return f"{origin}: unknown key '{name}'; {cure}"
