@@ -60,9 +60,12 @@ def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLo
 
 
 def chance_level(files: Sequence[str], media_dir: str) -> float:
-    """Accuracy of always giving the most frequent answer of ``files``."""
-    answers = Counter(record.turns[-1].text for record in RecordFiles(files, media_dir))
-    return max(answers.values()) / sum(answers.values())
+    """Accuracy of always giving the most frequent answers of ``files``; records without an answer do not count."""
+    answers = Counter(
+        tuple(turn.text for turn in record.turns if turn.role == "assistant") for record in RecordFiles(files, media_dir)
+    )
+    del answers[()]
+    return max(answers.values(), default=0) / max(answers.total(), 1)
 
 
 def agreement(group: dist.ProcessGroup) -> Callable[[list[str]], list[str]]:

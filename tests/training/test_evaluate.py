@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.training.feed import chance_level
 from megatron_vila.training.summary import read_metrics
 from tests.data.material import conversation, write_jsonl
 from tests.ranks import pool
@@ -58,3 +59,17 @@ def test_every_layout_gives_the_accuracy_and_loss_of_one_process(learnt, tmp_pat
     (found,) = read_metrics(tmp_path)[1]
     assert found == pytest.approx(wanted, rel=1e-9)
     assert latest_checkpoint(output).name == f"step-{STEPS:08d}"
+
+
+def test_chance_is_that_of_giving_the_most_frequent_answers_whatever_else_a_record_says(tmp_path):
+    def record(*turns):
+        return {"id": "r", "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+    records = [
+        record(("human", "Name two colours."), ("gpt", "red"), ("human", "And?"), ("gpt", "blue")),
+        record(("human", "Once more?"), ("gpt", "red"), ("human", "And?"), ("gpt", "blue"), ("human", "Thanks.")),
+        record(("human", "A colour?"), ("gpt", "blue")),
+        record(("human", "Nobody answers.")),
+    ]
+    assert chance_level([write_jsonl(tmp_path / "four.jsonl", records)], "") == 2 / 3
+    assert chance_level([write_jsonl(tmp_path / "none.jsonl", records[3:])], "") == 0
