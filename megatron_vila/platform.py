@@ -340,7 +340,8 @@ def one_kernel(function: Callable) -> Callable:
 
     The first argument's device decides. The function must not need gradients.
     """
-    compiled = torch.compile(function, dynamic=True)
+    # The first new length makes lengths dynamic; widths stay constants of the kernel.
+    compiled = torch.compile(function)
 
     @functools.wraps(function)
     def call(*args):
