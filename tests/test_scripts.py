@@ -292,3 +292,11 @@ def test_every_file_that_the_readme_runs_exists():
     for module in re.findall(r"-m (megatron_vila[\w.]*)", commands):
         file = ROOT / module.replace(".", "/")
         assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module
+
+
+def test_every_seeded_fault_still_finds_its_place():
+    from tools.seeded_faults import FAULTS
+
+    places = {fault.name: (ROOT / fault.file).read_text().count(fault.old) for fault in FAULTS}
+    assert len(places) == len(FAULTS)
+    assert {name: count for name, count in places.items() if count != 1} == {}
