@@ -42,16 +42,23 @@ def decoder_layer(x: torch.Tensor, weights: Mapping[str, torch.Tensor], layer: i
     w = {name.split(f"layers.{layer}.")[1]: t for name, t in weights.items() if f"layers.{layer}." in name}
     dim = llm.head_dim or llm.hidden_size // llm.num_heads
     group = llm.num_heads // llm.num_kv_heads
-    qkv = rms_norm(x, w["input_layernorm.weight"], llm.norm_eps) @ w["self_attention.linear_qkv.weight"].T
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        y = x @ w[f"{name}.weight"].T
+        if f"{name}.lora_a" in w:
+            y = y + model.lora.alpha / model.lora.rank * (x @ w[f"{name}.lora_a"].T @ w[f"{name}.lora_b"].T)
+        return y
+
+    qkv = linear(rms_norm(x, w["input_layernorm.weight"], llm.norm_eps), "self_attention.linear_qkv")
     if llm.qkv_bias:
         qkv = qkv + w["self_attention.linear_qkv.bias"]
     qkv = qkv.view(len(x), llm.num_kv_heads, group + 2, dim)
     q, k, v = qkv[:, :, :group].flatten(1, 2), qkv[:, :, group], qkv[:, :, group + 1]
     theta, factor = llm.rope_theta, llm.rope_scaling_factor
     out = attention(rotate(q, theta, factor), rotate(k, theta, factor), v)
-    x = x + out.flatten(1) @ w["self_attention.linear_proj.weight"].T
-    gate, up = (rms_norm(x, w["pre_mlp_layernorm.weight"], llm.norm_eps) @ w["mlp.linear_fc1.weight"].T).chunk(2, -1)
-    return x + (nn.functional.silu(gate) * up) @ w["mlp.linear_fc2.weight"].T
+    x = x + linear(out.flatten(1), "self_attention.linear_proj")
+    gate, up = linear(rms_norm(x, w["pre_mlp_layernorm.weight"], llm.norm_eps), "mlp.linear_fc1").chunk(2, -1)
+    return x + linear(nn.functional.silu(gate) * up, "mlp.linear_fc2")
 
 
 def document_logits(

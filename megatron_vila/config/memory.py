@@ -18,7 +18,9 @@ from pathlib import Path
 from megatron_vila.config.schema import Config, VisionConfig
 from megatron_vila.config.sizes import (
     head_dim,
+    linear_shapes,
     llm_layer_parameters,
+    lora_layer_parameters,
     parameter_count,
     patches_per_frame,
     tokens_per_frame,
@@ -109,14 +111,21 @@ def _stage_parameters(config: Config) -> tuple[int, int]:
     """Parameters held and trained by a rank of the fullest pipeline stage."""
     model, parallel, optim = config.model, config.parallel, config.optim
     counts = parameter_count(model)
-    layers = model.llm.num_layers // parallel.pp * llm_layer_parameters(model.llm) // parallel.tp
+    num_layers = model.llm.num_layers // parallel.pp
+    layers = num_layers * llm_layer_parameters(model.llm) // parallel.tp
     table = model.llm.vocab_size * model.llm.hidden_size // parallel.tp
     # Tower and projector are replicated over tensor parallelism.
     pictures = counts["vision"] + counts["projector"]
     pictures_trained = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
     tables = 1 if model.llm.tie_embeddings or parallel.pp > 1 else 2
     first = layers + tables * table
-    return pictures + first, pictures_trained + first * optim.llm.trainable
+    learns = first
+    if model.lora.rank:
+        learns = num_layers * lora_layer_parameters(model, parallel.tp)
+        first += learns
+        learns += table * ("embeddings" in model.lora.also_train)
+        learns += (2 * num_layers + 1) * model.llm.hidden_size * ("norms" in model.lora.also_train)
+    return pictures + first, pictures_trained + learns * optim.llm.trainable
 
 
 def _llm_activations(config: Config, dp: int, element: int) -> int:
@@ -143,14 +152,20 @@ def kept_bytes_per_token(config: Config, layers: int, element: int) -> int:
 
 
 def layer_elements(config: Config) -> int:
-    """Elements per token of a CP rank that one layer saves when nothing is recomputed: inputs of the norms and of the linear
-    layers, q, k, v, attention's output (twice where the Ulysses exchange makes a copy), gate and up and their product."""
-    llm, tp = config.model.llm, config.parallel.tp
+    """Elements per token of a CP rank that one layer saves when nothing is recomputed: inputs of the norms and of linear layers
+    that learn, q, k, v, attention's output (twice where the Ulysses exchange makes a copy), gate and up and their product, inner
+    values of LoRA's updates."""
+    llm, lora, tp = config.model.llm, config.model.lora, config.parallel.tp
     q, kv = llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
-    outputs = 2 if config.parallel.ulysses > 1 else 1
+    learning = set(lora.targets if lora.rank else linear_shapes(llm)) if config.optim.llm.trainable else set()
     tiled = 0 < config.memory.mlp_tile < _local_tokens(config) // tp
-    mlp = 0 if tiled else 3 * llm.ffn_hidden_size
-    return (4 * llm.hidden_size + (1 + outputs) * q + 2 * kv + mlp) // tp
+    hidden = 2 + ("qkv" in learning) + (tiled or "fc1" in learning)
+    outputs = 2 if config.parallel.ulysses > 1 and "proj" in learning else 1
+    mlp = 0 if tiled else (2 + ("fc2" in learning)) * llm.ffn_hidden_size
+    # Updates of column-parallel layers (qkv, fc1) keep theirs for the tokens of all tp ranks.
+    per_update = {"qkv": tp, "proj": 1} | ({} if tiled else {"fc1": tp, "fc2": 1})
+    inner = lora.rank * sum(size for name, size in per_update.items() if name in learning)
+    return (hidden * llm.hidden_size + (1 + outputs) * q + 2 * kv + mlp + inner) // tp
 
 
 def _norm_scales(tp: int, element: int) -> int:

@@ -72,6 +72,20 @@ class LanguageConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank updates of the language model's linear layers, whose own weights are frozen then."""
+
+    rank: int = key(0, "inner size of an update; 0: no LoRA")
+    alpha: float = key(16.0, "an update is scaled by alpha / rank")
+    targets: list[str] = key(
+        ["qkv", "proj"], "linear layers with an update: qkv and proj (attention), fc1 and fc2 (MLP)"
+    )
+    also_train: list[str] = key(
+        [], "other weights of the language model that learn beside the updates: embeddings, norms"
+    )
+
+
+@dataclass
 class ModelConfig:
     """The whole VILA model."""
 
@@ -79,6 +93,7 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig, metadata={"help": "vision tower"})
     projector: ProjectorConfig = field(default_factory=ProjectorConfig, metadata={"help": "projector"})
     llm: LanguageConfig = field(default_factory=LanguageConfig, metadata={"help": "language model"})
+    lora: LoraConfig = field(default_factory=LoraConfig, metadata={"help": "low-rank updates"})
     init_std: float = key(0.02, "standard deviation of random initial weights")
     attention: str = key(
         "auto",

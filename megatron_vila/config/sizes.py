@@ -58,10 +58,27 @@ def llm_parameters(llm: LanguageConfig) -> int:
 
 def llm_layer_parameters(llm: LanguageConfig) -> int:
     """Parameters of one decoder layer."""
-    h, d = llm.hidden_size, head_dim(llm)
+    shapes = linear_shapes(llm)
+    bias = shapes["qkv"][0] if llm.qkv_bias else 0
+    return sum(outputs * inputs for outputs, inputs in shapes.values()) + bias + 2 * llm.hidden_size
+
+
+def linear_shapes(llm: LanguageConfig) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the linear layers of a decoder layer, by their names in ``model.lora.targets``, as they run."""
+    h, f, d = llm.hidden_size, llm.ffn_hidden_size, head_dim(llm)
     q, kv = llm.num_heads * d, llm.num_kv_heads * d
-    bias = q + 2 * kv if llm.qkv_bias else 0
-    return h * (q + 2 * kv) + bias + q * h + 3 * h * llm.ffn_hidden_size + 2 * h
+    return {"qkv": (q + 2 * kv, h), "proj": (h, q), "fc1": (2 * f, h), "fc2": (h, f)}
+
+
+def lora_layer_parameters(model: ModelConfig, tp: int = 1) -> int:
+    """Parameters of the LoRA updates of one decoder layer on a tensor-parallel rank: the factor beside the split side of the
+    weight is split as it is, the other one is whole."""
+    shapes, lora = linear_shapes(model.llm), model.lora
+    if not lora.rank:
+        return 0
+    split = {"qkv": (tp, 1), "proj": (1, tp), "fc1": (tp, 1), "fc2": (1, tp)}
+    sides = [size // parts for name in lora.targets for size, parts in zip(shapes[name], split[name], strict=True)]
+    return lora.rank * sum(sides)
 
 
 def head_dim(llm: LanguageConfig) -> int:

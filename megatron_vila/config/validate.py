@@ -55,6 +55,7 @@ AT_LEAST_ONE = {
 }
 
 AT_LEAST_ZERO = {
+    "model.lora": ("rank",),
     "memory": ("mlp_tile", "offload_gib"),
     "data": ("fps",),
     "optim": ("min_lr", "warmup_steps", "warmup_fraction", "weight_decay", "clip_grad"),
@@ -64,10 +65,14 @@ AT_LEAST_ZERO = {
 
 ABOVE_ZERO = {
     "model": ("init_std",),
+    "model.lora": ("alpha",),
     "model.vision": ("layer_norm_eps",),
     "model.llm": ("norm_eps", "rope_theta", "rope_scaling_factor"),
     "optim": ("lr", "eps"),
 }
+
+LORA_NAMES = {"targets": ("qkv", "proj", "fc1", "fc2"), "also_train": ("embeddings", "norms")}
+"""What the lists of ``model.lora`` may name, each once."""
 
 BF16_ONLY_KERNELS = ("fa4", "cudnn", "flash2")
 
@@ -84,6 +89,7 @@ def validate(config: Config, world_size: int, check_files: bool = True) -> list[
         problems += _shape_problems(config)
         problems += _layout_and_batch_problems(config, world_size)
         problems += _optim_problems(config)
+        problems += _lora_problems(config)
         problems += _policy_problems(config)
         problems += _profile_problems(config, world_size)
     if check_files:
@@ -116,6 +122,10 @@ def _value_problems(config: Config) -> Iterable[str]:
             enough = {"at least 1": value >= 1, "at least 0": value >= 0, "above 0": value > 0}[text]
             if not enough or math.isinf(value):
                 yield f"{name}={value} must be {text} and finite"
+    for leaf, choices in LORA_NAMES.items():
+        names = value_of(config, f"model.lora.{leaf}")
+        if len(set(names)) < len(names) or not set(names) <= set(choices):
+            yield f"model.lora.{leaf}=[{','.join(names)}] may name {', '.join(choices)}, each at most once"
     for name in ("optim.beta1", "optim.beta2"):
         if not 0 <= value_of(config, name) < 1:
             yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
@@ -220,6 +230,25 @@ def _profile_problems(config: Config, world_size: int) -> Iterable[str]:
         outside = [value for value in values if not first <= value <= most]
         if outside and config.profile.steps:
             yield f"profile.{name}={values}: {outside} do not exist in this run; use {first} to {most}"
+
+
+def _lora_problems(config: Config) -> Iterable[str]:
+    lora = config.model.lora
+    if lora.rank and not lora.targets:
+        yield (
+            f"model.lora.rank={lora.rank}, but model.lora.targets is empty: no layer gets an update; name some of "
+            f"{', '.join(LORA_NAMES['targets'])}, or set rank=0"
+        )
+    if lora.rank and not config.optim.llm.trainable:
+        yield (
+            f"model.lora.rank={lora.rank} adds updates that optim.llm.trainable=false freezes; set optim.llm.trainable=true (the "
+            "weights below the updates stay frozen) or rank=0"
+        )
+    if lora.also_train and not lora.rank:
+        yield (
+            f"model.lora.also_train=[{','.join(lora.also_train)}] is for weights beside LoRA's updates, but model.lora.rank=0: "
+            "optim.llm.trainable decides for the whole language model; set a rank, e.g. 8, or also_train=[]"
+        )
 
 
 def _policy_problems(config: Config) -> Iterable[str]:

@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_vila.config.schema import ModelConfig
+from megatron_vila.models.lora import add_low_rank
 from megatron_vila.models.mlp import tiled
 from megatron_vila.models.norm import RMSNorm
 from megatron_vila.parallel.attention import MMSPAttention
@@ -96,6 +97,7 @@ def build_language_model(
     # Megatron's local norms refuse sequence parallelism.
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.mlp = tiled(layer.submodules.mlp)
+    add_low_rank(layer, model.lora)
     layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=topology.place.pp)
     model = GPTModel(
         config=config,

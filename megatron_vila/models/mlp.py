@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 
 from megatron_vila.models.fused import swiglu
 
@@ -43,6 +43,13 @@ class TiledMLP(MLP):
     def whole(self, hidden_n1H: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.linear_fc1(hidden_n1H)
         return self.linear_fc2(swiglu(gate_up))[0]
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        key = f"{prefix}linear_fc1.lora_b"
+        if key in state:  # gate and up are stored apart, as those of the weight are
+            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
+        return state
 
 
 class _Tiles(torch.autograd.Function):

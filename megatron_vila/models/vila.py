@@ -17,6 +17,7 @@ from megatron_vila.models.head import HeadOutput, Vocabulary, fused_head
 from megatron_vila.models.initialize import initialize_language_model
 from megatron_vila.models.keep import GIB, HostMemory
 from megatron_vila.models.language import build_language_model, transformer_config
+from megatron_vila.models.lora import set_trainable
 from megatron_vila.models.projector import Projector
 from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vision import VisionTower, encode_frames
@@ -63,7 +64,7 @@ class VilaModel(MegatronModule):
             topology.place.tp,
         )
         self.llm.to(device=device, dtype=dtype)
-        self.llm.requires_grad_(config.optim.llm.trainable)
+        set_trainable(self.llm, model.lora, config.optim.llm.trainable)
         rows = self.llm.vocab_size // grid.tp
         first = rows * topology.place.tp
         self.vocabulary = Vocabulary(first, max(0, min(rows, model.llm.vocab_size - first)), topology.tp)

@@ -29,6 +29,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_vila.models.lora import FACTORS
 from megatron_vila.training import checkpoint_io as io
 from megatron_vila.training.checkpoint_io import CheckpointError
 from megatron_vila.training.optimizer_shards import ensure_state, get_step, set_step, state_shards
@@ -103,7 +104,8 @@ def load_checkpoint(
 
     Returns ``extra`` of the save. Without ``optimizer`` only weights are loaded: do it before ``build_optimizer``, which
     copies 16-bit weights. Collective over all ranks. Raises ``CheckpointError`` on every rank if there is no finished
-    checkpoint, a file is missing or damaged, or tensors are missing or differ in shape (they are named).
+    checkpoint, a file is missing or damaged, or tensors are missing or differ in shape (they are named). LoRA factors that a
+    checkpoint without them lacks keep their initial values; those that the model has no place for are an error.
     """
     found = io.on_all_ranks(lambda: _resolve(Path(path)), f"nothing to load at {path}")
     # A network file system may show ranks different moments of a folder.
@@ -116,6 +118,8 @@ def load_checkpoint(
         raise CheckpointError(f"{failed}: it holds weights only; start a new run from it with checkpoint.load={folder}")
 
     model_state = _model_state(model_chunks)
+    if optimizer is None:
+        _leave_out_new_updates(model_state, stored)
     state: dict[str, Any] = {"model": model_state}
     shards: dict[str, ShardedTensor] = {}
     # A float32 run has no main copies: its weights are what Adam updates.
@@ -233,6 +237,15 @@ def _model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     state = {str(index): _unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(model_chunks)}
     _, tensors = extract_matching_values(state, lambda entry: isinstance(entry, ShardedObject))
     return tensors
+
+
+def _leave_out_new_updates(model_state: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Take out the LoRA factors of linear layers that have none in the checkpoint: an update that begins is no lost one."""
+    for chunk in model_state.values():
+        for name, entry in list(chunk.items()):
+            linear, _, leaf = entry.key.rpartition(".")
+            if leaf in FACTORS and not any(f"{linear}.{factor}" in stored for factor in FACTORS):
+                del chunk[name]
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:

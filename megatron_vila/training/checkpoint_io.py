@@ -19,6 +19,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 
+from megatron_vila.models.lora import FACTORS
+
 FORMAT = 1
 SHOWN = 8
 T = TypeVar("T")
@@ -122,21 +124,28 @@ def read_stored_tensors(folder: Path) -> dict[str, Any]:
 
 
 def compare(wanted: Iterable[ShardedTensor], stored: dict[str, Any]) -> None:
-    """Raise ``CheckpointError`` naming the tensors that a checkpoint does not have, or has in another shape."""
-    missing, different = set(), set()
+    """Raise ``CheckpointError`` naming the tensors that a checkpoint does not have, or has in another shape, and the LoRA factors
+    that would be lost."""
+    missing, different, known = set(), set(), set()
     for tensor in wanted:
+        known.add(tensor.key)
         if tensor.key not in stored:
             missing.add(tensor.key)
         elif not tensor.allow_shape_mismatch and tuple(stored[tensor.key].size) != tuple(tensor.global_shape):
             different.add(f"{tensor.key} {list(stored[tensor.key].size)} instead of {list(tensor.global_shape)}")
     problems = []
+    lost = [key for key in stored.keys() - known if key.endswith(FACTORS) and not key.startswith("optimizer.")]
+    if lost:
+        problems.append(f"{len(lost)} LoRA tensors that the model has no place for: {_some(sorted(lost))}")
     if different:
         problems.append(f"{len(different)} tensors of another shape: {_some(sorted(different))}")
     if missing:
         problems.append(f"{len(missing)} tensors missing: {_some(sorted(missing))}")
     if problems:
         cure = "load it with the model configuration that it was saved with"
-        if not different and all(key.startswith("optimizer.") for key in missing):
+        if lost and not different and not missing:
+            cure = "set model.lora as in the run that saved them, or merge them (tools/convert_checkpoint.py export, then import)"
+        elif not different and all(key.startswith("optimizer.") for key in missing):
             cure = "parts that were frozen then have no optimizer state; start a new run from the weights with checkpoint.load"
         raise CheckpointError(f"{'; '.join(problems)}; {cure}")
 

@@ -13,7 +13,8 @@ What the formula leaves open is decided as follows, always on the side that cann
 
 * a product costs 2 FLOPs per weight and token forward, 2 for the gradient of its input and 2 for that of its weight; the
   last two count only where they are needed. A frozen tower counts 2 (forward only); a frozen LLM below which something
-  trains counts 4 (the gradient passes through, no weight gradient);
+  trains counts 4 (the gradient passes through, no weight gradient). With LoRA the frozen weights count 4, the updates and what
+  learns beside them 6; where nothing learns below the first update, no gradient passes through what runs before it;
 * attention needs twice its forward products in the backward pass, whenever a gradient passes through; S**2 is summed over
   documents, since documents of a packed row do not see each other;
 * the output layer counts at supervised positions only: no other logits are needed, and a video row has few labels. Where all
@@ -28,8 +29,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vila.config.schema import LanguageConfig, ModelConfig, OptimConfig, ProjectorConfig
-from megatron_vila.config.sizes import head_dim, vision_layers_run
+from megatron_vila.config.schema import ModelConfig, OptimConfig, ProjectorConfig
+from megatron_vila.config.sizes import head_dim, linear_shapes, lora_layer_parameters, vision_layers_run
 from megatron_vila.models.geometry import downsample_rate, patches_per_side, tokens_per_frame
 
 
@@ -65,15 +66,24 @@ def model_flops(
     ``supervised_tokens`` the labels of all of them; ``frames`` their pictures. ``optim`` says which parts train.
     """
     train_vision, train_projector, train_llm = (p.trainable for p in (optim.vision, optim.projector, optim.llm))
-    gradient_in_llm = train_llm or (frames > 0 and (train_vision or train_projector))
-    per_weight = 2 * _passes(input_gradient=gradient_in_llm, weight_gradient=train_llm)
-    llm = model.llm
+    below = frames > 0 and (train_vision or train_projector)
+    gradient_in_llm = train_llm or below
+    llm, lora = model.llm, model.lora
+    frozen = train_llm and lora.rank > 0
+    table_learns = train_llm and (not frozen or (llm.tie_embeddings and "embeddings" in lora.also_train))
+    layer = sum(outputs * inputs for outputs, inputs in linear_shapes(llm).values())
+    products = llm.num_layers * layer * _passes(gradient_in_llm, train_llm and not frozen)
+    products += llm.num_layers * lora_layer_parameters(model) * _passes(gradient_in_llm, train_llm)
+    head = llm.vocab_size * llm.hidden_size * _passes(gradient_in_llm, table_learns)
+    attention = llm.num_layers * (3 if gradient_in_llm else 1)
+    if frozen and not below and not lora.also_train:
+        products -= _products_without_gradient(model)
+        attention -= 0 if "qkv" in lora.targets else 2
     tokens = sum(document_lengths)
     squares = sum(length**2 for length in document_lengths)
     return Flops(
-        llm=per_weight
-        * (tokens * llm.num_layers * _layer_weights(llm) + supervised_tokens * llm.vocab_size * llm.hidden_size),
-        attention=(6 if gradient_in_llm else 2) * llm.num_layers * llm.num_heads * head_dim(llm) * squares,
+        llm=2 * (tokens * products + supervised_tokens * head),
+        attention=2 * attention * llm.num_heads * head_dim(llm) * squares,
         vision=frames * (_tower_flops(model, train_vision) + _projector_flops(model, train_vision, train_projector)),
     )
 
@@ -87,11 +97,14 @@ def _passes(input_gradient: bool, weight_gradient: bool) -> int:
     return 1 + input_gradient + weight_gradient
 
 
-def _layer_weights(llm: LanguageConfig) -> int:
-    """Weights of the matrix products of one decoder layer."""
-    d = head_dim(llm)
-    attention = llm.hidden_size * d * (2 * llm.num_heads + 2 * llm.num_kv_heads)
-    return attention + 3 * llm.hidden_size * llm.ffn_hidden_size
+def _products_without_gradient(model: ModelConfig) -> int:
+    """Weights in the first decoder layer whose inputs need no gradient: up to the first one with an update, and its A."""
+    weights = 0
+    for name, (outputs, inputs) in linear_shapes(model.llm).items():
+        weights += outputs * inputs
+        if name in model.lora.targets:
+            return weights + model.lora.rank * inputs
+    return weights
 
 
 def _tower_flops(model: ModelConfig, trainable: bool) -> int:

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from megatron_vila.config.layouts import Layout
 from megatron_vila.config.load import PRESET_FOLDER, load_config, preset_names
-from megatron_vila.config.schema import ProjectorConfig
+from megatron_vila.config.schema import LoraConfig, ProjectorConfig
 from megatron_vila.config.sizes import (
     PROJECTOR_TYPES,
     llm_layer_parameters,
@@ -147,6 +147,15 @@ def test_stages_train_the_parts_of_the_paper_at_their_rates(stage, vision, proje
     assert (optim.vision.trainable, optim.projector.trainable, optim.llm.trainable) == (vision, projector, llm)
     assert (optim.lr, optim.schedule, optim.weight_decay) == (lr, schedule, 0.0)
     assert (optim.vision.lr, optim.projector.lr, optim.llm.lr) == (None, None, None)
+
+
+def test_stage_4_with_lora_is_stage_4_with_what_the_paper_trains():
+    plain, lora = load_config("stages/stage4", []), load_config("stages/stage4-lora", [])
+    plain.model.lora = LoraConfig(rank=8, alpha=16.0, targets=["qkv", "proj"], also_train=["embeddings", "norms"])
+    assert lora == plain
+    overrides = ["model.lora.rank=8", "model.lora.also_train=[embeddings,norms]"]
+    assert load_config("stages/stage4", overrides) == lora
+    assert validate(load_config("longvila-7b-stage4", overrides), 64, check_files=False) == []
 
 
 def test_published_long_context_settings_are_kept_together():

@@ -9,11 +9,13 @@ from megatron_vila.config.layouts import Layout, layout_problems, nearest_layout
 from megatron_vila.config.load import ConfigError, config_keys, load_config
 from megatron_vila.config.memory import GIB, LOGIT_CHUNK_TOKENS, estimate_memory
 from megatron_vila.config.schema import Config, LanguageConfig
+from megatron_vila.config.sizes import linear_shapes
 from megatron_vila.config.validate import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
     AT_LEAST_ZERO,
     CHOICES,
+    LORA_NAMES,
     tokenizer_problems,
     validate,
 )
@@ -223,6 +225,30 @@ def test_a_pixel_remainder_is_no_problem():
     assert warned(1, "train.seq_length=4096", preset="models/qwen2-7b") == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["targets=[]"], "model.lora.targets is empty: no layer gets an update; name some of qkv, proj, fc1, fc2"),
+        (["targets=[qkv,attn]"], "model.lora.targets=[qkv,attn] may name qkv, proj, fc1, fc2, each at most once"),
+        (["targets=[fc1,fc1]"], "each at most once"),
+        (["also_train=[head]"], "model.lora.also_train=[head] may name embeddings, norms"),
+        (["rank=0", "also_train=[norms]"], "model.lora.rank=0: optim.llm.trainable decides"),
+    ],
+)
+def test_updates_that_cannot_be_meant_are_refused_with_their_cure(overrides, part):
+    (message,) = refused(1, "model.lora.rank=8", *(f"model.lora.{override}" for override in overrides))
+    assert part in message
+
+
+def test_updates_that_never_learn_are_refused():
+    (message,) = refused(1, "model.lora.rank=8", "optim.llm.trainable=false")
+    assert message.startswith("model.lora.rank=8 adds updates that optim.llm.trainable=false freezes")
+
+
+def test_the_known_layers_with_updates_are_those_of_the_model():
+    assert LORA_NAMES["targets"] == tuple(linear_shapes(load_config("tiny").model.llm))
+
+
 def test_nothing_to_train_is_refused():
     frozen = [f"optim.{part}.trainable=false" for part in ("vision", "projector", "llm")]
     (message,) = refused(1, *frozen)
@@ -298,6 +324,27 @@ def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
     assert estimate.weights == pytest.approx(2 * (llm + frozen), rel=1e-3)
     assert estimate.gradients == pytest.approx(4 * llm, rel=1e-3)
     assert estimate.optimizer == pytest.approx(12 * llm / 8, rel=1e-3)
+
+
+def test_with_lora_only_what_learns_has_gradients_and_optimizer_state():
+    """Rank 8 on q, k, v and o of Qwen2-7B: 28 layers of 8 * (3584 + 4608 + 3584 + 3584) parameters, 2 bytes a weight."""
+    frozen = ["optim.vision.trainable=false", "optim.projector.trainable=false"]
+    whole = estimate_memory(load_config("models/qwen2-7b", frozen), 8, on_gpu=True)
+
+    def estimate(*overrides):
+        return estimate_memory(
+            load_config("models/qwen2-7b", [*frozen, "model.lora.rank=8", *overrides]), 8, on_gpu=True
+        )
+
+    updates = 28 * 8 * (3584 + 4608 + 3584 + 3584)
+    assert estimate().gradients == 4 * updates
+    assert estimate().optimizer == 12 * updates // 8
+    assert estimate().weights == whole.weights + 2 * updates
+    # Of qkv A is whole, of proj B: half of the parameters but for the wider qkv.
+    assert estimate("parallel.tp=4").gradients == 4 * 28 * 8 * (3584 + 4608 // 4 + 3584 // 4 + 3584)
+    beside = estimate("model.lora.also_train=[embeddings,norms]")
+    assert beside.gradients == 4 * (updates + 151_648 * 3584 + (2 * 28 + 1) * 3584)
+    assert estimate().llm_activations < whole.llm_activations
 
 
 def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():

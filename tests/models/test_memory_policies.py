@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vila.config.memory import kept_bytes_per_token
-from megatron_vila.config.schema import MemoryConfig, ParallelConfig
+from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
 from megatron_vila.models.keep import HostMemory
 from megatron_vila.models.mlp import TiledMLP
@@ -114,13 +114,19 @@ def test_only_the_budget_goes_to_the_host():
     assert 0 < peak <= 10_000 and left == 0
 
 
-def saved_bytes(rank, layers, overrides):
-    """Bytes that autograd holds for the backward pass of a row of 512 tokens, weights not counted."""
+def long_row_config(layers, memory, lora, trainable):
     config = samples.config(layers=layers)
     llm = config.model.llm
     llm.hidden_size, llm.head_dim, llm.ffn_hidden_size = 128, 16, 352
-    config.model.attention = "cpu"
-    config.memory = MemoryConfig(**overrides)
+    config.model.attention, config.model.lora = "cpu", lora
+    config.memory, config.train.seq_length, config.optim.llm.trainable = memory, 512, trainable
+    return config
+
+
+def saved_bytes(rank, *settings):
+    """Bytes that autograd holds for the backward pass of a row of 512 tokens, weights not counted."""
+    config = long_row_config(*settings)
+    llm = config.model.llm
     topology, model, _ = contract.build(config, ParallelConfig(), torch.bfloat16)
     row = pack([samples.document("long", "t" * 512, slice(0, 1))], 1, 1)
     shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, CPU)
@@ -138,12 +144,20 @@ def saved_bytes(rank, layers, overrides):
     return sum(held.values())
 
 
-@pytest.mark.parametrize("overrides", [{}, {"mlp_tile": 64}], ids=str)
-def test_the_predicted_activations_are_what_autograd_saves(overrides):
-    (three,), (two,) = (pool.run(1, saved_bytes, layers, overrides) for layers in (3, 2))
-    config = samples.config(layers=3)
-    llm = config.model.llm
-    llm.hidden_size, llm.head_dim, llm.ffn_hidden_size = 128, 16, 352
-    config.memory = MemoryConfig(**overrides)
-    config.train.seq_length = 512
-    assert three - two == 512 * kept_bytes_per_token(config, 1, 2)
+ALL = ["qkv", "proj", "fc1", "fc2"]
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(mlp_tile=64)], ids=["whole MLP", "tiles"])
+@pytest.mark.parametrize(
+    ("lora", "trainable"),
+    [
+        (LoraConfig(), True),
+        (LoraConfig(), False),
+        (LoraConfig(rank=8), True),
+        (LoraConfig(rank=8, targets=ALL), True),
+    ],
+    ids=["learns", "frozen", "updates of attention", "updates of all"],
+)
+def test_the_predicted_activations_are_what_autograd_saves(memory, lora, trainable):
+    (three,), (two,) = (pool.run(1, saved_bytes, layers, memory, lora, trainable) for layers in (3, 2))
+    assert three - two == 512 * kept_bytes_per_token(long_row_config(3, memory, lora, trainable), 1, 2)

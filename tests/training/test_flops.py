@@ -1,8 +1,17 @@
 """Model FLOPs against sums worked out by hand and against published figures brought to the same convention."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_vila.config.schema import LanguageConfig, ModelConfig, OptimConfig, ProjectorConfig, VisionConfig
+from megatron_vila.config.schema import (
+    LanguageConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from megatron_vila.training.flops import Flops, mfu, model_flops, peak_flops
 
 LLAMA_3_8B = ModelConfig(llm=LanguageConfig(vocab_size=128256))
@@ -57,6 +66,43 @@ def test_a_frozen_llm_without_pictures_is_a_forward_pass():
 def test_a_frozen_tower_and_projector_below_a_trained_llm_are_a_forward_pass():
     flops = model_flops([8], 8, 1, SMALL, parts(False, False, True))
     assert flops.vision == 2 * TOWER_LAYER + PATCH_EMBEDDING + PROJECTOR_FIRST + PROJECTOR_SECOND
+
+
+# rank 2 on all four linear layers of 8 + 8 outputs and inputs or more
+UPDATES = 2 * ((16 + 8) + (8 + 8) + (32 + 8) + (8 + 16))
+
+
+def with_lora(*targets: str, also_train: tuple[str, ...] = (), tied: bool = False) -> ModelConfig:
+    lora = LoraConfig(rank=2, targets=list(targets), also_train=list(also_train))
+    return replace(SMALL, lora=lora, llm=replace(SMALL.llm, tie_embeddings=tied))
+
+
+def test_with_lora_frozen_weights_count_four_and_updates_six():
+    """A projector that learns below the decoder asks for every input gradient."""
+    flops = model_flops([8], 5, 1, with_lora("qkv", "proj", "fc1", "fc2"), parts(False, True, True))
+    assert flops.llm == 8 * 2 * (4 * LAYER + 6 * UPDATES) + 5 * 4 * HEAD
+    assert flops.attention == 6 * 2 * 4 * 2 * 8**2
+
+
+def test_embeddings_that_learn_beside_the_updates_count_in_a_tied_output_layer_only():
+    for tied, per_weight in ((False, 4), (True, 6)):
+        model = with_lora("qkv", "proj", "fc1", "fc2", also_train=("embeddings",), tied=tied)
+        flops = model_flops([8], 5, 0, model, parts(False, False, True))
+        assert flops.llm == 8 * 2 * (4 * LAYER + 6 * UPDATES) + 5 * per_weight * HEAD
+
+
+def test_no_gradient_passes_through_what_runs_before_the_first_update():
+    """Frozen below: the inputs of the first layer's qkv need no gradient, nor does all before fc1 where that is the first."""
+    optim = parts(False, False, True)
+    from_qkv = model_flops([8], 5, 0, with_lora("qkv"), optim)
+    qkv = 16 * 8
+    assert from_qkv.llm == 8 * (2 * (4 * LAYER + 6 * 2 * (16 + 8)) - 2 * qkv - 2 * 2 * 8) + 5 * 4 * HEAD
+    assert from_qkv.attention == 6 * 2 * 4 * 2 * 8**2
+    from_fc1 = model_flops([8], 5, 0, with_lora("fc2", "fc1"), optim)
+    before = 16 * 8 + 8 * 8 + 32 * 8
+    updates = 2 * ((32 + 8) + (8 + 16))
+    assert from_fc1.llm == 8 * (2 * (4 * LAYER + 6 * updates) - 2 * before - 2 * 2 * 8) + 5 * 4 * HEAD
+    assert from_fc1.attention == (6 + 2) * 4 * 2 * 8**2
 
 
 def test_documents_of_a_packed_row_add_up_as_if_they_were_alone():
