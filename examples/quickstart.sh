@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job in miniature: makes long videos with questions, trains a small VILA on them with MM-SP over two processes, in four
-# stages of growing length, and tests it on held-out videos. Two GPUs with NCCL if there are two, else two CPU processes.
+# stages of growing length, tests it on held-out videos, exports it and lets it answer held-out questions through transformers.
+# Two GPUs with NCCL if there are two, else two CPU processes.
 #
 #   bash examples/quickstart.sh           # results in runs/quickstart
 #   bash examples/quickstart.sh --short   # a few steps of each stage, to see that everything runs: runs/quickstart-short
@@ -54,5 +55,10 @@ done
 
 say "results"
 python tools/summarize_runs.py "$RUN" "$RUN"/stage_{1,2,3,4} --labels "${LABELS[@]}" --wall-s "$SECONDS"
-echo "checkpoint: $RUN/stage_4"
+
+say "the same model in transformers"
+python tools/convert_checkpoint.py export "$RUN/stage_4" "$RUN/hf"
+python examples/quickstart/answer_held_out.py "$RUN/hf" "$RUN/data/eval_32.json" --summary "$RUN/summary.json"
+
+echo "checkpoint: $RUN/stage_4, exported: $RUN/hf"
 echo "metrics: $RUN/stage_4/metrics.jsonl, summary: $RUN/summary.json, plot: $RUN/loss.png"

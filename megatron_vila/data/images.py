@@ -19,22 +19,29 @@ PAD_COLOUR = (127, 127, 127)
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file as RGB, upright by its EXIF orientation; of an animation, the first picture.
+    """Read an image file as ``as_rgb`` shows it; of an animation, the first picture.
 
-    Transparent pixels are laid on white: dropping the alpha channel alone would show the colour that hides under them, often
-    black on black text. 16-bit grey is scaled to 8 bits, not clipped. Raises ``MediaError`` for a file that is missing, empty,
-    cut off, too large to be safe (Pillow's limit) or no image.
+    Raises ``MediaError`` for a file that is missing, empty, cut off, too large to be safe (Pillow's limit) or no image.
     """
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
+            file.load()
+            return as_rgb(file)
     except FileNotFoundError as error:
         raise MediaError(path, "no such file") from error
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         empty = os.path.isfile(path) and os.path.getsize(path) == 0
         reason = "the file is empty (0 bytes)" if empty else f"not an image that can be read: {error}"
         raise MediaError(path, reason) from error
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as RGB, upright by its EXIF orientation.
+
+    Transparent pixels are laid on white: dropping the alpha channel alone would show the colour that hides under them, often
+    black on black text. 16-bit grey is scaled to 8 bits, not clipped.
+    """
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:

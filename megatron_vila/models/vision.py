@@ -76,7 +76,7 @@ class VisionTower(nn.Module):
         with torch.device("meta"):
             model = SiglipVisionModel(siglip_config(config))
         # transformers 4 wraps the tower once more.
-        self.vision_model = getattr(model, "vision_model", model).to_empty(device="cpu")
+        self.vision_model = getattr(model, "vision_model", model).to_empty(device=torch.get_default_device())
         self.vision_model.embeddings.position_ids.copy_(torch.arange(self.num_patches))
         initialise(self, init_std)
         self.requires_grad_(False)

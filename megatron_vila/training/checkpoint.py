@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
@@ -34,7 +35,14 @@ from megatron_vila.training import checkpoint_io as io
 from megatron_vila.training.checkpoint_io import CheckpointError
 from megatron_vila.training.optimizer_shards import ensure_state, get_step, set_step, state_shards
 
-__all__ = ["CheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "read_info",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]
 
 
 def save_checkpoint(
@@ -50,7 +58,7 @@ def save_checkpoint(
     """Save after ``step`` steps; returns the checkpoint's folder. Collective over all ranks, which share the file system.
 
     ``extra`` (dicts, lists, strings, numbers, tensors) comes back from ``load_checkpoint``; ``info`` (JSON values: the
-    model's name, the layout) is for the human reader of info.json; both are rank 0's. ``keep`` newest checkpoints up to this
+    model's name, the layout, the configuration) goes into info.json; both are rank 0's. ``keep`` newest checkpoints up to this
     step stay, 0 keeps all. Without ``optimizer`` only weights are saved. Raises ``TypeError`` for other types in ``extra``
     and, on every rank, ``CheckpointError`` if writing fails; earlier checkpoints are intact then.
     """
@@ -85,7 +93,8 @@ def save_checkpoint(
             # Megatron-Core 0.16.1 wants this file; 0.19.2 no longer writes it.
             torch.save({}, partial / "common.pt")
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        (partial / "info.json").write_text(json.dumps(io.describe(step, info or {}, sizes), indent=2) + "\n")
+        described = io.describe(step, info or {}, sizes, dist.get_world_size())
+        (partial / "info.json").write_text(json.dumps(described, indent=2) + "\n")
         _publish(root, partial, final)
         _delete_older(root, final, keep)
 
@@ -107,7 +116,7 @@ def load_checkpoint(
     checkpoint, a file is missing or damaged, or tensors are missing or differ in shape (they are named). LoRA factors that a
     checkpoint without them lacks keep their initial values; those that the model has no place for are an error.
     """
-    found = io.on_all_ranks(lambda: _resolve(Path(path)), f"nothing to load at {path}")
+    found = io.on_all_ranks(lambda: resolve_checkpoint(Path(path)), f"nothing to load at {path}")
     # A network file system may show ranks different moments of a folder.
     folder = io.from_rank_zero(lambda: found)
     failed = f"cannot load checkpoint {folder}"
@@ -161,7 +170,8 @@ def latest_checkpoint(run_folder: str | Path) -> Path | None:
     return finished[-1] if finished else None
 
 
-def _resolve(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder of a finished checkpoint: ``path`` itself, or the newest of a run's folder. Raises ``CheckpointError``."""
     if (path / "info.json").is_file():
         return path
     newest = latest_checkpoint(path)
@@ -170,6 +180,11 @@ def _resolve(path: Path) -> Path:
             "no finished checkpoint there; give the folder of a step (step-...) or the folder of a run"
         )
     return newest
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """info.json of a checkpoint's folder, or of the newest one of a run's folder. Raises ``CheckpointError``."""
+    return json.loads((resolve_checkpoint(Path(path)) / "info.json").read_text())
 
 
 def _order(folder: Path) -> tuple[int, int]:

@@ -88,13 +88,13 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
 
 
-def describe(step: int, info: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+def describe(step: int, info: dict[str, Any], sizes: dict[str, int], world_size: int) -> dict[str, Any]:
     """The content of ``info.json``."""
     return {
         "format": FORMAT,
         "step": step,
         **info,
-        "world_size": dist.get_world_size(),
+        "world_size": world_size,
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("megatron-vila", "megatron-core", "torch")},
         "files": sizes,
@@ -114,13 +114,18 @@ def check_files(folder: Path) -> None:
 
 
 def read_stored_tensors(folder: Path) -> dict[str, Any]:
-    """Name -> torch metadata (``size``) of the tensors in a checkpoint.
+    """Name -> torch metadata (``size``) of the tensors in a checkpoint; raises as ``read_metadata``."""
+    return read_metadata(folder).state_dict_metadata
+
+
+def read_metadata(folder: Path) -> Any:
+    """torch's ``Metadata`` of a checkpoint: the tensors and where their pieces lie.
 
     torch and Megatron-Core unpickle the same file without restriction: it is read here first, with nothing but the plain
     metadata classes allowed. Raises ``CheckpointError`` for anything else in it.
     """
     with open(folder / ".metadata", "rb") as file:
-        return _MetadataUnpickler(file).load().state_dict_metadata
+        return _MetadataUnpickler(file).load()
 
 
 def compare(wanted: Iterable[ShardedTensor], stored: dict[str, Any]) -> None:

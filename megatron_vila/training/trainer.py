@@ -25,7 +25,7 @@ from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, read_info, save_checkpoint
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
 from megatron_vila.training.evaluate import evaluate
 from megatron_vila.training.feed import open_dataset, training_loader
@@ -77,6 +77,9 @@ class Trainer:
         self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
         if resumed is not None:
             self._resume(resumed)
+        origin = resumed or config.checkpoint.load
+        # An export needs the files that the weights once came with.
+        self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
         self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
         self._sigterm = threading.Event()
 
@@ -227,7 +230,12 @@ class Trainer:
 
     def _save(self) -> None:
         extra = {"step": self.step, "skipped": self.skipped, "counts": self.counts, "data": self._data_identity()}
-        info = {"model": self.config.model.name, "layout": asdict(self.config.parallel) | {"dp": self.topology.grid.dp}}
+        info = {
+            "model": self.config.model.name,
+            "layout": asdict(self.config.parallel) | {"dp": self.topology.grid.dp},
+            "config": asdict(self.config),
+            "hugging_face": self.hugging_face,
+        }
         save_checkpoint(
             self.config.train.output,
             self.step,

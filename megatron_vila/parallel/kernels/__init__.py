@@ -22,15 +22,20 @@ _AUTOMATIC = ("fa4", "cudnn", "flash2", "cpu")
 
 
 def select_kernel(
-    name: str, head_dim: int, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+    name: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool = False,
+    setting: str = "model.attention",
 ) -> AttentionKernel:
     """The kernel called ``name``, or with ``auto`` the fastest one that runs ``head_dim`` in ``dtype`` on ``device``.
 
-    ``deterministic`` leaves out kernels whose backward pass adds in varying order. Raises ``ValueError`` for an unknown
-    name and for a kernel that cannot run here, with the reason.
+    ``deterministic`` leaves out kernels whose backward pass adds in varying order; ``setting`` is what messages call the name.
+    Raises ``ValueError`` for an unknown name and for a kernel that cannot run here, with the reason.
     """
     if name != "auto" and name not in KERNELS:
-        raise ValueError(f"model.attention={name} is no kernel; use auto, {', '.join(KERNELS)}")
+        raise ValueError(f"{setting}={name} is no kernel; use auto, {', '.join(KERNELS)}")
     reasons = {}
     for candidate in _AUTOMATIC if name == "auto" else (name,):
         available, kernel = KERNELS[candidate]
@@ -38,9 +43,9 @@ def select_kernel(
         if reasons[candidate] is None:
             return kernel(deterministic)
     if name != "auto":
-        raise ValueError(f"model.attention={name} cannot run here: {reasons[name]}; or use model.attention=auto")
+        raise ValueError(f"{setting}={name} cannot run here: {reasons[name]}; or use {setting}=auto")
     listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
     raise ValueError(
-        f"model.attention=auto finds no kernel for head dim {head_dim} in {dtype} on {device} ({listed}); "
-        "train in bfloat16, or use model.attention=reference (float64, short sequences only)"
+        f"{setting}=auto finds no kernel for head dim {head_dim} in {dtype} on {device} ({listed}); "
+        f"train in bfloat16, or use {setting}=reference (float64, short sequences only)"
     )

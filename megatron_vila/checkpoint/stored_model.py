@@ -1,0 +1,145 @@
+"""A distributed checkpoint of any layout as Hugging Face tensors in flat names, made one by one in this process.
+
+The checkpoint's info.json holds the run's configuration and the Hugging Face files that the weights once came with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vila.checkpoint.distributed import StoredTensors
+from megatron_vila.checkpoint.errors import ConversionError
+from megatron_vila.checkpoint.tensor_files import TensorInfo
+from megatron_vila.checkpoint.weight_map import Entry, entries
+from megatron_vila.config.load import ConfigError, config_from_dict, load_config
+from megatron_vila.config.schema import Config
+from megatron_vila.models.lora import FACTORS
+from megatron_vila.training.checkpoint import resolve_checkpoint
+from megatron_vila.training.checkpoint_io import CheckpointError, check_files
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The two factors of a LoRA update of one entry, alpha / rank not yet applied; legend: R rows, I inputs, r rank."""
+
+    entry: Entry
+    a_rI: torch.Tensor
+    b_Rr: torch.Tensor
+
+
+class StoredModel:
+    """``infos`` has dtype and shape of every tensor by its flat Hugging Face name; ``read`` makes it.
+
+    LoRA updates are merged in, unless ``merge`` is false. With ``main`` the float32 copies that Adam updates are read where
+    the checkpoint has them. Raises ``ConversionError`` that lists every tensor missing from the checkpoint, superfluous or of
+    another shape.
+    """
+
+    def __init__(self, path: Path, merge: bool = True, main: bool = False) -> None:
+        try:
+            self.folder = resolve_checkpoint(path)
+            check_files(self.folder)
+            self._stored = StoredTensors(self.folder)
+        except CheckpointError as error:
+            raise ConversionError(f"{path} cannot be read", [str(error)]) from error
+        info = json.loads((self.folder / "info.json").read_text())
+        self.config = _config_of(info, self.folder)
+        self.step: int = info["step"]
+        self.hugging_face: Mapping[str, Any] = info.get("hugging_face") or {}
+        self._main = main
+        lora = self.config.model.lora
+        self._scale = lora.alpha / lora.rank if merge and lora.rank else 0.0
+        self.entries = entries(self.config.model)
+        self._check()
+        self._entry_of = {name: entry for entry in self.entries for name in entry.tensors}
+        self._last: tuple[Entry | None, list[torch.Tensor]] = (None, [])
+        self.infos = {
+            name: TensorInfo(self._stored.infos[self._key(entry.key)].dtype, shape)
+            for entry in self.entries
+            for name, shape in entry.tensors.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; those that are stored together are read once if they are asked for one after another."""
+        entry = self._entry_of[name]
+        if self._last[0] is not entry:
+            self._last = (entry, self._split(entry, self._merged(entry)))
+        return self._last[1][list(entry.tensors).index(name)]
+
+    def low_rank(self) -> Iterable[LowRank]:
+        """The LoRA factors of every entry that has them."""
+        for entry in self.entries:
+            factors = self._factors(entry)
+            if factors is not None:
+                yield factors
+
+    def split_rows(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor with the rows of ``entry`` as one for each Hugging Face tensor."""
+        return self._split(entry, tensor)
+
+    def _split(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
+        rows = [shape[0] for shape in entry.tensors.values()]
+        return entry.how.split(tensor, rows, self.config.model.llm.num_kv_heads)
+
+    def _merged(self, entry: Entry) -> torch.Tensor:
+        weight_RI = self._stored.read(self._key(entry.key), entry.layer)
+        factors = self._factors(entry) if self._scale else None
+        if factors is None:
+            return weight_RI
+        exact = torch.promote_types(weight_RI.dtype, torch.float32)
+        update_RI = factors.b_Rr.to(exact) @ factors.a_rI.to(exact)
+        return weight_RI.to(exact).add_(update_RI, alpha=self._scale).to(weight_RI.dtype)
+
+    def _factors(self, entry: Entry) -> LowRank | None:
+        linear, _, leaf = entry.key.rpartition(".")
+        a, b = f"{linear}.{FACTORS[0]}", f"{linear}.{FACTORS[1]}"
+        if leaf != "weight" or a not in self._stored.infos:
+            return None
+        return LowRank(entry, *(self._stored.read(self._key(key), entry.layer) for key in (a, b)))
+
+    def _key(self, key: str) -> str:
+        main = f"optimizer.main.{key}"
+        return main if self._main and main in self._stored.infos else key
+
+    def _check(self) -> None:
+        problems = []
+        wanted = {entry.key: entry for entry in self.entries}
+        stored = {key: info.shape for key, info in self._stored.infos.items() if not key.startswith("optimizer.")}
+        for key, entry in wanted.items():
+            if key not in stored:
+                problems.append(
+                    f"{key} is missing; it should be {list(entry.stored_shape)} and become {', '.join(entry.tensors)}"
+                )
+            elif not _fits(stored[key], entry):
+                problems.append(f"{key} is {list(stored[key])}; it should be {list(entry.stored_shape)}")
+        linears = {key.rpartition(".")[0] for key in wanted}
+        for key in sorted(stored.keys() - wanted.keys()):
+            linear, _, leaf = key.rpartition(".")
+            if not (leaf in FACTORS and linear in linears):
+                problems.append(f"{key} {list(stored[key])} belongs to no part of the model of its configuration")
+        if problems:
+            raise ConversionError(f"{self.folder} does not fit its configuration", problems)
+
+
+def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
+    """A table may be padded further, for a tp that does not divide the usual multiple."""
+    if entry.how.pads and shape[1:] == entry.stored_shape[1:]:
+        return shape[0] >= next(iter(entry.tensors.values()))[0]
+    return shape == entry.stored_shape
+
+
+def _config_of(info: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration in the checkpoint, or (saved before it was noted there) the one in the run's folder."""
+    try:
+        if "config" in info:
+            return config_from_dict(info["config"], str(folder / "info.json"))
+        return load_config(str(folder.parent.parent / "config.yaml"))
+    except ConfigError as error:
+        problems = [f"the run has no usable configuration: {line}" for line in str(error).splitlines()]
+        raise ConversionError(f"{folder} cannot be read", problems) from error

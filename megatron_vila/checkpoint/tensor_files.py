@@ -1,0 +1,214 @@
+"""Safetensors on disk: sharded folders read lazily, and files written from tensors that are made one by one.
+
+Nothing here ever holds more than one tensor. A file is mapped into memory while one of its tensors is read, and pickled
+weights are refused: reading them could run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+SHARD_BYTES = 5 * 10**9
+"""Largest file that is written, if no single tensor is larger."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class SourceTensor(Protocol):
+    """A tensor that is read when it is needed."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class MemoryTensor(TensorInfo):
+    """A tensor that exists already."""
+
+    tensor: torch.Tensor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> MemoryTensor:
+        return cls(tensor.dtype, tuple(tensor.shape), tensor)
+
+    def read(self) -> torch.Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class FileTensor(TensorInfo):
+    """A tensor of a safetensors file."""
+
+    file: Path
+    name: str
+
+    def read(self) -> torch.Tensor:
+        """The tensor, mapped from its file, which stays mapped as long as the tensor lives."""
+        with safe_open(self.file, "pt") as file:
+            return file.get_tensor(self.name)
+
+
+def find_tensors(folder: Path, problems: list[str]) -> dict[str, FileTensor]:
+    """All tensors of the safetensors files in ``folder`` by name; nothing but their headers is read.
+
+    Appends to ``problems``: no safetensors, pickled weights in their place, damaged or truncated files, files that an index
+    names but that are not there, tensors that an index puts elsewhere, and element types that no weight has.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not files and not indices:
+        problems.append(_nothing_in(folder))
+        return {}
+    found: dict[str, FileTensor] = {}
+    damaged: set[str] = set()
+    for path in files:
+        try:
+            _read_header(path, found, problems)
+        except SafetensorError as error:
+            damaged.add(path.name)
+            problems.append(f"{path} is truncated or damaged ({error}); copy or download it again")
+    for index in indices:
+        _check_index(index, found, damaged, problems)
+    return found
+
+
+def _nothing_in(folder: Path) -> str:
+    pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
+    if pickles:
+        return (
+            f"{folder} holds pickled weights only ({', '.join(pickles)}); they are refused, because reading them can run code "
+            "hidden in them: save the model again with safetensors, where you trust its source"
+        )
+    return f"{folder} holds no *.safetensors file"
+
+
+def _read_header(path: Path, found: dict[str, FileTensor], problems: list[str]) -> None:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            slice_ = file.get_slice(name)
+            dtype = slice_.get_dtype()
+            if dtype not in _DTYPES:
+                problems.append(f"{path}: {name} has elements of type {dtype}; weights are {', '.join(_DTYPES)}")
+            elif name in found:
+                problems.append(f"{name} is in {found[name].file.name} and in {path.name} of {path.parent}; remove one")
+            else:
+                found[name] = FileTensor(_DTYPES[dtype], tuple(slice_.get_shape()), path, name)
+
+
+def _check_index(index: Path, found: Mapping[str, FileTensor], damaged: set[str], problems: list[str]) -> None:
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        wanted = sorted(set(places.values()) - damaged)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f"{index} is no index of safetensors files ({type(error).__name__}: {error})")
+        return
+    missing = [name for name in wanted if not (index.parent / name).is_file()]
+    if missing:
+        problems.append(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; copy or download them")
+    readable = set(wanted) - set(missing)
+    wrong = [n for n, file in places.items() if file in readable and (n not in found or found[n].file.name != file)]
+    if wrong:
+        problems.append(f"{index} puts tensors where they are not: {some(wrong)}; the files belong to another index")
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], torch.Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``<stem>.safetensors``, or numbered files of at most ``shard_bytes`` with an index, in the order of ``tensors``.
+
+    ``read`` gives each tensor when its turn comes; it is converted to the dtype that ``tensors`` says. Files are flushed to
+    the disk. Raises ``ValueError`` if ``read`` gives another shape, ``OSError`` if writing fails.
+    """
+    shards = _plan_shards(tensors, shard_bytes)
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, {tensor: tensors[tensor] for tensor in names}, read)
+        places |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        total = sum(_bytes(info) for info in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def file_size(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the one safetensors file that holds ``tensors``."""
+    return len(_header(tensors)) + sum(_bytes(info) for info in tensors.values())
+
+
+def some(names: Sequence[str], shown: int = 8) -> str:
+    """The first names, and how many more."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
+def _plan_shards(tensors: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, info in tensors.items():
+        if shards[-1] and used + _bytes(info) > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += _bytes(info)
+    return shards
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, info in tensors.items():
+        begin, end = end, end + _bytes(info)
+        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # The data begins at a multiple of 8, so that mapped tensors are aligned.
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    with open(path, "wb") as file:
+        file.write(_header(ordered))
+        for name, info in ordered.items():
+            tensor = read(name)
+            if tuple(tensor.shape) != info.shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, announced was {list(info.shape)}")
+            file.write(tensor.to(info.dtype).contiguous().flatten().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

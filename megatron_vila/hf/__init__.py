@@ -1,0 +1,20 @@
+"""VILA for transformers: ``import megatron_vila.hf`` registers configuration, model and processor with the Auto classes.
+
+From then on ``AutoConfig``, ``AutoModelForCausalLM`` (also ``AutoModel`` and ``AutoModelForImageTextToText``) and
+``AutoProcessor`` load folders of the model types ``vila`` and ``llava_llama`` without ``trust_remote_code``. Nothing here needs
+Megatron-Core.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from megatron_vila.hf.configuration import LlavaLlamaConfig, VilaConfig, VilaConfigError
+from megatron_vila.hf.modeling import VILAForConditionalGeneration
+from megatron_vila.hf.processing import VilaProcessor
+
+__all__ = ["VILAForConditionalGeneration", "VilaConfig", "VilaConfigError", "VilaProcessor"]
+
+for _config in (VilaConfig, LlavaLlamaConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoProcessor.register(_config, VilaProcessor, exist_ok=True)
+for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    _auto.register(VilaConfig, VILAForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,87 @@
+"""What MM-SP under Transformers refuses, and why: settings of a model, and arguments of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from megatron_vila.parallel.ulysses import HeadSplit
+
+TEXT_MODELS = ("llama", "qwen2", "qwen3")
+VIDEO_MODELS = ("llava_onevision",)
+
+_CURE = {
+    "attention_mask": "the collator takes padding out and packs documents by itself",
+    "past_key_values": "a key/value cache holds whole sequences; use `with mm_sp.paused():`",
+    "use_cache": "a key/value cache holds whole sequences; use `with mm_sp.paused():`",
+    "inputs_embeds": "give token ids",
+    "pixel_values": "give a picture as a video of one frame",
+    "mm_encoder_outputs": "give pixel_values_videos",
+    "logits_to_keep": "with labels only supervised tokens meet the output layer, without labels all of them",
+    "shift_labels": "the collator shifts labels",
+    "output_attentions": "no attention weights are formed; use attn_implementation='eager' without MM-SP",
+    "return_dict": "read the fields of the output by name",
+}
+
+
+def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
+    """Raise ``ValueError`` that lists every setting of ``model`` with which its gradients would be wrong."""
+    config = model.config
+    if config.model_type not in TEXT_MODELS + VIDEO_MODELS:
+        raise ValueError(
+            f"model_type={config.model_type} has not been checked with MM-SP; it runs {', '.join(TEXT_MODELS)} "
+            f"and, with a language model of these types, {', '.join(VIDEO_MODELS)}"
+        )
+    text = config.get_text_config()
+    problems = []
+    if text.model_type not in TEXT_MODELS:
+        problems.append(f"text_config.model_type={text.model_type} is none of {', '.join(TEXT_MODELS)}")
+    if text._attn_implementation == name:
+        problems.append("MM-SP is on already; call disable() of the object that enable_mm_sp returned first")
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+        problems.append(f"{type(model).__name__} has no output layer without bias; take the class ...ForCausalLM")
+    if not getattr(text, "is_causal", True):
+        problems.append("is_causal=False: MM-SP is causal attention")
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
+        problems.append(
+            f"sliding_window={getattr(text, 'sliding_window', None)} with layer_types other than full_attention is not "
+            "supported; set use_sliding_window=False"
+        )
+    if getattr(text, "attention_dropout", 0.0):
+        problems.append(f"attention_dropout={text.attention_dropout} is not supported; set attention_dropout=0.0")
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        problems.append(
+            f"rope_type={rope} takes its angles from the longest position that a process sees, which differs between the ranks; "
+            "use default, linear, yarn or llama3"
+        )
+    try:
+        HeadSplit(text.num_attention_heads, text.num_key_value_heads, ulysses)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError(f"MM-SP cannot run this {type(model).__name__}: " + "; ".join(problems))
+
+
+def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
+    """Raise ``ValueError`` for a call of the model that is not one with a batch of the collator."""
+    if not isinstance(kwargs.get("mm_sp_row"), row_class):
+        raise ValueError(
+            "MM-SP is on, and this call has no mm_sp_row: call model(**batch) with a batch of mm_sp.collator(), "
+            "or run generate() and whole sequences under `with mm_sp.paused():`"
+        )
+    if args:
+        raise ValueError(f"{len(args)} arguments without a name: call model(**batch)")
+    given = [key for key, value in kwargs.items() if key in _CURE and _is_set(key, value)]
+    if given:
+        raise ValueError("MM-SP does not take " + "; ".join(f"{key} ({_CURE[key]})" for key in given))
+
+
+def _is_set(key: str, value: Any) -> bool:
+    if key == "return_dict":
+        return value is False
+    return not (value is None or value is False or (isinstance(value, int) and value == 0))

@@ -1,0 +1,338 @@
+"""Text, images and videos to what the model takes, exactly as training makes it.
+
+The chat template is the tokenizer's; its text is cut at the media markers and each piece is tokenised on its own, pictures are
+decoded, sampled and resized by the functions that the training data goes through, and the separators after pictures are those of
+the training run. So a sample gives the same token ids and pixels here and there.
+
+Legend: B texts, S tokens with padding, F pictures of all texts in order, P pixels of a side.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from megatron_vila.data.chat import Segment, assemble
+from megatron_vila.data.images import as_rgb, load_image, preprocess
+from megatron_vila.data.records import MARKER
+from megatron_vila.data.row import Document, FrameRef
+from megatron_vila.data.video import decode_video_frames, probe_video, sample_frame_indices
+from megatron_vila.hf.configuration import VilaConfig
+from megatron_vila.hf.modeling import local_folder
+
+IMAGE, VIDEO = "<image>", "<video>"
+
+_logger = logging.getLogger(__name__)
+
+
+class VilaProcessor(ProcessorMixin):
+    """Makes ``input_ids``, ``attention_mask`` and ``pixel_values`` of texts with images and videos.
+
+    The arguments are the model's settings (see ``VilaConfig``); ``from_pretrained`` reads them from a model's folder.
+    ``num_frames`` and ``fps`` say how many frames of a video are taken by default.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        tokens_per_frame: int,
+        image_token_id: int,
+        video_token_id: int,
+        image_separator_ids: Sequence[int],
+        frame_separator_ids: Sequence[int],
+        num_frames: int,
+        fps: float,
+        image_aspect: str,
+        max_positions: int,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.image_size, self.tokens_per_frame = image_size, tokens_per_frame
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        self.image_separator_ids, self.frame_separator_ids = list(image_separator_ids), list(frame_separator_ids)
+        self.num_frames, self.fps = num_frames, fps
+        self.image_aspect, self.max_positions = image_aspect, max_positions
+
+    @classmethod
+    def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase) -> VilaProcessor:
+        """The processor of a model. Where ``config`` knows no ids of separators (published VILA files), the tokenizer makes them
+        of what VILA writes after a picture; that is logged."""
+        own, separators = config.megatron_vila, {}
+        for name, encoder in (("image_separator_ids", "image_encoder"), ("frame_separator_ids", "video_encoder")):
+            separators[name], text = own[name], config.separator_text(encoder)
+            if own[name] is None:
+                separators[name] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+                _logger.warning("%s=%s: %r, what VILA writes after a picture", name, separators[name], text)
+        return cls(
+            tokenizer,
+            image_size=config.vision_config.image_size,
+            tokens_per_frame=config.tokens_per_frame,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            num_frames=own["num_frames"],
+            fps=own["fps"],
+            image_aspect=own["image_aspect"],
+            max_positions=own["max_positions"],
+            **separators,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaProcessor:
+        """From a model's folder of either layout, or a folder that ``save_pretrained`` wrote.
+
+        Settings of the processor may be given as keywords (``num_frames=64``); others that transformers passes along are not
+        used. Raises ``FileNotFoundError`` for a path that is no local folder.
+        """
+        folder, config = local_folder(pretrained_model_name_or_path), None
+        if (folder / "config.json").is_file():
+            order = {key: kwargs[key] for key in ("projector_token_order",) if key in kwargs}
+            config = AutoConfig.from_pretrained(folder, **order)
+        tokenizer = _tokenizer(folder, config)
+        if (folder / "processor_config.json").is_file():
+            settings, _ = cls.get_processor_dict(folder)
+            settings = {k: v for k, v in settings.items() if k not in ("processor_class", "auto_map", "chat_template")}
+            processor = cls(tokenizer, **settings)
+        else:
+            processor = cls.from_config(config, tokenizer)
+        for name in processor.to_dict().keys() & kwargs.keys():
+            setattr(processor, name, kwargs[name])
+        return processor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        padding: bool = True,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Inputs of the model for one text or several.
+
+        ``text`` is what the chat template writes, with ``<image>`` and ``<video>`` where media stand; where there are only
+        videos, ``<image>`` stands for one too. ``images`` are paths, PIL pictures or uint8 arrays [H, W, 3] or [3, H, W];
+        ``videos`` are paths of video files, of which ``num_frames`` frames are taken (or at most ``fps`` a second), or frames
+        (lists of pictures, uint8 arrays [N, H, W, 3] or [N, 3, H, W]), which are all taken. Media come in the order of their
+        markers, in one list for all texts or a list per text.
+
+        Gives int64 ``input_ids`` and ``attention_mask`` [B, S], padded on the left, and float32 ``pixel_values``
+        [F, 3, P, P] if there are pictures. Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for media that
+        do not fit the markers and for arguments that make no sense.
+        """
+        if return_tensors not in ("pt", None) or text is None:
+            raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and pt for tensors")
+        texts = [text] if isinstance(text, str) else list(text)
+        frames = (num_frames or self.num_frames, self.fps if fps is None else fps)
+        only_videos = videos is not None and _is_empty(images)
+        kinds = [[VIDEO if only_videos else marker for marker in MARKER.findall(one)] for one in texts]
+        images_of = _share(images, [markers.count(IMAGE) for markers in kinds], _is_image, IMAGE)
+        videos_of = _share(videos, [markers.count(VIDEO) for markers in kinds], _is_video, VIDEO)
+        rows, pictures = [], []
+        for one, markers, own_images, own_videos in zip(texts, kinds, images_of, videos_of, strict=True):
+            queues = {IMAGE: iter(own_images), VIDEO: iter(own_videos)}
+            media = [_frames(next(queues[m]), *frames) if m == VIDEO else [_picture(next(queues[m]))] for m in markers]
+            rows.append(self._token_ids(one, [(m == VIDEO, len(p)) for m, p in zip(markers, media, strict=True)]))
+            pictures += [preprocess(own, self.image_size, self.image_aspect) for own in media]
+        inputs = self._pad(rows, padding)
+        if pictures:
+            inputs["pixel_values"] = torch.cat(pictures)
+        return BatchFeature(inputs)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        num_frames: int | None = None,
+        fps: float | None = None,
+        padding: bool = True,
+        **template_arguments: Any,
+    ) -> Any:
+        """Render one conversation or several with the tokenizer's chat template, and with ``tokenize`` also process them.
+
+        The content of a message is text, or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image", "image":
+        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too).
+        Gives text without ``tokenize``, ``input_ids`` with it, everything that the model takes with ``return_dict`` as well.
+        """
+        several = not isinstance(conversation[0], Mapping)
+        conversations = list(conversation) if several else [conversation]
+        images: list[list[Any]] = [[] for _ in conversations]
+        videos: list[list[Any]] = [[] for _ in conversations]
+        texts = [
+            self.tokenizer.apply_chat_template(
+                [{**message, "content": _flatten(message["content"], *media)} for message in one],
+                chat_template=chat_template or self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **template_arguments,
+            )
+            for one, *media in zip(conversations, images, videos, strict=True)
+        ]
+        if not tokenize:
+            return texts if several else texts[0]
+        inputs = self(
+            images if any(images) else None,
+            texts,
+            videos if any(videos) else None,
+            num_frames=num_frames,
+            fps=fps,
+            padding=padding,
+            return_tensors=return_tensors,
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _token_ids(self, text: str, media: Sequence[tuple[bool, int]]) -> np.ndarray:
+        """Token ids of a text, with media ids at visual places; ``media`` are (is a video, pictures) of each marker."""
+        pieces = [
+            self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            for piece in MARKER.split(text)
+        ]
+        segments = [Segment(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=bool)) for ids in pieces]
+        pictures = [[FrameRef("", i, self.tokens_per_frame, 0, video) for i in range(count)] for video, count in media]
+        document: Document = assemble(segments, pictures, self.image_separator_ids, self.frame_separator_ids, "")
+        token_ids = document.token_ids
+        for frame, start in zip(document.frames, document.frame_starts, strict=True):
+            token_ids[start : start + frame.tokens] = self.video_token_id if frame.is_video else self.image_token_id
+        if len(token_ids) > self.max_positions:
+            _logger.warning(
+                "a prompt of %d tokens is longer than the %d that the model was trained for; take fewer frames (num_frames)",
+                len(token_ids),
+                self.max_positions,
+            )
+        return token_ids
+
+    def _pad(self, rows: Sequence[np.ndarray], padding: bool) -> dict[str, torch.Tensor]:
+        longest = max(map(len, rows))
+        if not padding and any(len(row) != longest for row in rows):
+            raise ValueError("texts of different lengths need padding=True to stand in one tensor")
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        input_ids = torch.full((len(rows), longest), next(i for i in known if i is not None), dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for place, row in enumerate(rows):
+            input_ids[place, longest - len(row) :] = torch.from_numpy(row)
+            attention_mask[place, longest - len(row) :] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBase:
+    """The tokenizer at the root of a model's folder, else the one that the VILA code keeps with the language model."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, local_files_only=True)
+
+
+def _flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
+    """The content of a message as text with markers; its media are appended to ``images`` and ``videos``."""
+    if isinstance(content, str):
+        return content
+    text = ""
+    for part in content:
+        kind = part.get("type")
+        if kind == "text":
+            text += part["text"]
+            continue
+        if kind not in ("image", "video"):
+            raise ValueError(f"a part of a message has type {kind!r}; use text, image or video")
+        medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+        if medium is None:
+            raise ValueError(f"a part of type {kind} names no {kind}: give it under the key {kind!r}")
+        (images if kind == "image" else videos).append(medium)
+        text += IMAGE if kind == "image" else VIDEO
+    return text
+
+
+def _share(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool], marker: str) -> list[list[Any]]:
+    """The media of each text, from one medium, one list for all texts, or a list per text."""
+    if media is None:
+        media = []
+    elif is_one(media):
+        media = [media]
+    per_text = len(media) == len(counts) and all(isinstance(own, list | tuple) and not is_one(own) for own in media)
+    if per_text:
+        shared = [list(own) for own in media]
+    else:
+        ends = np.cumsum(counts).tolist()
+        shared = [list(media[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    given = [len(own) for own in shared] if per_text else [len(media)]
+    if given != (list(counts) if per_text else [sum(counts)]):
+        raise ValueError(
+            f"the texts hold {list(counts)} markers {marker} for {given} media; one marker stands for one medium"
+        )
+    wrong = next((own for own in _chain(shared) if not is_one(own)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{type(wrong).__name__} {getattr(wrong, 'shape', '')} cannot stand for {marker}; give a path, a PIL picture or a "
+            "uint8 array (for a video: a path, a list of pictures or an array of frames)"
+        )
+    return shared
+
+
+def _is_empty(media: Any) -> bool:
+    return media is None or (
+        isinstance(media, list | tuple) and all(isinstance(o, list | tuple) and not o for o in media)
+    )
+
+
+def _chain(lists: Iterable[list[Any]]) -> Iterable[Any]:
+    return (one for own in lists for one in own)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike | Image.Image) or getattr(value, "ndim", 0) == 3
+
+
+def _is_video(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in value)
+    return isinstance(value, str | os.PathLike) or getattr(value, "ndim", 0) == 4
+
+
+def _frames(video: Any, num_frames: int, fps: float) -> list[Image.Image]:
+    if isinstance(video, str | os.PathLike):
+        info = probe_video(_path(video))
+        return decode_video_frames(info.path, sample_frame_indices(info, num_frames, fps), info)
+    return [_picture(frame) for frame in video]
+
+
+def _picture(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    if isinstance(image, str | os.PathLike):
+        return load_image(_path(image))
+    array = np.asarray(image)
+    if array.shape[-1] != 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.dtype != np.uint8 or array.shape[-1] != 3:
+        raise ValueError(
+            f"a picture is an array of {array.dtype} {list(array.shape)}; give uint8 values 0 to 255 as [H, W, 3] or [3, H, W]"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _path(path: str | os.PathLike) -> str:
+    """A local path. Raises ``ValueError`` for a network address."""
+    name = os.fspath(path)
+    if "://" in name:
+        raise ValueError(f"{name} is a network address; download the file and give its path")
+    return str(Path(name))

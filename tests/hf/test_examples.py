@@ -1,0 +1,53 @@
+"""The programs of examples/ that use an exported model: they answer, and the quickstart's notes its answers."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.material import conversation, write_video
+from tests.hf.megatron_side import config, export
+from tests.ranks import pool
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pool.run(1, export, config(folder), folder, ("vila",))
+    write_video(folder / "clip.mp4", 9)
+    record = {"video": "clip.mp4", "conversations": conversation("<image>\nWhat is shown?", "A cat.")}
+    (folder / "eval.json").write_text(json.dumps([record] * 3))
+    return folder
+
+
+def run(script, monkeypatch, *arguments):
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / script)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    program.main()
+
+
+def test_generate_answers_a_question_about_videos_and_pictures(folder, monkeypatch, capsys):
+    options = ("--video", folder / "clip.mp4", "--frames", "2", "--max-new-tokens", "4")
+    run("generate.py", monkeypatch, folder / "vila", "What is shown?", *options)
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_quickstart_notes_its_answers_beside_the_other_results(folder, monkeypatch, capsys):
+    summary = folder / "summary.json"
+    summary.write_text(json.dumps({"held_out_accuracy": 0.5}))
+    options = ("--summary", summary, "--questions", "2")
+    run("quickstart/answer_held_out.py", monkeypatch, folder / "vila", folder / "eval.json", *options)
+    noted = json.loads(summary.read_text())
+    assert noted["held_out_accuracy"] == 0.5
+    result = noted["transformers"]
+    assert (result["question"], result["expected"]) == ("What is shown?", "A cat.")
+    assert (result["asked"], result["right"]) == (2, 0)
+    shown = capsys.readouterr().out
+    assert all(result[key] in shown for key in ("question", "answer", "expected"))
+    assert "0 of 2 held-out questions" in shown

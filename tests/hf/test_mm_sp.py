@@ -1,0 +1,289 @@
+"""Turning MM-SP on and off under stock Transformers models, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_vila.hf.mm_sp import ATTENTION, enable_mm_sp
+from megatron_vila.hf.mm_sp_checks import check_model
+from tests.hf.mm_sp_cases import build, in_float64, text_sample, truth, video_sample
+from tests.hf.mm_sp_ranks import Case, train
+from tests.ranks import pool
+
+PAGE = Path(__file__).parents[2] / "docs/mm_sp_for_transformers.md"
+SAMPLES = [text_sample(1, 13), text_sample(2, 7)]
+
+
+def test_it_needs_no_megatron_core():
+    code = "import sys; sys.modules['megatron'] = None; from megatron_vila.hf.mm_sp import enable_mm_sp"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def local_logits(rank: int, name: str, samples: list[dict]) -> float:
+    model = in_float64(build(name)).eval()
+    whole = [model(input_ids=sample["input_ids"][None]).logits[0] for sample in samples]
+    mm_sp = enable_mm_sp(model, ulysses=2, ring=1)
+    batch = mm_sp.collator()([{"input_ids": sample["input_ids"]} for sample in samples])
+    logits = model(**batch).logits[0]
+    row = batch["mm_sp_row"]
+    errors = []
+    for slot, place in enumerate(row.positions):
+        document = int((row.cu_seqlens <= place).sum()) - 1
+        token = place - row.cu_seqlens[document]
+        if token < len(whole[document]):
+            errors.append((logits[slot] - whole[document][token]).abs().max().item())
+    return max(errors)
+
+
+def test_without_labels_each_rank_gets_the_logits_of_its_tokens():
+    assert max(pool.run(2, local_logits, "qwen2", SAMPLES)) < 1e-12
+
+
+def generate_and_train(rank: int, name: str, folder: str) -> tuple[list, list, str, float]:
+    model = build(name).eval()
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(prompt, **settings)
+    mm_sp = enable_mm_sp(model, ulysses=2)
+    batch = mm_sp.collator()(SAMPLES)
+    first = model(**batch).loss.item()
+    try:
+        model.generate(prompt, **settings)
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    with mm_sp.paused():
+        during = model.generate(prompt, **settings)
+        if rank == 0:
+            model.save_pretrained(folder)
+    return before.tolist(), during.tolist(), message, abs(model(**batch).loss.item() - first)
+
+
+def test_generate_is_refused_while_on_and_works_while_paused(tmp_path):
+    for before, during, message, change in pool.run(2, generate_and_train, "qwen2", str(tmp_path)):
+        assert during == before
+        assert "with mm_sp.paused()" in message
+        assert change == 0
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path).config._attn_implementation != ATTENTION
+
+
+def enable_and_disable(rank: int, name: str) -> dict:
+    model = build(name)
+    ids = SAMPLES[0]["input_ids"][None]
+    attributes = set(vars(model)), set(vars(model.lm_head)), list(model.state_dict())
+    before = model(input_ids=ids, labels=ids)
+    attention = model.config.get_text_config()._attn_implementation
+    mm_sp = enable_mm_sp(model, ulysses=1, ring=2)
+    names = list(model.state_dict())
+    mm_sp.disable()
+    mm_sp.disable()
+    after = model(input_ids=ids, labels=ids)
+    return {
+        "same": torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss),
+        "names": names == attributes[2],
+        "attributes": (set(vars(model)), set(vars(model.lm_head))) == attributes[:2],
+        "attention": model.config.get_text_config()._attn_implementation == attention,
+        "hooks": not model._forward_pre_hooks and not model._forward_hooks and not model.model._forward_pre_hooks,
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "llava_onevision"])
+def test_disable_gives_the_model_back_as_it_was(name):
+    for found in pool.run(2, enable_and_disable, name):
+        assert all(found.values()), found
+
+
+def refused_call(rank: int, extra: dict) -> str:
+    model = build("qwen2")
+    mm_sp = enable_mm_sp(model, ulysses=1)
+    batch = mm_sp.collator()(SAMPLES)
+    if "past_key_values" in extra:
+        extra = {"past_key_values": DynamicCache(config=model.config)}
+    try:
+        if "positional" in extra:
+            model(batch.pop("input_ids"), **batch)
+        elif "backbone" in extra:
+            model.model(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"]))
+        elif "backbone_alone" in extra:
+            model.model(input_ids=batch["input_ids"])
+        else:
+            model(**batch | extra)
+    except ValueError as error:
+        # A refused call leaves nothing behind.
+        assert model(**mm_sp.collator()(SAMPLES)).loss > 0
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({"attention_mask": torch.ones(1, 20)}, "attention_mask (the collator takes padding out"),
+        ({"past_key_values": True}, "past_key_values (a key/value cache"),
+        ({"use_cache": True}, "use_cache (a key/value cache"),
+        ({"inputs_embeds": torch.zeros(1, 20, 16)}, "inputs_embeds (give token ids)"),
+        ({"logits_to_keep": 1}, "logits_to_keep"),
+        ({"output_attentions": True}, "output_attentions (no attention weights are formed"),
+        ({"return_dict": False}, "return_dict"),
+        ({"mm_sp_row": None}, "this call has no mm_sp_row"),
+        ({"positional": True}, "1 arguments without a name: call model(**batch)"),
+        ({"backbone": True}, "does not take attention_mask"),
+        ({"backbone_alone": True}, "was called without mm_sp_row"),
+    ],
+)
+def test_a_call_that_would_give_wrong_results_is_refused(extra, message):
+    assert message in pool.run(1, refused_call, extra)[0]
+
+
+def qwen2(**settings) -> Qwen2ForCausalLM:
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings, ulysses, message",
+    [
+        ({"attention_dropout": 0.1}, 1, "attention_dropout=0.1 is not supported; set attention_dropout=0.0"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            1,
+            "sliding_window=4 with layer_types other than full_attention is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 1, "rope_type=dynamic"),
+        ({}, 3, "ulysses=3 does not divide 4 query heads"),
+    ],
+)
+def test_a_setting_that_would_give_wrong_gradients_is_refused_by_name(settings, ulysses, message):
+    with pytest.raises(ValueError) as error:
+        check_model(qwen2(**settings), ulysses, ATTENTION)
+    assert message in str(error.value)
+
+
+def test_all_settings_that_are_refused_are_listed_at_once():
+    with pytest.raises(ValueError) as error:
+        check_model(qwen2(attention_dropout=0.1, use_sliding_window=True, max_window_layers=0), 3, ATTENTION)
+    for part in ("attention_dropout", "sliding_window", "ulysses=3"):
+        assert part in str(error.value)
+
+
+def test_a_model_without_output_layer_is_refused():
+    with pytest.raises(ValueError, match="Qwen2Model has no output layer"):
+        check_model(qwen2().model, 1, ATTENTION)
+
+
+def test_a_model_type_that_was_not_checked_is_refused():
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    with pytest.raises(ValueError, match="model_type=gemma2 has not been checked with MM-SP; it runs llama, qwen2"):
+        check_model(model, 1, ATTENTION)
+
+
+def test_without_a_process_group_it_says_what_is_missing():
+    with pytest.raises(RuntimeError, match="start with torchrun"):
+        enable_mm_sp(qwen2())
+
+
+def refused_enable(rank: int, settings: dict, twice: bool, run: bool) -> str:
+    model = build("qwen2")
+    try:
+        mm_sp = enable_mm_sp(model, **settings)
+        if twice:
+            enable_mm_sp(model)
+        if run:
+            model(**mm_sp.collator()(SAMPLES))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "settings, twice, run, message",
+    [
+        ({"ulysses": 4}, False, False, "ulysses=4 times ring=1 does not divide the 2 ranks of group"),
+        ({"ring": 0}, False, False, "ulysses=1 times ring=0 does not divide"),
+        ({"kernel": "fast"}, False, False, "kernel=fast is no kernel"),
+        ({"kernel": "fa4"}, False, True, "kernel=fa4 cannot run here"),
+        ({"frame_micro_batch": 0}, False, False, "frame_micro_batch=0 encodes nothing"),
+        ({"ulysses": 2}, True, False, "MM-SP is on already"),
+    ],
+)
+def test_sizes_and_kernels_that_cannot_work_are_refused_on_every_rank(settings, twice, run, message):
+    for found in pool.run(2, refused_enable, settings, twice, run):
+        assert message in found
+
+
+def test_another_kernel_can_be_asked_for():
+    loss, grads = truth(in_float64(build("llama")), SAMPLES)
+    case = Case("llama", 2, 1, [[SAMPLES]], double=True, kernel="reference")
+    for found in pool.run(2, train, case, loss, grads):
+        assert max(found.values()) < 1e-12
+
+
+def in_two_groups(rank: int, samples: list[dict]) -> tuple[float, int, int]:
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = in_float64(build("llama"))
+    mm_sp = enable_mm_sp(model, ulysses=2, group=halves[rank // 2])
+    loss = model(**mm_sp.collator()(samples[rank // 2 :][:1])).loss
+    return loss.item(), mm_sp.dp_rank, mm_sp.dp_size
+
+
+def test_a_group_of_its_own_trains_apart_from_the_other_processes():
+    results = pool.run(4, in_two_groups, SAMPLES)
+    wanted = [truth(in_float64(build("llama")), [sample])[0] for sample in SAMPLES]
+    for rank, (loss, *place) in enumerate(results):
+        assert loss == pytest.approx(wanted[rank // 2], rel=1e-12)
+        assert place == [0, 1]
+
+
+def places(rank: int) -> tuple[int, int, int, int]:
+    mm_sp = enable_mm_sp(build("llama"), ulysses=2)
+    return mm_sp.dp_rank, mm_sp.dp_size, mm_sp.groups.sample.rank(), mm_sp.groups.grid.cp
+
+
+def test_consecutive_ranks_share_samples_and_the_others_are_replicas():
+    assert pool.run(4, places) == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]
+
+
+def in_bfloat16(rank: int, samples: list[dict]) -> tuple[float, bool]:
+    model = build("llava_onevision")
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    # After fully_shard as well as before it.
+    mm_sp = enable_mm_sp(model, ring=2)
+    loss = model(**mm_sp.collator()(samples)).loss
+    loss.backward()
+    return loss.item(), all(p.grad.full_tensor().isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_fsdp2_may_compute_in_bfloat16():
+    samples = [video_sample(1, [-5, 3, -7])]
+    wanted, _ = truth(build("llava_onevision"), samples)
+    for loss, is_finite in pool.run(2, in_bfloat16, samples):
+        assert loss == pytest.approx(wanted, rel=0.05)
+        assert is_finite
+
+
+def run_example(rank: int, file: str, folder: str) -> float:
+    found = runpy.run_path(file, {"folder": folder, "dataset": SAMPLES * 4})
+    return found["loss"].item()
+
+
+def test_the_example_of_the_page_trains(tmp_path):
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
+    assert len(code.splitlines()) <= 18
+    build("qwen2").save_pretrained(tmp_path)
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    losses = pool.run(2, run_example, str(file), str(tmp_path))
+    assert losses[0] == losses[1] > 0

@@ -1,0 +1,270 @@
+"""The processor: the token ids and pixels of the training data path, every form of media, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.loader import RowLoader
+from megatron_vila.data.order import RowOrder
+from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.row import MEDIA_TOKEN
+from megatron_vila.data.video import MediaError, decode_video_frames
+from megatron_vila.hf import VilaConfig, VilaProcessor
+from tests.data.material import (
+    byte_level_tokenizer,
+    conversation,
+    metaspace_tokenizer,
+    read_stamps,
+    sentencepiece_tokenizer,
+    write_jsonl,
+    write_video,
+)
+
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=56, patch_size=14),
+    projector=ProjectorConfig(type="mlp_downsample"),
+    llm=LanguageConfig(vocab_size=1000, max_positions=600),
+)
+DATA = {"num_frames": 5, "frame_separator_ids": [7, 9], "image_separator_ids": [5]}
+TOKENIZERS = {
+    "llama3": lambda: byte_level_tokenizer("llama3"),
+    "qwen2": lambda: byte_level_tokenizer("qwen2"),
+    "metaspace": metaspace_tokenizer,
+    "sentencepiece": sentencepiece_tokenizer,
+}
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    for name, frames in (("long.mp4", 23), ("short.mp4", 3)):
+        write_video(folder / name, frames)
+    rng = np.random.default_rng(0)
+    for name, size in (("wide.png", (90, 40, 3)), ("clear.png", (30, 70, 4))):
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def processor_of(tokenizer, **data):
+    return VilaProcessor.from_config(
+        VilaConfig.from_model_config(MODEL, DataConfig(**{**DATA, **data}), tokenizer), tokenizer
+    )
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return processor_of(byte_level_tokenizer("qwen2"))
+
+
+RECORDS = [
+    {"conversations": conversation()},
+    {"image": "wide.png", "conversations": conversation("<image>\nWhat?")},
+    {"image": ["wide.png", "clear.png"], "conversations": conversation("One <image>, two <image>: which?")},
+    {"video": "long.mp4", "conversations": conversation("<video>\nWhat is\nshown?", "1. A dog.\n2. A cat.")},
+    {"video": ["short.mp4", "long.mp4"], "conversations": conversation("<image><image>\nWhich is longer?")},
+    {
+        "image": "clear.png",
+        "video": "short.mp4",
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            *conversation("Look: <video> and <image>"),
+            *conversation("And now?", "The same."),
+        ],
+    },
+]
+
+
+def trained(tmp_path, media, record, tokenizer, **data):
+    """Token ids (MEDIA_TOKEN where pictures are), pixels and frames of ``record`` as a training run loads it."""
+    files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", [record])], str(media))
+    settings = DataConfig(**{**DATA, **data})
+    loader = RowLoader(
+        VilaDataset(files, tokenizer, settings, MODEL, 600),
+        RowOrder(1, 0, shuffle=False),
+        global_batch_size=1, dp_rank=0, dp_size=1, document_multiple=1, row_multiple=1,
+        local_frames=lambda row: range(len(row.frames)), agree=lambda reports: reports,
+        image_size=MODEL.vision.image_size, aspect=settings.image_aspect, workers=1, prefetch=0,
+    )  # fmt: skip
+    with loader:
+        (loaded,) = loader.rows(0)
+    return loaded.row.token_ids, loaded.pixels, loaded.row.frames
+
+
+def messages(record, turns=None):
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"][:turns]]
+
+
+def paths(media, record, key):
+    value = record.get(key)
+    names = [value] if isinstance(value, str) else value
+    return names and [str(media / name) for name in names]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
+def test_a_sample_gives_the_token_ids_and_pixels_of_training(tmp_path, media, record, tokenizer):
+    tokenizer = TOKENIZERS[tokenizer]()
+    processor = processor_of(tokenizer)
+    ids, pixels, frames = trained(tmp_path, media, record, tokenizer)
+    media_ids = np.array([processor.image_token_id, processor.video_token_id])
+    wanted = ids.copy()
+    kinds = [media_ids[int(f.is_video)] for f in frames for _ in range(f.tokens)]
+    wanted[ids == MEDIA_TOKEN] = kinds
+    text = processor.apply_chat_template(messages(record))
+    inputs = processor(images=paths(media, record, "image"), text=text, videos=paths(media, record, "video"))
+    assert inputs["input_ids"][0].tolist() == wanted.tolist()
+    assert inputs["attention_mask"].all()
+    assert torch.equal(inputs.get("pixel_values", torch.zeros(0, 3, 56, 56)), pixels)
+
+
+@pytest.mark.parametrize("settings", [{"fps": 2.0}, {"image_aspect": "pad", "num_frames": 2}])
+def test_the_settings_of_training_reach_the_processor(tmp_path, media, settings):
+    tokenizer = byte_level_tokenizer("qwen2")
+    record = {"image": "wide.png", "video": "long.mp4", "conversations": conversation("<image><video>What?")}
+    _, pixels, _ = trained(tmp_path, media, record, tokenizer, **settings)
+    processor = processor_of(tokenizer, **settings)
+    text = processor.apply_chat_template(messages(record))
+    inputs = processor(images=paths(media, record, "image"), text=text, videos=paths(media, record, "video"))
+    assert torch.equal(inputs["pixel_values"], pixels)
+
+
+def test_parts_of_a_message_are_the_same_as_markers_in_its_text(processor, media):
+    parts = [
+        {"type": "video", "path": str(media / "long.mp4")},
+        {"type": "text", "text": "\nWhat about "},
+        {"type": "image", "image": str(media / "wide.png")},
+        {"type": "text", "text": "?"},
+    ]
+    chat = [{"role": "user", "content": parts}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "<video>\nWhat about <image>?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == text
+    other = processor(images=str(media / "wide.png"), text=text, videos=media / "long.mp4")
+    assert inputs.keys() == other.keys() and all(torch.equal(inputs[key], other[key]) for key in inputs)
+    assert torch.equal(
+        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True), other["input_ids"]
+    )
+
+
+def test_every_form_of_a_video_and_of_a_picture_gives_the_same_pixels(processor, media):
+    pictures = decode_video_frames(media / "short.mp4", [0, 1, 2])
+    frames = np.stack([np.asarray(picture) for picture in pictures])
+    forms = [str(media / "short.mp4"), pictures, frames, torch.from_numpy(frames).permute(0, 3, 1, 2), list(frames)]
+    wanted = processor(text="<video>", videos=forms[0])
+    for form in forms:
+        assert torch.equal(processor(text="<video>", videos=form)["pixel_values"], wanted["pixel_values"])
+    picture = Image.open(media / "clear.png")
+    flat = np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+    forms = [media / "clear.png", picture, flat, torch.from_numpy(flat.copy()).permute(2, 0, 1)]
+    wanted = processor(text="<image>", images=forms[0])
+    for form in forms:
+        assert torch.equal(processor(text="<image>", images=form)["pixel_values"], wanted["pixel_values"])
+
+
+def test_frames_are_sampled_from_files_and_taken_whole_from_arrays(processor, media):
+    def stamps(**more):
+        return read_stamps(processor(text="<video>", videos=str(media / "long.mp4"), **more)["pixel_values"])
+
+    assert stamps() == [0, 6, 11, 16, 22]
+    assert stamps(num_frames=2) == [0, 22]
+    assert len(stamps(fps=1.0)) == 2
+    frames = decode_video_frames(media / "long.mp4", range(7))
+    assert len(processor(text="<video>", videos=[frames])["pixel_values"]) == 7
+
+
+def test_texts_of_a_batch_are_padded_on_the_left_and_media_follow_their_markers(processor, media):
+    wide, clear, video = (str(media / name) for name in ("wide.png", "clear.png", "short.mp4"))
+    texts = ["<image> and <image>", "What?", "<video><image> or"]
+    batch = processor(images=[wide, clear, wide], text=texts, videos=[video])
+    nested = processor(images=[[wide, clear], [], [wide]], text=texts, videos=[[], [], [video]])
+    assert all(torch.equal(batch[key], nested[key]) for key in batch)
+    singles = [
+        processor(images=[wide, clear], text=texts[0]),
+        processor(text=texts[1]),
+        processor(images=wide, text=texts[2], videos=video),
+    ]
+    assert torch.equal(batch["pixel_values"], torch.cat([s["pixel_values"] for s in singles if "pixel_values" in s]))
+    for row, mask, single in zip(batch["input_ids"], batch["attention_mask"], singles, strict=True):
+        length = single["input_ids"].shape[1]
+        assert row[-length:].tolist() == single["input_ids"][0].tolist()
+        assert mask.tolist() == [0] * (len(mask) - length) + [1] * length
+        assert set(row[:-length].tolist()) <= {processor.tokenizer.pad_token_id}
+
+
+def test_a_saved_processor_comes_back_with_its_settings(processor, media, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == processor.to_dict() and again.chat_template == processor.chat_template
+    video = {"text": "<video> What?", "videos": str(media / "long.mp4")}
+    assert torch.equal(again(**video)["input_ids"], processor(**video)["input_ids"])
+    assert AutoProcessor.from_pretrained(tmp_path, num_frames=64).num_frames == 64
+
+
+@pytest.mark.parametrize(
+    ("encoder", "text"),
+    [
+        (None, "\n"),
+        ('{"_target_": "llava.model.encoders.BasicVideoEncoder"}', "\n"),
+        ({"_target_": "llava.model.encoders.BasicVideoEncoder", "end_tokens": None}, ""),
+        ({"end_tokens": " What"}, " What"),
+    ],
+)
+def test_what_vila_writes_after_a_picture_separates_where_the_files_know_no_ids(processor, caplog, encoder, text):
+    config = VilaConfig.from_model_config(MODEL, DataConfig(), processor.tokenizer)
+    config.megatron_vila |= {"frame_separator_ids": None, "image_separator_ids": None}
+    config.video_encoder = encoder
+    asked = VilaProcessor.from_config(config, processor.tokenizer)
+    assert processor.tokenizer.decode(asked.frame_separator_ids) == text
+    assert processor.tokenizer.decode(asked.image_separator_ids) == "\n"
+    assert "frame_separator_ids" in caplog.text
+
+
+def test_a_prompt_longer_than_the_model_was_trained_for_is_told(processor, media, caplog):
+    processor(text="<video>", videos=str(media / "long.mp4"))
+    assert "longer" not in caplog.text
+    processor(text="What? " * 400)
+    assert "num_frames" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "<image>"}, r"hold \[1\] markers <image> for \[0\]"),
+        ({"text": "no marker", "images": "wide.png"}, r"hold \[0\] markers <image> for \[1\]"),
+        ({"text": ["<image>", "<image>"], "images": [["wide.png"] * 2, []]}, r"\[1, 1\] markers <image> for \[2, 0\]"),
+        ({"text": "<video>", "videos": "http://example.org/a.mp4"}, "network address"),
+        ({"text": "<image>", "images": np.zeros((8, 8, 3))}, "uint8"),
+        ({"text": "<image>", "images": [3]}, "int  cannot stand for <image>"),
+        ({"text": "<image>", "images": np.zeros((8, 8), dtype=np.uint8)}, "cannot stand|markers"),
+        ({"text": None, "images": "wide.png"}, "give text"),
+        ({"text": "a", "return_tensors": "np"}, "pt for tensors"),
+        ({"text": ["a", "What is shown?"], "padding": False}, "padding=True"),
+    ],
+)
+def test_media_that_do_not_fit_are_refused_by_name(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
+def test_files_that_cannot_be_read_are_named(processor, media):
+    with pytest.raises(MediaError, match=r"missing\.mp4: no such file"):
+        processor(text="<video>", videos=str(media / "missing.mp4"))
+    (media / "empty.png").touch()
+    with pytest.raises(MediaError, match=r"empty\.png: the file is empty"):
+        processor(text="<image>", images=media / "empty.png")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [({"type": "audio", "audio": "a.wav"}, "'audio'"), ({"type": "image"}, "names no image")],
+)
+def test_parts_that_are_no_text_and_no_medium_are_refused(processor, part, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True)

@@ -1,0 +1,108 @@
+"""Checkpoints to and from Hugging Face: docs/checkpoints.md tells what is read and written.
+
+python tools/convert_checkpoint.py import VILA_OR_HF_FOLDER OUT
+python tools/convert_checkpoint.py export CHECKPOINT OUT
+python tools/convert_checkpoint.py verify A B
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vila import platform
+from megatron_vila.checkpoint.token_order import ORDERS
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    platform.prepare()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("megatron_vila").setLevel(logging.INFO)
+    # Imported late: Megatron-Core must find the platform prepared.
+    from megatron_vila.checkpoint.errors import ConversionError
+
+    try:
+        return options.run(options)
+    except ConversionError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="import, export or verify")
+
+    command = commands.add_parser("import", help="Hugging Face folder to a run's folder")
+    command.add_argument("source", type=Path, help="folder of a VILA (either layout), or of a plain language model")
+    command.add_argument("out", type=Path, help="run's folder to write: config.yaml, tokenizer/ and checkpoints/")
+    command.add_argument("--vision", type=Path, help="SigLIP folder beside a plain language model")
+    command.add_argument(
+        "--projector", help="type of the fresh projector beside a plain language model (mlp_downsample)"
+    )
+    command.add_argument(
+        "--token-order", choices=ORDERS, help="order of mlp_downsample's tokens, where it cannot be told"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a converted model")
+    command.set_defaults(run=_import)
+
+    command = commands.add_parser("export", help="distributed checkpoint to a Hugging Face folder")
+    command.add_argument("checkpoint", type=Path, help="folder of a run, of one of its steps, or of an import")
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument(
+        "--layout", choices=("vila", "flat"), default="vila", help="folders of the VILA code, or one state dict"
+    )
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="element type (default: as stored)")
+    command.add_argument("--adapter", action="store_true", help="write the LoRA alone, as a PEFT adapter")
+    command.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the run's data.tokenizer)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a converted model")
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser("verify", help="compare two models bit by bit; exit status 1 if they differ")
+    command.add_argument("a", type=Path, help="Hugging Face folder or distributed checkpoint")
+    command.add_argument("b", type=Path, help="Hugging Face folder or distributed checkpoint")
+    command.set_defaults(run=_verify)
+    return parser
+
+
+def _import(options: argparse.Namespace) -> int:
+    from megatron_vila.checkpoint.importer import import_checkpoint
+
+    out = import_checkpoint(
+        options.source, options.out, options.vision, options.projector, options.token_order, options.overwrite
+    )
+    print(
+        f"imported into {out}; train it with: python -m megatron_vila.train {out / 'config.yaml'} data.train=[samples.json]"
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_vila.checkpoint.exporter import export_checkpoint
+
+    out = export_checkpoint(
+        options.checkpoint,
+        options.out,
+        options.layout,
+        options.dtype,
+        options.adapter,
+        options.tokenizer,
+        options.overwrite,
+    )
+    print(f"exported to {out}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megatron_vila.checkpoint.verify import verify
+
+    report = verify(options.a, options.b)
+    print(report)
+    return 0 if report.equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
