@@ -14,6 +14,7 @@ REQUIRED = [
     "einops>=0.8",
     "transformers>=5.23",
     "tokenizers>=0.22",
+    "safetensors>=0.8",
     "sentencepiece>=0.2",
     "jinja2>=3.1",
     "av>=18",
