@@ -21,7 +21,6 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LlamaForCausalLM,
-    LogitsProcessorList,
     PreTrainedModel,
     Qwen2ForCausalLM,
 )
@@ -190,24 +189,6 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixels_F3PP is not None:
             model_kwargs["pixel_values"] = pixels_F3PP
         return input_ids, model_kwargs
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """transformers' processors look up and set the scores of the prompt's tokens, so the media tokens get some too."""
-        known = max(self.config.image_token_id, self.config.video_token_id) + 1
-        return _WideScores(super()._get_logits_processor(*args, **kwargs), known)
-
-
-class _WideScores(LogitsProcessorList):
-    """Logits processors that see a score of minus infinity for ids from the end of the table up to ``known`` - 1."""
-
-    def __init__(self, processors: LogitsProcessorList, known: int) -> None:
-        super().__init__(processors)
-        self.known = known
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        rows = scores.shape[-1]
-        wide = nn.functional.pad(scores, (0, max(0, self.known - rows)), value=-torch.inf)
-        return super().__call__(input_ids, wide, **kwargs)[..., :rows]
 
 
 def local_folder(path: str | os.PathLike) -> Path:
