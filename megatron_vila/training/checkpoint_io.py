@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_vila.models.lora import FACTORS
 
@@ -200,7 +201,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self._ALLOWED:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise CheckpointError(f".metadata refers to {module}.{name}, which no checkpoint of ours holds; it was not run")
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """What stands in for ``getattr``, by which early releases of Python 3.11 pickle the members of an enumeration."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
+        raise CheckpointError(f".metadata takes {name} of {kind}, which no checkpoint of ours does; it was not run")
+    return kind[name]
 
 
 def _has_size(path: Path, size: int) -> bool:

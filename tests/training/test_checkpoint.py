@@ -17,8 +17,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_vila.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.training.checkpoint_io import read_metadata
 from megatron_vila.training.optimizer_shards import blocks_of_range
 from tests.ranks import pool
 from tests.training.small_run import build, same
@@ -443,3 +445,21 @@ def test_a_newer_format_is_refused(tmp_path):
     path = latest_checkpoint(tmp_path) / "info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     assert_refused(tmp_path, "it has format 2, this version reads up to 1; update megatron_vila", ONE)
+
+
+class Getattr:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_members_of_an_enumeration_are_read_as_early_python_3_11_pickles_them_and_nothing_else_is(tmp_path):
+    metadata = tmp_path / ".metadata"
+    metadata.write_bytes(pickle.dumps(Getattr(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")))
+    assert read_metadata(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for kind, name in ((_MEM_FORMAT_ENCODING, "__class__"), (torch.Size, "__doc__")):
+        metadata.write_bytes(pickle.dumps(Getattr(kind, name)))
+        with pytest.raises(CheckpointError, match="which no checkpoint of ours does; it was not run"):
+            read_metadata(tmp_path)
