@@ -335,8 +335,8 @@ def _redirect_methods() -> None:
     torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)
 
 
-def one_kernel(function: Callable) -> Callable:
-    """``function`` of tensors and numbers: as it is on a CPU, one ``torch.compile``d kernel for all lengths on CUDA.
+def compiled_on_cuda(function: Callable) -> Callable:
+    """``function`` of tensors and numbers: as it is on a CPU, by ``torch.compile`` on CUDA.
 
     The first argument's device decides. The function must not need gradients.
     """

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.data.images import preprocess
+from megatron_vila.data.row import IGNORE
 from megatron_vila.data.video import decode_video_frames, probe_video, sample_frame_indices
-from megatron_vila.hf.mm_sp_data import IGNORE, VideoTokens
+from megatron_vila.hf.mm_sp_data import VideoTokens
 
 
 class TextWindows(Dataset):

@@ -9,10 +9,7 @@ each process without sharing, as many sequences one after the other with it.
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.metadata
 import json
-import platform as host
 import re
 import statistics
 import subprocess
@@ -20,14 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from megatron_vila.benchmark.max_length import longest
+from megatron_vila.benchmark.table import hardware, versions, write_table
 
 WARMUP, TIMED = 3, 5
 LIMIT_S = 1800
-COLUMNS = (
-    "model", "variant", "processes", "length", "result", "tokens_per_s", "step_s", "peak_gib", "first_loss", "hardware",
-    "versions", "command",
-)  # fmt: skip
 
 
 def variants(processes: int) -> dict[str, list[str]]:
@@ -52,40 +46,23 @@ def sweep(options: argparse.Namespace) -> None:
                 row = measure(options, variant, settings, length)
                 rows.append(row)
                 write_table(rows, options.benchmark)
-                print(
-                    f"{variant}  {length} tokens: {row['result']}  {row['tokens_per_s']} tokens/s  {row['peak_gib']} GiB",
-                    flush=True,
-                )
-                done[length] = row["result"] == "ok"
+                found = f"{row['tokens_per_s_per_gpu']} tokens/s for each process  {row['peak_gib']} GiB"
+                print(f"{variant}  {length} tokens: {row['note'] or found}", flush=True)
+                done[length] = not row["note"]
             return done[length]
 
         for length in options.lengths:
             if not fits(length):
                 break
-        search_longest(fits, max((n for n, ok in done.items() if ok), default=0), options.longest)
-
-
-def search_longest(fits, fitting: int, limit: int) -> int:
-    """The longest length that fits, to an eighth: doubled while it fits, then halved in between. 0 if ``fitting`` is 0."""
-    failing = None
-    while fitting and failing is None and fitting * 2 <= limit:
-        if fits(fitting * 2):
-            fitting *= 2
-        else:
-            failing = fitting * 2
-    while failing is not None and failing - fitting > max(fitting // 8, 1):
-        middle = (fitting + failing) // 2
-        if fits(middle):
-            fitting = middle
-        else:
-            failing = middle
-    return fitting
+        fitting = max((n for n, ok in done.items() if ok), default=0)
+        if fitting:
+            longest(fits, start=fitting, unit=1, most=options.longest, share=1 / 8)
 
 
 def measure(
     options: argparse.Namespace, variant: str, settings: list[str], length: int
 ) -> dict[str, str | int | float]:
-    """One run as a row of the table; a run that fails is a row too, with the reason."""
+    """One run as a row of the table; a run that fails is a row too, with the reason as its note."""
     source = ["--model", str(options.model)] if options.model else ["--config", str(options.config)]
     arguments = [
         *source,
@@ -122,21 +99,21 @@ def measure(
     row = {
         "model": str(options.model or options.config),
         "variant": variant,
-        "processes": options.processes,
-        "length": length,
-        "result": "ok" if not code else reason(output),
-        "tokens_per_s": "",
-        "step_s": "",
+        "gpus": options.processes,
+        "seq_len": length,
+        "time_s": "",
+        "tokens_per_s_per_gpu": "",
         "peak_gib": "",
         "first_loss": "",
+        "note": reason(output) if code else "",
         "hardware": hardware(options.processes),
         "versions": versions(),
         "command": " ".join([f"torchrun --nproc-per-node {options.processes} examples/hf_mm_sp/train.py", *arguments]),
     }
     if metrics:
         timed = metrics[0][WARMUP:]
-        row["step_s"] = round(statistics.median(step["seconds"] for step in timed), 4)
-        row["tokens_per_s"] = round(timed[0]["tokens"] / row["step_s"], 1)
+        row["time_s"] = round(statistics.median(step["seconds"] for step in timed), 4)
+        row["tokens_per_s_per_gpu"] = round(timed[0]["tokens"] / row["time_s"] / options.processes, 1)
         row["peak_gib"] = round(max(step["peak_gib"] for rank in metrics for step in rank), 2)
         row["first_loss"] = round(metrics[0][0]["loss"], 5)
     return row
@@ -152,27 +129,3 @@ def reason(output: str) -> str:
 
 def read_metrics(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def hardware(processes: int) -> str:
-    if torch.cuda.is_available():
-        return f"{processes} x {torch.cuda.get_device_name()}"
-    return f"CPU {host.machine()}, {processes} processes"
-
-
-def versions() -> str:
-    found = []
-    for package in ("torch", "transformers", "flash-attn-4"):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
-def write_table(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)

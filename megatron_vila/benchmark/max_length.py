@@ -8,14 +8,15 @@ from typing import Any
 from megatron_vila.benchmark.worker import launch
 
 
-def longest(fits: Callable[[int], bool], start: int, unit: int, most: int) -> int:
+def longest(fits: Callable[[int], bool], start: int, unit: int, most: int, share: float = 0.0) -> int:
     """The largest multiple of ``unit`` up to ``most`` for which ``fits``; 0 if not even ``unit`` does.
 
-    ``fits`` is tried at ``start`` first and assumed to hold below every length where it holds.
+    ``fits`` is tried at ``start`` first and assumed to hold below every length where it holds. The search ends once what is
+    open is no more than ``share`` of the result.
     """
     good, bad = 0, most // unit + 1
     trial = min(max(start // unit, 1), bad - 1)
-    while good + 1 < bad:
+    while bad - good > max(1, int(good * share)):
         if fits(trial * unit):
             good = trial
             trial = min(2 * trial, bad - 1) if bad > most // unit else (good + bad) // 2

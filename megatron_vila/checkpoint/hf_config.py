@@ -33,7 +33,7 @@ _SIGLIP_DEFAULTS = {
     "image_size": 224,
     "patch_size": 16,
 }
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "s2": "features of several scales",
     "dynamic_s2": "features of several scales",
     "ps3": "selection of high-resolution patches",
@@ -160,7 +160,7 @@ def _root(folder: HfFolder, description: Description, token_order: str | None, p
         )
     elif kind not in ROOT_TYPES:
         problems.append(f"{where}: model_type={kind!r} is not known; this converter reads {', '.join(ROOT_TYPES)}")
-    for key, meaning in _UNSUPPORTED.items():
+    for key, meaning in UNSUPPORTED.items():
         if root.get(key):
             problems.append(f"{where}: {key}={root[key]!r} ({meaning}) is unknown to this model")
     read = _Reader(root, where, problems)
@@ -237,7 +237,7 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
 
 def _separator(root: Mapping[str, Any], key: str, where: str, problems: list[str]) -> str | None:
     """The text that an encoder of VILA's adds after each picture: a newline unless it says otherwise."""
-    encoder = _decoded(root.get(key))
+    encoder = decoded(root.get(key))
     if not isinstance(encoder, Mapping):
         return "\n"
     if encoder.get("start_tokens") is not None:
@@ -262,7 +262,7 @@ def _refuse_targets(folder: HfFolder, problems: list[str]) -> None:
 
 
 def _targets(value: Any, place: str) -> Iterable[tuple[str, Any]]:
-    value = _decoded(value)
+    value = decoded(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key == "_target_":
@@ -274,8 +274,8 @@ def _targets(value: Any, place: str) -> Iterable[tuple[str, Any]]:
             yield from _targets(item, place)
 
 
-def _decoded(value: Any) -> Any:
-    """VILA writes its encoders as objects or as strings of JSON."""
+def decoded(value: Any) -> Any:
+    """What a value means: VILA writes its encoders as objects or as strings of JSON."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.loads(value)

@@ -17,7 +17,7 @@ from megatron_vila.checkpoint.distributed import StoredTensors
 from megatron_vila.checkpoint.errors import ConversionError
 from megatron_vila.checkpoint.tensor_files import TensorInfo
 from megatron_vila.checkpoint.weight_map import Entry, entries
-from megatron_vila.config.load import ConfigError, config_from_dict, load_config
+from megatron_vila.config.load import ConfigError, config_from_dict
 from megatron_vila.config.schema import Config
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training.checkpoint import resolve_checkpoint
@@ -135,11 +135,13 @@ def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
 
 
 def _config_of(info: Mapping[str, Any], folder: Path) -> Config:
-    """The configuration in the checkpoint, or (saved before it was noted there) the one in the run's folder."""
+    if "config" not in info:
+        raise ConversionError(
+            f"{folder} cannot be read",
+            ["its info.json holds no configuration, as older versions wrote it; let the run take a step, which saves one"],
+        )
     try:
-        if "config" in info:
-            return config_from_dict(info["config"], str(folder / "info.json"))
-        return load_config(str(folder.parent.parent / "config.yaml"))
+        return config_from_dict(info["config"], str(folder / "info.json"))
     except ConfigError as error:
         problems = [f"the run has no usable configuration: {line}" for line in str(error).splitlines()]
         raise ConversionError(f"{folder} cannot be read", problems) from error

@@ -17,15 +17,15 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from megatron_vila.checkpoint.hf_config import METADATA_FORMAT
+from megatron_vila.checkpoint.hf_config import ENCODERS, LANGUAGE_TYPES, METADATA_FORMAT, UNSUPPORTED, decoded
+from megatron_vila.checkpoint.hf_config_out import flat_root, language_config, vision_config
 from megatron_vila.checkpoint.token_order import ORDERS, suggest_token_order
-from megatron_vila.checkpoint.tokenizer import media_token_ids
-from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vila.config.schema import Config, DataConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.sizes import PROJECTOR_TYPES
 from megatron_vila.models.geometry import tokens_per_frame
 
-_LANGUAGE_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
-_ENCODERS = ("BasicImageEncoder", "BasicVideoEncoder")
+_LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
+_ENCODERS = tuple(name.rpartition(".")[2] for name in ENCODERS)
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _logger = logging.getLogger(__name__)
 
@@ -158,25 +158,11 @@ class VilaConfig(PreTrainedConfig):
 
         The media tokens are the tokenizer's ``<image>`` and ``<vila/video>``, else ids that it does not use.
         """
-        image, video = media_token_ids(tokenizer)
-        return cls(
-            text_config=text_config(model.llm, tokenizer),
-            vision_config=vision_config(model.vision),
-            mm_projector_type=model.projector.type,
-            mm_vision_select_layer=model.vision.select_layer,
-            image_token_id=image,
-            video_token_id=video,
-            megatron_vila={
-                "format": METADATA_FORMAT,
-                "projector_token_order": model.projector.token_order,
-                "frame_separator_ids": list(data.frame_separator_ids),
-                "image_separator_ids": list(data.image_separator_ids),
-                "num_frames": data.num_frames,
-                "fps": data.fps,
-                "image_aspect": data.image_aspect,
-                "max_positions": model.llm.max_positions,
-            },
-        )
+        parts = {
+            "llm": language_config(model.llm, {}, "float32", tokenizer),
+            "vision_tower": vision_config(model.vision, {}, "float32"),
+        }
+        return cls.from_dict(flat_root(Config(model=model, data=data), {}, parts, tokenizer))
 
     @property
     def vision_settings(self) -> VisionConfig:
@@ -201,7 +187,7 @@ class VilaConfig(PreTrainedConfig):
 
     def separator_text(self, encoder: str) -> str:
         """What VILA's ``image_encoder`` or ``video_encoder`` writes after a picture: a line break unless it says otherwise."""
-        return _decoded(getattr(self, encoder)).get("end_tokens", "\n") or ""
+        return _encoder(getattr(self, encoder)).get("end_tokens", "\n") or ""
 
     @property
     def tokens_per_frame(self) -> int:
@@ -248,50 +234,11 @@ def _language_config(value: Any) -> LlamaConfig | Qwen2Config:
     return _LANGUAGE_CONFIGS[model_type](**settings)
 
 
-def text_config(llm: LanguageConfig, tokenizer: Any) -> LlamaConfig | Qwen2Config:
-    """transformers' configuration of the same language model: Qwen2 has biases on query, key and value, Llama none."""
-    linear = llm.rope_scaling_factor != 1.0
-    rope = {"rope_type": "linear", "factor": llm.rope_scaling_factor} if linear else {"rope_type": "default"}
-    return (Qwen2Config if llm.qkv_bias else LlamaConfig)(
-        architectures=["Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"],
-        vocab_size=llm.vocab_size,
-        hidden_size=llm.hidden_size,
-        intermediate_size=llm.ffn_hidden_size,
-        num_hidden_layers=llm.num_layers,
-        num_attention_heads=llm.num_heads,
-        num_key_value_heads=llm.num_kv_heads,
-        head_dim=llm.head_dim or llm.hidden_size // llm.num_heads,
-        hidden_act="silu",
-        max_position_embeddings=llm.max_positions,
-        rms_norm_eps=llm.norm_eps,
-        tie_word_embeddings=llm.tie_embeddings,
-        rope_parameters={"rope_theta": llm.rope_theta, **rope},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def vision_config(vision: VisionConfig) -> SiglipVisionConfig:
-    """transformers' configuration of the same vision tower."""
-    return SiglipVisionConfig(
-        architectures=["SiglipVisionModel"],
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.ffn_hidden_size,
-        num_hidden_layers=vision.num_layers,
-        num_attention_heads=vision.num_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        layer_norm_eps=vision.layer_norm_eps,
-        vision_use_head=vision.use_head,
-    )
-
-
 def _from_vila_layout(root: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """The flat form of a root ``config.json`` of the VILA code. Raises ``VilaConfigError`` for what this model does not do."""
-    problems = [f"{key}={root[key]} is not supported" for key in ("s2", "dynamic_s2", "ps3") if root.get(key)]
+    problems = [f"{key}={root[key]} ({meaning}) is not supported" for key, meaning in UNSUPPORTED.items() if root.get(key)]
     for key in ("image_encoder", "video_encoder"):
-        encoder = _decoded(root.get(key))
+        encoder = _encoder(root.get(key))
         target = str(encoder.get("_target_", _ENCODERS[0]))
         if target.rpartition(".")[2] not in _ENCODERS:
             problems.append(f"{key} names {target}, which is not one of {', '.join(_ENCODERS)}")
@@ -334,11 +281,9 @@ def _part(root: Mapping[str, Any], key: str, folder: str, problems: list[str]) -
         return {}
 
 
-def _decoded(encoder: Any) -> dict[str, Any]:
-    """The settings of one of VILA's encoders, which are written as an object, as JSON in a text, or as the class's name."""
+def _encoder(value: Any) -> dict[str, Any]:
+    """The settings of one of VILA's encoders; a plain text is its class's name."""
+    encoder = decoded(value)
     if isinstance(encoder, str):
-        try:
-            encoder = json.loads(encoder)
-        except ValueError:
-            return {"_target_": encoder}
+        return {"_target_": encoder}
     return dict(encoder) if isinstance(encoder, Mapping) else {}

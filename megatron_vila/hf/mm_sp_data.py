@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_vila.data.row import IGNORE
 from megatron_vila.parallel.layout import ReshardPlan, local_positions, plan_reshard
 
-IGNORE = -100
 KEYS = ("input_ids", "labels", "attention_mask", "pixel_values_videos")
 
 

@@ -101,9 +101,10 @@ class _Block:
                 kept.prefetch()
 
     def backward(self, grad_t1H: torch.Tensor) -> torch.Tensor:
+        # Copies run in order, so what is needed now goes first.
+        self.prefetch()
         if self._before is not None:
             self._before.prefetch()
-        self.prefetch()
         inputs = [self._input.take()]
         with torch.no_grad():
             for layer, kept in zip(self._layers[:-1], self._attention[:-1], strict=True):

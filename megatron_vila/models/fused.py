@@ -1,7 +1,7 @@
-"""The parts of a decoder layer between the matrix products: one kernel each on a GPU, and no more saved than is needed.
+"""The parts of a decoder layer between the matrix products: compiled on a GPU, and no more saved than is needed.
 
-Each operation is a pair of plain functions, forward and backward, under one autograd function (``platform.one_kernel``). 16-bit
-inputs are computed in float32 and rounded once.
+Each operation is a pair of plain functions, forward and backward, under one autograd function
+(``platform.compiled_on_cuda``). 16-bit inputs are computed in float32 and rounded once.
 
 Legend: T tokens (and any further leading dimensions), H hidden size, F width of the MLP of this tensor-parallel rank.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vila.platform import one_kernel
+from megatron_vila.platform import compiled_on_cuda
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -62,12 +62,12 @@ def _norm_of(x, weight, eps):
     return (wide * scale * _wide(weight)).to(x.dtype), scale
 
 
-@one_kernel
+@compiled_on_cuda
 def _norm(x, weight, eps):
     return _norm_of(x, weight, eps)
 
 
-@one_kernel
+@compiled_on_cuda
 def _add_norm(x, residual, weight, eps):
     total = x + residual
     return total, *_norm_of(total, weight, eps)
@@ -78,17 +78,17 @@ def _norm_gradient(dout, x, weight, scale):
     return scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
 
 
-@one_kernel
+@compiled_on_cuda
 def _norm_backward(dout, x, weight, scale):
     return _norm_gradient(dout, x, weight, scale).to(x.dtype)
 
 
-@one_kernel
+@compiled_on_cuda
 def _add_norm_backward(dout, dsum, x, weight, scale):
     return (_norm_gradient(dout, x, weight, scale) + _wide(dsum)).to(x.dtype)
 
 
-@one_kernel
+@compiled_on_cuda
 def _norm_backward_weight(dout, x, weight, scale):
     return (_wide(dout) * _wide(x) * scale).flatten(0, -2).sum(0).to(weight.dtype)
 
@@ -105,13 +105,13 @@ class _SwiGLU(torch.autograd.Function):
         return _silu_times_backward(gate_up_T2F, dout_TF)
 
 
-@one_kernel
+@compiled_on_cuda
 def _silu_times(gate_up):
     gate, up = _wide(gate_up).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-@one_kernel
+@compiled_on_cuda
 def _silu_times_backward(gate_up, dout):
     gate, up = _wide(gate_up).chunk(2, dim=-1)
     dout, sigmoid = _wide(dout), torch.sigmoid(gate)

@@ -39,5 +39,5 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum x + residual and its norm, in one pass over both."""
+        """The sum x + residual and its norm."""
         return add_rms_norm(x, residual, self.weight, self.eps)

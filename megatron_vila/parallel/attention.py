@@ -103,7 +103,5 @@ class MMSPAttention(nn.Module):
         row = packed_seq_params
         q_sHD = apply_rotary(query.squeeze(1), row.cos_SD, row.sin_SD)
         k_sKD = apply_rotary(key.squeeze(1), row.cos_SD, row.sin_SD)
-        # A view would keep the whole of Megatron's fused projection alive.
-        v_sKD = value.squeeze(1).contiguous()
-        out_sHD = self.attention(q_sHD, k_sKD, v_sKD, row.indices, row.kept)
+        out_sHD = self.attention(q_sHD, k_sKD, value.squeeze(1), row.indices, row.kept)
         return out_sHD.flatten(1).unsqueeze(1)

@@ -130,6 +130,8 @@ class _Attention2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention | None):
         q, k, v = attention.ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order)
+        # Without an exchange v is a view that would keep the whole of a fused projection alive.
+        v = v.contiguous()
         out, lse = attention.ring.forward(q, k, v, row.layout, attention.expansion)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.row, ctx.attention = row, attention
@@ -150,7 +152,7 @@ class _KeptAttention2D(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention):
-        ctx.save_for_backward(q_sHD, k_sKD, v_sKD)
+        ctx.save_for_backward(q_sHD, k_sKD, v_sKD.contiguous())
         ctx.row, ctx.attention, ctx.kept = row, attention, kept
         out_sHD, _ = kept.take()
         return out_sHD.view_as(out_sHD)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vila.platform import one_kernel
+from megatron_vila.platform import compiled_on_cuda
 
 
 def rotary_angles(
@@ -56,7 +56,7 @@ class _Rotary(torch.autograd.Function):
         return _turn(dout_SHD, cos_SD, sin_SD, -1.0), None, None
 
 
-@one_kernel
+@compiled_on_cuda
 def _turn(x, cos, sin, direction):
     half = x.shape[-1] // 2
     cos, sin = cos[:, None, :half], sin[:, None, :half] * direction

@@ -102,6 +102,20 @@ def test_the_search_finds_the_longest_length_that_fits(limit, start, unit, most)
     assert all(length % unit == 0 and length <= most for length in tried)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 3000), st.integers(1, 64), st.sampled_from([1 / 8, 1 / 3]))
+def test_the_search_may_end_once_what_is_open_is_a_share_of_the_result(limit, start, share):
+    tried = []
+
+    def fits(length):
+        tried.append(length)
+        return length <= limit
+
+    found = longest(fits, start, 1, 2000, share)
+    assert found <= min(limit, 2000) <= found * (1 + share) + 1
+    assert len(set(tried)) == len(tried)
+
+
 def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_refused():
     known = {"ring": 1, "kernel": "auto"}
     assert parse_variant("ring=4", known) == {"ring": 4, "kernel": "auto"}

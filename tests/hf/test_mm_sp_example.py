@@ -65,10 +65,10 @@ def test_the_benchmark_writes_a_row_for_a_run_and_for_one_that_fails(tmp_path, m
     sweep.write_table(rows, tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
         good, bad = csv.DictReader(file)
-    assert good["result"] == "ok"
-    assert float(good["tokens_per_s"]) == pytest.approx(2 * 32 / float(good["step_s"]), rel=0.05)
-    assert "ulysses=3 does not divide" in bad["result"]
-    assert bad["tokens_per_s"] == ""
+    assert good["note"] == ""
+    assert float(good["tokens_per_s_per_gpu"]) == pytest.approx(32 / float(good["time_s"]), rel=0.05)
+    assert "ulysses=3 does not divide" in bad["note"]
+    assert bad["tokens_per_s_per_gpu"] == ""
 
 
 def launched(tmp_path: Path, *arguments: str) -> list[list[str]]:
@@ -103,22 +103,22 @@ def test_the_shell_script_hands_arguments_on(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("capacity", [900, 1024, 5000, 70000, 10**9])
-def test_the_search_finds_the_longest_sequence_to_an_eighth(capacity):
-    tried = []
+def test_every_length_is_measured_once_and_the_longest_is_found_to_an_eighth(tmp_path, monkeypatch):
+    sweep, tried = sweep_module(), []
 
-    def fits(length: int) -> bool:
-        tried.append(length)
-        return length <= capacity
+    def measure(options, variant, settings, length):
+        tried.append((variant, length))
+        reached = {"stock": 0, "data parallel": 900}.get(variant, 70000)
+        return {"model": "m", "note": "" if length <= reached else "out of memory", "tokens_per_s_per_gpu": 1, "peak_gib": 1}
 
-    found = sweep_module().search_longest(fits, 512, 2**20)
-    longest = min(capacity, 2**20)
-    assert found <= longest <= found * 9 / 8 + 1
-    assert len(tried) == len(set(tried))
-
-
-def test_nothing_is_searched_where_nothing_fits():
-    assert sweep_module().search_longest(lambda length: pytest.fail("tried"), 0, 2**20) == 0
+    monkeypatch.setattr(sweep, "measure", measure)
+    sweep.sweep(Namespace(processes=2, benchmark=tmp_path / "table.csv", lengths=[512, 1024], longest=2**20))
+    assert len(tried) == len(set(tried)) == len((tmp_path / "table.csv").read_text().splitlines()) - 1
+    by_variant = {name: [length for variant, length in tried if variant == name] for name, _ in tried}
+    assert by_variant["stock"] == [512]
+    for name, reached in (("data parallel", 900), ("ulysses=2", 70000), ("ring=2", 70000)):
+        found = max(length for length in by_variant[name] if length <= reached)
+        assert found <= reached <= found * 9 / 8 + 1
 
 
 @pytest.mark.parametrize(
