@@ -114,6 +114,11 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
+def device_memory_bytes() -> int:
+    """Memory of this process's GPU, 0 on a CPU."""
+    return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else 0
+
+
 def peak_memory_bytes() -> int:
     """Most memory in use since the last ``reset_peak_memory``, in bytes: GPU tensors, or the resident set on a CPU."""
     if torch.cuda.is_available():
@@ -333,6 +338,12 @@ def _redirect_methods() -> None:
     torch.Tensor.cuda = identity_for_mcore(torch.Tensor.cuda)
     torch.Tensor.pin_memory = identity_for_mcore(torch.Tensor.pin_memory)
     torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)
+
+
+def compile_on_cuda(module: torch.nn.Module) -> None:
+    """Let ``torch.compile`` run ``module``, with its gradients, where there is CUDA."""
+    if torch.cuda.is_available():
+        module.compile()
 
 
 def compiled_on_cuda(function: Callable) -> Callable:

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_vila import platform
 from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.benchmark.worker import measure, parse_variant
+from megatron_vila.config.activations import decoder_alone
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
 from megatron_vila.config.sizes import head_dim
@@ -35,7 +36,7 @@ from megatron_vila.training.flops import mfu, model_flops, peak_flops
 
 VARIANT = {
     "tp": 1, "ulysses": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none", "block_layers": 1,
-    "mlp_tile": 0, "offload_gib": 0.0,
+    "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0,
 }  # fmt: skip
 MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None}
 
@@ -54,7 +55,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     config = load_config(settings["config"], settings["overrides"])
     config.model.llm.num_layers, config.model.attention = settings["layers"], variant["attention"]
     config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ring")})
-    policy = ("recompute", "block_layers", "mlp_tile", "offload_gib")
+    policy = ("recompute", "block_layers", "recompute_layers", "mlp_tile", "offload_gib")
     config.memory = MemoryConfig(**{name: variant[name] for name in policy})
     config.train.seq_length = length
     topology = ParallelTopology.create(config.parallel)
@@ -89,6 +90,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         "tflops_per_gpu": float(f"{flops / found.seconds / world / 1e12:.4g}"),
         "mfu": "" if share is None else round(share, 4),
         "peak_gib": round(found.peak_bytes / GIB, 3),
+        "predicted_gib": round(decoder_alone(config, dtype.itemsize) / GIB, 3) if variant["method"] == "mmsp" else "",
         "hardware": hardware(world),
         "versions": versions(),
         "command": settings["command"],

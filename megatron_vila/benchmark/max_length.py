@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from megatron_vila.benchmark.worker import launch
@@ -28,44 +28,30 @@ def longest(fits: Callable[[int], bool], start: int, unit: int, most: int, share
 
 
 def search(
-    config: str,
-    overrides: Sequence[str],
     gpus: int,
+    settings: dict[str, Any],
     start: int,
     unit: int,
     most: int,
-    per_frame: int,
-    supervised: int,
+    share: float,
     limit_s: float,
-    command: str,
-) -> list[dict[str, Any]]:
-    """Rows of all lengths that trained, the longest last, each a job of its own with two steps.
+    on_row: Callable[[dict[str, Any]], None],
+) -> int:
+    """The longest row that trains, in tokens; each length is a job of its own (``benchmark/trial.py``, ``settings`` less the
+    lengths), whose row goes to ``on_row``. The search ends once what is open is no more than ``share`` of the result.
 
-    ``per_frame`` tokens make a frame of the row's video; 0 for text alone. A length that fails or takes longer than ``limit_s``
-    counts as too long; why is printed.
+    A length that fails or takes longer than ``limit_s`` counts as too long; why is printed.
     """
-    found: dict[int, dict[str, Any]] = {}
 
     def fits(length: int) -> bool:
-        settings = {
-            "config": config,
-            "overrides": [*overrides, f"train.seq_length={length}"],
-            "frames": length // per_frame * 15 // 16 if per_frame else 0,
-            "supervised": supervised,
-            "steps": 2,
-            "command": command,
-        }
         try:
-            (row,) = launch("trial", gpus, settings, limit_s)
+            launch("trial", gpus, settings | {"lengths": [length]}, limit_s, on_row)
         except (RuntimeError, ValueError) as error:
             print(f"{length} tokens do not train: {_reason(str(error))}", flush=True)
             return False
-        found[length] = row
-        print(f"{length} tokens train: {row['time_s']} s a step, {row['peak_gib']} GiB", flush=True)
         return True
 
-    longest(fits, start, unit, most)
-    return [found[length] for length in sorted(found)]
+    return longest(fits, start, unit, most, share)
 
 
 def _reason(text: str) -> str:

@@ -13,10 +13,16 @@ import torch
 
 COLUMNS = (
     "model", "variant", "part", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s",
-    "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "predicted_gib", "first_loss", "note",
-    "hardware", "versions", "command",
+    "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "predicted_gib", "host_gib",
+    "first_loss", "note", "hardware", "versions", "command",
 )  # fmt: skip
-"""Columns of every table; a table holds those that it fills."""
+"""Columns of every table in their order."""
+
+ALWAYS = (
+    "model", "variant", "gpus", "tp", "ulysses", "ring", "seq_len", "time_s", "tflops_per_gpu", "mfu", "peak_gib", "hardware",
+    "versions", "command",
+)  # fmt: skip
+"""Columns that every table has; of the others it has those that it fills."""
 
 
 def hardware(gpus: int) -> str:
@@ -37,11 +43,11 @@ def versions() -> str:
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the rows with the columns that any of them has, in the order of ``COLUMNS``."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    """Write the rows with the columns of ``ALWAYS`` and those that any of them fills, in the order of ``COLUMNS``."""
+    columns = [name for name in COLUMNS if name in ALWAYS or any(row.get(name) not in (None, "") for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -1,13 +1,15 @@
-"""A few whole training steps on a made-up row: model, DDP, optimizer and schedule as in the trainer, no files to decode.
+"""Whole training steps on a made-up row: model, DDP, optimizer and schedule as in the trainer, no files to decode.
 
-Used to find the longest row that trains. The row is one video of as many frames as fit, or text alone, with random pixels and
-token ids; its last tokens are supervised (``supervised`` of them).
+The row is one video of as many frames as fit, or text alone, with random pixels and token ids. A variant is a set of
+configuration overrides. ``partial`` shows that a step fits where a whole one would take too long: forward pass, head, and the
+backward pass of the last layers, where the most memory is in use; Adam's state is there from the start. ``without_attention``
+makes it quicker still (``benchmark/unfilled.py``); such rows tell of memory alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila import platform
+from megatron_vila.benchmark import unfilled
 from megatron_vila.benchmark.table import hardware, versions
+from megatron_vila.benchmark.worker import measure
 from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import GIB, estimate_memory
 from megatron_vila.config.schema import Config
@@ -28,70 +32,146 @@ from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
 from megatron_vila.training.optimizer import apply_step, build_optimizer, wrap_ddp
+from megatron_vila.training.optimizer_shards import ensure_state
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+
+FRAME_SHARE = 15 / 16
+"""Part of a video row that is frames."""
 
 
 def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings``: ``config``, ``overrides`` (train.seq_length among them), ``frames`` (0: text), ``supervised``, ``steps``,
-    ``command``. One row: the last step's time and the peak of the fullest rank."""
-    config = load_config(settings["config"], settings["overrides"])
-    device = platform.device()
-    dtype = platform.dtype_of(config.train.precision)
+    """``settings``: ``config``, ``overrides``, ``lengths``, ``variants``, ``video``, ``supervised`` (last tokens of a row, 0:
+    all), ``warmup``, ``timed``, ``short_warmup`` (warm up on rows of an eighth), ``partial`` (layers, 0: whole steps),
+    ``without_attention``, ``command``."""
+    for length in settings["lengths"]:
+        for text in settings["variants"]:
+            yield _variant(settings, text, length)
+            gc.collect()
+            platform.empty_cache()
+
+
+def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]:
+    chosen = [*settings["overrides"], *filter(None, text.split(",")), f"train.seq_length={length}", "train.steps=10"]
+    config = load_config(settings["config"], chosen)
+    if settings["without_attention"]:
+        unfilled.register()
+        config.model.attention = unfilled.NAME
+    device, dtype = platform.device(), platform.dtype_of(config.train.precision)
     topology = ParallelTopology.create(config.parallel)
     model_parallel_cuda_manual_seed(config.train.seed)
     model = wrap_ddp(built := VilaModel(config, topology, dtype, device), config.optim, built.config)
     optimizer, _ = build_optimizer([model], config.optim, config.train, dtype)
-    grid = topology.grid
-    document = made_up(config, settings["frames"], settings["supervised"])
-    row = pack([document], grid.document_multiple, grid.row_multiple)
-    size, frames = config.model.vision.image_size, len(local_frames(row, topology))
-    batch = MicroBatch(row, torch.zeros(frames, 3, size, size, dtype=torch.float32))
+    ensure_state(optimizer)
     forward = Pass(model, topology, config.model.llm, dtype, device)
-    platform.reset_peak_memory()
-    for _ in range(settings["steps"]):
-        platform.synchronize()
-        start = time.perf_counter()
+    losses: list[float] = []
+
+    def train(batch: MicroBatch) -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         loss, _ = mean_loss(forward.run([batch]), topology, device)
         apply_step(optimizer)
-        platform.synchronize()
-        seconds = time.perf_counter() - start
-    worst = torch.tensor([seconds, platform.peak_memory_bytes()], dtype=torch.float64, device=device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    seconds, peak_bytes = worst.tolist()
-    world = dist.get_world_size()
-    flops = model_flops(row.lengths, row.supervised_tokens, len(row.frames), config.model, config.optim).total * grid.dp
+        losses.append(loss)
+
+    if settings["short_warmup"]:
+        for share in (16, 8)[: settings["warmup"]]:
+            train(_batch(config, topology, length // share, settings))
+    batch = _batch(config, topology, length, settings)
+    warmup = 0 if settings["short_warmup"] or settings["partial"] else settings["warmup"]
+    if settings["partial"]:
+        found = measure(lambda: _partial(built, forward, batch, settings["partial"]), 0, 1)
+    else:
+        found = measure(lambda: train(batch), warmup, settings["timed"])
+    row, world = batch.row, dist.get_world_size()
+    flops = model_flops(row.lengths, row.supervised_tokens, len(row.frames), config.model, config.optim).total
+    rate = flops * topology.grid.dp / found.seconds / world
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
-    share = mfu(flops, seconds, world, peak)
-    yield {
+    estimate = estimate_memory(config, world, device.type == "cuda")
+    share = mfu(rate, 1.0, 1, peak)
+    whole = not (settings["partial"] or settings["without_attention"])
+    host = torch.tensor(built.host.peak_bytes / GIB, device=device)
+    dist.all_reduce(host, op=dist.ReduceOp.MAX)
+    topology.destroy()
+    return {
         "model": config.model.name,
+        "variant": text,
         "gpus": world,
         **{axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "ulysses", "ring")},
         "attention": config.model.attention,
-        "seq_len": len(document),
+        "seq_len": sum(row.lengths),
         "frames": len(row.frames),
-        "time_s": round(seconds, 4),
-        "tokens_per_s_per_gpu": round(len(document) / seconds / world, 1),
-        "tflops_per_gpu": float(f"{flops / seconds / world / 1e12:.4g}"),
-        "mfu": "" if share is None else round(share, 4),
-        "peak_gib": round(peak_bytes / GIB, 3),
-        "predicted_gib": round(estimate_memory(config, world, device.type == "cuda").total / GIB, 3),
-        "first_loss": round(loss, 5),
+        "time_s": round(found.seconds, 4),
+        "tokens_per_s_per_gpu": round(sum(row.lengths) * topology.grid.dp / found.seconds / world, 1) if whole else "",
+        "tflops_per_gpu": float(f"{rate / 1e12:.4g}") if whole else "",
+        "mfu": "" if share is None or not whole else round(share, 4),
+        "peak_gib": round(found.peak_bytes / GIB, 3),
+        "predicted_gib": round(estimate.allocated / GIB, 3),
+        "host_gib": round(float(host), 2),
+        "first_loss": round(losses[0], 5) if losses else "",
+        "note": _note(settings),
         "hardware": hardware(world),
         "versions": versions(),
         "command": settings["command"],
     }
-    topology.destroy()
 
 
-def made_up(config: Config, frames: int, supervised: int) -> Document:
-    """``train.seq_length`` tokens: a video of ``frames`` frames, text around it, and labels at its last ``supervised`` tokens."""
+def _note(settings: dict[str, Any]) -> str:
+    part = f"forward pass, head and backward pass of the last {settings['partial']} layers" if settings["partial"] else ""
+    return "; ".join(filter(None, [part, "without attention's products: memory only" * settings["without_attention"]]))
+
+
+def _batch(config: Config, topology: ParallelTopology, length: int, settings: dict[str, Any]) -> MicroBatch:
+    """A row of at most ``length`` tokens and this rank's random frames."""
+    row = pack([made_up(config, length, settings["video"], settings["supervised"])], *_multiples(topology))
+    size, frames = config.model.vision.image_size, len(local_frames(row, topology))
+    return MicroBatch(row, torch.rand(frames, 3, size, size) * 2 - 1)
+
+
+def _multiples(topology: ParallelTopology) -> tuple[int, int]:
+    return topology.grid.document_multiple, topology.grid.row_multiple
+
+
+def made_up(config: Config, length: int, video: bool, supervised: int) -> Document:
+    """``length`` tokens: text, or a video with text around it, and labels at its last ``supervised`` tokens (0: all but one)."""
     per_frame = len(made_up_document(config, 1, 0))
-    document = made_up_document(config, frames, config.train.seq_length - frames * per_frame)
+    frames = int(length // per_frame * FRAME_SHARE) if video else 0
+    document = made_up_document(config, frames, length - frames * per_frame)
     text = document.token_ids != MEDIA_TOKEN
     token_ids = document.token_ids.copy()
     token_ids[text] = np.random.default_rng(0).integers(config.model.llm.vocab_size, size=int(text.sum()))
-    labels = np.full(len(document), IGNORE)
+    supervised = min(supervised or length, length - 1)
+    labels = np.full(length, IGNORE)
     labels[-supervised - 1 : -1] = np.where(text[-supervised:], token_ids[-supervised:], IGNORE)
     return dataclasses.replace(document, token_ids=token_ids, labels=labels)
+
+
+class _Enough(Exception):
+    """The layers that ``partial`` asks for are through."""
+
+
+def _partial(model: VilaModel, forward: Pass, batch: MicroBatch, layers: int) -> None:
+    """A step that ends once the backward pass reaches the layer before the last ``layers`` ones. Without pipeline stages."""
+    decoder = model.llm.decoder.layers
+    if not 0 < layers < len(decoder):
+        raise ValueError(f"--partial {layers} is not between 1 and the model's {len(decoder) - 1} layers")
+
+    def stop(_, inputs):
+        # The first call is the forward pass; a layer under a recompute policy is run again in the backward pass.
+        if calls:
+            raise _Enough
+        calls.append(True)
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(_raise)
+
+    calls: list[bool] = []
+    handle = decoder[len(decoder) - layers - 1].input_layernorm.register_forward_pre_hook(stop)
+    try:
+        forward.run([batch])
+    except _Enough:
+        return
+    finally:
+        handle.remove()
+    raise RuntimeError("the backward pass never came to the layer at which it was to stop")
+
+
+def _raise(_: torch.Tensor) -> None:
+    raise _Enough

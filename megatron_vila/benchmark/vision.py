@@ -16,7 +16,7 @@ from megatron_vila.models.projector import Projector
 from megatron_vila.models.vision import VisionTower, encode_frames
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
 
-VARIANT = {"frame_micro_batch": 16, "trainable": 1, "recompute": 0}
+VARIANT = {"frame_micro_batch": 0, "trainable": 1, "recompute": 0}
 
 
 def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ Running the variants in one job makes their ratios fair: same GPUs, same clocks,
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_vila import platform
 
-KINDS = ("attention", "layer", "reshard", "vision", "trial")
+KINDS = ("attention", "layer", "head", "reshard", "vision", "trial")
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,44 @@ def parse_variant(text: str, known: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def launch(kind: str, gpus: int, settings: dict[str, Any], timeout_s: float | None = None) -> list[dict[str, Any]]:
-    """Run ``kind`` on ``gpus`` processes and return the rows that were finished, each shown as it comes.
+def launch(
+    kind: str,
+    gpus: int,
+    settings: dict[str, Any],
+    timeout_s: float = math.inf,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Run ``kind`` on ``gpus`` processes; ``on_row`` gets each row as soon as it is measured. Returns the finished rows.
 
     Raises ``RuntimeError`` with the end of the output if the job failed before its first row.
     """
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        rows_file = Path(folder) / "rows.jsonl"
+        rows_file, output_file = Path(folder) / "rows.jsonl", Path(folder) / "output.txt"
         rows_file.touch()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         command += ["-m", "megatron_vila.benchmark.worker", kind, json.dumps(settings), str(rows_file)]
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s)
-            status, said = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as late:
-            status, said = 124, f"stopped after {timeout_s:.0f} s\n{(late.stdout or b'').decode(errors='replace')}"
-        rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    if status and not rows:
+        end_s = time.monotonic() + timeout_s
+        with output_file.open("w") as output, rows_file.open() as lines:
+            job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            try:
+                running = True
+                while running and time.monotonic() < end_s:
+                    running = job.poll() is None
+                    for line in lines:
+                        rows.append(json.loads(line))
+                        on_row(rows[-1])
+                    time.sleep(0.2 * running)
+            finally:
+                late = job.poll() is None
+                if late:  # torchrun ends its processes
+                    job.terminate()
+                job.wait()
+        said = f"stopped after {timeout_s:.0f} s\n" * late + output_file.read_text(errors="replace")
+    if job.returncode and not rows:
         raise RuntimeError(f"{kind} on {gpus} processes failed:\n{said[-3000:]}")
-    if status:
-        print(f"{kind} ended early with status {status}; {len(rows)} rows are kept\n{said[-1500:]}", flush=True)
+    if job.returncode:
+        print(f"{kind} ended early with status {job.returncode}; {len(rows)} rows are kept\n{said[-1500:]}", flush=True)
     return rows
 
 
@@ -106,7 +125,7 @@ def main(arguments: Sequence[str]) -> None:
         for row in module.rows(json.loads(settings)):
             if dist.get_rank() == 0:
                 file.write(json.dumps(row) + "\n")
-                file.flush()
+                file.flush()  # the parent reads along
     dist.destroy_process_group()
 
 

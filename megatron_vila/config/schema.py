@@ -33,7 +33,9 @@ class VisionConfig:
     )
     use_head: bool = key(True, "the checkpoint carries SigLIP's pooling head (carried, never run)")
     layer_norm_eps: float = key(1e-6, "epsilon of the tower's LayerNorms")
-    frame_micro_batch: int = key(16, "frames encoded at once on a rank")
+    frame_micro_batch: int = key(
+        0, "frames encoded at once on a rank; 0: as many as an eighth of the GPU's memory holds, 64 at most (16 on a CPU)"
+    )
     recompute: bool = key(
         False, "recompute each frame micro-batch in the backward pass instead of keeping its activations"
     )
@@ -114,6 +116,9 @@ class MemoryConfig:
         1,
         "with attention_output: layers whose inputs are rebuilt from one kept input (more: less memory, one more MLP pass)",
     )
+    recompute_layers: int = key(
+        0, "layers of each pipeline stage under the recompute policy, the first ones; the others keep everything; 0: all"
+    )
     mlp_tile: int = key(
         0, "tokens of an MLP tile, whose inner values exist only one tile at a time; 0: the whole MLP at once"
     )
@@ -179,6 +184,9 @@ class OptimConfig:
     eps: float = key(1e-8, "Adam epsilon")
     clip_grad: float = key(1.0, "largest global gradient norm; 0: no clipping")
     grad_reduce_fp32: bool = key(True, "accumulate and reduce gradients in float32 (bf16 training)")
+    offload_fraction: float = key(
+        0.0, "share of the optimizer state (0 to 1) that lives in host memory, where the CPU updates it"
+    )
     vision: PartConfig = field(default_factory=PartConfig, metadata={"help": "vision tower"})
     projector: PartConfig = field(default_factory=PartConfig, metadata={"help": "projector"})
     llm: PartConfig = field(default_factory=PartConfig, metadata={"help": "language model"})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_vila.config.layouts import Layout, layout_problems, nearest_divisors, world_problem
 from megatron_vila.config.load import ConfigError
-from megatron_vila.config.memory import GIB, MemoryEstimate, estimate_memory, host_memory, memory_of_rank
+from megatron_vila.config.memory import GIB, MemoryEstimate, estimate_memory, host_memory, memory_of_rank, state_on_host
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import PROJECTOR_TYPES, tokens_per_frame
 
@@ -37,7 +37,6 @@ AT_LEAST_ONE = {
         "ffn_hidden_size",
         "image_size",
         "patch_size",
-        "frame_micro_batch",
     ),
     "model.llm": (
         "num_layers",
@@ -55,8 +54,9 @@ AT_LEAST_ONE = {
 }
 
 AT_LEAST_ZERO = {
+    "model.vision": ("frame_micro_batch",),
     "model.lora": ("rank",),
-    "memory": ("mlp_tile", "offload_gib"),
+    "memory": ("recompute_layers", "mlp_tile", "offload_gib"),
     "data": ("fps",),
     "optim": ("min_lr", "warmup_steps", "warmup_fraction", "weight_decay", "clip_grad"),
     "train": ("seed", "eval_every"),
@@ -92,9 +92,10 @@ def validate(config: Config, world_size: int, check_files: bool = True) -> list[
         problems += _lora_problems(config)
         problems += _policy_problems(config)
         problems += _profile_problems(config, world_size)
+        if check_files:
+            problems += _host_problems(config, world_size)
     if check_files:
         problems += _file_problems(config)
-        problems += _host_problems(config, world_size)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
@@ -129,6 +130,9 @@ def _value_problems(config: Config) -> Iterable[str]:
     for name in ("optim.beta1", "optim.beta2"):
         if not 0 <= value_of(config, name) < 1:
             yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
+    fraction = config.optim.offload_fraction
+    if not 0 <= fraction <= 1:
+        yield f"optim.offload_fraction={fraction} is a share of the optimizer state; use 0 (none) to 1 (all of it)"
     for part in ("vision", "projector", "llm"):
         lr = value_of(config, f"optim.{part}.lr")
         if lr is not None and not (lr > 0 and math.isfinite(lr)):
@@ -258,6 +262,12 @@ def _policy_problems(config: Config) -> Iterable[str]:
             f"memory.block_layers={memory.block_layers} rebuilds layers from kept attention outputs, but memory.recompute="
             f"{memory.recompute}; set memory.recompute=attention_output or block_layers=1"
         )
+    layers = config.model.llm.num_layers // config.parallel.pp
+    if memory.recompute_layers and (memory.recompute == "none" or memory.recompute_layers > layers):
+        yield (
+            f"memory.recompute_layers={memory.recompute_layers} with memory.recompute={memory.recompute} and {layers} layers of "
+            "a stage; set memory.recompute=attention_output and no more layers than a stage has, or recompute_layers=0 for all"
+        )
     if memory.offload_gib and memory.recompute == "none":
         yield (
             f"memory.offload_gib={memory.offload_gib:g} is for what a recompute policy keeps, but memory.recompute=none; set "
@@ -266,12 +276,20 @@ def _policy_problems(config: Config) -> Iterable[str]:
 
 
 def _host_problems(config: Config, world_size: int) -> Iterable[str]:
-    ranks = min(world_size, config.parallel.gpus_per_node)
-    wanted, available = ranks * config.memory.offload_gib * GIB, host_memory()
+    import torch
+
+    ranks, available = min(world_size, config.parallel.gpus_per_node), host_memory() / GIB
+    kept = config.memory.offload_gib
+    state = state_on_host(config, world_size, torch.cuda.is_available()) / GIB
+    wanted = ranks * (kept + state)
     if wanted > available:
+        settings = [f"memory.offload_gib={kept:g}"] if kept else []
+        if state:
+            settings.append(f"optim.offload_fraction={config.optim.offload_fraction:g} ({state:.1f} GiB a rank)")
         yield (
-            f"memory.offload_gib={config.memory.offload_gib:g} on {ranks} ranks of a node asks for {wanted / GIB:.1f} GiB of "
-            f"host memory, and {available / GIB:.1f} GiB are there; lower it to {available / GIB / ranks:.1f} or less"
+            f"{' and '.join(settings)} on {ranks} ranks of a node asks for {wanted:.1f} GiB of host memory, and "
+            f"{available:.1f} GiB are there; lower {'both' if len(settings) > 1 else 'it'} to {available / ranks:.1f} GiB a rank "
+            "or less"
         )
 
 
@@ -378,5 +396,5 @@ def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
     if biggest == "workspace":
         return "set memory.mlp_tile=8192" if not config.memory.mlp_tile else "lower memory.mlp_tile, or shorten train.seq_length"
     if biggest == "optimizer":
-        return "start more ranks: the optimizer state is shared by all ranks of dp*cp"
+        return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
     return "raise parallel.tp or parallel.pp"

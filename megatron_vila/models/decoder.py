@@ -3,7 +3,8 @@
 ``attention_output`` (the policy of long context) keeps the output and log-sum-exp of each layer's attention and the input of
 every ``block_layers``-th layer. The backward pass of a block first rebuilds the inputs of its layers from the first one (output
 projection and MLP only, attention's outputs being there), then takes the layers from the last to the first: it runs a layer
-once more with gradients, with the kept output in the place of attention, and goes back through it.
+once more with gradients, with the kept output in the place of attention, and goes back through it. The policy may hold for the
+first layers only: the last ones, whose backward pass comes first, then keep everything.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -37,14 +38,13 @@ def run_decoder(
     """
     if hidden_t1H is None:
         hidden_t1H = decoder.input_tensor
-    if memory.recompute == "none" or not torch.is_grad_enabled():
-        for layer in decoder.layers:
-            hidden_t1H = _run(layer, hidden_t1H, row)
-    else:
-        block = None
-        for layers in _blocks(decoder.layers, memory):
-            block = _Block(layers, row, host, memory.recompute == "attention_output", block)
-            hidden_t1H = _Recompute.apply(hidden_t1H, block)
+    again = 0 if memory.recompute == "none" or not torch.is_grad_enabled() else memory.recompute_layers or len(decoder.layers)
+    block = None
+    for layers in _blocks(decoder.layers[:again], memory):
+        block = _Block(layers, row, host, memory.recompute == "attention_output", block)
+        hidden_t1H = _Recompute.apply(hidden_t1H, block)
+    for layer in decoder.layers[again:]:
+        hidden_t1H = _run(layer, hidden_t1H, row)
     if decoder.final_layernorm is not None:
         hidden_t1H = decoder.final_layernorm(hidden_t1H)
     # Megatron's schedules refuse views as outputs of a stage.

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from megatron_vila import platform
+from megatron_vila.config.activations import frames_at_once
 from megatron_vila.config.schema import VisionConfig
 from megatron_vila.models.geometry import patches_per_side
 from megatron_vila.models.parameters import initialise, zero_connected_to
@@ -62,13 +64,11 @@ class VisionTower(nn.Module):
     ``config.num_layers`` counts the layers of the checkpoint. Parameters beyond the selected layer never require
     gradients; ``set_trainable`` concerns the others. Weights are drawn on the CPU with standard deviation
     ``init_std`` from torch's generator (the caller seeds it and casts the module). Raises ``ValueError`` for a
-    ``select_layer`` or a patch size that the tower cannot have and for a ``frame_micro_batch`` below 1.
+    ``select_layer`` or a patch size that the tower cannot have. On CUDA the layers are compiled when they are first run.
     """
 
     def __init__(self, config: VisionConfig, init_std: float) -> None:
         super().__init__()
-        if config.frame_micro_batch < 1:
-            raise ValueError(f"vision.frame_micro_batch={config.frame_micro_batch} encodes nothing; set 1 or more")
         self.config = config
         self.num_patches = patches_per_side(config) ** 2
         self.num_layers_run = layers_to_run(config)
@@ -81,6 +81,8 @@ class VisionTower(nn.Module):
         initialise(self, init_std)
         self.requires_grad_(False)
         self.set_trainable(True)
+        for layer in self._layers_run():
+            platform.compile_on_cuda(layer)
 
     def used_parameters(self) -> list[nn.Parameter]:
         """The parameters that the features depend on."""
@@ -128,14 +130,16 @@ class VisionTower(nn.Module):
 def in_frame_micro_batches(
     tower: VisionTower, encode: Callable[[torch.Tensor], torch.Tensor], pixels_F3HW: torch.Tensor
 ) -> torch.Tensor:
-    """``encode`` over at most ``frame_micro_batch`` frames at once, the results concatenated along F.
+    """``encode`` over at most ``frame_micro_batch`` frames at once (0: by memory), the results concatenated along F.
 
     With ``recompute`` the backward pass runs ``encode`` again, one micro-batch at a time, instead of keeping what it
     computed.
     """
     if tower.config.recompute and torch.is_grad_enabled():
         encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
-    parts = [encode(part_F3HW) for part_F3HW in pixels_F3HW.split(tower.config.frame_micro_batch)]
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.used_parameters())
+    at_once = frames_at_once(tower.config, learns, tower.used_parameters()[0].element_size(), platform.device_memory_bytes())
+    parts = [encode(part_F3HW) for part_F3HW in pixels_F3HW.split(at_once)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -100,8 +100,11 @@ class Ulysses:
         """Attention output [T, h, D] to [s, H, D]. All-to-all over the Ulysses group."""
         if self.split.ulysses == 1:
             return out_ThD
-        shares = self._return([out_ThD.index_select(0, inverse)], [self.split.per_rank] * self.split.ulysses)
-        return torch.cat(shares, dim=1)
+        # In sequence order the tokens of each rank stand together: this is the buffer to send.
+        sent = out_ThD.index_select(0, inverse)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return received.unflatten(0, (self.split.ulysses, -1)).transpose(0, 1).flatten(1, 2)
 
     def outputs_to_heads(self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None) -> list[torch.Tensor]:
         """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.

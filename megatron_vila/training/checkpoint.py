@@ -146,7 +146,7 @@ def load_checkpoint(
     for index, chunk in enumerate(model_chunks):
         _unwrap(chunk).load_state_dict(loaded["model"][str(index)], strict=False)
     if optimizer is not None:
-        if not has_main:
+        if not any(shard.key.startswith("optimizer.main.") for shard in shards.values()):
             optimizer.reload_model_params()
         with torch.no_grad():
             for name, target in targets.items():

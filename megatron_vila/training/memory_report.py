@@ -15,6 +15,7 @@ from megatron_vila import platform
 from megatron_vila.config.memory import GIB, estimate_memory
 from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import memory_cure
+from megatron_vila.training.offload import OffloadedAdam
 from megatron_vila.training.summary import write_json
 
 MEMORY_FILE = "memory.json"
@@ -25,15 +26,16 @@ def write_memory_report(
 ) -> str:
     """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak.
 
-    Per rank in GiB: weights, gradient buffers, optimizer state and main weights on the device, page-locked host memory, and the
-    peak since the first step. An all-gather over all ranks.
+    Per rank in GiB: weights, gradient buffers, optimizer state and main weights on the device, what was moved to host memory
+    (``host_peak_bytes`` of activations, and optimizer state), and the peak since the first step. An all-gather over all ranks.
     """
+    on_device, on_host = _optimizer_bytes(optimizer)
     mine = {
         "rank": dist.get_rank(),
         "weights": _gib(model.parameters()),
         "gradients": _gib(buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)),
-        "optimizer": _gib(_optimizer_tensors(optimizer)),
-        "host": round(host_peak_bytes / GIB, 6),
+        "optimizer": round(on_device / GIB, 6),
+        "host": round((host_peak_bytes + on_host) / GIB, 6),
         "peak": round(platform.peak_memory_bytes() / GIB, 6),
     }
     ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -59,11 +61,14 @@ def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exc
     )
 
 
-def _optimizer_tensors(optimizer: DistributedOptimizer) -> Iterable[torch.Tensor]:
-    for state in optimizer.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-    for group in optimizer.shard_fp32_from_float16_groups:
-        yield from group
+def _optimizer_bytes(optimizer: DistributedOptimizer) -> tuple[int, int]:
+    """Bytes of optimizer state and main weights on the device and in host memory."""
+    inner = optimizer.optimizer
+    if isinstance(inner, OffloadedAdam):
+        return inner.bytes_held()
+    held = [value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    held += [main for group in optimizer.shard_fp32_from_float16_groups for main in group]
+    return sum(x.nbytes for x in held), 0
 
 
 def _gib(tensors: Iterable[torch.Tensor | None]) -> float:

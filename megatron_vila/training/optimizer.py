@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vila.config.schema import OptimConfig, PartConfig, TrainConfig
+from megatron_vila.training.offload import OffloadedAdam, offload_state
 
 PARTS = ("vision", "projector", "llm")
 
@@ -74,8 +75,9 @@ def build_optimizer(
 ) -> tuple[DistributedOptimizer, OptimizerParamScheduler]:
     """Adam on dp x cp shards of the trainable parameters, and the schedule of its learning rates.
 
-    ``dtype`` is that of the parameters; bfloat16 ones get float32 main copies. Norms and biases have no weight decay. The
-    scheduler counts steps: call ``scheduler.step(1)`` after each; as usual in Megatron the first step of a warm-up has rate 0.
+    ``dtype`` is that of the parameters; bfloat16 ones get float32 main copies. ``optim.offload_fraction`` of the state lives in
+    host memory. Norms and biases have no weight decay. The scheduler counts steps: call ``scheduler.step(1)`` after each; as
+    usual in Megatron the first step of a warm-up has rate 0.
     Raises ``ValueError`` if nothing is trainable, the warm-up is as long as the run, or float64 parameters are on CUDA.
     Collective over all ranks.
     """
@@ -103,14 +105,21 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
+    # What Megatron derives from optimizer_cpu_offload with use_precision_aware_optimizer: the shards that Adam is given are those
+    # of the 16-bit weights, without float32 copies on the device. The two settings themselves would build Adam for whole weights.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = optim.offload_fraction > 0
     # The standard overrides are passed by hand because leaving them out means different things in 0.16.1 and 0.19.2.
     overrides = {**get_standard_config_overrides(config), **_rates_per_part(optim)}
-    chained = get_megatron_optimizer(
-        config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
-    )
+    # Shards of float32 weights are leaves, as torch's optimizers want them, only where autograd does not see them cut.
+    with torch.set_grad_enabled(optim.offload_fraction == 0):
+        chained = get_megatron_optimizer(
+            config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False
+        )
     # Without experts there is one optimizer in the chain.
     (optimizer,) = chained.chained_optimizers
     _prefer_fused_adam(optimizer.optimizer)
+    if optim.offload_fraction:
+        offload_state(optimizer, optim.offload_fraction)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -158,11 +167,20 @@ def apply_step(optimizer: DistributedOptimizer, loss_is_finite: bool = True) -> 
     if not math.isfinite(norm):
         return False, norm
     limit = optimizer.config.clip_grad
-    clipped = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
-    if 0 < limit < norm and clipped:
-        torch._foreach_mul_(clipped, limit / (norm + 1e-6))
+    if 0 < limit < norm:
+        _scale_gradients(optimizer, limit / (norm + 1e-6))
     optimizer.step_with_ready_grads()
     return True, norm
+
+
+def _scale_gradients(optimizer: DistributedOptimizer, factor: float) -> None:
+    if isinstance(optimizer.optimizer, OffloadedAdam):
+        # It scales what it casts to float32: 16-bit gradients are not rounded once more.
+        optimizer.optimizer.grad_scale = factor
+        return
+    gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _check_something_trains(model_chunks: Sequence[torch.nn.Module]) -> None:

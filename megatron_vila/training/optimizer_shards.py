@@ -22,6 +22,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_vila.training.offload import OffloadedAdam, parts_of
+
 Block = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
@@ -55,36 +57,38 @@ def blocks_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Block
 def ensure_state(optimizer: DistributedOptimizer) -> None:
     """Give every parameter of this rank its (zero) Adam state, as the first step would."""
     inner = optimizer.optimizer
-    optimizer.init_state_fn(inner, optimizer.config)
-    if _counts_per_parameter(inner):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if "step" not in inner.state[parameter]:
-                    where = parameter.device if group["fused"] else "cpu"
-                    inner.state[parameter]["step"] = torch.zeros((), device=where)
+    for part in parts_of(inner):
+        optimizer.init_state_fn(part, optimizer.config)
+        if _counts_per_parameter(part):
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    if "step" not in part.state[parameter]:
+                        where = parameter.device if group["fused"] else "cpu"
+                        part.state[parameter]["step"] = torch.zeros((), device=where)
+    if isinstance(inner, OffloadedAdam):
+        inner.mirror_state()
 
 
 def get_step(optimizer: DistributedOptimizer) -> int:
     """Adam's step count. Collective over all ranks: a rank may hold no parameter."""
-    inner = optimizer.optimizer
-    if _counts_per_parameter(inner):
-        steps = [state["step"] for state in inner.state.values() if "step" in state]
-    else:
-        steps = [group["step"] for group in inner.param_groups if "step" in group]
-    step = torch.tensor(int(steps[0]) if steps else 0, device=optimizer.get_loss_scale().device)
+    steps = [0]
+    for part in parts_of(optimizer.optimizer):
+        counts = part.state.values() if _counts_per_parameter(part) else part.param_groups
+        steps.append(next((int(count["step"]) for count in counts if "step" in count), 0))
+    step = torch.tensor(max(steps), device=optimizer.get_loss_scale().device)
     dist.all_reduce(step, op=dist.ReduceOp.MAX)
     return int(step)
 
 
 def set_step(optimizer: DistributedOptimizer, step: int) -> None:
     """Set Adam's step count (after ``ensure_state``)."""
-    inner = optimizer.optimizer
-    if _counts_per_parameter(inner):
-        for state in inner.state.values():
-            state["step"].fill_(step)
-    else:
-        for group in inner.param_groups:
-            group["step"] = step
+    for part in parts_of(optimizer.optimizer):
+        if _counts_per_parameter(part):
+            for state in part.state.values():
+                state["step"].fill_(step)
+        else:
+            for group in part.param_groups:
+                group["step"] = step
 
 
 def state_shards(optimizer: DistributedOptimizer, model_state: dict) -> dict[str, ShardedTensor]:
@@ -100,6 +104,8 @@ def state_shards(optimizer: DistributedOptimizer, model_state: dict) -> dict[str
         group, place = optimizer.model_param_group_index_map[parameter]
         main = optimizer.optimizer.param_groups[group]["params"][place]
         state = optimizer.optimizer.state[main]
+        # With offloaded state Adam's parameters are the 16-bit weights.
+        main = state.get("master_param", main)
         tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         if main.dtype != parameter.dtype:
             tensors["main"] = main.detach()

@@ -28,12 +28,15 @@ KINDS = {
         "documents": [24, 8], "heads": 4, "kv_heads": 2, "head_dim": 8, "variants": ["ulysses=2", "ring=2,kernel=cpu"]
     },
     "layer": TINY | {"layers": 2, "lengths": [32, 64], "variants": ["tp=2", "ring=2,recompute=attention_output,mlp_tile=8"]},
+    "head": {"tokens": 32, "hidden": 16, "vocab": 64, "variants": ["", "main_grad=0", "method=eager", "tp=2"]},
     "reshard": {
         "frames": 5, "tokens_per_frame": 3, "hidden": 8, "variants": ["ring=2", "tp=2", "tp=2,method=full_gather"]
     },
     "vision": TINY | {"frames": 3, "variants": ["frame_micro_batch=2", "trainable=0", "recompute=1"]},
     "trial": TINY | {
-        "overrides": ["parallel.ulysses=2", "train.seq_length=96", "train.steps=10"], "frames": 6, "supervised": 8, "steps": 2
+        "overrides": ["parallel.ulysses=2"], "lengths": [96], "video": True, "supervised": 8, "short_warmup": False,
+        "partial": 0, "without_attention": False,
+        "variants": ["memory.recompute=attention_output", "optim.grad_reduce_fp32=false,parallel.ulysses=1"],
     },
 }  # fmt: skip
 NEEDED = {"model", "gpus", "tp", "ulysses", "ring", "time_s", "peak_gib", "hardware", "versions", "command"}
@@ -129,10 +132,12 @@ def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_
 def test_the_command_finds_the_longest_row_and_leaves_a_table_and_a_plot(tmp_path):
     out = tmp_path / "max_length.csv"
     arguments = ["max-length", "tiny", "memory.recompute=attention_output", "--gpus", "1", "--start", "64", "--unit", "64"]
-    arguments += ["--most", "64", "--supervised", "8", "--video", "--out", str(out)]
+    arguments += ["--most", "64", "--supervised", "8", "--video", "--partial", "1", "--without-attention", "--out", str(out)]
     done = subprocess.run([sys.executable, "tools/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader(out.open())
     assert row["seq_len"] == "64" and row["frames"] == "15" and float(row["predicted_gib"]) > 0
+    assert row["note"].startswith("forward pass, head and backward pass of the last 1 layers; without attention")
+    assert not row["tflops_per_gpu"] and not row["mfu"]
     assert row["command"].startswith("python tools/benchmark.py max-length tiny memory.recompute=attention_output --gpus 1")
     assert (tmp_path / "max_length.png").stat().st_size > 1000

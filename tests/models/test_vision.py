@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import SiglipVisionModel
 
+from megatron_vila.config.activations import frames_at_once
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.projector import Projector
 from megatron_vila.models.vision import VisionTower, encode_frames, layers_to_run, siglip_config
@@ -245,9 +246,12 @@ def test_a_hidden_state_that_does_not_exist_is_refused_with_the_range(select_lay
         layers_to_run(replace(SMALL, select_layer=select_layer))
 
 
-def test_an_empty_frame_micro_batch_is_refused():
-    with pytest.raises(ValueError, match="frame_micro_batch=0"):
-        VisionTower(replace(SMALL, frame_micro_batch=0), 0.02)
+def test_frames_of_a_micro_batch_follow_the_memory_unless_they_are_set():
+    """SigLIP so400m keeps 0.63 GiB of a frame in bfloat16, a layer of it 26 MB."""
+    so400m = VisionConfig()
+    sizes = [frames_at_once(so400m, learns, 2, gib * 2**30) for learns in (True, False) for gib in (0, 4, 80, 140, 10**4)]
+    assert sizes == [16, 1, 15, 27, 64, 16, 20, 64, 64, 64]
+    assert frames_at_once(replace(so400m, frame_micro_batch=5), True, 2, 80 * 2**30) == 5
 
 
 def _overlapped_steps(rank: int, frames_of_rank: tuple[int, ...]) -> list[torch.Tensor]:

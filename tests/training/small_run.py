@@ -72,7 +72,7 @@ class Run:
         return {
             "weights": {name: p.detach().clone() for name, p in self.model.named_parameters()},
             "main": [p.clone() for p in main],
-            "adam": [{key: value.clone() for key, value in state.items()} for state in adam],
+            "adam": [{key: value.detach().clone() for key, value in state.items()} for state in adam],
             "lr": [group["lr"] for group in inner.param_groups],
         }
 

@@ -11,12 +11,15 @@ from megatron_vila.training.memory_report import out_of_memory_message
 from tests.ranks import pool
 from tests.training.real_run import Layout, overrides, train
 
-KEPT = ["memory.recompute=attention_output", "memory.block_layers=2", "memory.mlp_tile=16", "memory.offload_gib=0.5"]
+KEPT = [
+    *("memory.recompute=attention_output", "memory.block_layers=2", "memory.mlp_tile=16", "memory.offload_gib=0.5"),
+    "optim.offload_fraction=1",
+]
 
 
 @pytest.fixture(scope="module")
 def run(videos, tmp_path_factory):
-    """A run of two steps on two ranks that keeps its activations on the host and traces its second step on rank 1."""
+    """A run of two steps on two ranks that keeps activations and optimizer state on the host and traces step 2 on rank 1."""
     output = tmp_path_factory.mktemp("kept")
     layout = Layout(2, tp=2).overrides()
     settings = overrides(videos, output, *layout, *KEPT, "train.steps=2", "profile.steps=[2]", "profile.ranks=[1]")
@@ -31,7 +34,8 @@ def test_memory_is_predicted_by_part_and_the_peak_of_every_rank_stands_beside(ru
     assert set(predicted) == parts | {"total"}
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     for rank in report["ranks"]:
-        assert rank["peak"] > 0 and rank["host"] > 0
+        assert rank["peak"] > 0 and rank["host"] > 0 and rank["weights"] > 0
+        assert predicted["optimizer"] == rank["optimizer"] == 0, "all of it is offloaded"
 
 
 def test_a_traced_step_is_a_chrome_trace_of_the_rank_that_was_named(run):

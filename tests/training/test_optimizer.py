@@ -139,8 +139,8 @@ def test_buffers_and_state_have_the_right_precision(dtype, in_fp32, expected):
     assert pool.run(1, dtypes_of_a_run, dtype, in_fp32) == [expected]
 
 
-def broken_step(rank, layout, dtype, bad_rank, how):
-    run = build(layout, dtype)
+def broken_step(rank, layout, dtype, bad_rank, how, offload_fraction=0.0):
+    run = build(layout, dtype, optim__offload_fraction=offload_fraction)
     for step in range(2):
         run.step(step)
     before = run.state()
@@ -210,8 +210,9 @@ def test_a_step_without_any_supervised_token_has_zero_gradients_and_no_nan():
     assert pool.run(2, step_without_tokens) == [(True, 0.0)] * 2
 
 
-def frozen_run(rank, layout, frozen):
-    run = build(layout, **{f"optim__{part}__trainable": False for part in frozen})
+def frozen_run(rank, layout, frozen, offload_fraction=0.0):
+    trainable = {f"optim__{part}__trainable": False for part in frozen}
+    run = build(layout, optim__offload_fraction=offload_fraction, **trainable)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for step in range(2):
         run.step(step)

@@ -1,0 +1,193 @@
+"""What a step holds beside weights, gradients and optimizer state: bytes that are kept from forward to backward pass, and the
+most that is in use on top of them. Pure arithmetic that follows the code (``models/decoder.py``, ``models/fused.py``,
+``models/mlp.py``, ``models/head.py``, ``parallel/attention2d.py``); the tests compare what is kept with autograd.
+
+Legend: T tokens of a CP rank (S/cp); in elements per such token, divided by tp: H hidden size, q and k widths of all query and
+of all key heads, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_vila.config.schema import Config, VisionConfig
+from megatron_vila.config.sizes import (
+    head_dim,
+    linear_shapes,
+    llm_layer_parameters,
+    patches_per_frame,
+    tokens_per_frame,
+    vision_layers_run,
+)
+
+GIB = 2**30
+
+HEAD_LOGIT_BYTES = 640 * 2**20
+"""Logits and their gradients that the fused loss holds at once (``models/head.py``)."""
+
+MOST_FRAMES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on the device: ``llm`` and ``vision`` are kept for the backward pass, ``workspace`` is in use on top at the peak."""
+
+    llm: int
+    vision: int
+    workspace: int
+
+
+def activations(config: Config, dp: int, element: int, device_bytes: int) -> Activations:
+    """Of the fullest rank of a pipeline stage with tower, head and an equal share of the layers."""
+    kept, decoder_peak = _decoder(config, dp, element)
+    kept_vision, vision_peak = _vision(config, dp, element, device_bytes)
+    # The tower runs before and after the decoder.
+    peak = max(kept + _head_workspace(config, element), decoder_peak, vision_peak)
+    always = local_tokens(config) * (2 * head_dim(config.model.llm) * element + 24)  # rotary angles, ids, orders of the exchange
+    return Activations(kept, kept_vision, peak - kept + always)
+
+
+def decoder_alone(config: Config, element: int) -> int:
+    """Bytes of a rank that runs the decoder layers alone, forward and backward (``benchmark/layer.py``): weights, their
+    gradients, those of a layer twice while they are summed; input, its gradient and that of the output; kept and in use."""
+    llm, tp = config.model.llm, config.parallel.tp
+    weights = llm_layer_parameters(llm) // tp * (2 * llm.num_layers + 1) * element
+    streams = 3 * local_tokens(config) * llm.hidden_size // tp * element
+    return weights + streams + _decoder(config, 1, element)[1]
+
+
+def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
+    """Bytes that the layers of a stage keep on the device, and the most that they hold in their backward pass."""
+    parallel, memory = config.parallel, config.memory
+    layers, tokens = config.model.llm.num_layers // parallel.pp, local_tokens(config)
+    # The first stage of 1F1B holds the activations of up to pp micro-batches.
+    in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
+    again = 0 if memory.recompute == "none" else min(memory.recompute_layers or layers, layers)
+    on_host = int(memory.offload_gib * GIB)
+    first = max(0, in_flight * tokens * kept_bytes_per_token(config, again, element) - on_host)
+    kept = first + in_flight * tokens * (layers - again) * whole_layer_bytes(config, element)
+    # The last layers go back first; those under the policy may need more, later.
+    last, earlier = (_layer_workspace(config, element, policy) for policy in (again == layers, again > 0))
+    return kept, max(kept + last, first + earlier)
+
+
+def local_tokens(config: Config) -> int:
+    return -(-config.train.seq_length // (config.parallel.ulysses * config.parallel.ring))
+
+
+def kept_bytes_per_token(config: Config, layers: int, element: int) -> int:
+    """Bytes per token of a CP rank that ``layers`` decoder layers under the recompute policy keep from forward to backward."""
+    llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
+    if memory.recompute == "none":
+        return layers * whole_layer_bytes(config, element)
+    inputs = llm.hidden_size // tp * element
+    if memory.recompute == "full":
+        return layers * inputs
+    heads = llm.num_heads // tp
+    attention = heads * head_dim(llm) * element + heads * max(element, 4)
+    return layers * attention + -(-layers // memory.block_layers) * inputs
+
+
+def whole_layer_bytes(config: Config, element: int) -> int:
+    """Bytes per token of a CP rank that one layer keeps when nothing is recomputed."""
+    tp, wide = config.parallel.tp, max(element, 4)
+    return layer_elements(config) * element + config.model.llm.num_heads // tp * wide + 2 * wide // tp
+
+
+def layer_elements(config: Config) -> int:
+    """Elements per token of a CP rank that one layer saves when nothing is recomputed: inputs of the norms and of linear layers
+    that learn, q, k, v, attention's output (twice where the Ulysses exchange makes a copy), gate and up, inner values of LoRA's
+    updates."""
+    llm, lora, tp = config.model.llm, config.model.lora, config.parallel.tp
+    q, kv = llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
+    learning = set(lora.targets if lora.rank else linear_shapes(llm)) if config.optim.llm.trainable else set()
+    tiled = 0 < config.memory.mlp_tile < local_tokens(config) // tp
+    hidden = 2 + ("qkv" in learning) + (tiled or "fc1" in learning)
+    outputs = 2 if config.parallel.ulysses > 1 and "proj" in learning else 1
+    # With updates in the MLP autograd runs it, and keeps the product of gate and up too.
+    product = bool(lora.rank) and "fc2" in learning
+    mlp = 0 if tiled else (2 + product) * llm.ffn_hidden_size
+    # Updates of column-parallel layers (qkv, fc1) keep theirs for the tokens of all tp ranks.
+    per_update = {"qkv": tp, "proj": 1} | ({} if tiled else {"fc1": tp, "fc2": 1})
+    inner = lora.rank * sum(size for name, size in per_update.items() if name in learning)
+    return (hidden * llm.hidden_size + (1 + outputs) * q + 2 * kv + mlp + inner) // tp
+
+
+def _layer_workspace(config: Config, element: int, again: bool) -> int:
+    """The layer whose backward pass runs, ``again``: under a recompute policy. The larger of two moments: gradients of the MLP,
+    and gradients of attention."""
+    llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
+    tokens = local_tokens(config)
+    h, q, k, f = (x / tp for x in (llm.hidden_size, *_widths(config), llm.ffn_hidden_size))
+    tiled = 0 < memory.mlp_tile < tokens // tp
+    tile = memory.mlp_tile * tp / tokens if tiled else 1
+    # What the layer saves for itself: three normed or summed streams, q, k, v.
+    saved = 3 * h + q + 2 * k if again else 0
+    streams = 3 * h if again else 2 * h  # gradients of output and input; the output, as the root of a pass of its own
+    # gate and up, their product, the gradients of all three; kept ones count elsewhere
+    inner = (6 if again or tiled else 4) * f + (3 * tp * h if tp > 1 else 0)
+    mlp = saved + streams + tile * inner
+    exchanged = (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (2 * q + 6 * k) * (config.parallel.ring > 1)
+    # dout; dq, dk, dv and their float32 sums; copies of the exchanges
+    attention = saved - 2 * h * again + streams + 4 * q + 6 * k + exchanged
+    rebuilt = (memory.block_layers - 1) * h if again else 0
+    # Two blocks come back from the host ahead of their turn.
+    fetched = 2 * tokens * kept_bytes_per_token(config, memory.block_layers, element) if again and memory.offload_gib else 0
+    # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.
+    apart = tiled and element == 2 and not config.optim.grad_reduce_fp32 and config.optim.llm.trainable
+    sums = 3 * llm.hidden_size * llm.ffn_hidden_size // tp * 4 * apart
+    return int(tokens * (max(mlp, attention) + rebuilt) * element) + fetched + sums
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    llm = config.model.llm
+    return llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
+
+
+def _head_workspace(config: Config, element: int) -> int:
+    """The decoder's output, its norm, hidden states of supervised tokens (at most all) and their gradients; logits and theirs;
+    the float32 sums of a block of rows where the weight's gradient is 16 bit."""
+    llm, tp, tokens = config.model.llm, config.parallel.tp, local_tokens(config)
+    per_logit = element + max(element, 4)
+    logits = min(HEAD_LOGIT_BYTES, tokens * llm.vocab_size // tp * per_logit)
+    sums = math.isqrt(HEAD_LOGIT_BYTES // per_logit) * llm.hidden_size * 4
+    sums_apart = element == 2 and not config.optim.grad_reduce_fp32
+    return logits + 4 * tokens * llm.hidden_size // tp * element + sums * sums_apart
+
+
+def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Kept by the tower for its backward pass, and in use while it works on a micro-batch."""
+    model, vision, parallel = config.model, config.model.vision, config.parallel
+    in_row = config.train.seq_length // tokens_per_frame(model)
+    frames = in_row if config.data.packing else min(in_row, config.data.num_frames)
+    local = -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
+    per_layer = patches_per_frame(vision) * vision_activation_elements(vision) * element
+    learns = config.optim.vision.trainable
+    micro_batch = min(local, frames_at_once(vision, learns, element, device_bytes))
+    pixels = local * 3 * vision.image_size**2 * 4
+    tokens = local * tokens_per_frame(model) * model.llm.hidden_size * element
+    if not learns:
+        return pixels, micro_batch * per_layer + 2 * tokens
+    per_frame = vision_layers_run(vision) * per_layer
+    if vision.recompute:
+        return pixels, micro_batch * per_frame + 2 * tokens
+    in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
+    return pixels + local * in_flight * per_frame, 2 * tokens
+
+
+def frames_at_once(vision: VisionConfig, learns: bool, element: int, device_bytes: int) -> int:
+    """Frames of a micro-batch: ``vision.frame_micro_batch``, or (0) as many, up to 64, as take an eighth of the device's memory
+    while their gradients are formed; 16 on a CPU (``device_bytes`` = 0)."""
+    if vision.frame_micro_batch:
+        return vision.frame_micro_batch
+    if not device_bytes:
+        return 16
+    layers = vision_layers_run(vision) if learns else 1
+    per_frame = patches_per_frame(vision) * layers * vision_activation_elements(vision) * element
+    return max(1, min(MOST_FRAMES_AT_ONCE, device_bytes // 8 // per_frame))
+
+
+def vision_activation_elements(vision: VisionConfig) -> int:
+    """Elements per patch that one tower layer saves for its backward pass."""
+    return 8 * vision.hidden_size + 2 * vision.ffn_hidden_size

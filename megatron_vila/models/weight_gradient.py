@@ -1,0 +1,55 @@
+"""Weight gradients that our own backward passes form: summed where they belong, without a second pass over them.
+
+Under Megatron's DDP a weight carries ``main_grad``, a slice of the gradient buffer. A product is added to it by the matrix
+product itself (``beta = 1``), as Transformer Engine and Apex do for Megatron's linear layers.
+
+Legend: T tokens, O outputs and I inputs of the weight held by this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class WeightGradient:
+    """The gradient of ``weight`` [O, I] as a sum of products, one for each of ``tiles`` tiles of tokens.
+
+    16-bit tiles are summed in float32, as one product over all tokens would; one tile goes straight into ``main_grad``,
+    whatever its dtype.
+    """
+
+    def __init__(self, weight_OI: torch.Tensor, tiles: int) -> None:
+        self._weight = weight_OI
+        self._main = getattr(weight_OI, "main_grad", None)
+        wide = torch.promote_types(weight_OI.dtype, torch.float32)
+        if self._main is not None and (tiles == 1 or self._main.dtype == wide):
+            self._sum = self._main
+        else:
+            self._sum = torch.zeros_like(weight_OI, dtype=weight_OI.dtype if tiles == 1 else wide)
+
+    def add(self, dout_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
+        add_product(dout_TO.t(), x_TI, self._sum)
+
+    def result(self) -> torch.Tensor:
+        """What the backward pass returns for the weight."""
+        if self._main is None:
+            return self._sum.to(self._weight.dtype)
+        if self._sum is not self._main:
+            self._main.add_(self._sum)
+        return nothing(self._weight)
+
+
+def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out += a @ b; on CUDA the product of 16-bit operands is summed in float32 and rounded once, with what was there."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += a @ b
+
+
+def nothing(weight: torch.Tensor) -> torch.Tensor:
+    """A gradient that adds nothing and takes no memory. With it DDP's hook runs as for any gradient (it must, and on the thread
+    of the backward pass), and the gradient that a tied embedding gives the same weight still counts."""
+    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
