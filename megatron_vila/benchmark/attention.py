@@ -84,7 +84,7 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
     for part, step in steps.items():
         found = measure(step, settings["warmup"], settings["timed"])
         yield {
-            "model": f"{heads}/{kv_heads} heads of {dim}",
+            "model": f"{heads}/{kv_heads} heads of {dim}" + f", {len(documents)} documents" * (len(documents) > 1),
             "variant": text,
             "part": part,
             "gpus": world,
@@ -93,7 +93,6 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
             "ring": grid.ring,
             "attention": kernel.name,
             "seq_len": int(cu_seqlens[-1]),
-            "note": f"{len(documents)} documents" if len(documents) > 1 else "",
             "time_s": round(found.seconds, 6),
             "tflops_per_gpu": float(f"{PRODUCTS[part] * score / found.seconds / world / 1e12:.4g}"),
             "peak_gib": round(found.peak_bytes / 2**30, 3),

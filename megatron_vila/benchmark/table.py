@@ -64,7 +64,7 @@ def plot_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     measure = next(name for name in measures if all(row.get(name) not in (None, "") for row in rows))
     labels = [" ".join(str(row[name]) for name in ("model", "variant", "part", "seq_len") if row.get(name)) for row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.32 * len(rows)), layout="constrained")
-    axes.barh(labels, [float(row[measure]) for row in rows], color="#4477aa")
+    axes.barh(range(len(rows)), [float(row[measure]) for row in rows], tick_label=labels, color="#4477aa")
     axes.invert_yaxis()
     axes.set_xlabel(measure.replace("_", " "))
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ from hypothesis import strategies as st
 
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
+from megatron_vila.benchmark.table import ALWAYS
 from megatron_vila.benchmark.worker import parse_variant
+from megatron_vila.config.activations import GIB, decoder_alone
+from megatron_vila.config.load import load_config
+from megatron_vila.config.memory import estimate_memory
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
@@ -117,6 +122,40 @@ def test_the_search_may_end_once_what_is_open_is_a_share_of_the_result(limit, st
     found = longest(fits, start, 1, 2000, share)
     assert found <= min(limit, 2000) <= found * (1 + share) + 1
     assert len(set(tried)) == len(tried)
+
+
+def published(name):
+    return list(csv.DictReader((ROOT / "docs/benchmarks" / f"{name}.csv").open()))
+
+
+@pytest.mark.parametrize("name", ["attention", "layer", "max_length", "reshard", "step"])
+def test_published_tables_have_every_column_and_name_hardware_versions_and_command(name):
+    for row in published(name):
+        assert set(row) >= set(ALWAYS)
+        assert "NVIDIA" in row["hardware"] and "torch 2" in row["versions"]
+        assert row["command"].startswith(("python tools/benchmark.py ", "torchrun "))
+
+
+def test_the_memory_model_of_today_is_within_5_percent_of_every_published_peak_that_has_a_prediction():
+    """The prediction is made anew from the row's command, and is the one that the table shows."""
+    compared = 0
+    for row in [*published("layer"), *published("step"), *published("max_length")]:
+        if not row["predicted_gib"]:
+            continue
+        words = shlex.split(row["command"])
+        settings = [word for word in words[4:] if "=" in word and not word.startswith("-")]
+        settings = [s for s in settings if "." in s.partition("=")[0]]
+        config = load_config(words[3], [*settings, f"train.seq_length={row['seq_len']}"])
+        if words[2] == "layer":
+            config.model.llm.num_layers = 4
+            config.parallel.ulysses, config.parallel.ring = int(row["ulysses"]), int(row["ring"])
+            predicted = decoder_alone(config, 2) / GIB
+        else:
+            predicted = estimate_memory(config, int(row["gpus"]), on_gpu=True).allocated / GIB
+        assert predicted == pytest.approx(float(row["predicted_gib"]), abs=2e-3)
+        assert predicted == pytest.approx(float(row["peak_gib"]), rel=0.05)
+        compared += 1
+    assert compared >= 6
 
 
 def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_refused():
