@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ SETTINGS = {
 
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
+    # As Ctrl-C does, so that the job is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     command = shlex.join(["python", "tools/benchmark.py", *arguments])
     rows: list[dict[str, Any]] = []
 

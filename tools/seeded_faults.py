@@ -211,9 +211,23 @@ FAULTS = [
     ),
     Fault(
         "weight gradients of all tiles but the last are lost",
-        "megatron_vila/models/mlp.py",
-        "                total += grad\n",
-        "                total.copy_(grad)\n",
+        "megatron_vila/models/weight_gradient.py",
+        "        out.addmm_(a, b)\n",
+        "        torch.mm(a, b, out=out)\n",
+        POLICIES,
+    ),
+    Fault(
+        "gradients of gate and up are exchanged",
+        "megatron_vila/models/fused.py",
+        "return torch.cat([dgate, dout * gate * sigmoid], dim=-1).to(gate_up.dtype)",
+        "return torch.cat([dout * gate * sigmoid, dgate], dim=-1).to(gate_up.dtype)",
+        POLICIES,
+    ),
+    Fault(
+        "the first layer without the recompute policy is left out",
+        "megatron_vila/models/decoder.py",
+        "for layer in decoder.layers[again:]:",
+        "for layer in decoder.layers[again + (0 < again) :]:",
         POLICIES,
     ),
     Fault(

@@ -44,7 +44,7 @@ def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         out += a @ b
 

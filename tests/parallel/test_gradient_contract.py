@@ -127,6 +127,7 @@ MEMORY_POLICIES = {
         "recompute": "attention_output", "block_layers": 3, "mlp_tile": 5, "offload_gib": 1.0
     },
     "part on the host": {"recompute": "attention_output", "offload_gib": 1e-5},
+    "one layer of a stage": {"recompute": "attention_output", "recompute_layers": 1, "mlp_tile": 5},
 }  # fmt: skip
 
 
