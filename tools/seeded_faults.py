@@ -23,6 +23,7 @@ LAYOUTS = "world4-tp2-pp1-u2-r1 or world4-tp1-pp1-u2-r2 or world4-tp1-pp1-u1-r4 
 
 EVERY_LAYOUT = (CONTRACT, "-k", LAYOUTS)
 POLICIES = (CONTRACT, "-k", "memory_policy and tp2-pp1-u2-r1")
+CHUNKS = (CONTRACT, "-k", "travel_in_chunks and u2-r2")
 SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduction")
 
 
@@ -173,8 +174,8 @@ FAULTS = [
     Fault(
         "a rank takes its neighbour's key/value heads",
         PARALLEL + "ulysses.py",
-        "first = rank * self.per_rank\n        return range(",
-        "first = (rank + 1) % self.ulysses * self.per_rank\n        return range(",
+        "queries = self.query_range(rank, chunk)",
+        "queries = self.query_range((rank + 1) % self.ulysses, chunk)",
     ),
     Fault(
         "vision gradients are not summed over tp",
@@ -205,9 +206,23 @@ FAULTS = [
     Fault(
         "kept attention outputs are not exchanged for their gradients",
         PARALLEL + "attention2d.py",
-        "dout, out = ulysses.outputs_to_heads([dout_sHD, out_sHD], order)",
-        "dout, out = ulysses.outputs_to_heads([dout_sHD, dout_sHD], order)",
+        "outputs = ulysses.outputs_to_heads([dout_sHD, out_sHD], order, chunk)",
+        "outputs = ulysses.outputs_to_heads([dout_sHD, dout_sHD], order, chunk)",
         POLICIES,
+    ),
+    Fault(
+        "a chunk of heads lands in the place of another",
+        PARALLEL + "ulysses.py",
+        "[:, :, chunk]",
+        "[:, :, -1 - chunk]",
+        CHUNKS,
+    ),
+    Fault(
+        "kept log-sum-exps are those of another chunk",
+        PARALLEL + "attention2d.py",
+        "return dout, q, k, v, out, lses[chunk]",
+        "return dout, q, k, v, out, lses[-1 - chunk]",
+        CHUNKS,
     ),
     Fault(
         "weight gradients of all tiles but the last are lost",

@@ -25,7 +25,7 @@ from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.parallel.ulysses import HeadSplit
 
-VARIANT = {"ulysses": 1, "ring": 1, "kernel": "auto", "method": "mmsp"}
+VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto", "method": "mmsp"}
 METHODS = ("mmsp", "plain_ring")
 PRODUCTS = {"forward": 2, "backward": 5, "both": 6}
 
@@ -66,7 +66,7 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
         def forward():
             return plain_ring_attention(q_sHD, k_sKD, v_sKD, kernel, dim**-0.5, topology.ring)
     else:
-        split = HeadSplit(heads, kv_heads, grid.ulysses)
+        split = HeadSplit(heads, kv_heads, grid.ulysses, variant["ulysses_chunks"])
         attention = Attention2D.of(split, kernel, dim**-0.5, topology.ulysses, topology.ring, device)
         row = RowIndices.of(cu_seqlens, grid.ulysses, grid.ring, topology.place.ring, device)
 

@@ -35,7 +35,7 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
 
 VARIANT = {
-    "tp": 1, "ulysses": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none", "block_layers": 1,
+    "tp": 1, "ulysses": 1, "ulysses_chunks": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none", "block_layers": 1,
     "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0,
 }  # fmt: skip
 MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None}
@@ -54,7 +54,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         raise ValueError(f"variant {text}: method={variant['method']} is unknown; use mmsp, {', '.join(MEGATRON)}")
     config = load_config(settings["config"], settings["overrides"])
     config.model.llm.num_layers, config.model.attention = settings["layers"], variant["attention"]
-    config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ring")})
+    config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ulysses_chunks", "ring")})
     policy = ("recompute", "block_layers", "recompute_layers", "mlp_tile", "offload_gib")
     config.memory = MemoryConfig(**{name: variant[name] for name in policy})
     config.train.seq_length = length
@@ -101,9 +101,9 @@ def _mmsp(
     config: Config, _: str, topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     grid, llm = topology.grid, config.model.llm
-    decoder = build_language_model(
-        config.model, transformer_config(config.model, topology, dtype), topology, device, False, config.memory.mlp_tile
-    ).decoder.to(device, dtype)
+    stock = transformer_config(config.model, topology, dtype)
+    settings = config.memory.mlp_tile, config.parallel.ulysses_chunks
+    decoder = build_language_model(config.model, stock, topology, device, False, *settings).decoder.to(device, dtype)
     cu_seqlens = np.array([0, length])
     positions = torch.from_numpy(local_positions(cu_seqlens, grid.cp, topology.cp_rank)).to(device)
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)

@@ -128,9 +128,12 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     # gate and up, their product, the gradients of all three; kept ones count elsewhere
     inner = (6 if again or tiled else 4) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
-    exchanged = (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (2 * q + 6 * k) * (config.parallel.ring > 1)
-    # dout; dq, dk, dv and their float32 sums; copies of the exchanges
-    attention = saved - 2 * h * again + streams + 4 * q + 6 * k + exchanged
+    # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring
+    chunks = config.parallel.ulysses_chunks
+    at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (2 * q + 6 * k) * (config.parallel.ring > 1)
+    if chunks > 1:  # one chunk at work, the next one on its way, the gradients of all
+        at_heads = (at_heads + 3 * q + 2 * k) / chunks + q + 2 * k
+    attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
     rebuilt = (memory.block_layers - 1) * h if again else 0
     # Two blocks come back from the host ahead of their turn.
     fetched = 2 * tokens * kept_bytes_per_token(config, memory.block_layers, element) if again and memory.offload_gib else 0

@@ -38,6 +38,18 @@ def layout_problems(llm: LanguageConfig, layout: Layout) -> list[str]:
     return [*_pipeline_problems(llm, layout), *_tensor_problems(llm, layout), *_ulysses_problems(llm, layout)]
 
 
+def chunk_problems(llm: LanguageConfig, layout: Layout, chunks: int) -> list[str]:
+    """Why the exchange over ``layout.ulysses`` ranks cannot travel in ``chunks`` chunks of heads; empty if it can."""
+    kv_heads = max(llm.num_kv_heads // layout.tp, 1)
+    if chunks == 1 or (layout.ulysses > 1 and kv_heads % (layout.ulysses * chunks) == 0):
+        return []
+    works = [n for n in range(1, kv_heads + 1) if n == 1 or (layout.ulysses > 1 and kv_heads % (layout.ulysses * n) == 0)]
+    return [
+        f"parallel.ulysses_chunks={chunks} with ulysses={layout.ulysses} does not deal out {kv_heads} key/value heads of a "
+        f"tensor-parallel rank; use ulysses_chunks={' or '.join(map(str, works))}"
+    ]
+
+
 def world_problem(llm: LanguageConfig, layout: Layout, world_size: int) -> str | None:
     """Why ``world_size`` ranks cannot run ``layout``, with world sizes and layouts that work; None if they can."""
     if world_size >= 1 and world_size % layout.size == 0:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_vila.config.layouts import Layout, layout_problems, nearest_divisors, world_problem
+from megatron_vila.config.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.memory import GIB, MemoryEstimate, estimate_memory, host_memory, memory_of_rank, state_on_host
 from megatron_vila.config.schema import Config
@@ -47,7 +47,7 @@ AT_LEAST_ONE = {
         "vocab_size",
         "max_positions",
     ),
-    "parallel": ("tp", "pp", "ulysses", "ring", "gpus_per_node"),
+    "parallel": ("tp", "pp", "ulysses", "ulysses_chunks", "ring", "gpus_per_node"),
     "memory": ("block_layers",),
     "data": ("num_frames", "workers", "prefetch"),
     "train": ("steps", "global_batch_size", "seq_length", "max_skips", "log_every"),
@@ -183,6 +183,7 @@ def _layout_and_batch_problems(config: Config, world_size: int) -> Iterable[str]
     layout, llm = Layout.of(config.parallel), config.model.llm
     if not llm.num_heads % llm.num_kv_heads and (llm.head_dim or not llm.hidden_size % llm.num_heads):
         yield from layout_problems(llm, layout)
+        yield from chunk_problems(llm, layout, config.parallel.ulysses_chunks)
     world = world_problem(llm, layout, world_size)
     if world:
         yield world

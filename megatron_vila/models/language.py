@@ -81,6 +81,7 @@ def build_language_model(
     device: torch.device,
     deterministic: bool,
     mlp_tile: int,
+    ulysses_chunks: int,
 ) -> GPTModel:
     """This rank's part of the GPT: its tensor-parallel shard of its pipeline stage's layers."""
     llm = model.llm
@@ -90,6 +91,7 @@ def build_language_model(
         ulysses_group=topology.ulysses,
         ring_group=topology.ring,
         kernel_name=model.attention,
+        ulysses_chunks=ulysses_chunks,
         device=device,
         deterministic=deterministic,
     )

@@ -50,7 +50,13 @@ class VilaModel(MegatronModule):
             for parameter in (*self.vision.parameters(), *self.projector.parameters()):
                 parameter.sequence_parallel = grid.tp > 1
         self.llm = build_language_model(
-            model, self.config, topology, device, config.train.deterministic, config.memory.mlp_tile
+            model,
+            self.config,
+            topology,
+            device,
+            config.train.deterministic,
+            config.memory.mlp_tile,
+            config.parallel.ulysses_chunks,
         )
         self.memory = config.memory
         self.host = HostMemory(int(config.memory.offload_gib * GIB), device)

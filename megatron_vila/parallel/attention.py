@@ -68,6 +68,7 @@ class MMSPAttention(nn.Module):
         ring_group: dist.ProcessGroup,
         kernel_name: str,
         device: torch.device,
+        ulysses_chunks: int = 1,
         deterministic: bool = False,
         softmax_scale: float | None = None,
         **_unused,
@@ -80,7 +81,7 @@ class MMSPAttention(nn.Module):
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         kv_heads = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
         self.attention = Attention2D.of(
-            HeadSplit(heads, kv_heads, ulysses_group.size()),
+            HeadSplit(heads, kv_heads, ulysses_group.size(), ulysses_chunks),
             select_kernel(kernel_name, config.kv_channels, config.params_dtype, device, deterministic),
             softmax_scale if softmax_scale is not None else config.kv_channels**-0.5,
             ulysses_group,

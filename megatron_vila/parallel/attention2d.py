@@ -2,7 +2,8 @@
 
 q, k, v [s, heads, D] after the rotary embedding -> all-to-all over the Ulysses group -> zigzag ring -> all-to-all back. One
 autograd function saves q, k, v, the output and its log-sum-exp; where a layer is run again for its gradients, another one gets
-the output that was kept, so that attention never runs twice. It knows neither Megatron-Core nor Transformers: both stand
+the output that was kept, so that attention never runs twice. With several chunks of heads the exchanges of one chunk run under
+the attention of another. It knows neither Megatron-Core nor Transformers: both stand
 on it (``parallel/attention.py``, ``hf/mm_sp.py``).
 
 Legend: S tokens of a row, s local tokens (S/cp), T = U*s, H query heads, K key/value heads, D head dim.
@@ -129,21 +130,39 @@ class Attention2D:
 class _Attention2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention | None):
-        q, k, v = attention.ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order)
-        # Without an exchange v is a view that would keep the whole of a fused projection alive.
-        v = v.contiguous()
-        out, lse = attention.ring.forward(q, k, v, row.layout, attention.expansion)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ulysses, ring, chunks = attention.ulysses, attention.ring, range(attention.ulysses.split.chunks)
+        exchanged = ulysses.split.ulysses > 1
+        out_sHD = torch.empty_like(q_sHD) if exchanged else None
+        saved, returning = [], []
+        coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, 0)
+        for chunk in chunks:
+            q, k, v = coming.wait()
+            if chunk + 1 in chunks:
+                coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, chunk + 1)
+            # Without an exchange v is a view that would keep the whole of a fused projection alive.
+            v = v.contiguous()
+            out, lse = ring.forward(q, k, v, row.layout, attention.expansion)
+            saved += [q, k, v, out, lse]
+            if exchanged:
+                returning.append(ulysses.to_sequence(out, row.inverse, out_sHD, chunk))
+        for pending in returning:
+            pending.wait()
+        ctx.save_for_backward(*saved)
         ctx.row, ctx.attention = row, attention
-        out_sHD = attention.ulysses.to_sequence(out, row.inverse)
+        out_sHD = out_sHD if exchanged else saved[3]
         if kept is not None:
-            kept.fill(out_sHD, lse)
+            kept.fill(out_sHD, saved[4] if len(chunks) == 1 else torch.cat(saved[4::5]))
         return out_sHD
 
     @staticmethod
     def backward(ctx, dout_sHD):
-        (dout,) = ctx.attention.ulysses.outputs_to_heads([dout_sHD], ctx.row.order)
-        return _gradients(ctx.attention, ctx.row, dout, *ctx.saved_tensors)
+        saved, order = ctx.saved_tensors, ctx.row.order
+
+        def start(chunk: int) -> Callable[[], tuple]:
+            dout = ctx.attention.ulysses.outputs_to_heads([dout_sHD], order, chunk)
+            return lambda: (*dout.wait(), *saved[5 * chunk : 5 * chunk + 5])
+
+        return _gradients(ctx.attention, ctx.row, dout_sHD, start)
 
 
 class _KeptAttention2D(torch.autograd.Function):
@@ -161,12 +180,42 @@ class _KeptAttention2D(torch.autograd.Function):
     def backward(ctx, dout_sHD):
         ulysses, order = ctx.attention.ulysses, ctx.row.order
         out_sHD, lse = ctx.kept.take()
-        q, k, v = ulysses.to_heads(*ctx.saved_tensors, order)
-        dout, out = ulysses.outputs_to_heads([dout_sHD, out_sHD], order)
-        return _gradients(ctx.attention, ctx.row, dout, q, k, v, out, lse)
+        lses = lse.chunk(ulysses.split.chunks)
+        saved = ctx.saved_tensors
+
+        def start(chunk: int) -> Callable[[], tuple]:
+            inputs = ulysses.to_heads(*saved, order, chunk)
+            outputs = ulysses.outputs_to_heads([dout_sHD, out_sHD], order, chunk)
+
+            def finish():
+                q, k, v = inputs.wait()
+                dout, out = outputs.wait()
+                return dout, q, k, v, out, lses[chunk]
+
+            return finish
+
+        return _gradients(ctx.attention, ctx.row, dout_sHD, start)
 
 
-def _gradients(attention: Attention2D, row: RowIndices, dout, q, k, v, out, lse):
-    """Gradients of q, k and v in the sequence layout, and nothing for the other three arguments."""
-    dq, dk, dv = attention.ring.backward(dout, q, k, v, out, lse, row.layout, attention.expansion)
-    return *attention.ulysses.grads_to_sequence(dq, dk, dv, row.inverse), None, None, None
+def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, start: Callable[[int], Callable[[], tuple]]):
+    """Gradients of q, k and v in the sequence layout, and nothing for the other three arguments.
+
+    ``start(chunk)`` begins to bring a chunk to its heads; what it returns gives dout, q, k, v, out and the log-sum-exp there.
+    """
+    ulysses, chunks = attention.ulysses, range(attention.ulysses.split.chunks)
+    coming, returning, totals = start(0), [], None
+    for chunk in chunks:
+        given = coming()
+        if chunk + 1 in chunks:
+            coming = start(chunk + 1)
+        grads = attention.ring.backward(*given, row.layout, attention.expansion)
+        del given
+        if ulysses.split.ulysses == 1:
+            return *grads, None, None, None
+        if totals is None:
+            tokens, kv_heads, dim = len(dout_sHD), ulysses.split.kv_heads, dout_sHD.shape[2]
+            totals = torch.empty_like(dout_sHD), *(dout_sHD.new_zeros(tokens, kv_heads, dim) for _ in range(2))
+        returning.append(ulysses.grads_to_sequence(grads, row.inverse, totals, chunk))
+    for pending in returning:
+        pending.wait()
+    return *totals, None, None, None

@@ -4,16 +4,20 @@ Query heads are split evenly over the U ranks of the Ulysses group. Key/value he
 when U exceeds or does not divide their number, a head is sent to each rank that needs it and its gradients are summed at
 home. q, k and v travel in one collective.
 
-Legend: s local tokens (S/cp), T = U*s tokens after the exchange, H query heads, K key/value heads, h = H/U query heads
-and k key/value heads of a rank after the exchange, D head dim.
+The heads of a rank may travel in several chunks, one under the attention of another: then exchanges hide behind the work, and
+their copies exist for a chunk at a time. Every exchange is started at once and handed out as a ``Pending``.
+
+Legend: s local tokens (S/cp), T = U*s tokens after the exchange, H query heads, K key/value heads, h query heads and k key/value
+heads of a chunk of a rank (h = H/U without chunks), D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +25,15 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Which heads each rank of a Ulysses group works on. Pure arithmetic.
+    """Which heads each rank of a Ulysses group works on, ``chunks`` times as many as at once. Pure arithmetic.
 
-    Raises ``ValueError`` if ``ulysses`` does not divide the query heads.
+    Raises ``ValueError`` if ``ulysses`` does not divide the query heads, or ulysses * chunks the key/value heads (chunks > 1).
     """
 
     heads: int
     kv_heads: int
     ulysses: int
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -40,39 +45,63 @@ class HeadSplit:
                 f"{' or '.join(map(str, works)) or 1} and put the rest of cp into the ring"
             )
 
+        if self.chunks > 1 and self.kv_heads % (self.ulysses * self.chunks):
+            raise ValueError(f"{self.chunks} chunks over ulysses={self.ulysses} do not divide {self.kv_heads} key/value heads")
+
     @property
     def per_rank(self) -> int:
-        """Query heads of a rank after the exchange."""
+        """Query heads of a rank after the exchange, all chunks together."""
         return self.heads // self.ulysses
+
+    def query_range(self, rank: int, chunk: int) -> range:
+        """Query heads of ``rank`` that travel with ``chunk``."""
+        count = self.per_rank // self.chunks
+        first = rank * self.per_rank + chunk * count
+        return range(first, first + count)
 
     @property
     def group(self) -> int:
         """Query heads that share a key/value head."""
         return self.heads // self.kv_heads
 
-    def kv_range(self, rank: int) -> range:
-        """Key/value heads that ``rank`` needs."""
-        first = rank * self.per_rank
-        return range(first // self.group, (first + self.per_rank - 1) // self.group + 1)
+    def kv_range(self, rank: int, chunk: int = 0) -> range:
+        """Key/value heads that ``rank`` needs for ``chunk``."""
+        queries = self.query_range(rank, chunk)
+        return range(queries.start // self.group, (queries.stop - 1) // self.group + 1)
 
     def expansion(self, rank: int) -> list[int] | None:
         """Index into ``kv_range(rank)`` for each kernel key/value head, or None if they are the range itself.
 
         Kernels share a key/value head among equally many query heads. Where the split cuts a group unevenly, runs of
-        gcd(h, H/K) query heads get their own (repeated) key/value head.
+        gcd(h, H/K) query heads get their own (repeated) key/value head. Chunks never cut a group.
         """
+        if self.chunks > 1:
+            return None
         run = gcd(self.per_rank, self.group)
         mine = self.kv_range(rank)
         index = [(rank * self.per_rank + i) // self.group - mine.start for i in range(0, self.per_rank, run)]
         return None if index == list(range(len(mine))) else index
 
 
+class Pending:
+    """An exchange that has been started; ``wait`` gives what has arrived, once."""
+
+    def __init__(self, finish: Callable[[], Any], work: dist.Work | None = None, sent: torch.Tensor | None = None) -> None:
+        self._finish, self._work, self._sent = finish, work, sent  # what is sent lives until it has left
+
+    def wait(self) -> Any:
+        if self._work is not None:
+            self._work.wait()
+        finish, self._finish, self._sent = self._finish, None, None
+        return finish()
+
+
 @dataclass(frozen=True)
 class Ulysses:
-    """The exchange between sequence shards and head shards over ``group``.
+    """The exchange between sequence shards and head shards over ``group``, chunk by chunk of ``split``.
 
     ``order`` permutes received tokens (``layout.ulysses_permutation``) and ``inverse`` undoes it; both int64 [T] on the
-    device, None when U = 1.
+    device, None when U = 1, where nothing travels and there is one chunk.
     """
 
     split: HeadSplit
@@ -80,77 +109,99 @@ class Ulysses:
     group: dist.ProcessGroup
 
     @cached_property
-    def _kv_ranges(self) -> list[range]:
-        return [self.split.kv_range(u) for u in range(self.split.ulysses)]
+    def _query_ranges(self) -> list[list[range]]:
+        return [[self.split.query_range(u, c) for u in range(self.split.ulysses)] for c in range(self.split.chunks)]
 
-    def to_heads(self, q_sHD: torch.Tensor, k_sKD: torch.Tensor, v_sKD: torch.Tensor, order: torch.Tensor | None):
+    @cached_property
+    def _kv_ranges(self) -> list[list[range]]:
+        return [[self.split.kv_range(u, c) for u in range(self.split.ulysses)] for c in range(self.split.chunks)]
+
+    def to_heads(
+        self, q_sHD: torch.Tensor, k_sKD: torch.Tensor, v_sKD: torch.Tensor, order: torch.Tensor | None, chunk: int
+    ) -> Pending:
         """q [s, H, D], k and v [s, K, D] to q [T, h, D], k and v [T, k, D]. All-to-all over the Ulysses group."""
         if self.split.ulysses == 1:
-            return q_sHD, k_sKD, v_sKD
-        heads, mine = self.split.per_rank, len(self._kv_ranges[self.rank])
+            return Pending(lambda: (q_sHD, k_sKD, v_sKD))
+        ranges = list(zip(self._query_ranges[chunk], self._kv_ranges[chunk], strict=True))
+        heads, mine = (len(part) for part in ranges[self.rank])
         pieces = [
-            (q_sHD[:, u * heads : (u + 1) * heads], k_sKD[:, kv.start : kv.stop], v_sKD[:, kv.start : kv.stop])
-            for u, kv in enumerate(self._kv_ranges)
+            (q_sHD[:, q.start : q.stop], k_sKD[:, kv.start : kv.stop], v_sKD[:, kv.start : kv.stop]) for q, kv in ranges
         ]
-        received = self._exchange(pieces, [heads + 2 * mine] * self.split.ulysses)
-        buffer = received.view(-1, heads + 2 * mine, q_sHD.shape[-1])
-        return tuple(part.index_select(0, order) for part in buffer.split([heads, mine, mine], dim=1))
+        received, *flight = self._exchange(pieces, [heads + 2 * mine] * self.split.ulysses)
 
-    def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
-        """Attention output [T, h, D] to [s, H, D]. All-to-all over the Ulysses group."""
-        if self.split.ulysses == 1:
-            return out_ThD
+        def finish():
+            buffer = received.view(-1, heads + 2 * mine, q_sHD.shape[-1])
+            return tuple(part.index_select(0, order) for part in buffer.split([heads, mine, mine], dim=1))
+
+        return Pending(finish, *flight)
+
+    def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor | None, out_sHD: torch.Tensor, chunk: int) -> Pending:
+        """Attention output [T, h, D] into the heads of its chunk of ``out_sHD`` [s, H, D]. All-to-all over the Ulysses group."""
         # In sequence order the tokens of each rank stand together: this is the buffer to send.
         sent = out_ThD.index_select(0, inverse)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        return received.unflatten(0, (self.split.ulysses, -1)).transpose(0, 1).flatten(1, 2)
+        work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
 
-    def outputs_to_heads(self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None) -> list[torch.Tensor]:
+        def finish():
+            # heads by rank, then by chunk
+            mine = out_sHD.unflatten(1, (self.split.ulysses, self.split.chunks, -1))[:, :, chunk]
+            mine.copy_(received.unflatten(0, (self.split.ulysses, -1)).transpose(0, 1))
+
+        return Pending(finish, work, sent)
+
+    def outputs_to_heads(self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None, chunk: int) -> Pending:
         """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.
 
         One all-to-all over the Ulysses group.
         """
         if self.split.ulysses == 1:
-            return list(tensors_sHD)
-        heads, count = self.split.per_rank, len(tensors_sHD)
-        pieces = [tuple(x[:, u * heads : (u + 1) * heads] for x in tensors_sHD) for u in range(self.split.ulysses)]
-        received = self._exchange(pieces, [count * heads] * self.split.ulysses)
-        buffer = received.view(-1, count * heads, tensors_sHD[0].shape[-1])
-        return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]
+            return Pending(lambda: list(tensors_sHD))
+        ranges, count = self._query_ranges[chunk], len(tensors_sHD)
+        heads = len(ranges[self.rank])
+        pieces = [tuple(x[:, q.start : q.stop] for x in tensors_sHD) for q in ranges]
+        received, *flight = self._exchange(pieces, [count * heads] * self.split.ulysses)
+
+        def finish():
+            buffer = received.view(-1, count * heads, tensors_sHD[0].shape[-1])
+            return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]
+
+        return Pending(finish, *flight)
 
     def grads_to_sequence(
-        self, dq_ThD: torch.Tensor, dk_TkD: torch.Tensor, dv_TkD: torch.Tensor, inverse: torch.Tensor | None
-    ):
-        """Gradients dq, dk, dv back to [s, H, D], [s, K, D], [s, K, D]; replicated heads are summed at home."""
-        if self.split.ulysses == 1:
-            return dq_ThD, dk_TkD, dv_TkD
-        heads = self.split.per_rank
-        grads = [x.index_select(0, inverse) for x in (dq_ThD, dk_TkD, dv_TkD)]
-        shares = self._return(grads, [heads + 2 * len(kv) for kv in self._kv_ranges])
-        tokens = dq_ThD.shape[0] // self.split.ulysses
-        dq = dq_ThD.new_empty(tokens, self.split.heads, dq_ThD.shape[-1])
-        dk = dk_TkD.new_zeros(tokens, self.split.kv_heads, dk_TkD.shape[-1])
-        dv = torch.zeros_like(dk)
-        for u, (share, kv) in enumerate(zip(shares, self._kv_ranges, strict=True)):
-            dq_part, dk_part, dv_part = share.split([heads, len(kv), len(kv)], dim=1)
-            dq[:, u * heads : (u + 1) * heads] = dq_part
-            dk[:, kv.start : kv.stop] += dk_part
-            dv[:, kv.start : kv.stop] += dv_part
-        return dq, dk, dv
+        self,
+        grads_TxD: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        inverse: torch.Tensor | None,
+        totals_sXD: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        chunk: int,
+    ) -> Pending:
+        """Gradients dq, dk, dv of a chunk into ``totals_sXD`` [s, H, D], [s, K, D], [s, K, D] (the last two zero at the start):
+        replicated heads are summed at home."""
+        queries, kv_ranges = self._query_ranges[chunk], self._kv_ranges[chunk]
+        heads, tokens = len(queries[self.rank]), len(totals_sXD[0])
+        grads = [x.index_select(0, inverse) for x in grads_TxD]
+        pieces = [tuple(x[u * tokens : (u + 1) * tokens] for x in grads) for u in range(self.split.ulysses)]
+        widths = [heads + 2 * len(kv) for kv in kv_ranges]
+        received, *flight = self._exchange(pieces, widths)
+        dim = grads[0].shape[-1]
 
-    def _return(self, parts: list[torch.Tensor], widths: list[int]) -> list[torch.Tensor]:
-        """Send each rank its tokens of ``parts`` (all my heads); receive ``widths[u]`` heads of mine from rank u."""
-        tokens = parts[0].shape[0] // self.split.ulysses
-        pieces = [tuple(p[u * tokens : (u + 1) * tokens] for p in parts) for u in range(self.split.ulysses)]
-        flat = self._exchange(pieces, widths)
-        sizes = [tokens * width * parts[0].shape[-1] for width in widths]
-        return [share.view(tokens, width, -1) for share, width in zip(flat.split(sizes), widths, strict=True)]
+        def finish():
+            dq, dk, dv = totals_sXD
+            shares = received.split([tokens * width * dim for width in widths])
+            for share, width, q, kv in zip(shares, widths, queries, kv_ranges, strict=True):
+                dq_part, dk_part, dv_part = share.view(tokens, width, dim).split([heads, len(kv), len(kv)], dim=1)
+                dq[:, q.start : q.stop] = dq_part
+                dk[:, kv.start : kv.stop] += dk_part
+                dv[:, kv.start : kv.stop] += dv_part
 
-    def _exchange(self, pieces: Sequence[tuple[torch.Tensor, ...]], recv_heads: list[int]) -> torch.Tensor:
-        """All-to-all: ``pieces[u]`` are [n, *, D] tensors for rank u, joined over heads; n is the same for all ranks.
+        return Pending(finish, *flight)
 
-        Returns the received values as one flat tensor, ``recv_heads[u]`` heads of n tokens from rank u.
+    def _exchange(
+        self, pieces: Sequence[tuple[torch.Tensor, ...]], recv_heads: list[int]
+    ) -> tuple[torch.Tensor, dist.Work, torch.Tensor]:
+        """Start an all-to-all: ``pieces[u]`` are [n, *, D] tensors for rank u, joined over heads; n is the same for all ranks.
+
+        Returns where the values arrive, one flat tensor with ``recv_heads[u]`` heads of n tokens from rank u, the transfer, and
+        what is sent.
         """
         example = pieces[0][0]
         tokens, dim = example.shape[0], example.shape[2]
@@ -160,5 +211,4 @@ class Ulysses:
             torch.cat(piece, dim=1, out=part.view(tokens, -1, dim))
         received = [tokens * heads * dim for heads in recv_heads]
         out = example.new_empty(sum(received))
-        dist.all_to_all_single(out, buffer, received, sent, group=self.group)
-        return out
+        return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=True), buffer

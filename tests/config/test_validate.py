@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_vila.config.layouts import Layout, layout_problems, nearest_layouts
+from megatron_vila.config.layouts import Layout, chunk_problems, layout_problems, nearest_layouts
 from megatron_vila.config.load import ConfigError, config_keys, load_config
 from megatron_vila.config.memory import GIB, estimate_memory, state_on_host
 from megatron_vila.config.schema import Config, LanguageConfig
@@ -330,6 +330,26 @@ def test_memory_that_cannot_fit_is_a_warning_with_a_cure(data_folder):
     (warning,) = [w for w in warnings if "GiB" in w]
     assert warning.startswith("a rank needs about ")
     assert "set memory.recompute=attention_output" in warning
+
+
+def test_chunks_of_the_exchange_deal_out_whole_key_value_heads():
+    """Llama-3-8B has 8 key/value heads."""
+    llm = load_config("models/llama3-8b", []).model.llm
+    for tp, ulysses, chunks in ((1, 2, 1), (1, 2, 4), (1, 4, 2), (2, 2, 2), (1, 1, 1), (1, 16, 1)):
+        assert chunk_problems(llm, Layout(tp, 1, ulysses, 1), chunks) == []
+    (three,) = chunk_problems(llm, Layout(1, 1, 2, 1), 3)
+    assert three.startswith("parallel.ulysses_chunks=3 with ulysses=2 does not") and three.endswith("=1 or 2 or 4")
+    (no_exchange,) = chunk_problems(llm, Layout(1, 1, 1, 4), 2)
+    assert no_exchange.endswith("use ulysses_chunks=1")
+
+
+def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
+    def workspace(chunks):
+        settings = ["parallel.ulysses=2", f"parallel.ulysses_chunks={chunks}", "train.seq_length=524288"]
+        settings += ["memory.recompute=attention_output", "memory.mlp_tile=8192"]
+        return estimate_memory(load_config("models/llama3-8b", settings), 2, on_gpu=True).workspace
+
+    assert workspace(4) < workspace(2) < workspace(1)
 
 
 def test_a_small_model_fits(data_folder):

@@ -142,6 +142,19 @@ def test_the_contract_holds_under_every_memory_policy(truths, parallel, policy):
 
 @pytest.mark.parametrize("recompute", ["none", "attention_output"])
 @pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(ulysses=2, ulysses_chunks=2), ParallelConfig(ulysses=2, ring=2, ulysses_chunks=4)],
+    ids=["u2 in 2 chunks", "u2-r2 in 4 chunks"],
+)
+def test_the_contract_holds_when_heads_travel_in_chunks(truths, parallel, recompute):
+    config = samples.config(heads=16, kv_heads=8, layers=2)
+    truths.check("chunks", config, MIXED_ROWS[:4], 1, ParallelConfig())
+    config.memory.recompute, config.parallel = recompute, parallel
+    truths.check("chunks", config, MIXED_ROWS[:4], parallel.ulysses * parallel.ring, parallel)
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention_output"])
+@pytest.mark.parametrize(
     "trained", [("projector",), ("vision", "projector"), ("projector", "llm"), ("llm",)], ids="+".join
 )
 @pytest.mark.parametrize("parallel", SPREAD[:3], ids=name)
