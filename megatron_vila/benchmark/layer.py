@@ -35,8 +35,8 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
 
 VARIANT = {
-    "tp": 1, "ulysses": 1, "ulysses_chunks": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none", "block_layers": 1,
-    "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0,
+    "tp": 1, "ulysses": 1, "ulysses_chunks": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none",
+    "block_layers": 1, "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0,
 }  # fmt: skip
 MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None}
 

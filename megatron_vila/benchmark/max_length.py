@@ -47,13 +47,9 @@ def search(
         try:
             launch("trial", gpus, settings | {"lengths": [length]}, limit_s, on_row)
         except (RuntimeError, ValueError) as error:
-            print(f"{length} tokens do not train: {_reason(str(error))}", flush=True)
+            print(f"{length} tokens do not train: {str(error).splitlines()[-1]}", flush=True)
             return False
         return True
 
     return longest(fits, start, unit, most, share)
 
-
-def _reason(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "Error" in line or "stopped after" in line]
-    return lines[-1] if lines else text.splitlines()[-1]

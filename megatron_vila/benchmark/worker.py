@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -105,10 +106,18 @@ def launch(
                 job.wait()
         said = f"stopped after {timeout_s:.0f} s\n" * late + output_file.read_text(errors="replace")
     if job.returncode and not rows:
-        raise RuntimeError(f"{kind} on {gpus} processes failed:\n{said[-3000:]}")
+        raise RuntimeError(f"{said[-3000:]}\n{kind} on {gpus} processes failed: {_reason(said)}")
     if job.returncode:
-        print(f"{kind} ended early with status {job.returncode}; {len(rows)} rows are kept\n{said[-1500:]}", flush=True)
+        print(f"{kind} ended early, finished rows are kept ({len(rows)}): {_reason(said)}", flush=True)
     return rows
+
+
+def _reason(output: str) -> str:
+    """The line of a job's output that says why it failed."""
+    lines = [line.strip() for line in output.splitlines()]
+    errors = re.compile(r"(?<!ChildFailed)Error: .|^stopped after ")
+    said = [line for line in lines if errors.search(line)]
+    return (said or lines or [""])[-1]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import ALWAYS
-from megatron_vila.benchmark.worker import parse_variant
+from megatron_vila.benchmark.worker import launch, parse_variant
 from megatron_vila.config.activations import GIB, decoder_alone
 from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import estimate_memory
@@ -122,6 +122,20 @@ def test_the_search_may_end_once_what_is_open_is_a_share_of_the_result(limit, st
     found = longest(fits, start, 1, 2000, share)
     assert found <= min(limit, 2000) <= found * (1 + share) + 1
     assert len(set(tried)) == len(tried)
+
+
+def test_a_job_that_fails_in_its_second_variant_keeps_the_first_row_and_says_why(capfd):
+    seen = []
+    asked = KINDS["reshard"] | QUICK | {"variants": ["ring=2", "tp=2,method=none"]}
+    rows = launch("reshard", 2, asked, on_row=seen.append)
+    assert [row["variant"] for row in rows] == ["ring=2"] and seen == rows
+    said = capfd.readouterr().out
+    assert "finished rows are kept (1): " in said and "method=none is unknown" in said
+
+
+def test_a_job_that_takes_too_long_is_ended():
+    with pytest.raises(RuntimeError, match="stopped after 2 s"):
+        launch("trial", 1, KINDS["trial"] | QUICK | {"lengths": [10**6]}, timeout_s=2)
 
 
 def published(name):
