@@ -5,7 +5,7 @@ when U exceeds or does not divide their number, a head is sent to each rank that
 home. q, k and v travel in one collective.
 
 The heads of a rank may travel in several chunks, one under the attention of another: then exchanges hide behind the work, and
-their copies exist for a chunk at a time. Every exchange is started at once and handed out as a ``Pending``.
+their copies exist for a chunk at a time. An exchange is handed out as a ``Pending``, which without chunks is over already.
 
 Legend: s local tokens (S/cp), T = U*s tokens after the exchange, H query heads, K key/value heads, h query heads and k key/value
 heads of a chunk of a rank (h = H/U without chunks), D head dim.
@@ -84,10 +84,11 @@ class HeadSplit:
 
 
 class Pending:
-    """An exchange that has been started; ``wait`` gives what has arrived, once."""
+    """An exchange that has been started, or (``work`` is None) is over; ``wait`` gives what has arrived, once."""
 
     def __init__(self, finish: Callable[[], Any], work: dist.Work | None = None, sent: torch.Tensor | None = None) -> None:
-        self._finish, self._work, self._sent = finish, work, sent  # what is sent lives until it has left
+        self._finish, self._work = finish, work
+        self._sent = None if work is None else sent  # lives until it has left
 
     def wait(self) -> Any:
         if self._work is not None:
@@ -140,7 +141,7 @@ class Ulysses:
         # In sequence order the tokens of each rank stand together: this is the buffer to send.
         sent = out_ThD.index_select(0, inverse)
         received = torch.empty_like(sent)
-        work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        work = dist.all_to_all_single(received, sent, group=self.group, async_op=self.split.chunks > 1)
 
         def finish():
             # heads by rank, then by chunk
@@ -197,7 +198,7 @@ class Ulysses:
 
     def _exchange(
         self, pieces: Sequence[tuple[torch.Tensor, ...]], recv_heads: list[int]
-    ) -> tuple[torch.Tensor, dist.Work, torch.Tensor]:
+    ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor]:
         """Start an all-to-all: ``pieces[u]`` are [n, *, D] tensors for rank u, joined over heads; n is the same for all ranks.
 
         Returns where the values arrive, one flat tensor with ``recv_heads[u]`` heads of n tokens from rank u, the transfer, and
@@ -211,4 +212,4 @@ class Ulysses:
             torch.cat(piece, dim=1, out=part.view(tokens, -1, dim))
         received = [tokens * heads * dim for heads in recv_heads]
         out = example.new_empty(sum(received))
-        return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=True), buffer
+        return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
