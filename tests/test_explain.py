@@ -71,12 +71,12 @@ class Recorder:
             self.sent[kind][to] += tensor_bytes
 
     def all_to_all(self, call):
-        def recorded(out, given, recv, send, group):
+        def recorded(out, given, recv=None, send=None, group=None, **options):
             kind = "reshard" if group is self.topology.tp_cp else "ulysses"
             width = given[0:1].numel() if len(given) else 0
-            for peer, items in enumerate(send):
+            for peer, items in enumerate(send or [len(given) // group.size()] * group.size()):
                 self.add(kind, group, peer, items * width * given.element_size())
-            return call(out, given, recv, send, group=group)
+            return call(out, given, recv, send, group=group, **options)
 
         return recorded
 
@@ -110,6 +110,7 @@ class Recorder:
         from megatron.core.tensor_parallel import layers, mappings
 
         places = [(dist, "all_to_all_single", self.all_to_all), (dist, "batch_isend_irecv", self.point_to_point)]
+        places += [(dist, "all_gather_into_tensor", self.gather), (dist, "reduce_scatter_tensor", self.scatter)]
         for module in (layers, mappings):
             places += [
                 (module, "dist_all_gather_func", self.gather),
