@@ -132,11 +132,11 @@ class ParallelConfig:
     tp: int = key(1, "tensor parallel size; above 1 it includes Megatron sequence parallelism")
     pp: int = key(1, "pipeline parallel size; the vision tower lives on the first stage")
     ulysses: int = key(1, "ranks of the head all-to-all of MM-SP; keep tp * ulysses inside a node")
+    ring: int = key(1, "ranks of the zigzag ring of MM-SP, across nodes")
+    gpus_per_node: int = key(8, "ranks of one node, to tell which groups cross nodes")
     ulysses_chunks: int = key(
         1, "chunks of heads in which the all-to-all travels, one under the attention of another; each takes its memory in turn"
     )
-    ring: int = key(1, "ranks of the zigzag ring of MM-SP, across nodes")
-    gpus_per_node: int = key(8, "ranks of one node, to tell which groups cross nodes")
 
 
 @dataclass
