@@ -231,7 +231,7 @@ def _cpu_torch() -> types.ModuleType:
     twin = types.ModuleType("torch", torch.__doc__)
     vars(twin).update(vars(torch))
     twin.__getattr__ = functools.partial(getattr, torch)
-    twin.cuda = _cpu_cuda()
+    twin.cuda = cuda()
     for name in _FACTORIES:
         setattr(twin, name, _on_cpu(getattr(torch, name)))
     return twin
@@ -276,8 +276,11 @@ class _Stream:
         return True
 
 
-def _cpu_cuda() -> types.ModuleType:
-    """A twin of ``torch.cuda`` for the parts that Megatron-Core calls on the training path."""
+@functools.cache
+def cuda() -> types.ModuleType:
+    """``torch.cuda``, or without CUDA a twin of it: what it is asked for is done at once, on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda
     twin = types.ModuleType("torch.cuda")
     vars(twin).update(vars(torch.cuda))
     stream = _Stream()

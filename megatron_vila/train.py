@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     from megatron_vila.config.load import ConfigError
     from megatron_vila.data.dataset import NoUsableSampleError
     from megatron_vila.data.loader import LoaderError
-    from megatron_vila.models.keep import HostMemoryError
+    from megatron_vila.host import HostMemoryError
     from megatron_vila.training.checkpoint import CheckpointError
     from megatron_vila.training.errors import NoMemoryError, NonFiniteError, NothingToLearnError
 

@@ -23,10 +23,11 @@ from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.benchmark.worker import measure, parse_variant
 from megatron_vila.config.activations import decoder_alone
 from megatron_vila.config.load import load_config
+from megatron_vila.config.memory import GIB
 from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
 from megatron_vila.config.sizes import head_dim
 from megatron_vila.models.decoder import run_decoder
-from megatron_vila.models.keep import GIB, HostMemory
+from megatron_vila.models.keep import HostMemory
 from megatron_vila.models.language import build_language_model, transformer_config
 from megatron_vila.parallel.attention import RowParams
 from megatron_vila.parallel.layout import local_positions

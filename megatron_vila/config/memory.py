@@ -60,16 +60,14 @@ def estimate_memory(config: Config, world_size: int, on_gpu: bool) -> MemoryEsti
     element = element_bytes(config.train.precision, on_gpu)
     held, trained = _stage_parameters(config)
     grad_bytes = max(element, 4 if optim.grad_reduce_fp32 else element)
-    # Adam's two moments, and a float32 master copy where the weights are bf16.
-    state_bytes = 2 * max(element, 4) + (4 if element == 2 else 0)
     # A layout is planned for an 80 GB GPU where there is none.
     active = activations(config, dp, element, PLANNED_DEVICE_BYTES if on_gpu else 0)
-    # 16-bit gradients are copied to float32 for the update, when no activation is left.
-    update = 0 if grad_bytes >= 4 else int(4 * trained // (dp * cp) * (1 - optim.offload_fraction))
+    # 16-bit gradients are copied to float32 for the update, when no activation is left; with offload chunk by chunk.
+    update = 0 if grad_bytes >= 4 or optim.offload_fraction else 4 * trained // (dp * cp)
     return MemoryEstimate(
         weights=held * element,
         gradients=trained * grad_bytes,
-        optimizer=int(trained * state_bytes // (dp * cp) * (1 - optim.offload_fraction)),
+        optimizer=int(trained * _state_bytes(element) // (dp * cp) * (1 - optim.offload_fraction)),
         llm_activations=active.llm,
         vision_activations=active.vision,
         workspace=max(active.workspace, update - active.llm - active.vision),
@@ -78,13 +76,12 @@ def estimate_memory(config: Config, world_size: int, on_gpu: bool) -> MemoryEsti
 
 
 def state_on_host(config: Config, world_size: int, on_gpu: bool) -> int:
-    """Bytes of host memory that ``optim.offload_fraction`` takes on a rank of the fullest stage: Adam's moments, the weights that
-    it updates and their gradients, all in float32 at least."""
+    """Bytes of host memory that ``optim.offload_fraction`` takes on a rank of the fullest stage."""
     parallel = config.parallel
     replicas = max(1, world_size // (parallel.tp * parallel.pp))
     _, trained = _stage_parameters(config)
-    per_parameter = 4 * max(element_bytes(config.train.precision, on_gpu), 4)
-    return int(config.optim.offload_fraction * per_parameter * trained / replicas)
+    state_bytes = _state_bytes(element_bytes(config.train.precision, on_gpu))
+    return int(config.optim.offload_fraction * state_bytes * trained / replicas)
 
 
 def host_memory() -> int:
@@ -109,6 +106,11 @@ def memory_of_rank(local_ranks: int) -> tuple[int, str]:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total // local_ranks, f"each of {local_ranks} processes on this machine"
+
+
+def _state_bytes(element: int) -> int:
+    """Per parameter: Adam's two moments, and float32 main weights where the weights have 16 bits."""
+    return 2 * max(element, 4) + (4 if element == 2 else 0)
 
 
 def _stage_parameters(config: Config) -> tuple[int, int]:

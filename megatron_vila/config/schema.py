@@ -187,9 +187,7 @@ class OptimConfig:
     eps: float = key(1e-8, "Adam epsilon")
     clip_grad: float = key(1.0, "largest global gradient norm; 0: no clipping")
     grad_reduce_fp32: bool = key(True, "accumulate and reduce gradients in float32 (bf16 training)")
-    offload_fraction: float = key(
-        0.0, "share of the optimizer state (0 to 1) that lives in host memory, where the CPU updates it"
-    )
+    offload_fraction: float = key(0.0, "share of the optimizer state (0 to 1) that lives in host memory")
     vision: PartConfig = field(default_factory=PartConfig, metadata={"help": "vision tower"})
     projector: PartConfig = field(default_factory=PartConfig, metadata={"help": "projector"})
     llm: PartConfig = field(default_factory=PartConfig, metadata={"help": "language model"})

@@ -10,11 +10,8 @@ from collections import defaultdict
 
 import torch
 
-GIB = 2**30
-
-
-class HostMemoryError(MemoryError):
-    """The host does not page-lock what ``memory.offload_gib`` asks for."""
+from megatron_vila.config.memory import GIB
+from megatron_vila.host import page_locked
 
 
 class Kept:
@@ -57,17 +54,7 @@ class HostMemory:
         """A buffer of ``size`` bytes. Raises ``HostMemoryError`` if the host does not page-lock as much."""
         if self._free[size]:
             return self._free[size].pop()
-        buffer = torch.empty(size, dtype=torch.uint8)
-        if self.stream is not None:
-            # torch's own page-locked allocator rounds sizes up to powers of two.
-            error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-            if error:
-                raise HostMemoryError(
-                    f"the host page-locks no more than {(self.used_bytes - size) / GIB:.1f} GiB for this rank (CUDA error "
-                    f"{error}); lower memory.offload_gib={self.budget_bytes / GIB:g}, or raise the limit of locked memory "
-                    "(ulimit -l, or --ulimit memlock=-1 of the container)"
-                )
-        return buffer
+        return page_locked(size, f"memory.offload_gib={self.budget_bytes / GIB:g}")
 
     def release(self, buffer: torch.Tensor) -> None:
         self.used_bytes -= buffer.numel()

@@ -33,6 +33,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training import checkpoint_io as io
 from megatron_vila.training.checkpoint_io import CheckpointError
+from megatron_vila.training.offload import reload_main_weights
 from megatron_vila.training.optimizer_shards import ensure_state, get_step, set_step, state_shards
 
 __all__ = [
@@ -147,7 +148,7 @@ def load_checkpoint(
         _unwrap(chunk).load_state_dict(loaded["model"][str(index)], strict=False)
     if optimizer is not None:
         if not any(shard.key.startswith("optimizer.main.") for shard in shards.values()):
-            optimizer.reload_model_params()
+            reload_main_weights(optimizer)
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(loaded["optimizer"][name].view_as(target))

@@ -15,7 +15,7 @@ from megatron_vila import platform
 from megatron_vila.config.memory import GIB, estimate_memory
 from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import memory_cure
-from megatron_vila.training.offload import OffloadedAdam
+from megatron_vila.training.offload import StreamedAdam
 from megatron_vila.training.summary import write_json
 
 MEMORY_FILE = "memory.json"
@@ -64,7 +64,7 @@ def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exc
 def _optimizer_bytes(optimizer: DistributedOptimizer) -> tuple[int, int]:
     """Bytes of optimizer state and main weights on the device and in host memory."""
     inner = optimizer.optimizer
-    if isinstance(inner, OffloadedAdam):
+    if isinstance(inner, StreamedAdam):
         return inner.bytes_held()
     held = [value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     held += [main for group in optimizer.shard_fp32_from_float16_groups for main in group]

@@ -1,213 +1,229 @@
-"""Adam's state in host memory: Megatron's ``HybridDeviceOptimizer``, made for the shards of the distributed optimizer.
+"""Adam's state in host memory, streamed through the device.
 
-A share of this rank's parameter shards is updated by the CPU: the float32 main weights, both moments and a page-locked copy of
-the gradient live in host memory, the device keeps nothing but weights and gradient buffers. Gradients go out on a stream of
-their own while the CPU works on the parameters before them; new weights come back in their own dtype.
+A share of the float32 main weights and of both moments lives in page-locked host memory, the rest on the device. A step brings
+the host's share to the device chunk by chunk, updates it there and takes it back. Copies in, updates and copies out run on three
+streams, so a step takes about as long as the link needs for 12 bytes per parameter in one direction.
 
-Four things of Megatron-Core 0.16.1 and 0.19.2 (the same file in both) are done otherwise here:
-
-* Its factory first builds the optimizer for the whole parameters, with float32 copies on host and device, then once more for the
-  shards, and the first one lives until the garbage collector runs. Here it is built once, for the shards.
-* It asks each tensor whether it ``is_cuda``. Here the share alone decides, so the same code runs on a CPU.
-* Its main weights are not page-locked: each copy back waits, moves 4 bytes per 16-bit weight and needs a float32 temporary on
-  the device. Here the page-locked gradient, used by then, carries the weights back.
-* It casts the device's own 16-bit gradients on the stream that copies out, which Adam on the device does not wait for, and leaves
-  float32 weights that stay on the device without a gradient.
+Megatron-Core's ``HybridDeviceOptimizer`` (the same file in 0.16.1 and 0.19.2) updates its share on the host: gradients go out and
+weights come back, but Adam runs at the speed of the host's cores, and gradients take 4 more bytes per parameter there. It also
+builds each state twice, first for whole parameters, and leaves the main weights pageable.
 """
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.optim.adamw import adamw
 
-from megatron_vila.config.memory import GIB
+from megatron_vila import platform
+from megatron_vila.host import page_locked
 
+CHUNK_ELEMENTS = 2**23
+"""Elements that are updated at once: 96 MiB of state each in a slot, of which the device holds ``SLOTS``."""
 
-class OffloadError(MemoryError):
-    """The host does not page-lock what ``optim.offload_fraction`` asks for."""
+SLOTS = 3
+"""One on its way in, one in use, one on its way out."""
 
 
 def offload_state(optimizer: DistributedOptimizer, fraction: float) -> None:
-    """Move the share ``fraction`` of the state that ``optimizer`` is going to have to the host.
+    """Give ``optimizer`` its state, the share ``fraction`` of it on the host.
 
     ``optimizer`` has made no step, and its configuration has it put the gradients of its shards beside the 16-bit weights
-    (``use_precision_aware_optimizer_no_fp8_or_ds_fp8``). No collectives. Raises ``OffloadError``.
+    (``use_precision_aware_optimizer_no_fp8_or_ds_fp8``). No collectives. Raises ``HostMemoryError``.
     """
     inner = optimizer.optimizer
     if inner is not None:  # a rank without anything to train
-        optimizer.optimizer = OffloadedAdam(inner.param_groups, fraction, type(inner))
+        optimizer.optimizer = StreamedAdam(inner.param_groups, fraction)
 
 
-class OffloadedAdam(HybridDeviceOptimizer):
-    """Adam in two parts, both on float32 main weights: torch's fused AdamW on the CPU and ``device_adam`` on the device.
+def reload_main_weights(optimizer: DistributedOptimizer) -> None:
+    """Take the main weights from the model's weights. No collectives."""
+    optimizer.reload_model_params()
+    if isinstance(optimizer.optimizer, StreamedAdam):
+        optimizer.optimizer.reload_main_weights()
 
-    ``param_groups`` and ``state`` are keyed by the shards of the model's weights; the state of 16-bit ones has their main weights
-    as ``master_param``. The gradient of a shard is its ``decoupled_grad``. ``grad_scale`` multiplies the gradients of the next
-    step. ``fraction`` counts elements; the parameter that crosses it goes to the host as a whole.
+
+class StreamedAdam(torch.optim.Optimizer):
+    """AdamW on float32 main weights, with ``fraction`` of all state in host memory.
+
+    The parameters are flat shards of the model's weights; ``state`` has their ``exp_avg`` and ``exp_avg_sq`` and, for 16-bit
+    ones, the main weights as ``master_param``: views of one buffer for all that is alike. The gradient of a shard is its
+    ``decoupled_grad``. ``grad_scale`` multiplies the gradients of the next step. ``fraction`` counts elements; the parameter that
+    crosses it goes to the host as a whole.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], fraction: float, device_adam: type[torch.optim.Optimizer]) -> None:
-        for group in groups:
-            # The loops of plain torch are slow on a CPU and need temporaries as large as the parameters on a device.
-            group["fused"], group["foreach"] = True, False
+    def __init__(self, groups: list[dict[str, Any]], fraction: float) -> None:
+        super().__init__(groups, {"step": 0})
         self.grad_scale = 1.0
-        self._host_gradients = torch.empty(0)
-        super().__init__(
-            groups,
-            offload_fraction=fraction,
-            cpu_optimizer_cls=torch.optim.AdamW,
-            gpu_optimizer_cls=device_adam,
-            param_update_in_fp32=True,
-            overlap_cpu_optimizer_d2h_h2d=True,
-        )
-        self._lay_out_gradients()
+        self._inward, self._outward = platform.cuda().Stream(), platform.cuda().Stream()
+        self._sections = [
+            _Section(group, shards, f"optim.offload_fraction={fraction:g}" if on_host else "")
+            for group, shards, on_host in _alike(self.param_groups, fraction)
+        ]
+        for section in self._sections:
+            self.state.update(section.views())
+        self.reload_main_weights()
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Update all weights of this rank. The device may still be copying when it returns, in the order of its stream."""
-        on_device = [(shard, main) for shard, main in self.param_to_inner_param.items() if not self._on_host(shard)]
-        for shard, main in on_device:
-            main.grad = self._gradient(shard, main.dtype)
-        with _all_threads():
-            super().step(closure)
-        for _, main in on_device:
-            main.grad = None
+        """Update all weights of this rank. The state on the host is at rest when it returns."""
+        for group in self.param_groups:
+            group["step"] += 1
+        for chunk in self._chunks(on_host=False):
+            chunk.update(chunk.state, self.grad_scale)
+        for chunk, state in self._streamed(self._chunks(on_host=True)):
+            chunk.update(state, self.grad_scale)
         self.grad_scale = 1.0
 
     @torch.no_grad()
-    def update_fp32_param_by_new_param(self) -> None:
-        """Take the main weights anew from the model's weights; those of float32 weights on the host are copies too."""
-        for shard, main in self.param_to_inner_param.items():
-            if main is not shard:
-                main.copy_(shard)
-
-    def mirror_state(self) -> None:
-        """Show in ``state`` what was put into the state of the two parts."""
-        self._sync_sub_optimizers_state_to_hdo()
+    def reload_main_weights(self) -> None:
+        """Take the main weights from the model's weights."""
+        for shard, state in self.state.items():
+            if "master_param" in state:
+                state["master_param"].copy_(shard)
 
     def bytes_held(self) -> tuple[int, int]:
-        """Bytes of state and main weights on the device, and of these and of gradients on the host."""
-        held = {True: self._host_gradients.nbytes, False: 0}
-        for shard, main in self.param_to_inner_param.items():
-            state = [value for key, value in self.state.get(shard, {}).items() if key != "master_param"]
-            tensors = [*state, main] if main is not shard else state
-            held[self._on_host(shard)] += sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+        """Bytes of state and main weights on the device, and on the host."""
+        held = {True: 0, False: 0}
+        for section in self._sections:
+            held[section.on_host] += section.state.nbytes
         return held[False], held[True]
 
-    def _on_host(self, shard: torch.Tensor) -> bool:
-        return shard in self.gpu_params_map_cpu_copy
+    def _chunks(self, on_host: bool) -> list[_Chunk]:
+        return [chunk for section in self._sections if section.on_host == on_host for chunk in section.chunks]
 
-    def _gradient(self, shard: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The scaled gradient of a shard on its device: the gradient buffer itself unless that has 16 bits."""
-        gradient = shard.decoupled_grad.to(dtype)
-        return gradient if self.grad_scale == 1.0 else gradient.mul_(self.grad_scale)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # called by Megatron's class
-
-    def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple[list, list, dict, dict, dict]:
-        """Groups of the host and of the device, shard -> host copy and back, and 16-bit shard -> float32 main weights."""
-        shards = [shard for group in self.param_groups for shard in group["params"]]
-        wanted, taken = offload_fraction * sum(shard.numel() for shard in shards), 0
-        host_groups, device_groups = [], []
-        to_host: dict[torch.Tensor, torch.Tensor] = {}
-        to_float32: dict[torch.Tensor, torch.Tensor] = {}
-        for group in self.param_groups:
-            host, device = [], []
-            for shard in group["params"]:
-                is_16_bit = shard.dtype in (torch.bfloat16, torch.float16)
-                dtype = torch.float32 if is_16_bit else shard.dtype
-                if taken < wanted:
-                    taken += shard.numel()
-                    main = torch.empty(shard.shape, dtype=dtype, device="cpu").copy_(shard.detach())
-                    to_host[shard] = main
-                    host.append(main)
-                else:
-                    main = shard.detach().to(dtype) if is_16_bit else shard
-                    device.append(main)
-                if is_16_bit:
-                    to_float32[shard] = main
-            host_groups += [{**group, "params": host}] if host else []
-            device_groups += [{**group, "params": device}] if device else []
-        from_host = {main: shard for shard, main in to_host.items()}
-        return host_groups, device_groups, to_host, from_host, to_float32
-
-    def _set_sub_optimizer_grads(self) -> None:
-        """Start to copy gradients to the host, on the stream for that, with an event after each parameter."""
-        for part in self.cpu_optimizers:
-            for main in _parameters(part):
-                shard = self.cpu_copys_map_gpu_param[main]
-                main.grad.copy_(self._gradient(shard, main.dtype), non_blocking=True)
-            self._cpu_optimizer_map_data_event[part] = self._d2h_stream.record_event()
-
-    def _register_param_copy_back_gpu_hook(self) -> None:
-        for part in self.sub_optimizers:
-            part.register_step_post_hook(self._copy_back)
-
-    def _copy_back(self, part: torch.optim.Optimizer, args, kwargs) -> None:
-        for main in _parameters(part):
-            shard = self.inner_param_to_orig_param[main]
-            if self._on_host(shard):
-                # The next step's gradients are copied out after this copy, by the order of streams.
-                carried = main.grad.view(shard.dtype)[: main.numel()]
-                shard.data.copy_(carried.copy_(main), non_blocking=True)
-            elif main is not shard:
-                shard.data.copy_(main)
-
-    def _lay_out_gradients(self) -> None:
-        """One page-locked buffer for all gradients on the host."""
-        mains = list(self.cpu_copys_map_gpu_param)
-        if not mains:
+    def _streamed(self, chunks: list[_Chunk]) -> Iterator[tuple[_Chunk, torch.Tensor]]:
+        """Each chunk with its state on the device; what was done to that when the next is asked for goes back to the host."""
+        if not chunks:
             return
-        buffer = torch.empty(sum(main.numel() for main in mains), dtype=mains[0].dtype, device="cpu")
-        if any(shard.is_cuda for shard in self.gpu_params_map_cpu_copy):
-            _page_lock(buffer, self.offload_fraction)
-        self._host_gradients = buffer
-        for main, gradient in zip(mains, buffer.split([main.numel() for main in mains]), strict=True):
-            main.grad = gradient
+        cuda, device = platform.cuda(), chunks[0].device
+        work = cuda.current_stream()
+        size = max(chunk.state.nbytes for chunk in chunks)
+        slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        # Queued kernels may still use the memory of the slots.
+        self._inward.wait_stream(work)
+        left: dict[int, Any] = {}
+
+        def bring(index: int) -> tuple[torch.Tensor, Any]:
+            on_host, slot = chunks[index].state, index % SLOTS
+            state = slots[slot][: on_host.nbytes].view(on_host.dtype).view(on_host.shape)
+            if slot in left:
+                self._inward.wait_event(left[slot])
+            with cuda.stream(self._inward):
+                _copy_rows(state, on_host)
+                return state, self._inward.record_event()
+
+        ahead = deque(bring(index) for index in range(min(SLOTS - 1, len(chunks))))
+        for index, chunk in enumerate(chunks):
+            state, arrived = ahead.popleft()
+            work.wait_event(arrived)
+            yield chunk, state
+            self._outward.wait_stream(work)
+            with cuda.stream(self._outward):
+                _copy_rows(chunk.state, state)
+                left[index % SLOTS] = self._outward.record_event()
+            if index + SLOTS - 1 < len(chunks):
+                ahead.append(bring(index + SLOTS - 1))
+        self._outward.synchronize()
 
 
-def _parameters(part: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for group in part.param_groups:
-        yield from group["params"]
+class _Section:
+    """The state of shards of one group and dtype: rows of moments and, for 16 bits, of main weights, in one place."""
+
+    def __init__(self, group: dict[str, Any], shards: list[torch.Tensor], setting: str) -> None:
+        """``setting`` names what moves the state to the host; empty: it is on the device."""
+        self.group, self.shards, self.on_host = group, shards, bool(setting)
+        is_16_bit = shards[0].element_size() == 2
+        self.dtype = torch.float32 if is_16_bit else shards[0].dtype
+        rows, size = 2 + is_16_bit, sum(shard.numel() for shard in shards)
+        if self.on_host:
+            self._buffer = page_locked(rows * size * self.dtype.itemsize, setting)
+            self.state = self._buffer.view(self.dtype).view(rows, size)
+        else:
+            self.state = torch.zeros(rows, size, dtype=self.dtype, device=shards[0].device)
+        self.chunks = list(self._cut(size))
+
+    def views(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+        """The state of each shard."""
+        names = ("exp_avg", "exp_avg_sq", "master_param")[: len(self.state)]
+        per_shard = zip(*(row.split([shard.numel() for shard in self.shards]) for row in self.state), strict=True)
+        return {
+            shard: dict(zip(names, views, strict=True)) for shard, views in zip(self.shards, per_shard, strict=True)
+        }
+
+    def _cut(self, size: int) -> Iterator[_Chunk]:
+        for start in range(0, size, CHUNK_ELEMENTS):
+            stop, begin, pieces = min(start + CHUNK_ELEMENTS, size), 0, []
+            for shard in self.shards:
+                low, high = max(start, begin), min(stop, begin + shard.numel())
+                if low < high:
+                    pieces.append((shard, slice(low - begin, high - begin)))
+                begin += shard.numel()
+            yield _Chunk(self.group, self.state[:, start:stop], pieces)
 
 
-def parts_of(inner: torch.optim.Optimizer | None) -> Iterable[torch.optim.Optimizer]:
-    """The optimizers that hold state: ``inner`` itself, or the two parts of an offloaded one."""
-    if inner is None:
-        return []
-    return inner.sub_optimizers if isinstance(inner, OffloadedAdam) else [inner]
+@dataclass(frozen=True)
+class _Chunk:
+    """``state`` [rows, elements] of parts of some shards."""
 
+    group: dict[str, Any]
+    state: torch.Tensor
+    pieces: list[tuple[torch.Tensor, slice]]
 
-def _page_lock(buffer: torch.Tensor, fraction: float) -> None:
-    """Page-lock exactly ``buffer`` until it is freed: torch's own allocator rounds sizes up to powers of two."""
-    runtime, address = torch.cuda.cudart(), buffer.data_ptr()
-    error = int(runtime.cudaHostRegister(address, buffer.nbytes, 0))
-    if error:
-        raise OffloadError(
-            f"the host does not page-lock {buffer.nbytes / GIB:.1f} GiB for the gradients of this rank (CUDA error {error}); "
-            f"lower optim.offload_fraction={fraction:g}, or raise the limit of locked memory (ulimit -l, or --ulimit "
-            "memlock=-1 of the container)"
+    @property
+    def device(self) -> torch.device:
+        return self.pieces[0][0].device
+
+    def update(self, state_RE: torch.Tensor, grad_scale: float) -> None:
+        """Make the step of this chunk with its state on the device, main weights copied back to the model included."""
+        sizes = [part.stop - part.start for _, part in self.pieces]
+        gradients_E = torch.empty_like(state_RE[0])
+        gradients = list(gradients_E.split(sizes))
+        torch._foreach_copy_(gradients, [shard.decoupled_grad[part] for shard, part in self.pieces])
+        if grad_scale != 1.0:
+            gradients_E.mul_(grad_scale)
+        weights = [shard[part] for shard, part in self.pieces]
+        moments, squares, *mains = (list(row.split(sizes)) for row in state_RE)
+        adamw(
+            mains[0] if mains else weights,
+            gradients,
+            moments,
+            squares,
+            [],
+            # It counts each of them up.
+            list(torch.full((len(sizes),), self.group["step"] - 1.0, device=self.device).unbind()),
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=self.group["betas"][0],
+            beta2=self.group["betas"][1],
+            lr=self.group["lr"],
+            weight_decay=self.group["weight_decay"],
+            eps=self.group["eps"],
         )
-    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+        if mains:
+            torch._foreach_copy_(weights, mains[0])
 
 
-@contextmanager
-def _all_threads() -> Iterator[None]:
-    """This rank's share of the cores: torchrun leaves a process one thread, too few for billions of parameters."""
-    before = torch.get_num_threads()
-    on_node = os.environ.get("LOCAL_WORLD_SIZE")
-    ranks = int(on_node) if on_node else min(dist.get_world_size(), torch.cuda.device_count() or dist.get_world_size())
-    torch.set_num_threads(max(before, len(os.sched_getaffinity(0)) // ranks))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _alike(groups: list[dict[str, Any]], fraction: float) -> Iterator[tuple[dict[str, Any], list[torch.Tensor], bool]]:
+    """Shards of one group, dtype and place each, with their group and whether the place is the host."""
+    wanted, taken = fraction * sum(shard.numel() for group in groups for shard in group["params"]), 0
+    for group in groups:
+        alike: dict[tuple[torch.dtype, bool], list[torch.Tensor]] = defaultdict(list)
+        for shard in group["params"]:
+            on_host = taken < wanted
+            taken += shard.numel() * on_host
+            alike[shard.dtype, on_host].append(shard)
+        for (_, on_host), shards in alike.items():
+            yield group, shards, on_host
+
+
+def _copy_rows(target_RE: torch.Tensor, source_RE: torch.Tensor) -> None:
+    """Row by row: only contiguous memory is copied without the CPU's help."""
+    for target_E, source_E in zip(target_RE, source_RE, strict=True):
+        target_E.copy_(source_E, non_blocking=True)

@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vila.config.schema import OptimConfig, PartConfig, TrainConfig
-from megatron_vila.training.offload import OffloadedAdam, offload_state
+from megatron_vila.training.offload import StreamedAdam, offload_state
 
 PARTS = ("vision", "projector", "llm")
 
@@ -174,7 +174,7 @@ def apply_step(optimizer: DistributedOptimizer, loss_is_finite: bool = True) -> 
 
 
 def _scale_gradients(optimizer: DistributedOptimizer, factor: float) -> None:
-    if isinstance(optimizer.optimizer, OffloadedAdam):
+    if isinstance(optimizer.optimizer, StreamedAdam):
         # It scales what it casts to float32: 16-bit gradients are not rounded once more.
         optimizer.optimizer.grad_scale = factor
         return

@@ -22,8 +22,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_vila.training.offload import OffloadedAdam, parts_of
-
 Block = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
@@ -57,38 +55,39 @@ def blocks_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Block
 def ensure_state(optimizer: DistributedOptimizer) -> None:
     """Give every parameter of this rank its (zero) Adam state, as the first step would."""
     inner = optimizer.optimizer
-    for part in parts_of(inner):
-        optimizer.init_state_fn(part, optimizer.config)
-        if _counts_per_parameter(part):
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    if "step" not in part.state[parameter]:
-                        where = parameter.device if group["fused"] else "cpu"
-                        part.state[parameter]["step"] = torch.zeros((), device=where)
-    if isinstance(inner, OffloadedAdam):
-        inner.mirror_state()
+    if inner is None:
+        return
+    optimizer.init_state_fn(inner, optimizer.config)
+    if _counts_per_parameter(inner):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if "step" not in inner.state[parameter]:
+                    where = parameter.device if group["fused"] else "cpu"
+                    inner.state[parameter]["step"] = torch.zeros((), device=where)
 
 
 def get_step(optimizer: DistributedOptimizer) -> int:
     """Adam's step count. Collective over all ranks: a rank may hold no parameter."""
-    steps = [0]
-    for part in parts_of(optimizer.optimizer):
-        counts = part.state.values() if _counts_per_parameter(part) else part.param_groups
-        steps.append(next((int(count["step"]) for count in counts if "step" in count), 0))
-    step = torch.tensor(max(steps), device=optimizer.get_loss_scale().device)
+    inner, step = optimizer.optimizer, 0
+    if inner is not None:
+        counts = inner.state.values() if _counts_per_parameter(inner) else inner.param_groups
+        step = next((int(count["step"]) for count in counts if "step" in count), 0)
+    step = torch.tensor(step, device=optimizer.get_loss_scale().device)
     dist.all_reduce(step, op=dist.ReduceOp.MAX)
     return int(step)
 
 
 def set_step(optimizer: DistributedOptimizer, step: int) -> None:
     """Set Adam's step count (after ``ensure_state``)."""
-    for part in parts_of(optimizer.optimizer):
-        if _counts_per_parameter(part):
-            for state in part.state.values():
-                state["step"].fill_(step)
-        else:
-            for group in part.param_groups:
-                group["step"] = step
+    inner = optimizer.optimizer
+    if inner is None:
+        return
+    if _counts_per_parameter(inner):
+        for state in inner.state.values():
+            state["step"].fill_(step)
+    else:
+        for group in inner.param_groups:
+            group["step"] = step
 
 
 def state_shards(optimizer: DistributedOptimizer, model_state: dict) -> dict[str, ShardedTensor]:
@@ -155,5 +154,5 @@ def _block(
 
 
 def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
-    """torch's Adam counts steps per parameter, the fused ones of Transformer Engine and Apex per group."""
+    """torch's Adam counts steps per parameter, that of ``offload``, Transformer Engine's and Apex's per group."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

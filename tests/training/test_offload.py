@@ -3,13 +3,11 @@
 On a CPU device and host are the same memory: what these tests cannot show is where tensors lie on a GPU, and copies that overlap.
 """
 
-import os
-
 import pytest
 import torch
 
+from megatron_vila.training import offload
 from megatron_vila.training.memory_report import _optimizer_bytes
-from megatron_vila.training.offload import _all_threads
 from tests.ranks import pool
 from tests.training.small_run import build, same
 from tests.training.test_checkpoint import content, load_and_go_on, save_and_go_on
@@ -21,7 +19,8 @@ ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 0.0}
 """How far weights of four steps with another Adam kernel may be; 16 bits hide what float32 main weights differ by."""
 
 
-def four_steps(rank, layout, dtype, fraction, in_fp32=True):
+def four_steps(rank, layout, dtype, fraction, in_fp32=True, chunk=offload.CHUNK_ELEMENTS):
+    offload.CHUNK_ELEMENTS = chunk
     run = build(layout, dtype, optim__offload_fraction=fraction, optim__grad_reduce_fp32=in_fp32)
     norms = [run.step(step) for step in range(4)]
     return norms, {name: p.detach().clone() for name, p in run.trainable().items()}, _optimizer_bytes(run.optimizer)
@@ -43,6 +42,15 @@ def test_steps_with_state_on_the_host_are_those_with_state_on_the_device(world_s
     assert all(same(a[1], b[1]) for a, b in zip(half, whole, strict=True))
 
 
+@pytest.mark.parametrize("chunk", [1000, 4096])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_chunks_that_cut_parameters_anywhere_change_nothing(chunk, fraction):
+    whole = pool.run(2, four_steps, DP2[1], torch.float64, fraction)
+    cut = pool.run(2, four_steps, DP2[1], torch.float64, fraction, True, chunk)
+    for (norms, weights, held), (cut_norms, cut_weights, cut_held) in zip(whole, cut, strict=True):
+        assert norms == cut_norms and held == cut_held and apart(weights, cut_weights) <= 1e-15
+
+
 def test_16_bit_gradients_are_clipped_in_float32():
     plain, half, whole = (pool.run(2, four_steps, DP2[1], torch.bfloat16, f, False) for f in (0.0, 0.5, 1.0))
     assert plain[0][0][0] > 1.0, "nothing is clipped"
@@ -50,17 +58,17 @@ def test_16_bit_gradients_are_clipped_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_share_leaves_the_device_and_takes_16_bytes_per_parameter_on_the_host(dtype):
+def test_the_share_leaves_the_device_for_the_host(dtype):
     ((_, _, (plain, none)),) = pool.run(1, four_steps, ONE[1], dtype, 0.0)
     ((_, weights, (half, half_on_host)),) = pool.run(1, four_steps, ONE[1], dtype, 0.5)
     ((_, _, (nothing, on_host)),) = pool.run(1, four_steps, ONE[1], dtype, 1.0)
     parameters = sum(weight.numel() for weight in weights.values())
     per_parameter = {torch.float32: 8, torch.bfloat16: 12}[dtype]
-    # Beside the parameters' state there is a step count of 4 bytes for each of them.
+    # Without offload a step count of 4 bytes stands beside the state of each parameter.
     assert plain == pytest.approx(per_parameter * parameters, rel=0.01) and none == 0
-    assert nothing == 0 and on_host == pytest.approx(16 * parameters, rel=0.01)
+    assert nothing == 0 and on_host == per_parameter * parameters
     assert half <= 0.5 * plain and half_on_host >= 0.5 * on_host
-    assert half / plain + half_on_host / on_host == pytest.approx(1, rel=0.01)
+    assert half + half_on_host == on_host
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
@@ -104,17 +112,3 @@ def test_a_checkpoint_resumes_exactly_with_any_other_share_and_layout(
         for (_, went_on), (_, resumed) in zip(truth, results, strict=True):
             assert apart(went_on["weights"], resumed["weights"]) <= ROUNDING[dtype]
             assert before != after or same(went_on, resumed), "going on is not bitwise equal"
-
-
-@pytest.mark.parametrize("ranks,started_with,threads", [(1, 1, 12), (4, 1, 3), (8, 2, 2), (16, 1, 1)])
-def test_the_step_uses_the_cores_that_this_rank_can_have(monkeypatch, ranks, started_with, threads):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(started_with)
-        with _all_threads():
-            assert torch.get_num_threads() == threads
-        assert torch.get_num_threads() == started_with
-    finally:
-        torch.set_num_threads(before)
