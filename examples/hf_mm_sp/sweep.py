@@ -2,8 +2,8 @@
 
 Each measurement is a run of train.py in processes of its own, so that one which runs out of memory costs nothing but itself.
 Variants: ``stock`` (FSDP2, Transformers' attention and loss), ``data parallel`` (MM-SP's kernel and loss, nothing shared),
-ulysses and ring over all processes. Every variant gives all processes together the same tokens per step: one sequence for
-each process without sharing, as many sequences one after the other with it.
+ulysses and ring over all processes. At the lengths of the table every variant gives all processes together the same tokens per
+step: one sequence for each process without sharing, as many sequences one after the other with it. In the search it is one.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pathlib import Path
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.table import hardware, versions, write_table
 
-WARMUP, TIMED = 3, 5
+SPEED, FIT = (3, 5), (1, 1)
+"""Steps before the timed ones and timed ones: of a length in the table, and of the search, where the second step already has all
+that a step holds."""
 LIMIT_S = 1800
 
 
 def variants(processes: int) -> dict[str, list[str]]:
     """Arguments of train.py for each variant."""
-    share = ["--accumulate", str(processes)]
     return {
         "stock": ["--stock"],
         "data parallel": [],
-        f"ulysses={processes}": ["--ulysses", str(processes), *share],
-        f"ring={processes}": ["--ring", str(processes), *share],
+        f"ulysses={processes}": ["--ulysses", str(processes)],
+        f"ring={processes}": ["--ring", str(processes)],
     }
 
 
@@ -39,11 +40,13 @@ def sweep(options: argparse.Namespace) -> None:
     """Measure every variant at ``--lengths``, then search its longest sequence up to ``--longest``; write ``--benchmark``."""
     rows = []
     for variant, settings in variants(options.processes).items():
+        if options.variants and variant not in options.variants:
+            continue
         done: dict[int, bool] = {}
 
-        def fits(length: int, variant=variant, settings=settings, done=done) -> bool:
+        def fits(length: int, steps=FIT, variant=variant, settings=settings, done=done) -> bool:
             if length not in done:
-                row = measure(options, variant, settings, length)
+                row = measure(options, variant, settings, length, steps)
                 rows.append(row)
                 write_table(rows, options.benchmark)
                 found = f"{row['tokens_per_s_per_gpu']} tokens/s for each process  {row['peak_gib']} GiB"
@@ -52,17 +55,19 @@ def sweep(options: argparse.Namespace) -> None:
             return done[length]
 
         for length in options.lengths:
-            if not fits(length):
+            if not fits(length, SPEED):
                 break
         fitting = max((n for n, ok in done.items() if ok), default=0)
         if fitting:
-            longest(fits, start=fitting, unit=1, most=options.longest, share=1 / 8)
+            longest(fits, start=fitting, unit=1, most=options.longest, share=options.share)
 
 
 def measure(
-    options: argparse.Namespace, variant: str, settings: list[str], length: int
+    options: argparse.Namespace, variant: str, settings: list[str], length: int, steps: tuple[int, int]
 ) -> dict[str, str | int | float]:
     """One run as a row of the table; a run that fails is a row too, with the reason as its note."""
+    warmup, timed = steps
+    shared = {"--ulysses", "--ring"} & set(settings)
     source = ["--model", str(options.model)] if options.model else ["--config", str(options.config)]
     arguments = [
         *source,
@@ -72,7 +77,9 @@ def measure(
         "--samples",
         "1",
         "--steps",
-        str(WARMUP + TIMED),
+        str(warmup + timed),
+        "--accumulate",
+        str(options.processes if shared and steps == SPEED else 1),
         "--recompute",
     ]
     arguments += ["--kernel", options.kernel, *(["--data", *map(str, options.data)] if options.data else [])]
@@ -111,9 +118,9 @@ def measure(
         "command": " ".join([f"torchrun --nproc-per-node {options.processes} examples/hf_mm_sp/train.py", *arguments]),
     }
     if metrics:
-        timed = metrics[0][WARMUP:]
-        row["time_s"] = round(statistics.median(step["seconds"] for step in timed), 4)
-        row["tokens_per_s_per_gpu"] = round(timed[0]["tokens"] / row["time_s"] / options.processes, 1)
+        measured = metrics[0][warmup:]
+        row["time_s"] = round(statistics.median(step["seconds"] for step in measured), 4)
+        row["tokens_per_s_per_gpu"] = round(measured[0]["tokens"] / row["time_s"] / options.processes, 1)
         row["peak_gib"] = round(max(step["peak_gib"] for rank in metrics for step in rank), 2)
         row["first_loss"] = round(metrics[0][0]["loss"], 5)
     return row

@@ -72,6 +72,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--longest", type=int, default=4194304, help="where the benchmark's search for the longest ends"
     )
+    parser.add_argument("--variants", nargs="+", help="of the benchmark: stock, 'data parallel', ulysses=N, ring=N")
+    parser.add_argument(
+        "--share", type=float, default=1 / 8, help="the search ends when this share of the longest is open"
+    )
     return parser.parse_args()
 
 
@@ -188,7 +192,8 @@ def main() -> None:
         dataset = VideoQuestions(tokenizer, data[0], options.frames, mm_sp.collator().video)
     else:
         dataset = TextWindows(tokenizer, data, options.length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
+    # The default loops over parameters would need temporaries as large as all of them.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
     batches = endless(dataset, options, mm_sp)
     platform.reset_peak_memory()
     with open(options.out / f"metrics-{dist.get_rank()}.jsonl", "w", encoding="utf-8") as metrics:

@@ -284,7 +284,7 @@ def test_optimizer_state_counts_towards_host_memory(data_folder, monkeypatch):
     settings.append("optim.offload_fraction=0.5")
     with pytest.raises(
         ConfigError,
-        match=r"memory.offload_gib=20 and optim.offload_fraction=0.5 \(7.5 GiB a rank\) on 4 ranks of a node asks for 110.0 "
+        match=r"memory.offload_gib=20 and optim.offload_fraction=0.5 \(7.5 GiB a rank\) on 4 ranks of a node asks for 110.1 "
         r"GiB of host memory, and 100.0 GiB are there; lower both to 25.0 GiB a rank or less",
     ):
         validate(load_config("models/qwen2-7b", settings), 4)

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/hf_mm_sp"
+SEARCH = {"variants": None, "share": 1 / 8}
 
 
 def sweep_module():
@@ -59,8 +60,8 @@ def test_the_benchmark_writes_a_row_for_a_run_and_for_one_that_fails(tmp_path, m
     config = EXAMPLE / "configs/tiny-llama.json"
     options = Namespace(model=None, config=config, data=[ROOT / "README.md"], kernel="auto", processes=2)
     rows = [
-        sweep.measure(options, "ulysses=2", sweep.variants(2)["ulysses=2"], 32),
-        sweep.measure(options, "ulysses=3", ["--ulysses", "3"], 32),
+        sweep.measure(options, "ulysses=2", sweep.variants(2)["ulysses=2"], 32, sweep.SPEED),
+        sweep.measure(options, "ulysses=3", ["--ulysses", "3"], 32, sweep.FIT),
     ]
     sweep.write_table(rows, tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
@@ -68,6 +69,8 @@ def test_the_benchmark_writes_a_row_for_a_run_and_for_one_that_fails(tmp_path, m
     assert good["note"] == ""
     assert float(good["tokens_per_s_per_gpu"]) == pytest.approx(32 / float(good["time_s"]), rel=0.05)
     assert "ulysses=3 does not divide" in bad["note"]
+    # Where two processes share a sequence they take two of them, except in the search.
+    assert "--accumulate 2" in good["command"] and "--accumulate 1" in bad["command"]
     assert bad["tokens_per_s_per_gpu"] == ""
 
 
@@ -106,13 +109,18 @@ def test_the_shell_script_hands_arguments_on(tmp_path):
 def test_every_length_is_measured_once_and_the_longest_is_found_to_an_eighth(tmp_path, monkeypatch):
     sweep, tried = sweep_module(), []
 
-    def measure(options, variant, settings, length):
+    def measure(options, variant, settings, length, steps):
         tried.append((variant, length))
         reached = {"stock": 0, "data parallel": 900}.get(variant, 70000)
-        return {"model": "m", "note": "" if length <= reached else "out of memory", "tokens_per_s_per_gpu": 1, "peak_gib": 1}
+        return {
+            "model": "m",
+            "note": "" if length <= reached else "out of memory",
+            "tokens_per_s_per_gpu": 1,
+            "peak_gib": 1,
+        }
 
     monkeypatch.setattr(sweep, "measure", measure)
-    sweep.sweep(Namespace(processes=2, benchmark=tmp_path / "table.csv", lengths=[512, 1024], longest=2**20))
+    sweep.sweep(Namespace(processes=2, benchmark=tmp_path / "table.csv", lengths=[512, 1024], longest=2**20, **SEARCH))
     assert len(tried) == len(set(tried)) == len((tmp_path / "table.csv").read_text().splitlines()) - 1
     by_variant = {name: [length for variant, length in tried if variant == name] for name, _ in tried}
     assert by_variant["stock"] == [512]
@@ -133,7 +141,19 @@ def test_a_failed_run_is_named(output, found):
     assert sweep_module().reason(output) == found
 
 
-def test_every_variant_takes_the_same_tokens_per_step():
-    variants = sweep_module().variants(4)
-    assert variants["stock"] == ["--stock"] and variants["data parallel"] == []
-    assert all(variants[name][-2:] == ["--accumulate", "4"] for name in ("ulysses=4", "ring=4"))
+def test_the_benchmark_measures_the_variants_that_are_named(tmp_path, monkeypatch):
+    sweep, tried = sweep_module(), []
+
+    def measure(options, variant, settings, length, steps):
+        tried.append((variant, length, steps))
+        return {
+            "model": "m",
+            "note": "" if length <= 3000 else "out of memory",
+            "tokens_per_s_per_gpu": 1,
+            "peak_gib": 1,
+        }
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    options = SEARCH | {"variants": ["ulysses=2"], "share": 1 / 2}
+    sweep.sweep(Namespace(processes=2, benchmark=tmp_path / "table.csv", lengths=[1024], longest=2**20, **options))
+    assert tried == [("ulysses=2", 1024, sweep.SPEED), *(("ulysses=2", n, sweep.FIT) for n in (2048, 4096, 3072))]
