@@ -135,8 +135,9 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
         at_heads = (at_heads + 3 * q + 2 * k) / chunks + q + 2 * k
     attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
     rebuilt = (memory.block_layers - 1) * h if again else 0
-    # Two blocks come back from the host ahead of their turn.
-    fetched = 2 * tokens * kept_bytes_per_token(config, memory.block_layers, element) if again and memory.offload_gib else 0
+    # A block and one layer of that before it, which is next, are back from the host.
+    back = sum(kept_bytes_per_token(config, layers, element) for layers in (memory.block_layers, 1))
+    fetched = tokens * back if again and memory.offload_gib else 0
     # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.
     apart = tiled and element == 2 and not config.optim.grad_reduce_fp32 and config.optim.llm.trainable
     sums = 3 * llm.hidden_size * llm.ffn_hidden_size // tp * 4 * apart

@@ -94,28 +94,30 @@ class _Block:
             self._attention.append(kept)
         return hidden_t1H
 
-    def prefetch(self) -> None:
+    def prefetch(self, layers: int) -> None:
+        """Bring back the input and what is kept of the first ``layers`` layers."""
         self._input.prefetch()
-        for kept in self._attention:
+        for kept in self._attention[:layers]:
             if kept is not None:
                 kept.prefetch()
 
     def backward(self, grad_t1H: torch.Tensor) -> torch.Tensor:
-        # Copies run in order, so what is needed now goes first.
-        self.prefetch()
-        if self._before is not None:
-            self._before.prefetch()
+        self.prefetch(len(self._layers))
         inputs = [self._input.take()]
         with torch.no_grad():
             for layer, kept in zip(self._layers[:-1], self._attention[:-1], strict=True):
                 inputs.append(_without_attention(layer, inputs[-1], kept))
-        for layer, kept in zip(reversed(self._layers), reversed(self._attention), strict=True):
+        for done, layer in enumerate(reversed(self._layers)):
+            # One layer of the block before comes for each layer here, whose own is free after it.
+            if self._before is not None:
+                self._before.prefetch(done + 1)
+            kept = self._attention.pop()
             hidden_t1H = inputs.pop().detach().requires_grad_()
             with torch.enable_grad(), _value_not_needed(layer):
                 out_t1H = _run(layer, hidden_t1H, self._row.keeping(kept))
             torch.autograd.backward(out_t1H, grad_t1H)
             grad_t1H = hidden_t1H.grad
-        self._attention.clear()
+            del kept, out_t1H
         self._before = None
         return grad_t1H
 

@@ -1,5 +1,6 @@
 """What is kept between forward and backward pass: attention runs once, host memory is used up to its budget, tiles are equal."""
 
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import torch
 from megatron_vila.config.activations import kept_bytes_per_token
 from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
+from megatron_vila.models import keep
 from megatron_vila.models.keep import HostMemory
 from megatron_vila.models.mlp import TiledMLP
 from megatron_vila.models.shard import RowShard
@@ -106,6 +108,30 @@ def test_all_that_a_policy_keeps_is_on_the_host_until_the_backward_pass():
         memory = MemoryConfig(recompute="attention_output", block_layers=block_layers, offload_gib=1.0)
         ((_, peak, left),) = pool.run(1, one_step, memory)
         assert (peak, left) == (4 * per_layer + inputs * per_input, 0)
+
+
+def most_outputs_back(rank, memory):
+    """How many layers' attention outputs are back from the host at the same time, at most."""
+    back, most, original = [], [0], keep._OnHost.prefetch
+
+    def prefetch(self):
+        original(self)
+        if self._shape == (16, 8, 4) and all(self._back is not tensor() for tensor in back):
+            back.append(weakref.ref(self._back))
+        most[0] = max(most[0], sum(tensor() is not None for tensor in back))
+
+    keep._OnHost.prefetch = prefetch
+    try:
+        one_step(rank, memory)
+    finally:
+        keep._OnHost.prefetch = original
+    return len(back), most[0]
+
+
+@pytest.mark.parametrize("block_layers,most", [(1, 2), (2, 3), (3, 3), (4, 4)])
+def test_one_layer_comes_back_ahead_of_the_block_that_is_at_work(block_layers, most):
+    memory = MemoryConfig(recompute="attention_output", block_layers=block_layers, offload_gib=1.0)
+    assert pool.run(1, most_outputs_back, memory) == [(4, most)]
 
 
 def test_only_the_budget_goes_to_the_host():
