@@ -69,6 +69,9 @@ def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
     kept = first + in_flight * tokens * (layers - again) * whole_layer_bytes(config, element)
     # The last layers go back first; those under the policy may need more, later.
     last, earlier = (_layer_workspace(config, element, policy) for policy in (again == layers, again > 0))
+    # A block and one layer of that before it, which is next, are on the device, unless they never left it.
+    back = sum(kept_bytes_per_token(config, layers, element) for layers in (memory.block_layers, 1))
+    first = max(first, tokens * back if again and on_host else 0)
     return kept, max(kept + last, first + earlier)
 
 
@@ -135,13 +138,10 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
         at_heads = (at_heads + 3 * q + 2 * k) / chunks + q + 2 * k
     attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
     rebuilt = (memory.block_layers - 1) * h if again else 0
-    # A block and one layer of that before it, which is next, are back from the host.
-    back = sum(kept_bytes_per_token(config, layers, element) for layers in (memory.block_layers, 1))
-    fetched = tokens * back if again and memory.offload_gib else 0
     # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.
     apart = tiled and element == 2 and not config.optim.grad_reduce_fp32 and config.optim.llm.trainable
     sums = 3 * llm.hidden_size * llm.ffn_hidden_size // tp * 4 * apart
-    return int(tokens * (max(mlp, attention) + rebuilt) * element) + fetched + sums
+    return int(tokens * (max(mlp, attention) + rebuilt) * element) + sums
 
 
 def _widths(config: Config) -> tuple[int, int]:

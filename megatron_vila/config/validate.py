@@ -30,14 +30,7 @@ CHOICES = {
 """Keys with a fixed set of values."""
 
 AT_LEAST_ONE = {
-    "model.vision": (
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "ffn_hidden_size",
-        "image_size",
-        "patch_size",
-    ),
+    "model.vision": ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "patch_size"),
     "model.llm": (
         "num_layers",
         "hidden_size",

@@ -1,14 +1,10 @@
 """Validation: what is refused, what is warned about, and the cure that the message proposes."""
 
-import json
-import os
-
 import pytest
 
 from megatron_vila.config.layouts import Layout, chunk_problems, layout_problems, nearest_layouts
 from megatron_vila.config.load import ConfigError, config_keys, load_config
-from megatron_vila.config.memory import GIB, estimate_memory, state_on_host
-from megatron_vila.config.schema import Config, LanguageConfig
+from megatron_vila.config.schema import LanguageConfig
 from megatron_vila.config.sizes import linear_shapes
 from megatron_vila.config.validate import (
     ABOVE_ZERO,
@@ -16,7 +12,6 @@ from megatron_vila.config.validate import (
     AT_LEAST_ZERO,
     CHOICES,
     LORA_NAMES,
-    tokenizer_problems,
     validate,
 )
 from megatron_vila.models.geometry import downsample_rate
@@ -131,6 +126,17 @@ def test_the_batch_must_be_a_multiple_of_the_data_parallel_size():
     (message,) = refused(6, "parallel.ring=2")
     assert message.startswith("train.global_batch_size=4 is not a multiple of the data-parallel size 3")
     assert message.endswith("use 3 or 6")
+
+
+def test_chunks_of_the_exchange_deal_out_whole_key_value_heads():
+    """Llama-3-8B has 8 key/value heads."""
+    llm = load_config("models/llama3-8b", []).model.llm
+    for tp, ulysses, chunks in ((1, 2, 1), (1, 2, 4), (1, 4, 2), (2, 2, 2), (1, 1, 1), (1, 16, 1)):
+        assert chunk_problems(llm, Layout(tp, 1, ulysses, 1), chunks) == []
+    (three,) = chunk_problems(llm, Layout(1, 1, 2, 1), 3)
+    assert three.startswith("parallel.ulysses_chunks=3 with ulysses=2 does not") and three.endswith("=1 or 2 or 4")
+    (no_exchange,) = chunk_problems(llm, Layout(1, 1, 1, 4), 2)
+    assert no_exchange.endswith("use ulysses_chunks=1")
 
 
 def test_all_problems_are_listed_at_once():
@@ -269,27 +275,6 @@ def test_memory_settings_that_do_not_go_together_are_refused():
     assert "memory.offload_gib=1 is for what a recompute policy keeps" in message
 
 
-def test_more_host_memory_than_there_is_is_refused_with_the_largest_value(data_folder):
-    settings = [*data_folder, "memory.recompute=attention_output", "memory.offload_gib=100000"]
-    with pytest.raises(
-        ConfigError, match=r"100000 on 1 ranks of a node asks for 100000.0 GiB of host memory, and .* lower it to"
-    ):
-        validate(load_config("tiny", settings), 1)
-
-
-def test_optimizer_state_counts_towards_host_memory(data_folder, monkeypatch):
-    monkeypatch.setattr("megatron_vila.config.validate.host_memory", lambda: 100 * GIB)
-    settings = [*data_folder, "train.global_batch_size=4", "memory.recompute=attention_output", "memory.offload_gib=20"]
-    assert not [warning for warning in validate(load_config("models/qwen2-7b", settings), 4) if "host" in warning]
-    settings.append("optim.offload_fraction=0.5")
-    with pytest.raises(
-        ConfigError,
-        match=r"memory.offload_gib=20 and optim.offload_fraction=0.5 \(7.5 GiB a rank\) on 4 ranks of a node asks for 110.1 "
-        r"GiB of host memory, and 100.0 GiB are there; lower both to 25.0 GiB a rank or less",
-    ):
-        validate(load_config("models/qwen2-7b", settings), 4)
-
-
 @pytest.mark.parametrize("fraction", ["-0.1", "1.5", ".nan"])
 def test_a_share_of_optimizer_state_that_is_none_is_refused(fraction):
     (message,) = refused(1, f"optim.offload_fraction={fraction}")
@@ -319,214 +304,3 @@ def test_groups_that_should_stay_in_a_node_are_warned_about_when_they_do_not():
     (warning,) = warned(16, "parallel.tp=4", "parallel.ring=4", "parallel.gpus_per_node=2")
     assert "parallel.tp=4 * parallel.ulysses=1 = 4 ranks do not lie inside nodes of parallel.gpus_per_node=2" in warning
     assert warned(16, "parallel.tp=4", "parallel.ring=4", "parallel.gpus_per_node=8") == []
-
-
-# ------------------------------------------------------------------------------------------------------------------ memory
-
-
-def test_memory_that_cannot_fit_is_a_warning_with_a_cure(data_folder):
-    overrides = [*data_folder, "train.seq_length=200000000", "model.llm.max_positions=200000000"]
-    warnings = validate(load_config("tiny", overrides), 1)
-    (warning,) = [w for w in warnings if "GiB" in w]
-    assert warning.startswith("a rank needs about ")
-    assert "set memory.recompute=attention_output" in warning
-
-
-def test_chunks_of_the_exchange_deal_out_whole_key_value_heads():
-    """Llama-3-8B has 8 key/value heads."""
-    llm = load_config("models/llama3-8b", []).model.llm
-    for tp, ulysses, chunks in ((1, 2, 1), (1, 2, 4), (1, 4, 2), (2, 2, 2), (1, 1, 1), (1, 16, 1)):
-        assert chunk_problems(llm, Layout(tp, 1, ulysses, 1), chunks) == []
-    (three,) = chunk_problems(llm, Layout(1, 1, 2, 1), 3)
-    assert three.startswith("parallel.ulysses_chunks=3 with ulysses=2 does not") and three.endswith("=1 or 2 or 4")
-    (no_exchange,) = chunk_problems(llm, Layout(1, 1, 1, 4), 2)
-    assert no_exchange.endswith("use ulysses_chunks=1")
-
-
-def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
-    def workspace(chunks):
-        settings = ["parallel.ulysses=2", f"parallel.ulysses_chunks={chunks}", "train.seq_length=524288"]
-        settings += ["memory.recompute=attention_output", "memory.mlp_tile=8192"]
-        return estimate_memory(load_config("models/llama3-8b", settings), 2, on_gpu=True).workspace
-
-    assert workspace(4) < workspace(2) < workspace(1)
-
-
-def test_a_small_model_fits(data_folder):
-    assert validate(load_config("tiny", data_folder), 1) == []
-
-
-def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
-    """7.6 G parameters: bf16 weights, float32 gradients, 12 bytes of optimizer state shared by the whole world."""
-    config = load_config("models/qwen2-7b", ["optim.vision.trainable=false", "optim.projector.trainable=false"])
-    estimate = estimate_memory(config, 8, on_gpu=True)
-    llm, frozen = 7_612_634_624, 428_225_600 + 29_376_512
-    assert estimate.weights == pytest.approx(2 * (llm + frozen), rel=1e-3)
-    assert estimate.gradients == pytest.approx(4 * llm, rel=1e-3)
-    assert estimate.optimizer == pytest.approx(12 * llm / 8, rel=1e-3)
-
-
-def test_with_lora_only_what_learns_has_gradients_and_optimizer_state():
-    """Rank 8 on q, k, v and o of Qwen2-7B: 28 layers of 8 * (3584 + 4608 + 3584 + 3584) parameters, 2 bytes a weight."""
-    frozen = ["optim.vision.trainable=false", "optim.projector.trainable=false"]
-    whole = estimate_memory(load_config("models/qwen2-7b", frozen), 8, on_gpu=True)
-
-    def estimate(*overrides):
-        return estimate_memory(
-            load_config("models/qwen2-7b", [*frozen, "model.lora.rank=8", *overrides]), 8, on_gpu=True
-        )
-
-    updates = 28 * 8 * (3584 + 4608 + 3584 + 3584)
-    assert estimate().gradients == 4 * updates
-    assert estimate().optimizer == 12 * updates // 8
-    assert estimate().weights == whole.weights + 2 * updates
-    # Of qkv A is whole, of proj B: half of the parameters but for the wider qkv.
-    assert estimate("parallel.tp=4").gradients == 4 * 28 * 8 * (3584 + 4608 // 4 + 3584 // 4 + 3584)
-    beside = estimate("model.lora.also_train=[embeddings,norms]")
-    assert beside.gradients == 4 * (updates + 151_648 * 3584 + (2 * 28 + 1) * 3584)
-    assert estimate().llm_activations < whole.llm_activations
-
-
-def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():
-    def optimizer(*overrides):
-        return estimate_memory(load_config("models/qwen2-7b", list(overrides)), 8, on_gpu=True).optimizer
-
-    assert optimizer("parallel.ring=2", "parallel.ulysses=4") == optimizer()
-
-
-def test_offloaded_optimizer_state_leaves_the_device_for_the_host():
-    def both(fraction):
-        config = load_config("models/qwen2-7b", [f"optim.offload_fraction={fraction}"])
-        return estimate_memory(config, 8, on_gpu=True).optimizer, state_on_host(config, 8, on_gpu=True)
-
-    (whole, nothing), (half, half_on_host), (none, on_host) = both(0), both(0.5), both(1)
-    assert nothing == none == 0
-    assert half == pytest.approx(whole / 2) and half_on_host == pytest.approx(on_host / 2)
-    assert on_host == pytest.approx(whole)
-
-
-def test_activations_shrink_with_tp_and_cp_and_with_recompute():
-    def activations(*overrides):
-        settings = ["train.seq_length=1048576", *overrides]
-        return estimate_memory(load_config("models/qwen2-7b", settings), 16, on_gpu=True).llm_activations
-
-    whole = activations()
-    for split in ("parallel.tp=4", "parallel.ring=4"):
-        assert activations(split) == pytest.approx(whole / 4, rel=0.05)
-    # The exchange makes a copy of attention's output: 2 bytes of 28 x 3584 values for each token of a rank.
-    assert activations("parallel.ulysses=4") == whole / 4 + 2 * 28 * 3584 * 1048576 // 4
-    assert activations("memory.recompute=full") < whole / 5
-    kept = activations("memory.recompute=attention_output")
-    assert activations("memory.recompute=full") < kept < whole / 4
-    assert activations("memory.recompute=attention_output", "memory.block_layers=4") < kept
-    assert activations("memory.recompute=attention_output", "memory.offload_gib=10") == kept - 10 * GIB
-
-
-def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
-    def activations(*overrides):
-        settings = ["train.seq_length=262144", "data.num_frames=512", *overrides]
-        return estimate_memory(load_config("models/qwen2-7b", settings), 1, on_gpu=True).vision_activations
-
-    pixels = 512 * 3 * 384**2 * 4
-    assert activations("model.vision.recompute=true") == activations("optim.vision.trainable=false") == pixels
-    assert activations() > 100 * pixels
-
-
-def test_the_estimate_reads_as_a_sum():
-    estimate = estimate_memory(load_config("models/qwen2-7b", []), 8, on_gpu=True)
-    assert str(estimate).startswith(f"{estimate.total / GIB:.1f} GiB (weights ")
-
-
-def test_published_long_runs_fit_80_gib():
-    for name, world in (("longvila-7b-stage5", 256), ("longvila-7b-stage4", 64), ("llama3-longvila-8b-stage5", 64)):
-        assert estimate_memory(load_config(name, []), world, on_gpu=True).total < 80 * GIB
-
-
-# ------------------------------------------------------------------------------------------------------------------- files
-
-
-@pytest.fixture
-def data_folder(tmp_path) -> list[str]:
-    """Overrides that name files which exist."""
-    samples, tokenizer, media = tmp_path / "train.json", tmp_path / "tokenizer", tmp_path / "media"
-    samples.write_text(json.dumps([{"conversations": []}]))
-    tokenizer.mkdir()
-    media.mkdir()
-    (tokenizer / "tokenizer_config.json").write_text("{}")
-    (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
-    return [
-        f"data.train=[{samples}]",
-        f"data.media_dir={media}",
-        f"data.tokenizer={tokenizer}",
-        f"train.output={tmp_path / 'runs' / 'new'}",
-    ]
-
-
-def files_refused(overrides: list[str], *changes: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        validate(load_config("tiny", [*overrides, *changes]), 1)
-    return str(caught.value).splitlines()[1:]
-
-
-def test_files_are_not_looked_at_when_told_so():
-    assert validate(load_config("tiny", ["data.train=[nowhere.json]"]), 1, check_files=False) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ("data.train=[nowhere.json]", "data.train names 'nowhere.json', which does not exist"),
-        ("data.eval=[nowhere.json]", "data.eval names 'nowhere.json', which does not exist"),
-        ("data.train=[]", "data.train is empty"),
-        ("data.media_dir=nowhere", "data.media_dir='nowhere' is not a folder"),
-        ("data.tokenizer=", "data.tokenizer is empty"),
-        ("data.tokenizer=nowhere", "data.tokenizer='nowhere' is not a folder"),
-        ("checkpoint.load=nowhere", "checkpoint.load='nowhere' is not a folder"),
-    ],
-)
-def test_a_missing_file_is_refused(data_folder, change, part):
-    (message,) = files_refused(data_folder, change)
-    assert part in message
-
-
-def test_an_empty_sample_file_and_a_folder_in_its_place_are_refused(data_folder, tmp_path):
-    (tmp_path / "empty.json").touch()
-    messages = files_refused(data_folder, f"data.train=[{tmp_path / 'empty.json'},{tmp_path}]")
-    assert "which is empty" in messages[0]
-    assert "which is not a file" in messages[1]
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    (message,) = tokenizer_problems(str(tmp_path))
-    assert "has no chat template" in message
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert list(tokenizer_problems(str(tmp_path))) == []
-
-
-def test_an_output_below_a_file_is_refused(data_folder, tmp_path):
-    (message,) = files_refused(data_folder, f"train.output={tmp_path / 'train.json' / 'run'}")
-    assert "is a file; choose another folder" in message
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_output_without_permission_is_refused(data_folder, tmp_path):
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    (message,) = files_refused(data_folder, f"train.output={closed / 'run'}")
-    assert "no permission" in message
-
-
-def test_the_output_folder_is_not_made_by_validation(data_folder, tmp_path):
-    validate(load_config("tiny", data_folder), 1)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_problems_of_values_and_of_files_come_together(data_folder):
-    assert len(files_refused(data_folder, "data.train=[nowhere.json]", "parallel.pp=3")) >= 2
-
-
-def test_the_default_configuration_lacks_only_data():
-    with pytest.raises(ConfigError) as caught:
-        validate(Config(), 1)
-    assert [line[2:].split(" ")[0] for line in str(caught.value).splitlines()[1:]] == ["data.train", "data.tokenizer"]

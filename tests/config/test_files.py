@@ -1,0 +1,79 @@
+"""Validation of the file system: files and folders that are missing, empty or closed are refused."""
+
+import os
+
+import pytest
+
+from megatron_vila.config.load import ConfigError, load_config
+from megatron_vila.config.schema import Config
+from megatron_vila.config.validate import tokenizer_problems, validate
+
+
+def files_refused(overrides: list[str], *changes: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config("tiny", [*overrides, *changes]), 1)
+    return str(caught.value).splitlines()[1:]
+
+
+def test_files_are_not_looked_at_when_told_so():
+    assert validate(load_config("tiny", ["data.train=[nowhere.json]"]), 1, check_files=False) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("data.train=[nowhere.json]", "data.train names 'nowhere.json', which does not exist"),
+        ("data.eval=[nowhere.json]", "data.eval names 'nowhere.json', which does not exist"),
+        ("data.train=[]", "data.train is empty"),
+        ("data.media_dir=nowhere", "data.media_dir='nowhere' is not a folder"),
+        ("data.tokenizer=", "data.tokenizer is empty"),
+        ("data.tokenizer=nowhere", "data.tokenizer='nowhere' is not a folder"),
+        ("checkpoint.load=nowhere", "checkpoint.load='nowhere' is not a folder"),
+    ],
+)
+def test_a_missing_file_is_refused(data_folder, change, part):
+    (message,) = files_refused(data_folder, change)
+    assert part in message
+
+
+def test_an_empty_sample_file_and_a_folder_in_its_place_are_refused(data_folder, tmp_path):
+    (tmp_path / "empty.json").touch()
+    messages = files_refused(data_folder, f"data.train=[{tmp_path / 'empty.json'},{tmp_path}]")
+    assert "which is empty" in messages[0]
+    assert "which is not a file" in messages[1]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (message,) = tokenizer_problems(str(tmp_path))
+    assert "has no chat template" in message
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert list(tokenizer_problems(str(tmp_path))) == []
+
+
+def test_an_output_below_a_file_is_refused(data_folder, tmp_path):
+    (message,) = files_refused(data_folder, f"train.output={tmp_path / 'train.json' / 'run'}")
+    assert "is a file; choose another folder" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_without_permission_is_refused(data_folder, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    (message,) = files_refused(data_folder, f"train.output={closed / 'run'}")
+    assert "no permission" in message
+
+
+def test_the_output_folder_is_not_made_by_validation(data_folder, tmp_path):
+    validate(load_config("tiny", data_folder), 1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_problems_of_values_and_of_files_come_together(data_folder):
+    assert len(files_refused(data_folder, "data.train=[nowhere.json]", "parallel.pp=3")) >= 2
+
+
+def test_the_default_configuration_lacks_only_data():
+    with pytest.raises(ConfigError) as caught:
+        validate(Config(), 1)
+    assert [line[2:].split(" ")[0] for line in str(caught.value).splitlines()[1:]] == ["data.train", "data.tokenizer"]
