@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -212,13 +211,11 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
-@dataclass(frozen=True)
 class _LiveRow:
-    """A row on its way through the layers, as the keyword ``mm_sp_row``."""
+    """A row on its way through the layers, the keyword ``mm_sp_row``. No dataclass: FSDP2 takes those apart to cast tensors."""
 
-    row: ShardedRow
-    indices: RowIndices
-    mm_sp: MMSP
+    def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP) -> None:
+        self.row, self.indices, self.mm_sp = row, indices, mm_sp
 
 
 def _attention(

@@ -6,8 +6,6 @@ out while the next layers compute, back while the block of layers behind them is
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 
 from megatron_vila.config.memory import GIB
@@ -30,7 +28,7 @@ class Kept:
 
 
 class HostMemory:
-    """Buffers in host memory, used again from step to step; at most ``budget_bytes`` hold something at a time.
+    """Buffers in host memory, used again from step to step, of at most ``budget_bytes`` together.
 
     On a CPU the buffers are ordinary memory and copies are immediate, so that the same code runs without a GPU.
     """
@@ -39,35 +37,51 @@ class HostMemory:
         self.budget_bytes = budget_bytes
         self.used_bytes = self.peak_bytes = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and budget_bytes else None
-        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self._free: list[torch.Tensor] = []
 
     def keep(self, x: torch.Tensor) -> Kept:
         """Hold ``x`` until ``take``; nobody may write to it meanwhile. It stays on its device when the budget is used up."""
-        size = x.numel() * x.element_size()
-        if not size or self.used_bytes + size > self.budget_bytes:
-            return Kept(x)
-        self.used_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        return _OnHost(x, self)
+        buffer = self._acquire(x.nbytes) if x.nbytes else None
+        return Kept(x) if buffer is None else _OnHost(x, buffer, self)
 
-    def acquire(self, size: int) -> torch.Tensor:
-        """A buffer of ``size`` bytes. Raises ``HostMemoryError`` if the host does not page-lock as much."""
-        if self._free[size]:
-            return self._free[size].pop()
-        return page_locked(size, f"memory.offload_gib={self.budget_bytes / GIB:g}")
+    def _acquire(self, size: int) -> torch.Tensor | None:
+        """A buffer of ``size`` bytes, up to twice as large if it is there already; None without room for it.
+
+        Raises ``HostMemoryError`` if the host does not page-lock as much.
+        """
+        fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.nbytes <= 2 * size]
+        if fitting:
+            buffer = self._free.pop(min(fitting, key=lambda i: self._free[i].nbytes))
+        elif self.used_bytes + size > self.budget_bytes:
+            return None
+        else:
+            self._make_room(size)
+            buffer = page_locked(size, f"memory.offload_gib={self.budget_bytes / GIB:g}")
+        self.used_bytes += buffer.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return buffer
+
+    def _make_room(self, size: int) -> None:
+        """Give up buffers that no row of today needs until one of ``size`` bytes fits into the budget."""
+        cached = sum(buffer.nbytes for buffer in self._free)
+        if self._free and self.used_bytes + cached + size > self.budget_bytes and self.stream is not None:
+            # A copy from one of them may still be on its way.
+            self.stream.synchronize()
+        while self._free and self.used_bytes + cached + size > self.budget_bytes:
+            cached -= self._free.pop(0).nbytes
 
     def release(self, buffer: torch.Tensor) -> None:
-        self.used_bytes -= buffer.numel()
-        self._free[buffer.numel()].append(buffer)
+        self.used_bytes -= buffer.nbytes
+        self._free.append(buffer)
 
 
 class _OnHost(Kept):
     """A tensor in host memory. All copies are on one stream, so a buffer is never overwritten before it was read."""
 
-    def __init__(self, x: torch.Tensor, host: HostMemory) -> None:
+    def __init__(self, x: torch.Tensor, buffer: torch.Tensor, host: HostMemory) -> None:
         super().__init__(x.new_empty(0))
-        self._host, self._shape = host, x.shape
-        self._buffer = host.acquire(x.numel() * x.element_size())
+        self._host, self._shape, self._size = host, x.shape, x.nbytes
+        self._buffer = buffer
         self._back: torch.Tensor | None = None
         if host.stream is None:
             self._view(x.dtype).copy_(x)
@@ -102,4 +116,4 @@ class _OnHost(Kept):
         return x
 
     def _view(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._buffer.view(dtype).view(self._shape)
+        return self._buffer[: self._size].view(dtype).view(self._shape)

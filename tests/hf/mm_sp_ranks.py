@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_vila.hf.mm_sp import MMSP, enable_mm_sp
@@ -42,13 +42,16 @@ def make(case: Case) -> tuple[torch.nn.Module, MMSP]:
     return model, mm_sp
 
 
-def shard(model: torch.nn.Module, layers: bool = True) -> None:
+FULL_PRECISION = MixedPrecisionPolicy()
+
+
+def shard(model: torch.nn.Module, layers: bool = True, policy: MixedPrecisionPolicy = FULL_PRECISION) -> None:
     """FSDP2 over all ranks, each layer of tower and language model by itself."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in list(model.modules()):
         if layers and type(module).__name__.endswith(("DecoderLayer", "EncoderLayer", "Projector")):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def gradients(model: torch.nn.Module, weights: str) -> dict[str, torch.Tensor]:

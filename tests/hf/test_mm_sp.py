@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_vila.hf.mm_sp import ATTENTION, enable_mm_sp
 from megatron_vila.hf.mm_sp_checks import check_model
 from tests.hf.mm_sp_cases import build, in_float64, text_sample, truth, video_sample
-from tests.hf.mm_sp_ranks import Case, train
+from tests.hf.mm_sp_ranks import Case, shard, train
 from tests.ranks import pool
 
 PAGE = Path(__file__).parents[2] / "docs/mm_sp_for_transformers.md"
@@ -257,8 +256,7 @@ def test_consecutive_ranks_share_samples_and_the_others_are_replicas():
 
 def in_bfloat16(rank: int, samples: list[dict]) -> tuple[float, bool]:
     model = build("llava_onevision")
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    shard(model, policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     # After fully_shard as well as before it.
     mm_sp = enable_mm_sp(model, ring=2)
     loss = model(**mm_sp.collator()(samples)).loss

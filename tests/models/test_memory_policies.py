@@ -47,6 +47,20 @@ def test_buffers_are_used_again_and_the_budget_counts_what_is_held():
     assert host.keep(torch.zeros(10))._buffer is buffer
 
 
+def test_rows_of_many_lengths_take_no_more_host_memory_than_the_budget():
+    host = HostMemory(1000, CPU)
+    for length in (10, 100, 90, 30, 120, 7, 125, 60):
+        row = torch.randn(length), torch.randn(length)
+        kept = [host.keep(x.clone()) for x in row]
+        assert host.used_bytes + sum(buffer.nbytes for buffer in host._free) <= 1000
+        assert all(torch.equal(held.take(), x) for held, x in zip(kept, row, strict=True))
+    assert host.used_bytes == 0 and host.peak_bytes <= 1000
+    # Half of what a buffer holds is enough to use it again, less is not.
+    large = host.keep(torch.zeros(125))
+    large.take()
+    assert host.keep(torch.zeros(70))._buffer is large._buffer and host.keep(torch.zeros(20))._buffer.nbytes < 500
+
+
 def test_nothing_goes_to_the_host_without_a_budget():
     x = torch.ones(3)
     assert HostMemory(0, CPU).keep(x).take() is x
