@@ -151,8 +151,8 @@ def train_step(model: PreTrainedModel, batches: list[dict], mm_sp: MMSP | None, 
     """Gradients of one step; returns the mean loss over its supervised tokens (without MM-SP: of this process)."""
     total = torch.zeros((), device=device)
     count = mm_sp.count_supervised(batches) if mm_sp else None
-    for i, batch in enumerate(batches):
-        model.set_requires_gradient_sync(i + 1 == len(batches))
+    # Gradients are reduced after each micro-batch: FSDP2 would hold whole ones until the last.
+    for batch in batches:
         if mm_sp:
             loss = model(**batch, num_items_in_batch=count).loss
         else:

@@ -134,8 +134,12 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring
     chunks = config.parallel.ulysses_chunks
     at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (2 * q + 6 * k) * (config.parallel.ring > 1)
-    if chunks > 1:  # one chunk at work, the next one on its way, the gradients of all
-        at_heads = (at_heads + 3 * q + 2 * k) / chunks + q + 2 * k
+    if chunks > 1:
+        # A chunk at work, its gradients and their sums; the next, sent and received, or the gradients of the one before, or both.
+        given, grads = 3 * q + 2 * k, q + 2 * k
+        at_work, coming, returning = given + 3 * grads, 2 * given, 2 * grads
+        later = at_work + returning + coming * (chunks > 2)
+        at_heads = max((at_work + coming) / chunks, later / chunks + grads)
     attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
     rebuilt = (memory.block_layers - 1) * h if again else 0
     # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.

@@ -388,7 +388,11 @@ def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
         more = "lower data.num_frames or raise parallel.ring"
         return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
     if biggest == "workspace":
-        return "set memory.mlp_tile=8192" if not config.memory.mlp_tile else "lower memory.mlp_tile, or shorten train.seq_length"
+        return (
+            "set memory.mlp_tile=8192"
+            if not config.memory.mlp_tile
+            else "lower memory.mlp_tile, or shorten train.seq_length"
+        )
     if biggest == "optimizer":
         return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
     return "raise parallel.tp or parallel.pp"

@@ -133,7 +133,7 @@ class _Attention2D(torch.autograd.Function):
         ulysses, ring, chunks = attention.ulysses, attention.ring, range(attention.ulysses.split.chunks)
         exchanged = ulysses.split.ulysses > 1
         out_sHD = torch.empty_like(q_sHD) if exchanged else None
-        saved, returning = [], []
+        saved, returning = [], None
         coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, 0)
         for chunk in chunks:
             q, k, v = coming.wait()
@@ -143,10 +143,12 @@ class _Attention2D(torch.autograd.Function):
             v = v.contiguous()
             out, lse = ring.forward(q, k, v, row.layout, attention.expansion)
             saved += [q, k, v, out, lse]
+            if returning is not None:  # it went under this chunk's attention
+                returning.wait()
             if exchanged:
-                returning.append(ulysses.to_sequence(out, row.inverse, out_sHD, chunk))
-        for pending in returning:
-            pending.wait()
+                returning = ulysses.to_sequence(out, row.inverse, out_sHD, chunk)
+        if returning is not None:
+            returning.wait()
         ctx.save_for_backward(*saved)
         ctx.row, ctx.attention = row, attention
         out_sHD = out_sHD if exchanged else saved[3]
@@ -203,11 +205,10 @@ def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, 
     ``start(chunk)`` begins to bring a chunk to its heads; what it returns gives dout, q, k, v, out and the log-sum-exp there.
     """
     ulysses, chunks = attention.ulysses, range(attention.ulysses.split.chunks)
-    coming, returning, totals = start(0), [], None
+    coming, returning, totals = start(0), None, None
     for chunk in chunks:
         given = coming()
-        if chunk + 1 in chunks:
-            coming = start(chunk + 1)
+        coming = start(chunk + 1) if chunk + 1 in chunks else None
         grads = attention.ring.backward(*given, row.layout, attention.expansion)
         del given
         if ulysses.split.ulysses == 1:
@@ -215,7 +216,9 @@ def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, 
         if totals is None:
             tokens, kv_heads, dim = len(dout_sHD), ulysses.split.kv_heads, dout_sHD.shape[2]
             totals = torch.empty_like(dout_sHD), *(dout_sHD.new_zeros(tokens, kv_heads, dim) for _ in range(2))
-        returning.append(ulysses.grads_to_sequence(grads, row.inverse, totals, chunk))
-    for pending in returning:
-        pending.wait()
+        if returning is not None:  # it went under this chunk's attention
+            returning.wait()
+        returning = ulysses.grads_to_sequence(grads, row.inverse, totals, chunk)
+        del grads
+    returning.wait()
     return *totals, None, None, None

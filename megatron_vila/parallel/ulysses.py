@@ -93,7 +93,8 @@ class Pending:
     def wait(self) -> Any:
         if self._work is not None:
             self._work.wait()
-        finish, self._finish, self._sent = self._finish, None, None
+        # A finished work may hold on to what it moved.
+        finish, self._finish, self._work, self._sent = self._finish, None, None, None
         return finish()
 
 
