@@ -24,6 +24,7 @@ LAYOUTS = "world4-tp2-pp1-u2-r1 or world4-tp1-pp1-u2-r2 or world4-tp1-pp1-u1-r4 
 EVERY_LAYOUT = (CONTRACT, "-k", LAYOUTS)
 POLICIES = (CONTRACT, "-k", "memory_policy and tp2-pp1-u2-r1")
 CHUNKS = (CONTRACT, "-k", "travel_in_chunks and u2-r2")
+OFFLOAD = ("tests/training/test_offload.py", "-k", "gradients_are_clipped or cut_parameters and 1.0-1000")
 SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduction")
 
 
@@ -199,8 +200,8 @@ FAULTS = [
     Fault(
         "layers of a block are run again in the wrong order",
         "megatron_vila/models/decoder.py",
-        "zip(reversed(self._layers), reversed(self._attention), strict=True)",
-        "zip(self._layers, self._attention, strict=True)",
+        "enumerate(reversed(self._layers)):",
+        "enumerate(self._layers):",
         POLICIES,
     ),
     Fault(
@@ -256,6 +257,27 @@ FAULTS = [
         "megatron_vila/models/head.py",
         "_all_reduce(sums_C, dist.ReduceOp.SUM, vocabulary)",
         "pass",
+    ),
+    Fault(
+        "a chunk of optimizer state stays on the device after its update",
+        "megatron_vila/training/offload.py",
+        "_copy_rows(chunk.state, state)",
+        "pass",
+        OFFLOAD,
+    ),
+    Fault(
+        "a slot is filled before its state went back to the host",
+        "megatron_vila/training/offload.py",
+        "range(min(SLOTS - 1, len(chunks))))",
+        "range(min(SLOTS + 1, len(chunks))))",
+        OFFLOAD,
+    ),
+    Fault(
+        "offloaded gradients are not clipped",
+        "megatron_vila/training/offload.py",
+        "gradients_E.mul_(grad_scale)",
+        "pass",
+        OFFLOAD,
     ),
 ]
 
