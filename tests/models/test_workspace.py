@@ -1,0 +1,85 @@
+"""What a layer works in, in the backward pass of attention: every tensor that is alive then, against the memory model.
+
+On a CPU, with the kernel that takes memory and computes nothing. Norms and SwiGLU are not compiled there and make float32 copies,
+so only the moments in which attention's gradients are formed are looked at, and two configurations are compared.
+"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_vila.benchmark import unfilled
+from megatron_vila.config.activations import _decoder, local_tokens
+from megatron_vila.config.schema import MemoryConfig, ParallelConfig
+from megatron_vila.data.row import pack
+from megatron_vila.models.shard import RowShard
+from tests import samples
+from tests.parallel import contract
+from tests.ranks import pool
+
+LENGTH, WIDTH = 2048, 64
+CPU = torch.device("cpu")
+
+
+class AliveInAttention(TorchDispatchMode):
+    """The most bytes of new tensors that are alive while attention's backward pass makes its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.on_host, self.most = {}, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and not x.is_sparse:
+                self.see(x)
+        if func is torch.ops.aten.zeros_like.default:
+            self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+    def see(self, x):
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if x.dtype == torch.uint8:
+            self.on_host[key] = storage  # a page of host memory, on a CPU a tensor like others
+        # Copies that a norm makes because it is not compiled.
+        uncompiled = x.dtype == torch.float32 and x.shape[1:] == (1, WIDTH)
+        if key not in self.sizes and key not in self.on_host and not uncompiled:
+            self.sizes[key] = storage.nbytes()
+            weakref.finalize(storage, self.sizes.pop, key, None)
+
+
+def most_alive(rank, parallel, memory):
+    """Measured and predicted, in hidden states of this rank's tokens."""
+    unfilled.register()
+    config = samples.config(layers=2, heads=8, kv_heads=4)
+    llm = config.model.llm
+    llm.hidden_size, llm.head_dim, llm.ffn_hidden_size = WIDTH, WIDTH // 8, 3 * WIDTH
+    config.model.attention, config.memory, config.parallel = unfilled.NAME, memory, parallel
+    config.train.seq_length, config.optim.grad_reduce_fp32 = LENGTH, False
+    topology, model, _ = contract.build(config, parallel, torch.bfloat16)
+    grid = topology.grid
+    row = pack([samples.document("long", "t" * LENGTH, slice(0, 1))], grid.document_multiple, grid.row_multiple)
+    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, CPU)
+    found = []
+    # The threads that move data on a CPU let go of it a little later than a stream of a GPU does.
+    for _ in range(3):
+        gc.collect()
+        with AliveInAttention() as alive:
+            model(shard, samples.pixels([])).loss_sum.backward()
+        found.append(alive.most)
+    topology.destroy()
+    unit = local_tokens(config) * WIDTH * 2
+    return min(found) / unit, _decoder(config, 1, 2)[1] / unit
+
+
+def test_the_exchange_in_chunks_holds_no_more_than_the_model_says():
+    """Weights and all that does not depend on the setting cancel."""
+    memory = MemoryConfig(recompute="attention_output", mlp_tile=256, offload_gib=1.0)
+    (whole, expected_whole), *_ = pool.run(2, most_alive, ParallelConfig(ulysses=2), memory)
+    (chunks, expected_chunks), *_ = pool.run(2, most_alive, ParallelConfig(ulysses=2, ulysses_chunks=2), memory)
+    assert chunks - whole == pytest.approx(expected_chunks - expected_whole, abs=0.3)
