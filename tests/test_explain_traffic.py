@@ -52,18 +52,12 @@ class Recorder:
 
         return recorded
 
-    def gather(self, call):
+    def tp(self, call):
+        """Gathers and scatters: each peer gets, or is sent, the smaller of the two."""
+
         def recorded(out, given, group, **options):
             for peer in range(group.size()):
-                self.add("tp", group, peer, given.nbytes)
-            return call(out, given, group=group, **options)
-
-        return recorded
-
-    def scatter(self, call):
-        def recorded(out, given, group, **options):
-            for peer in range(group.size()):
-                self.add("tp", group, peer, out.nbytes)
+                self.add("tp", group, peer, min(out.nbytes, given.nbytes))
             return call(out, given, group=group, **options)
 
         return recorded
@@ -73,11 +67,11 @@ class Recorder:
         from megatron.core.tensor_parallel import layers, mappings
 
         places = [(dist, "all_to_all_single", self.all_to_all), (dist, "batch_isend_irecv", self.point_to_point)]
-        places += [(dist, "all_gather_into_tensor", self.gather), (dist, "reduce_scatter_tensor", self.scatter)]
+        places += [(dist, "all_gather_into_tensor", self.tp), (dist, "reduce_scatter_tensor", self.tp)]
         for module in (layers, mappings):
             places += [
-                (module, "dist_all_gather_func", self.gather),
-                (module, "dist_reduce_scatter_func", self.scatter),
+                (module, "dist_all_gather_func", self.tp),
+                (module, "dist_reduce_scatter_func", self.tp),
             ]
         kept = [getattr(module, name) for module, name, _ in places]
         try:

@@ -45,28 +45,32 @@ class HostMemory:
         return Kept(x) if buffer is None else _OnHost(x, buffer, self)
 
     def _acquire(self, size: int) -> torch.Tensor | None:
-        """A buffer of ``size`` bytes, up to twice as large if it is there already; None without room for it.
+        """A buffer of ``size`` bytes or more; None without room for it.
 
-        Raises ``HostMemoryError`` if the host does not page-lock as much.
+        One that is there already serves if it is not twice as large, and any larger one before others are given up for a new one:
+        page-locking takes seconds. Raises ``HostMemoryError`` if the host does not page-lock as much.
         """
-        fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.nbytes <= 2 * size]
+        held = self.used_bytes + sum(buffer.nbytes for buffer in self._free)
+        most = 2 * size if held + size <= self.budget_bytes else self.budget_bytes
+        fitting = [i for i, buffer in enumerate(self._free) if size <= buffer.nbytes <= most]
         if fitting:
             buffer = self._free.pop(min(fitting, key=lambda i: self._free[i].nbytes))
         elif self.used_bytes + size > self.budget_bytes:
             return None
         else:
-            self._make_room(size)
+            if held + size > self.budget_bytes:
+                self._make_room(size)
             buffer = page_locked(size, f"memory.offload_gib={self.budget_bytes / GIB:g}")
         self.used_bytes += buffer.nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return buffer
 
     def _make_room(self, size: int) -> None:
-        """Give up buffers that no row of today needs until one of ``size`` bytes fits into the budget."""
-        cached = sum(buffer.nbytes for buffer in self._free)
-        if self._free and self.used_bytes + cached + size > self.budget_bytes and self.stream is not None:
+        """Give up buffers, the first that became free first, until one of ``size`` bytes fits into the budget."""
+        if self.stream is not None:
             # A copy from one of them may still be on its way.
             self.stream.synchronize()
+        cached = sum(buffer.nbytes for buffer in self._free)
         while self._free and self.used_bytes + cached + size > self.budget_bytes:
             cached -= self._free.pop(0).nbytes
 

@@ -56,9 +56,23 @@ def test_rows_of_many_lengths_take_no_more_host_memory_than_the_budget():
         assert all(torch.equal(held.take(), x) for held, x in zip(kept, row, strict=True))
     assert host.used_bytes == 0 and host.peak_bytes <= 1000
     # Half of what a buffer holds is enough to use it again, less is not.
+    host = HostMemory(1000, CPU)
     large = host.keep(torch.zeros(125))
     large.take()
     assert host.keep(torch.zeros(70))._buffer is large._buffer and host.keep(torch.zeros(20))._buffer.nbytes < 500
+
+
+def test_once_the_longest_row_was_seen_nothing_is_page_locked_any_more(monkeypatch):
+    sizes, page_locked = [], keep.page_locked
+    monkeypatch.setattr(keep, "page_locked", lambda size, setting: sizes.append(size) or page_locked(size, setting))
+    host = HostMemory(1000, CPU)
+    for length in (12, 100, 20, 100, 9, 57, 100):
+        row = [torch.randn(length), torch.randn(length), torch.randn(length // 8)]
+        kept = [host.keep(x.clone()) for x in row]
+        assert host.used_bytes > 0 and all(torch.equal(held.take(), x) for held, x in zip(kept, row, strict=True))
+        assert host.used_bytes + sum(buffer.nbytes for buffer in host._free) <= 1000
+    # Small ones as long as there is room for them, none after 20.
+    assert sizes == [48, 48, 4, 400, 400, 80, 8]
 
 
 def test_nothing_goes_to_the_host_without_a_budget():
