@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 _MCORE = "megatron.core"
+_COMPILED_DEVICE = "cuda"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # What Megatron-Core says on every start and a user can do nothing about.
 _QUIET_WARNINGS = (
@@ -346,19 +347,22 @@ def _redirect_methods() -> None:
 def compile_on_cuda(module: torch.nn.Module) -> None:
     """Let ``torch.compile`` run ``module``, with its gradients, where there is CUDA."""
     if torch.cuda.is_available():
-        module.compile()
+        # With its padding of rows, code for any batch size fails on what code for one batch size has kept (torch 2.11 to 2.13).
+        module.compile(options={"comprehensive_padding": False})
 
 
 def compiled_on_cuda(function: Callable) -> Callable:
     """``function`` of tensors and numbers: as it is on a CPU, by ``torch.compile`` on CUDA.
 
-    The first argument's device decides. The function must not need gradients.
+    The first argument's device decides. No gradients flow through the function.
     """
     # The first new length makes lengths dynamic; widths stay constants of the kernel.
     compiled = torch.compile(function)
 
     @functools.wraps(function)
     def call(*args):
-        return (compiled if args[0].is_cuda else function)(*args)
+        # Code that is compiled has a version for what wants gradients and another for what does not, and few versions in all.
+        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return (compiled if args[0].device.type == _COMPILED_DEVICE else function)(*args)
 
     return call

@@ -20,8 +20,7 @@ from tests.ranks import pool
 class Recorder:
     """Bytes that this rank sends to each other rank through the real collectives, by kind of exchange."""
 
-    def __init__(self, topology) -> None:
-        self.topology = topology
+    def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.clear()
 
@@ -35,7 +34,8 @@ class Recorder:
 
     def all_to_all(self, call):
         def recorded(out, given, recv=None, send=None, group=None, **options):
-            kind = "reshard" if group is self.topology.tp_cp else "ulysses"
+            # Visual tokens are [tokens, hidden]; heads travel flat or as [tokens, heads, D].
+            kind = "reshard" if given.dim() == 2 else "ulysses"
             width = given[0:1].numel() if len(given) else 0
             for peer, items in enumerate(send or [len(given) // group.size()] * group.size()):
                 self.add(kind, group, peer, items * width * given.element_size())
@@ -101,7 +101,7 @@ def measure(rank: int, config: Config, parallel: ParallelConfig, document) -> di
     row = pack([document], topology.grid.document_multiple, topology.grid.row_multiple)
     shard = RowShard.of(row, topology, config.model.llm, head_dim(config.model.llm), torch.float64, cpu)
     frames = samples.pixels([row.frames[i] for i in local_frames(row, topology)])
-    recorder, result = Recorder(topology), {}
+    recorder, result = Recorder(), {}
     with recorder.listening():
         loss_sum = model(shard, frames).loss_sum
         result["forward"] = recorder.sent

@@ -1,6 +1,8 @@
 """The machine below Megatron-Core: what changes without CUDA, and that nothing else does."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +193,30 @@ def test_deterministic_mode_can_be_switched_on_and_off(monkeypatch):
     finally:
         platform.set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
+
+
+def test_compiled_functions_have_few_versions():
+    """With more than eight, torch.compile gives up and runs a function as it stands, which no result would tell."""
+    found = json.loads(run_python("import runpy; runpy.run_module('tests.compiled_versions', run_name='__main__')"))
+    assert {"_turn", "_turn_back", "_add_norm", "_norm", "_scan", "swiglu_backward"} <= set(found)
+    assert max(found.values()) <= 4, found
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_tower_takes_any_number_of_frames():
+    """Its MLP is as wide as makes the compiler pad rows, as that of SigLIP-so400m is."""
+    code = """
+import torch
+import torch._inductor.config as inductor
+from megatron_vila.config.load import load_config
+from megatron_vila.models.vision import VisionTower
+config = load_config("models/tiny", []).model.vision
+config.num_layers, config.ffn_hidden_size, config.frame_micro_batch, config.recompute = 2, 1032, 4, True
+inductor.disable_padding_cpu = False  # on a CPU the compiler does what it does for CUDA
+has_cuda, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+tower = VisionTower(config, 0.02).bfloat16()
+torch.cuda.is_available = has_cuda
+for frames in (5, 7, 6):
+    tower(torch.randn(frames, 3, config.image_size, config.image_size)).float().sum().backward()
+"""
+    run_python(code)

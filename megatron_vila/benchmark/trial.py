@@ -73,8 +73,10 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         losses.append(loss)
 
     if settings["short_warmup"]:
-        for share in (16, 8)[: settings["warmup"]]:
+        shares = (16, 8)[: settings["warmup"]]
+        for share, following in zip(shares, (*shares[1:], 1), strict=True):
             train(_batch(config, topology, length // share, settings))
+            built.host.scale(share // following)
     batch = _batch(config, topology, length, settings)
     warmup = 0 if settings["short_warmup"] or settings["partial"] else settings["warmup"]
     if settings["partial"]:

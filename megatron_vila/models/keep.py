@@ -74,6 +74,18 @@ class HostMemory:
         while self._free and self.used_bytes + cached + size > self.budget_bytes:
             cached -= self._free.pop(0).nbytes
 
+    def scale(self, factor: int) -> None:
+        """Page-lock now what rows ``factor`` times as long as those so far will need, as far as the budget goes.
+
+        Without it the first of these rows pays for it. Nothing may be kept at present. Raises ``HostMemoryError``.
+        """
+        # What is kept first is released last.
+        sizes = [factor * buffer.nbytes for buffer in reversed(self._free)]
+        self._make_room(self.budget_bytes)
+        for size in sizes:
+            if size <= self.budget_bytes - sum(buffer.nbytes for buffer in self._free):
+                self._free.append(page_locked(size, f"memory.offload_gib={self.budget_bytes / GIB:g}"))
+
     def release(self, buffer: torch.Tensor) -> None:
         self.used_bytes -= buffer.nbytes
         self._free.append(buffer)

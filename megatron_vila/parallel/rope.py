@@ -48,17 +48,27 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_SHD, cos_SD, sin_SD):
         ctx.save_for_backward(cos_SD, sin_SD)
-        return _turn(x_SHD, cos_SD, sin_SD, 1.0)
+        return _turn(x_SHD, cos_SD, sin_SD)
 
     @staticmethod
     def backward(ctx, dout_SHD):
         cos_SD, sin_SD = ctx.saved_tensors
-        return _turn(dout_SHD, cos_SD, sin_SD, -1.0), None, None
+        return _turn_back(dout_SHD, cos_SD, sin_SD), None, None
+
+
+# Forward and backward pass each have their own function: each is compiled for the tensors that it meets.
+@compiled_on_cuda
+def _turn(x, cos, sin):
+    return _turned(x, cos, sin)
 
 
 @compiled_on_cuda
-def _turn(x, cos, sin, direction):
+def _turn_back(dout, cos, sin):
+    return _turned(dout, cos, -sin)
+
+
+def _turned(x, cos, sin):
     half = x.shape[-1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half] * direction
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
     first, second = x[..., :half], x[..., half:]
     return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)], dim=-1)

@@ -53,16 +53,19 @@ class ParallelTopology:
         )
         rank = dist.get_rank()
         block_cpu, _ = dist.new_subgroups_by_enumeration(grid.groups("block"), backend="gloo")
+        cp = parallel_state.get_context_parallel_group()
         ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
+        tp_cp = parallel_state.get_tensor_and_context_parallel_group()
         return cls(
             grid=grid,
             rank=rank,
             tp=parallel_state.get_tensor_model_parallel_group(),
             pp=parallel_state.get_pipeline_model_parallel_group(),
-            cp=parallel_state.get_context_parallel_group(),
-            ulysses=ulysses,
-            ring=ring,
-            tp_cp=parallel_state.get_tensor_and_context_parallel_group(),
+            cp=cp,
+            # Groups of the same ranks are one: each has buffers of its own on the device.
+            ulysses=cp if grid.ring == 1 else ulysses,
+            ring=cp if grid.ulysses == 1 else ring,
+            tp_cp=cp if grid.tp == 1 else tp_cp,
             dp=parallel_state.get_data_parallel_group(),
             dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
             block_cpu=block_cpu,

@@ -75,6 +75,22 @@ def test_once_the_longest_row_was_seen_nothing_is_page_locked_any_more(monkeypat
     assert sizes == [48, 48, 4, 400, 400, 80, 8]
 
 
+def test_longer_rows_find_their_host_memory_page_locked(monkeypatch):
+    def row(size):
+        kept = [host.keep(torch.full((n,), n, dtype=torch.uint8)) for n in (4 * size, size, 4 * size, size)]
+        assert [int(x.take()[0]) for x in reversed(kept)] == [size, 4 * size, size, 4 * size]
+
+    locked, page_locked = [], keep.page_locked
+    monkeypatch.setattr(keep, "page_locked", lambda size, setting: locked.append(size) or page_locked(size, setting))
+    host = HostMemory(90, CPU)
+    row(5)
+    host.scale(2)
+    # The budget ends before the last one.
+    assert locked == [20, 5, 20, 5, 40, 10, 40]
+    row(10)
+    assert len(locked) == 7 and host.peak_bytes == 90
+
+
 def test_nothing_goes_to_the_host_without_a_budget():
     x = torch.ones(3)
     assert HostMemory(0, CPU).keep(x).take() is x
