@@ -25,6 +25,8 @@ EVERY_LAYOUT = (CONTRACT, "-k", LAYOUTS)
 POLICIES = (CONTRACT, "-k", "memory_policy and tp2-pp1-u2-r1")
 CHUNKS = (CONTRACT, "-k", "travel_in_chunks and u2-r2")
 OFFLOAD = ("tests/training/test_offload.py", "-k", "gradients_are_clipped or cut_parameters and 1.0-1000")
+HEAD = ("tests/models/test_head.py", "-k", "plain_cross_entropy")
+PLATFORM = ("tests/test_platform.py", "-k", "few_versions")
 SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduction")
 
 
@@ -139,8 +141,8 @@ FAULTS = [
     Fault(
         "dK/dV are added to the wrong half",
         PARALLEL + "ring.py",
-        "self._layout.add(total, self._received, self._part, dim=1)",
-        "self._layout.add(total, self._received, BACK if self._part == FRONT else self._part, dim=1)",
+        "self._layout.add(total, x, self._part)",
+        "self._layout.add(total, x, BACK if self._part == FRONT else self._part)",
     ),
     Fault(
         "merge forgets to rescale the running output",
@@ -151,8 +153,8 @@ FAULTS = [
     Fault(
         "merge forgets the running log-sum-exp",
         PARALLEL + "ring.py",
-        "new = torch.logaddexp(old, part_lse)",
-        "new = torch.maximum(old, part_lse)",
+        "total = torch.logaddexp(lse, part_lse)",
+        "total = torch.maximum(lse, part_lse)",
     ),
     Fault(
         "ring sends back halves for front halves",
@@ -257,6 +259,33 @@ FAULTS = [
         "megatron_vila/models/head.py",
         "_all_reduce(sums_C, dist.ReduceOp.SUM, vocabulary)",
         "pass",
+    ),
+    Fault(
+        "padding rows of the vocabulary have a probability",
+        "megatron_vila/models/head.py",
+        "logits_CV[:, rows:].fill_(-torch.inf)",
+        "pass",
+        HEAD,
+    ),
+    Fault(
+        "a block takes the place of the sum at some tokens",
+        PARALLEL + "ring.py",
+        "total[index] = total[index] + x",
+        "total[index] = x",
+    ),
+    Fault(
+        "compiled code has versions for what wants gradients",
+        "megatron_vila/platform.py",
+        "arg.detach() if isinstance(arg, torch.Tensor) else arg",
+        "arg",
+        PLATFORM,
+    ),
+    Fault(
+        "state on the device misses its update while the host's comes",
+        "megatron_vila/training/offload.py",
+        "for own in here[index * per_arrival",
+        "for own in here[1 + index * per_arrival",
+        OFFLOAD,
     ),
     Fault(
         "a chunk of optimizer state stays on the device after its update",

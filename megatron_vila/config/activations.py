@@ -132,8 +132,8 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     inner = (6 if again or tiled else 4) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
     # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring
-    chunks = config.parallel.ulysses_chunks
-    at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (2 * q + 6 * k) * (config.parallel.ring > 1)
+    chunks, ring = config.parallel.ulysses_chunks, config.parallel.ring
+    at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (min(ring - 1, 2) * q + 6 * k) * (ring > 1)
     if chunks > 1:
         # A chunk at work, its gradients and their sums; the next, sent and received, or the gradients of the one before, or both.
         given, grads = 3 * q + 2 * k, q + 2 * k

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_vila.parallel.kernels import AttentionKernel, Segments
 from megatron_vila.parallel.layout import ALL, BACK, FRONT, half_indices, ring_step
+from megatron_vila.platform import compiled_on_cuda
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,49 @@ class RingLayout:
             return x.narrow(dim, index.start, index.stop - index.start)
         return x.index_select(dim, index)
 
-    def add(self, total: torch.Tensor, x: torch.Tensor, part: str, dim: int = 0) -> None:
-        """``total[part] += x`` in place along ``dim``."""
-        if part == ALL:
-            total += x
-        elif isinstance(index := self.halves[part], slice):
-            total.narrow(dim, index.start, index.stop - index.start).add_(x)
+    def add(self, total: torch.Tensor, x: torch.Tensor, part: str) -> None:
+        """``total[part] += x`` in place along the first dimension."""
+        index = slice(None) if part == ALL else self.halves[part]
+        if isinstance(index, slice):
+            total[index] += x
         else:
-            total.index_add_(dim, index, x.to(total.dtype))
+            _add_at(total, index, x)
+
+    def merge(self, out_ThD: torch.Tensor, lse_hT: torch.Tensor, part_out, part_lse, part: str) -> None:
+        """Add a block's normalised output and log-sum-exp to the running ones of the queries ``part``, in place.
+
+        Computed in the dtype of ``lse_hT`` and rounded once to that of ``out_ThD``.
+        """
+        index = slice(None) if part == ALL else self.halves[part]
+        if isinstance(index, slice):
+            _merge(out_ThD[index], lse_hT[:, index], part_out, part_lse)
+        else:
+            _merge_at(out_ThD, lse_hT, index, part_out, part_lse)
+
+
+@compiled_on_cuda
+def _add_at(total, index, x):
+    total[index] = total[index] + x
+
+
+@compiled_on_cuda
+def _merge(out_nhD, lse_hn, part_out, part_lse):
+    merged, total = _merged(out_nhD, lse_hn, part_out, part_lse)
+    out_nhD.copy_(merged)
+    lse_hn.copy_(total)
+
+
+@compiled_on_cuda
+def _merge_at(out_ThD, lse_hT, index, part_out, part_lse):
+    merged, total = _merged(out_ThD[index], lse_hT[:, index], part_out, part_lse)
+    out_ThD[index] = merged
+    lse_hT[:, index] = total
+
+
+def _merged(out, lse, part_out, part_lse):
+    total = torch.logaddexp(lse, part_lse)
+    mine, other = ((x - total).exp().t().unsqueeze(-1) for x in (lse, part_lse))
+    return (out.to(lse.dtype) * mine + part_out.to(lse.dtype) * other).to(out.dtype), total
 
 
 @dataclass(frozen=True)
@@ -103,9 +139,10 @@ class Ring:
             if self.size == 1:
                 return part_out, part_lse
             if step == 0:
-                out, lse = part_out.to(part_lse.dtype), part_lse
+                # What is merged once is rounded once without a wider copy.
+                out, lse = (part_out if self.size == 2 else part_out.to(part_lse.dtype)), part_lse
             else:
-                _merge(out, lse, part_out, part_lse, layout, block.queries)
+                layout.merge(out, lse, part_out, part_lse, block.queries)
         return out.to(q_ThD.dtype), lse
 
     def backward(self, dout_ThD, q_ThD, k_TkD, v_TkD, out_ThD, lse_hT, layout: RingLayout, expansion: torch.Tensor | None):
@@ -114,7 +151,7 @@ class Ring:
         Keys and values travel again; each block's dK and dV return to its owner while the next block is computed.
         """
         blocks = _KeyValueBlocks(self, layout, k_TkD, v_TkD)
-        total = None
+        totals = None
         returning: _Return | None = None
         for step in range(self.size):
             block, (k, v) = blocks.next()
@@ -133,17 +170,16 @@ class Ring:
             if self.size == 1:
                 return dq, dk, dv
             if step == 0:
-                # 16-bit blocks are summed in float32, as one kernel over all keys would.
-                wide = torch.promote_types(q_ThD.dtype, torch.float32)
-                total = dq.to(wide), torch.stack((dk, dv)).to(wide)
+                # 16-bit blocks are summed in float32, as one kernel over all keys would; a sum of two is rounded once anyway.
+                wide = q_ThD.dtype if self.size == 2 else torch.promote_types(q_ThD.dtype, torch.float32)
+                totals = [x.to(wide) for x in (dq, dk, dv)]
                 continue
-            layout.add(total[0], dq, block.queries)
+            layout.add(totals[0], dq, block.queries)
             if returning is not None:
-                returning.collect(total[1])
+                returning.collect(totals[1:])
             returning = _Return(self, layout, step, torch.stack((dk, dv)))
-        returning.collect(total[1])
-        dk_TkD, dv_TkD = total[1].to(q_ThD.dtype)
-        return total[0].to(q_ThD.dtype), dk_TkD, dv_TkD
+        returning.collect(totals[1:])
+        return tuple(x.to(q_ThD.dtype) for x in totals)
 
     def exchange(self, send: torch.Tensor, to: int, recv: torch.Tensor, source: int) -> list[dist.Work]:
         """Start sending to ring rank ``to`` and receiving from ``source``."""
@@ -200,27 +236,11 @@ class _Return:
         self._received = dkv.new_empty(2, tokens, *dkv.shape[2:])
         self._works = ring.exchange(dkv, owner, self._received, helper)
 
-    def collect(self, total: torch.Tensor) -> None:
+    def collect(self, totals: list[torch.Tensor]) -> None:
         for work in self._works:
             work.wait()
-        self._layout.add(total, self._received, self._part, dim=1)
-
-
-def _merge(out_ThD, lse_hT, part_out, part_lse, layout: RingLayout, part: str) -> None:
-    """Add a block's normalised output and log-sum-exp to the running ones of the queries ``part``, in place."""
-    old = layout.take(lse_hT, part, dim=1)
-    new = torch.logaddexp(old, part_lse)
-    scale_old, scale_new = (old - new).exp().t().unsqueeze(-1), (part_lse - new).exp().t().unsqueeze(-1)
-    merged = layout.take(out_ThD, part) * scale_old + part_out * scale_new
-    if part == ALL:
-        out_ThD.copy_(merged)
-        lse_hT.copy_(new)
-    elif isinstance(index := layout.halves[part], slice):
-        out_ThD[index] = merged
-        lse_hT[:, index] = new
-    else:
-        out_ThD.index_copy_(0, index, merged)
-        lse_hT.index_copy_(1, index, new)
+        for total, x in zip(totals, self._received, strict=True):
+            self._layout.add(total, x, self._part)
 
 
 def _expand(x: torch.Tensor, expansion: torch.Tensor | None) -> torch.Tensor:

@@ -74,15 +74,13 @@ class StreamedAdam(torch.optim.Optimizer):
         """Update all weights of this rank. The state on the host is at rest when it returns."""
         for group in self.param_groups:
             group["step"] += 1
+        # What is here is updated while the next chunks come. Whoever has anything has some of it on the host.
         here, there = self._chunks(on_host=False), self._chunks(on_host=True)
-        # What is here is updated while the next chunks come.
-        per_arrival = -(-len(here) // len(there)) if there else 0
+        per_arrival = -(-len(here) // max(len(there), 1))
         for index, (chunk, state) in enumerate(self._streamed(there)):
             for own in here[index * per_arrival : (index + 1) * per_arrival]:
                 own.update(own.state, self.grad_scale)
             chunk.update(state, self.grad_scale)
-        for own in here[len(there) * per_arrival :]:
-            own.update(own.state, self.grad_scale)
         self.grad_scale = 1.0
 
     @torch.no_grad()
