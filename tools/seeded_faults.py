@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "last dK/dV transfer is lost",
         PARALLEL + "ring.py",
-        "        returning.collect(total[1])\n        dk_TkD",
-        "        [work.wait() for work in returning._works]\n        dk_TkD",
+        "        returning.collect(totals[1:])\n        return",
+        "        [work.wait() for work in returning._works]\n        return",
     ),
     Fault(
         "dK/dV are added to the wrong half",
@@ -147,8 +147,8 @@ FAULTS = [
     Fault(
         "merge forgets to rescale the running output",
         PARALLEL + "ring.py",
-        "layout.take(out_ThD, part) * scale_old + part_out * scale_new",
-        "layout.take(out_ThD, part) + part_out * scale_new",
+        "out.to(lse.dtype) * mine + ",
+        "out.to(lse.dtype) + ",
     ),
     Fault(
         "merge forgets the running log-sum-exp",
