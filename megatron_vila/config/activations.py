@@ -131,9 +131,10 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     # gate and up, their product, the gradients of all three; kept ones count elsewhere
     inner = (6 if again or tiled else 4) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
-    # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring
+    # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring, in float32 from three ranks on
     chunks, ring = config.parallel.ulysses_chunks, config.parallel.ring
-    at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + (min(ring - 1, 2) * q + 6 * k) * (ring > 1)
+    of_ring = ((1 if ring == 2 else 2) * q + 6 * k) * (ring > 1)
+    at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + of_ring
     if chunks > 1:
         # A chunk at work, its gradients and their sums; the next, sent and received, or the gradients of the one before, or both.
         given, grads = 3 * q + 2 * k, q + 2 * k

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vila.parallel.kernels import KERNELS, Segments, select_kernel
+from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.kernels.cpu import CpuKernel
 from megatron_vila.parallel.kernels.cudnn import CudnnKernel
+from megatron_vila.parallel.kernels.fa4 import CHECKED_HEAD_DIMS
 from megatron_vila.parallel.kernels.reference import ReferenceKernel
+from tests.gpu import lacking, on_gpus
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -203,8 +205,7 @@ def test_an_unknown_kernel_is_refused_with_the_names_that_exist():
         select_kernel("fa3", 128, torch.bfloat16, CPU)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-gpu_kernels = pytest.mark.parametrize("name", ["fa4", "cudnn", "cudnn one by one", "flash2"])
+GPU_KERNELS = ("fa4", "cudnn", "cudnn one by one", "flash2")
 # Names: queries, keys, (query heads, key/value heads), head dim, causal.
 GPU_ROWS = {
     "one document": ((1000,), (1000,), (8, 2), 128, True),
@@ -218,14 +219,20 @@ GPU_ROWS = {
 }
 
 
+def gpu_cases(rows, names=GPU_KERNELS):
+    """Kernels with the rows that they have to run here: fa4 takes its checked head dims, all others every one."""
+    return [
+        on_gpus(name, row, kernel=name.split()[0], id=f"{name}-{row}")
+        for name in names
+        for row in rows
+        if name != "fa4" or GPU_ROWS[row][3] in CHECKED_HEAD_DIMS
+    ]
+
+
 def gpu_kernel(name, head_dim, deterministic=False):
-    device = torch.device("cuda", torch.cuda.current_device())
-    reason = KERNELS[name.split()[0]][0](head_dim, torch.bfloat16, device, deterministic)
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
     if name == "cudnn one by one":
         return CudnnKernel(long_segment_tokens=64)
-    return select_kernel(name, head_dim, torch.bfloat16, device, deterministic)
+    return select_kernel(name, head_dim, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), deterministic)
 
 
 def assert_within_budget(results, truth, plain):
@@ -241,9 +248,7 @@ def assert_within_budget(results, truth, plain):
     torch.testing.assert_close(results["lse"].double(), truth["lse"], rtol=0, atol=2e-3)
 
 
-@needs_gpu
-@gpu_kernels
-@pytest.mark.parametrize("row", GPU_ROWS)
+@pytest.mark.parametrize(("name", "row"), gpu_cases(GPU_ROWS))
 def test_a_gpu_kernel_errs_at_most_twice_as_much_as_plain_bfloat16_attention(name, row):
     queries, keys, heads, head_dim, causal = GPU_ROWS[row]
     kernel, segments = gpu_kernel(name, head_dim), Segments(queries, keys)
@@ -254,8 +259,7 @@ def test_a_gpu_kernel_errs_at_most_twice_as_much_as_plain_bfloat16_attention(nam
     assert_within_budget(kernel_pass(kernel, *given_inputs, *settled), truth, plain)
 
 
-@needs_gpu
-@gpu_kernels
+@pytest.mark.parametrize("name", [on_gpus(name, kernel=name.split()[0]) for name in GPU_KERNELS])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed documents"])
 def test_blocks_of_keys_merged_on_a_gpu_return_the_gradients_of_the_whole(name, packed):
     queries, front, back = ((512, 130), (300, 200), (400, 56)) if packed else ((512,), (512,), (256,))
@@ -268,9 +272,7 @@ def test_blocks_of_keys_merged_on_a_gpu_return_the_gradients_of_the_whole(name, 
     assert_within_budget(results, truth, plain)
 
 
-@needs_gpu
-@pytest.mark.parametrize("name", ["fa4", "flash2"])
-@pytest.mark.parametrize("row", ["one document", "packed documents"])
+@pytest.mark.parametrize(("name", "row"), gpu_cases(["one document", "packed documents"], ["fa4", "flash2"]))
 def test_a_deterministic_gpu_kernel_repeats_its_gradients_bit_by_bit(name, row):
     queries, keys, heads, head_dim, causal = GPU_ROWS[row]
     kernel, segments = gpu_kernel(name, head_dim, deterministic=True), Segments(queries, keys)
@@ -280,7 +282,13 @@ def test_a_deterministic_gpu_kernel_repeats_its_gradients_bit_by_bit(name, row):
         torch.testing.assert_close(run, runs[0], rtol=0, atol=0)
 
 
-@needs_gpu
+@pytest.mark.parametrize("head_dim", [on_gpus(72, kernel="fa4"), on_gpus(256, kernel="fa4")])
+def test_fa4_refuses_head_dims_that_were_not_checked(head_dim):
+    with pytest.raises(ValueError, match=f"head dims 64 and 128 only, not for {head_dim}"):
+        gpu_kernel("fa4", head_dim)
+
+
+@pytest.mark.skipif(bool(lacking("cudnn")), reason=lacking("cudnn") or "-")
 def test_cudnn_is_left_out_in_deterministic_mode():
     with pytest.raises(
         ValueError, match="model.attention=cudnn cannot run here: its backward pass has no deterministic"
@@ -288,9 +296,7 @@ def test_cudnn_is_left_out_in_deterministic_mode():
         select_kernel("cudnn", 128, torch.bfloat16, torch.device("cuda", 0), deterministic=True)
 
 
-@needs_gpu
-@gpu_kernels
-@pytest.mark.parametrize("row", ["one document", "packed blocks, some empty", "video frames"])
+@pytest.mark.parametrize(("name", "row"), gpu_cases(["one document", "packed blocks, some empty", "video frames"]))
 def test_no_pass_of_a_gpu_kernel_waits_for_the_device(name, row):
     queries, keys, heads, head_dim, causal = GPU_ROWS[row]
     kernel = gpu_kernel(name, head_dim)
