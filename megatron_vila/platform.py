@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 _MCORE = "megatron.core"
-_COMPILED_DEVICE = "cuda"
+_COMPILED_DEVICE = "cuda"  # a test counts versions on a CPU
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # What Megatron-Core says on every start and a user can do nothing about.
 _QUIET_WARNINGS = (
@@ -347,7 +347,7 @@ def _redirect_methods() -> None:
 def compile_on_cuda(module: torch.nn.Module) -> None:
     """Let ``torch.compile`` run ``module``, with its gradients, where there is CUDA."""
     if torch.cuda.is_available():
-        # With its padding of rows, code for any batch size fails on what code for one batch size has kept (torch 2.11 to 2.13).
+        # With its padding of rows, code for any batch size fails on what code for one batch size has kept (torch 2.11, 2.13).
         module.compile(options={"comprehensive_padding": False})
 
 
