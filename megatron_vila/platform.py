@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.abc
 import importlib.machinery
 import logging
@@ -39,6 +40,12 @@ _QUIET_LOGS = (
     "CPU RNG state changed within GPU RNG context",
     "full_param_layout not provided",
     "Unknown MLP type",
+)
+# Groups that parallel_state.destroy_model_parallel forgets.
+_GROUPS_LEFT = (
+    "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
+    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP",
+    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
 )
 _FACTORIES = (
     *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "empty_strided"),
@@ -81,6 +88,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     Raises ``RuntimeError`` when the environment is incomplete or names a GPU that does not exist.
     """
     import torch.distributed as dist
+    import torch.distributed.nn.functional  # imported later, its default arguments would hold the group
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -101,6 +109,25 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     if missing:
         raise RuntimeError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
     dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout)
+
+
+def end_distributed() -> None:
+    """Leave all process groups and wait for their threads; what holds a group (models, optimizers) must be out of scope.
+
+    A gloo thread that frees its last tensor while Python shuts down aborts the process, although all work is done.
+    """
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()  # DTensor's cache, so FSDP2's, holds meshes, and these hold groups
+    if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
+        parallel_state.destroy_model_parallel()
+        for name in _GROUPS_LEFT:
+            setattr(parallel_state, name, None)
+    dist.destroy_process_group()
+    # The threads live until the last reference to their group goes. Models are cycles, partly through C++: these take two passes.
+    gc.collect()
+    gc.collect()
 
 
 def synchronize() -> None:

@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace, rank: int) -> int:
         _train(config)
     except torch.OutOfMemoryError as error:
         raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
-    dist.destroy_process_group()
+    platform.end_distributed()
     return 0
 
 

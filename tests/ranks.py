@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import gc
 import multiprocessing as mp
 import os
 import signal
@@ -37,8 +36,6 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     from megatron_vila import platform
 
     platform.prepare()
-    from megatron.core import parallel_state
-
     if torch.cuda.is_available() and rank < torch.cuda.device_count():
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -56,11 +53,8 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         except BaseException:
             result = (False, f"rank {rank}:\n{traceback.format_exc()}")
         try:
-            parallel_state.destroy_model_parallel()
             if dist.is_initialized():
-                dist.destroy_process_group()
-            # Gloo's threads live until the last reference to their group goes, and models are cycles.
-            gc.collect()
+                platform.end_distributed()
             pipe.send(result)
         except BaseException:
             pipe.send((False, f"rank {rank} at the end:\n{traceback.format_exc()}"))

@@ -132,7 +132,7 @@ t = torch.tensor(float(dist.get_rank() + 1), device=platform.device())
 dist.all_reduce(t)
 # One write, so that lines of two processes do not mix.
 sys.stdout.write(f"{dist.get_world_size()} {dist.get_backend()} {t.item()}\\n")
-dist.destroy_process_group()
+platform.end_distributed()
 """
 
 

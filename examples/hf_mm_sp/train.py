@@ -170,12 +170,8 @@ def count_tokens(batches: list[dict], mm_sp: MMSP | None, device: torch.device) 
     return int(tokens) // (mm_sp.groups.grid.cp if mm_sp else 1)
 
 
-def main() -> None:
-    options = arguments()
-    if options.benchmark:
-        sweep(options)
-        return
-    platform.init_distributed()
+def train(options: argparse.Namespace) -> None:
+    """All steps; writes metrics-RANK.jsonl and prints a line per step."""
     device = platform.device()
     options.out.mkdir(parents=True, exist_ok=True)
     is_video = hasattr(AutoConfig.from_pretrained(options.model or options.config), "vision_config")
@@ -214,7 +210,16 @@ def main() -> None:
                     f"step {step}  loss {loss:.4f}  {tokens} tokens  {tokens / seconds:.1f} tokens/s  {peak_gib:.2f} GiB",
                     flush=True,
                 )
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    options = arguments()
+    if options.benchmark:
+        sweep(options)
+        return
+    platform.init_distributed()
+    train(options)
+    platform.end_distributed()
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str]) -> None:
             if dist.get_rank() == 0:
                 file.write(json.dumps(row) + "\n")
                 file.flush()  # the parent reads along
-    dist.destroy_process_group()
+    platform.end_distributed()
 
 
 if __name__ == "__main__":

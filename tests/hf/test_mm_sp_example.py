@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import exit_threads
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/hf_mm_sp"
 SEARCH = {"variants": None, "share": 1 / 8}
@@ -28,13 +30,16 @@ def sweep_module():
 def run_training(arguments: list[str], out: Path) -> list[dict]:
     """The first rank's metrics."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{exit_threads.HOOK}:{ROOT}", "THREADS_AT_EXIT": str(out), "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
     done = subprocess.run(
         [*launch, str(EXAMPLE / "train.py"), *arguments, "--out", str(out)],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tokens/s" in done.stdout
+    assert not exit_threads.left_of_groups(out, processes=2)
     return [json.loads(line) for line in (out / "metrics-0.jsonl").read_text().splitlines()]
 
 

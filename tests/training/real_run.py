@@ -29,6 +29,7 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.checkpoint import load_checkpoint
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
+from tests import exit_threads
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -132,7 +133,7 @@ def environment() -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": f"{exit_threads.HOOK}:{REPOSITORY}",
     }
     return os.environ | ours
 

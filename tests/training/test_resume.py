@@ -9,6 +9,7 @@ import pytest
 
 from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.summary import read_metrics
+from tests import exit_threads
 from tests.ranks import pool
 from tests.training.real_run import Layout, children, numbers, overrides, started, train, weights
 
@@ -99,14 +100,16 @@ def _wait_for_steps(process, output, steps):
         time.sleep(0.02)
 
 
-def test_torchrun_ends_with_status_0_after_a_sigterm_to_one_process_and_a_killed_run_resumes(videos, tmp_path):
+def test_torchrun_ends_with_status_0_after_a_sigterm_to_one_process_and_a_killed_run_resumes(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("THREADS_AT_EXIT", str(tmp_path))
     output = tmp_path / "run"
     settings = ["tiny", *overrides(videos, output, "train.steps=100000", "checkpoint.save_every=1")]
-    with started(*settings, "parallel.ulysses=2", processes=2) as run:
+    with started(*settings, "parallel.pp=2", processes=2) as run:
         _wait_for_steps(run, output, 2)
         os.kill(children(run.pid)[-1], signal.SIGTERM)
         said, _ = run.communicate(timeout=90)
     assert run.returncode == 0, said
+    assert not exit_threads.left_of_groups(tmp_path, processes=2)
     stopped_at = len(read_metrics(output)[0])
     assert f"stopped by SIGTERM after step {stopped_at}" in said
     assert latest_checkpoint(output).name == f"step-{stopped_at:08d}"
