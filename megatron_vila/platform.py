@@ -41,12 +41,6 @@ _QUIET_LOGS = (
     "full_param_layout not provided",
     "Unknown MLP type",
 )
-# Groups that parallel_state.destroy_model_parallel forgets.
-_GROUPS_LEFT = (
-    "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
-    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP",
-    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
-)
 _FACTORIES = (
     *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "empty_strided"),
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like"),
@@ -120,10 +114,8 @@ def end_distributed() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()  # DTensor's cache, so FSDP2's, holds meshes, and these hold groups
-    if (parallel_state := sys.modules.get("megatron.core.parallel_state")) is not None:
-        parallel_state.destroy_model_parallel()
-        for name in _GROUPS_LEFT:
-            setattr(parallel_state, name, None)
+    if (topology := sys.modules.get("megatron_vila.parallel.topology")) is not None:
+        topology.ParallelTopology.destroy()
     dist.destroy_process_group()
     # The threads live until the last reference to their group goes. Models are cycles, partly through C++: these take two passes.
     gc.collect()

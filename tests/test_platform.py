@@ -136,6 +136,29 @@ platform.end_distributed()
 """
 
 
+END = """
+from pathlib import Path
+from megatron_vila import platform
+import torch
+import torch.distributed as dist
+def threads():
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+platform.init_distributed()
+class Cycle: pass
+cycle = Cycle()
+cycle.itself, cycle.group = cycle, dist.new_group(backend="gloo")
+dist.all_reduce(torch.ones(4), group=cycle.group)
+del cycle
+print(threads() > 0)
+platform.end_distributed()
+print(threads())
+"""
+
+
+def test_the_threads_of_a_group_that_a_cycle_holds_end_with_it():
+    assert run_python(END).split() == ["True", "0"]
+
+
 def test_a_lone_process_needs_no_environment():
     assert run_python(JOIN).split() == ["1", platform.backend(), "1.0"]
 

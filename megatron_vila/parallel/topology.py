@@ -15,6 +15,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.grid import Coordinates, GridShape
 
+# Groups that parallel_state.destroy_model_parallel leaves (0.16.1 and 0.19.2): their threads would live on.
+_NOT_DESTROYED = (
+    "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS",
+    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP",
+    "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
+)
+
 
 @dataclass(frozen=True)
 class ParallelTopology:
@@ -72,9 +79,12 @@ class ParallelTopology:
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
 
-    def destroy(self) -> None:
-        """Forget Megatron's groups, so that another grid can be made in this process."""
+    @staticmethod
+    def destroy() -> None:
+        """Forget Megatron's groups, so that another grid can be made in this process, or it can end."""
         parallel_state.destroy_model_parallel()
+        for name in _NOT_DESTROYED:
+            setattr(parallel_state, name, None)
 
     @property
     def place(self) -> Coordinates:
