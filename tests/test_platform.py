@@ -137,6 +137,7 @@ platform.end_distributed()
 
 
 END = """
+import gc
 from pathlib import Path
 from megatron_vila import platform
 import torch
@@ -144,6 +145,7 @@ import torch.distributed as dist
 def threads():
     return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
 platform.init_distributed()
+gc.disable()  # no collection but that at the end
 class Cycle: pass
 cycle = Cycle()
 cycle.itself, cycle.group = cycle, dist.new_group(backend="gloo")
