@@ -24,6 +24,7 @@ LAYOUTS = "world4-tp2-pp1-u2-r1 or world4-tp1-pp1-u2-r2 or world4-tp1-pp1-u1-r4 
 EVERY_LAYOUT = (CONTRACT, "-k", LAYOUTS)
 POLICIES = (CONTRACT, "-k", "memory_policy and tp2-pp1-u2-r1")
 CHUNKS = (CONTRACT, "-k", "travel_in_chunks and u2-r2")
+PEERS = ("tests/parallel/test_peers.py", "-k", "contract_holds and u4-attention_output")
 OFFLOAD = ("tests/training/test_offload.py", "-k", "gradients_are_clipped or cut_parameters and 1.0-1000")
 HEAD = ("tests/models/test_head.py", "-k", "plain_cross_entropy")
 PLATFORM = ("tests/test_platform.py", "-k", "few_versions")
@@ -171,7 +172,7 @@ FAULTS = [
     Fault(
         "gradient of the output is not permuted",
         PARALLEL + "ulysses.py",
-        "return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]",
+        "return [permuted(part, order) for part in buffer.split([heads] * count, dim=1)]",
         "return list(buffer.split([heads] * count, dim=1))",
     ),
     Fault(
@@ -219,6 +220,20 @@ FAULTS = [
         "[:, :, chunk]",
         "[:, :, -1 - chunk]",
         CHUNKS,
+    ),
+    Fault(
+        "a rank writes into its peers where another one's heads belong",
+        PARALLEL + "ulysses.py",
+        "first = tokens * dim * sum(widths[a][u] for a in range(self.rank))",
+        "first = tokens * dim * sum(widths[a][u] for a in range(self.split.ulysses - 1 - self.rank))",
+        PEERS,
+    ),
+    Fault(
+        "memory of peers is read only after the next exchange",
+        PARALLEL + "ulysses.py",
+        "self._finish = lambda: arrived",
+        "self._finish = finish",
+        PEERS,
     ),
     Fault(
         "kept log-sum-exps are those of another chunk",

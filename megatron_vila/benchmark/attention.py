@@ -22,11 +22,13 @@ from megatron_vila.benchmark.worker import measure, parse_variant
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.parallel.ulysses import HeadSplit
 
-VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto", "method": "mmsp"}
+VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto", "method": "mmsp", "exchange": "peers"}
 METHODS = ("mmsp", "plain_ring")
+EXCHANGES = ("peers", "collective")
 PRODUCTS = {"forward": 2, "backward": 5, "both": 6}
 
 
@@ -41,6 +43,8 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
     variant = parse_variant(text, VARIANT)
     if variant["method"] not in METHODS:
         raise ValueError(f"variant {text}: method={variant['method']} is unknown; use {' or '.join(METHODS)}")
+    if variant["exchange"] not in EXCHANGES:
+        raise ValueError(f"variant {text}: exchange={variant['exchange']} is unknown; use {' or '.join(EXCHANGES)}")
     heads, kv_heads, dim = (settings[name] for name in ("heads", "kv_heads", "head_dim"))
     documents = np.array(settings["documents"])
     device = platform.device()
@@ -67,7 +71,8 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
             return plain_ring_attention(q_sHD, k_sKD, v_sKD, kernel, dim**-0.5, topology.ring)
     else:
         split = HeadSplit(heads, kv_heads, grid.ulysses, variant["ulysses_chunks"])
-        attention = Attention2D.of(split, kernel, dim**-0.5, topology.ulysses, topology.ring, device)
+        peers = PeerMemory.of(topology.ulysses, device) if variant["exchange"] == "peers" else None
+        attention = Attention2D.of(split, kernel, dim**-0.5, topology.ulysses, topology.ring, device, peers)
         row = RowIndices.of(cu_seqlens, grid.ulysses, grid.ring, topology.place.ring, device)
 
         def forward():

@@ -28,6 +28,10 @@ HEAD_LOGIT_BYTES = 640 * 2**20
 
 MOST_FRAMES_AT_ONCE = 64
 
+MOST_PEER_BYTES = GIB
+"""Largest buffer of an exchange without NCCL (``parallel/peers.py``). What is larger stays with NCCL: there attention, which
+grows with the square, leaves it little weight."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -77,6 +81,20 @@ def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
 
 def local_tokens(config: Config) -> int:
     return -(-config.train.seq_length // (config.parallel.ulysses * config.parallel.ring))
+
+
+def peer_buffer_bytes(exchanged: int) -> int:
+    """The buffer of a rank whose largest exchange brings ``exchanged`` bytes, in steps of a factor of 2: it seldom grows."""
+    return min(MOST_PEER_BYTES, 2 ** max(0, exchanged - 1).bit_length())
+
+
+def peer_bytes(config: Config, element: int) -> int:
+    """What the buffer of the Ulysses exchange takes on a GPU. The largest brings q, k and v, or the output and its gradient."""
+    if config.parallel.ulysses == 1 or config.parallel.ulysses_chunks > 1:
+        return 0
+    q, k = _widths(config)
+    both = 2 * q if config.memory.recompute == "attention_output" else 0
+    return peer_buffer_bytes(local_tokens(config) * max(q + 2 * k, both) // config.parallel.tp * element)
 
 
 def kept_bytes_per_token(config: Config, layers: int, element: int) -> int:

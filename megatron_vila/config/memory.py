@@ -1,8 +1,8 @@
 """A prediction of the memory that a rank needs, before anything is started.
 
 Weights, gradients, optimizer state (sharded over dp*cp by Megatron's distributed optimizer, less what ``optim.offload_fraction``
-moves to the host), and what a step keeps and works in (``config/activations.py``). ``SLACK_BYTES`` stands for what tensors do not
-account for: the CUDA context, NCCL's buffers, fragmentation.
+moves to the host), and what a step keeps and works in (``config/activations.py``). ``SLACK_BYTES``, with the buffer in which
+GPUs exchange heads, stands for what PyTorch's allocator does not hand out: the CUDA context, NCCL's buffers, fragmentation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vila.config.activations import GIB, activations
+from megatron_vila.config.activations import GIB, activations, peer_bytes
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
 
@@ -71,7 +71,7 @@ def estimate_memory(config: Config, world_size: int, on_gpu: bool) -> MemoryEsti
         llm_activations=active.llm,
         vision_activations=active.vision,
         workspace=max(active.workspace, update - active.llm - active.vision),
-        slack=SLACK_BYTES if on_gpu else 0,
+        slack=SLACK_BYTES + peer_bytes(config, element) if on_gpu else 0,
     )
 
 

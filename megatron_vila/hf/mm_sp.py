@@ -26,6 +26,7 @@ from megatron_vila.hf.mm_sp_loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp_vision import llava_onevision_tokens, owned_video_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import KERNELS, select_kernel
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.ulysses import HeadSplit
 
 ATTENTION = "mm_sp"
@@ -195,8 +196,9 @@ class MMSP:
         case = query_1HsD.dtype, query_1HsD.device, scale
         if case not in self._attentions:
             kernel = select_kernel(self._kernel, query_1HsD.shape[-1], *case[:2], setting="kernel")
+            peers = PeerMemory.of(self.groups.ulysses, query_1HsD.device)
             self._attentions[case] = Attention2D.of(
-                self._split, kernel, scale, self.groups.ulysses, self.groups.ring, query_1HsD.device
+                self._split, kernel, scale, self.groups.ulysses, self.groups.ring, query_1HsD.device, peers
             )
         q_sHD, k_sKD, v_sKD = (x[0].transpose(0, 1) for x in (query_1HsD, key_1KsD, value_1KsD))
         return self._attentions[case](q_sHD, k_sKD, v_sKD, indices)[None]

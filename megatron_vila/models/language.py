@@ -19,6 +19,7 @@ from megatron_vila.models.lora import add_low_rank
 from megatron_vila.models.mlp import tiled
 from megatron_vila.models.norm import RMSNorm
 from megatron_vila.parallel.attention import MMSPAttention
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
 
 VOCAB_MULTIPLE = 64
@@ -90,6 +91,7 @@ def build_language_model(
         MMSPAttention,
         ulysses_group=topology.ulysses,
         ring_group=topology.ring,
+        peers=PeerMemory.of(topology.ulysses, device),
         kernel_name=model.attention,
         ulysses_chunks=ulysses_chunks,
         device=device,

@@ -18,6 +18,7 @@ from torch import nn
 
 from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.rope import apply_rotary
 from megatron_vila.parallel.ulysses import HeadSplit
 
@@ -52,9 +53,9 @@ class RowParams(PackedSeqParams):
 class MMSPAttention(nn.Module):
     """Causal self-attention of packed documents over a 2D (ulysses x ring) context-parallel group.
 
-    Built by Megatron's ``SelfAttention`` with its usual keywords; ``ulysses_group``, ``ring_group`` and ``kernel_name`` come
-    from ``functools.partial`` in the layer spec. Raises ``ValueError`` if ulysses does not divide the query heads of this
-    tensor-parallel rank or the kernel cannot run here.
+    Built by Megatron's ``SelfAttention`` with its usual keywords; ``ulysses_group``, ``ring_group``, ``peers`` and
+    ``kernel_name`` come from ``functools.partial`` in the layer spec. Raises ``ValueError`` if ulysses does not divide the query
+    heads of this tensor-parallel rank or the kernel cannot run here.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MMSPAttention(nn.Module):
         *,
         ulysses_group: dist.ProcessGroup,
         ring_group: dist.ProcessGroup,
+        peers: PeerMemory | None,
         kernel_name: str,
         device: torch.device,
         ulysses_chunks: int = 1,
@@ -87,6 +89,7 @@ class MMSPAttention(nn.Module):
             ulysses_group,
             ring_group,
             device,
+            peers,
         )
 
     def forward(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_vila.parallel.kernels import AttentionKernel
 from megatron_vila.parallel.layout import ulysses_permutation
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.ring import Ring, RingLayout
 from megatron_vila.parallel.ulysses import HeadSplit, Ulysses
 
@@ -100,11 +101,13 @@ class Attention2D:
         ulysses_group: dist.ProcessGroup,
         ring_group: dist.ProcessGroup,
         device: torch.device,
+        peers: PeerMemory | None = None,
     ) -> Attention2D:
-        """``split`` for as many ranks as ``ulysses_group`` has; ``scale`` multiplies the scores."""
+        """``split`` for as many ranks as ``ulysses_group`` has; ``scale`` multiplies the scores. ``peers`` belong to
+        ``ulysses_group``; attentions that run one after the other may share them."""
         expansion = split.expansion(ulysses_group.rank())
         return cls(
-            ulysses=Ulysses(split, ulysses_group.rank(), ulysses_group),
+            ulysses=Ulysses(split, ulysses_group.rank(), ulysses_group, peers),
             ring=Ring(kernel, scale, ring_group.size(), ring_group.rank(), ring_group),
             expansion=None if expansion is None else torch.tensor(expansion, device=device),
         )

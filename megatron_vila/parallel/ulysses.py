@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vila.parallel.peers import PeerMemory, as_vectors, copy_vectors, permuted
+
 
 @dataclass(frozen=True)
 class HeadSplit:
@@ -87,8 +89,11 @@ class Pending:
     """An exchange that has been started, or (``work`` is None) is over; ``wait`` gives what has arrived, once."""
 
     def __init__(self, finish: Callable[[], Any], work: dist.Work | None = None, sent: torch.Tensor | None = None) -> None:
-        self._finish, self._work = finish, work
-        self._sent = None if work is None else sent  # lives until it has left
+        self._finish, self._work, self._sent = finish, work, sent  # sent lives until it has left
+        if work is None:
+            # Memory that others write into has to be read before the next exchange.
+            arrived = finish()
+            self._finish = lambda: arrived
 
     def wait(self) -> Any:
         if self._work is not None:
@@ -103,12 +108,14 @@ class Ulysses:
     """The exchange between sequence shards and head shards over ``group``, chunk by chunk of ``split``.
 
     ``order`` permutes received tokens (``layout.ulysses_permutation``) and ``inverse`` undoes it; both int64 [T] on the
-    device, None when U = 1, where nothing travels and there is one chunk.
+    device, None when U = 1, where nothing travels and there is one chunk. With ``peers`` the ranks write into each other's memory
+    instead of calling NCCL or gloo, if there is one chunk.
     """
 
     split: HeadSplit
     rank: int
     group: dist.ProcessGroup
+    peers: PeerMemory | None = None
 
     @cached_property
     def _query_ranges(self) -> list[list[range]]:
@@ -129,27 +136,24 @@ class Ulysses:
         pieces = [
             (q_sHD[:, q.start : q.stop], k_sKD[:, kv.start : kv.stop], v_sKD[:, kv.start : kv.stop]) for q, kv in ranges
         ]
-        received, *flight = self._exchange(pieces, [heads + 2 * mine] * self.split.ulysses)
+        received, *flight = self._exchange(pieces, [[len(q) + 2 * len(kv) for q, kv in ranges]] * self.split.ulysses)
 
         def finish():
             buffer = received.view(-1, heads + 2 * mine, q_sHD.shape[-1])
-            return tuple(part.index_select(0, order) for part in buffer.split([heads, mine, mine], dim=1))
+            return tuple(permuted(part, order) for part in buffer.split([heads, mine, mine], dim=1))
 
         return Pending(finish, *flight)
 
     def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor | None, out_sHD: torch.Tensor, chunk: int) -> Pending:
         """Attention output [T, h, D] into the heads of its chunk of ``out_sHD`` [s, H, D]. All-to-all over the Ulysses group."""
-        # In sequence order the tokens of each rank stand together: this is the buffer to send.
-        sent = out_ThD.index_select(0, inverse)
-        received = torch.empty_like(sent)
-        work = dist.all_to_all_single(received, sent, group=self.group, async_op=self.split.chunks > 1)
+        received, *flight = self._send_outputs(out_ThD, inverse)
 
         def finish():
             # heads by rank, then by chunk
             mine = out_sHD.unflatten(1, (self.split.ulysses, self.split.chunks, -1))[:, :, chunk]
             mine.copy_(received.unflatten(0, (self.split.ulysses, -1)).transpose(0, 1))
 
-        return Pending(finish, work, sent)
+        return Pending(finish, *flight)
 
     def outputs_to_heads(self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None, chunk: int) -> Pending:
         """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.
@@ -161,11 +165,11 @@ class Ulysses:
         ranges, count = self._query_ranges[chunk], len(tensors_sHD)
         heads = len(ranges[self.rank])
         pieces = [tuple(x[:, q.start : q.stop] for x in tensors_sHD) for q in ranges]
-        received, *flight = self._exchange(pieces, [count * heads] * self.split.ulysses)
+        received, *flight = self._exchange(pieces, [[count * heads] * self.split.ulysses] * self.split.ulysses)
 
         def finish():
             buffer = received.view(-1, count * heads, tensors_sHD[0].shape[-1])
-            return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]
+            return [permuted(part, order) for part in buffer.split([heads] * count, dim=1)]
 
         return Pending(finish, *flight)
 
@@ -180,10 +184,10 @@ class Ulysses:
         replicated heads are summed at home."""
         queries, kv_ranges = self._query_ranges[chunk], self._kv_ranges[chunk]
         heads, tokens = len(queries[self.rank]), len(totals_sXD[0])
-        grads = [x.index_select(0, inverse) for x in grads_TxD]
+        grads = [permuted(x, inverse) for x in grads_TxD]
         pieces = [tuple(x[u * tokens : (u + 1) * tokens] for x in grads) for u in range(self.split.ulysses)]
         widths = [heads + 2 * len(kv) for kv in kv_ranges]
-        received, *flight = self._exchange(pieces, widths)
+        received, *flight = self._exchange(pieces, [[width] * self.split.ulysses for width in widths])
         dim = grads[0].shape[-1]
 
         def finish():
@@ -197,20 +201,63 @@ class Ulysses:
 
         return Pending(finish, *flight)
 
-    def _exchange(
-        self, pieces: Sequence[tuple[torch.Tensor, ...]], recv_heads: list[int]
-    ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor]:
-        """Start an all-to-all: ``pieces[u]`` are [n, *, D] tensors for rank u, joined over heads; n is the same for all ranks.
+    def _send_outputs(
+        self, out_ThD: torch.Tensor, inverse: torch.Tensor
+    ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor | None]:
+        """As ``_exchange``, for [T, h, D] in attention's order: rank u gets [s, h, D] of its tokens, in theirs."""
+        tokens, rest = len(out_ThD) // self.split.ulysses, out_ThD.shape[1:]
+        # In sequence order the tokens of each rank stand together.
+        if self._writes_to_peers(out_ThD.numel(), out_ThD):
+            source = as_vectors(out_ThD)
+            for u in self._others_first():
+                there = self.peers.view(u, self.rank * tokens * rest.numel(), (tokens, *rest), out_ThD.dtype)
+                torch.index_select(source, 0, inverse[u * tokens : (u + 1) * tokens], out=there.view(source.dtype))
+            self.peers.barrier()
+            return self.peers.view(self.rank, 0, tuple(out_ThD.shape), out_ThD.dtype), None, None
+        sent = permuted(out_ThD, inverse)
+        received = torch.empty_like(sent)
+        return received, dist.all_to_all_single(received, sent, group=self.group, async_op=self.split.chunks > 1), sent
 
-        Returns where the values arrive, one flat tensor with ``recv_heads[u]`` heads of n tokens from rank u, the transfer, and
-        what is sent.
+    def _exchange(
+        self, pieces: Sequence[tuple[torch.Tensor, ...]], widths: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor | None]:
+        """Start an all-to-all: ``pieces[u]`` are [n, *, D] tensors for rank u, joined over heads; rank a sends ``widths[a][b]``
+        heads of n tokens to rank b.
+
+        Returns where the values arrive, one flat tensor, those of rank 0 first; the transfer, or None if it is over; and what is
+        sent. Memory of ``peers`` has to be read before the next exchange.
         """
-        example = pieces[0][0]
+        example, ranks = pieces[0][0], range(self.split.ulysses)
         tokens, dim = example.shape[0], example.shape[2]
-        sent = [tokens * sum(p.shape[1] for p in piece) * dim for piece in pieces]
+        most = max(sum(widths[a][b] for a in ranks) for b in ranks)
+        if self._writes_to_peers(tokens * most * dim, example):
+            for u in self._others_first():
+                first = tokens * dim * sum(widths[a][u] for a in range(self.rank))
+                _join_heads(pieces[u], self.peers.view(u, first, (tokens, widths[self.rank][u], dim), example.dtype))
+            self.peers.barrier()
+            total = tokens * dim * sum(widths[a][self.rank] for a in ranks)
+            return self.peers.view(self.rank, 0, (total,), example.dtype), None, None
+        sent = [tokens * width * dim for width in widths[self.rank]]
         buffer = example.new_empty(sum(sent))
         for part, piece in zip(buffer.split(sent), pieces, strict=True):
-            torch.cat(piece, dim=1, out=part.view(tokens, -1, dim))
-        received = [tokens * heads * dim for heads in recv_heads]
+            _join_heads(piece, part.view(tokens, -1, dim))
+        received = [tokens * widths[a][self.rank] * dim for a in ranks]
         out = example.new_empty(sum(received))
         return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
+
+    def _writes_to_peers(self, elements: int, like: torch.Tensor) -> bool:
+        """Whether an exchange that brings a rank up to ``elements`` goes by ``peers``; if so, their buffers are free now."""
+        if self.peers is None or self.split.chunks > 1 or not self.peers.reserve(elements * like.element_size()):
+            return False
+        self.peers.barrier()
+        return True
+
+    def _others_first(self) -> list[int]:
+        """The ranks, each starting with the one after it, so that no link gets all at once; itself last."""
+        return [(self.rank + step) % self.split.ulysses for step in range(1, self.split.ulysses + 1)]
+
+
+def _join_heads(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """``parts`` [n, *, D] side by side into ``out`` [n, sum of *, D]."""
+    for part, place in zip(parts, out.split([part.shape[1] for part in parts], dim=1), strict=True):
+        copy_vectors(place, part)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vila.benchmark.attention import rows as attention_rows
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import ALWAYS
@@ -30,7 +31,8 @@ QUICK = {"warmup": 1, "timed": 2, "command": "the command"}
 TINY = {"config": "tiny", "overrides": ["model.llm.num_layers=2"]}
 KINDS = {
     "attention": {
-        "documents": [24, 8], "heads": 4, "kv_heads": 2, "head_dim": 8, "variants": ["ulysses=2", "ring=2,kernel=cpu"]
+        "documents": [24, 8], "heads": 4, "kv_heads": 2, "head_dim": 8,
+        "variants": ["ulysses=2", "ulysses=2,exchange=collective", "ring=2,kernel=cpu"],
     },
     "layer": TINY | {"layers": 2, "lengths": [32, 64], "variants": ["tp=2", "ring=2,recompute=attention_output,mlp_tile=8"]},
     "head": {"tokens": 32, "hidden": 16, "vocab": 64, "variants": ["", "main_grad=0", "method=eager", "tp=2"]},
@@ -131,6 +133,12 @@ def test_a_job_that_fails_in_its_second_variant_keeps_the_first_row_and_says_why
     assert [row["variant"] for row in rows] == ["ring=2"] and seen == rows
     said = capfd.readouterr().out
     assert "finished rows are kept (1): " in said and "method=none is unknown" in said
+
+
+@pytest.mark.parametrize("setting", ["method", "exchange"])
+def test_unknown_values_of_an_attention_variant_are_refused(setting):
+    with pytest.raises(ValueError, match=f"variant {setting}=x: {setting}=x is unknown; use "):
+        next(attention_rows(KINDS["attention"] | QUICK | {"variants": [f"{setting}=x"]}))
 
 
 def test_a_job_that_takes_too_long_is_ended():

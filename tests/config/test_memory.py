@@ -24,6 +24,19 @@ def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
     assert workspace(4) < workspace(2) < workspace(1)
 
 
+def test_gpus_that_write_heads_to_each_other_need_a_buffer_of_at_most_a_gib():
+    def slack(*overrides):
+        settings = ["train.seq_length=65536", *overrides]
+        return estimate_memory(load_config("models/llama3-8b", settings), 2, on_gpu=True).slack / GIB
+
+    alone = slack("parallel.ring=2")
+    # 32K tokens of a GPU, q, k and v 6,144 wide in 16 bits: 384 MiB; the output with its gradient is 512 MiB.
+    assert slack("parallel.ulysses=2") == alone + 0.5
+    assert slack("parallel.ulysses=2", "train.seq_length=131072", "memory.recompute=attention_output") == alone + 1
+    assert slack("parallel.ulysses=2", "train.seq_length=1048576") == alone + 1
+    assert slack("parallel.ulysses=2", "parallel.ulysses_chunks=2") == alone
+
+
 def test_a_small_model_fits(data_folder):
     assert validate(load_config("tiny", data_folder), 1) == []
 

@@ -1,0 +1,95 @@
+"""Buffers that the GPUs of a node write into each other: an exchange is one strided copy over NVLink to where it is wanted,
+without the packing and staging of a collective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vila.config.activations import MOST_PEER_BYTES, peer_buffer_bytes
+
+TIMEOUT_MS = 30 * 60 * 1000
+"""How long a GPU waits for one whose process is late or gone, as ``platform.init_distributed`` has it for process groups."""
+
+
+class PeerMemory:
+    """One buffer per rank of ``group``, mapped into the memory of all of them (PyTorch's symmetric memory).
+
+    Protocol of an exchange: ``reserve``, ``barrier`` (all have read what came before), writes into ``view``s of the others,
+    ``barrier`` (all has arrived), reads. Everything is ordered on the current stream; the host does not wait.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._bytes = 0
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
+        """None where the ranks of ``group`` cannot write into each other: on CPUs, on several nodes, without peer access, or
+        where every process sees one GPU only. All-gather over ``group``."""
+        if group.size() == 1 or device.type != "cuda":
+            return None
+        boot, here = Path("/proc/sys/kernel/random/boot_id").read_text(), torch.cuda.current_device()
+        places = _gathered((boot, here), group)
+        others = {index for _, index in places} - {here}
+        reaches = len(set(places)) == group.size() == len(others) + 1 and all(
+            torch.cuda.can_device_access_peer(here, other) for other in others
+        )
+        return cls(group, torch.device("cuda", here)) if all(_gathered(reaches, group)) else None
+
+    def reserve(self, nbytes: int) -> bool:
+        """Make buffers of at least ``nbytes``, the same number on all ranks; False if they would exceed ``MOST_PEER_BYTES``.
+
+        Collective over the group where they have to grow.
+        """
+        if nbytes > MOST_PEER_BYTES:
+            return False
+        if nbytes > self._bytes:
+            import torch.distributed._symmetric_memory as symmetric_memory
+
+            torch.cuda.synchronize()  # nobody reads the old ones any more
+            dist.barrier(self._group)
+            self._bytes = peer_buffer_bytes(nbytes)
+            self._buffer = symmetric_memory.empty(self._bytes, dtype=torch.uint8, device=self._device)
+            self._handle = symmetric_memory.rendezvous(self._buffer, self._group)
+        return True
+
+    def view(self, rank: int, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Part of the buffer of ``rank`` from element ``first`` on."""
+        return self._handle.get_buffer(rank, shape, dtype, first)
+
+    def barrier(self) -> None:
+        """Later work on the current stream of each rank waits for earlier work on that of all others.
+
+        If one does not come within ``TIMEOUT_MS``, the next CUDA call of those that wait raises ``RuntimeError``.
+        """
+        self._handle.barrier(timeout_ms=TIMEOUT_MS)
+
+
+def as_vectors(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in elements of 16 bytes, where its layout allows it: copies then move whole vectors."""
+    strides = (x.storage_offset(), *x.stride()[:-1], x.shape[-1])
+    whole = x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    return x.view(torch.complex128) if whole else x
+
+
+def copy_vectors(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)`` for one dtype, in whole vectors where both allow it."""
+    wide_target, wide_source = as_vectors(target), as_vectors(source)
+    if wide_target.dtype == wide_source.dtype:
+        target, source = wide_target, wide_source
+    target.copy_(source)
+
+
+def permuted(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows ``order`` of ``x``."""
+    return as_vectors(x).index_select(0, order).view(x.dtype)
+
+
+def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    everyone = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone

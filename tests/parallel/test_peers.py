@@ -1,0 +1,140 @@
+"""Ranks that write into each other's memory bring what the collectives bring, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vila import platform
+from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.parallel import peers
+from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIndices
+from megatron_vila.parallel.kernels import select_kernel
+from megatron_vila.parallel.peers import PeerMemory, as_vectors, permuted
+from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.parallel.ulysses import HeadSplit
+from tests import samples
+from tests.gpu import on_gpus
+from tests.parallel import contract
+from tests.parallel.shared_files import SharedFiles
+from tests.parallel.test_gradient_contract import MIXED_ROWS, TOLERANCE
+from tests.ranks import pool
+
+CPU = torch.device("cpu")
+ROWS = ([48], [24], [24, 72])  # the second needs smaller buffers than the first, the last larger ones
+
+
+class Held:
+    def __init__(self, x):
+        self._x = x.clone()
+
+    def prefetch(self):
+        pass
+
+    def take(self):
+        return self._x
+
+
+def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torch.float32, unit=1, repeats=1):
+    """Whether outputs and gradients are the same with and without peers, and how many exchanges went by them.
+
+    On GPUs each repetition lets the ranks start a random time apart.
+    """
+    usual, peers.MOST_PEER_BYTES = peers.MOST_PEER_BYTES, most_bytes
+    topology, device = ParallelTopology.create(parallel), platform.device()
+    grid = topology.grid
+    split = HeadSplit(heads, kv_heads, grid.ulysses)
+    kernel = select_kernel("reference", dim, dtype, device)
+    direct = PeerMemory.of(topology.ulysses, device) if device.type == "cuda" else SharedFiles(topology.ulysses)
+    plain, written = (
+        Attention2D.of(split, kernel, 0.3, topology.ulysses, topology.ring, device, memory) for memory in (None, direct)
+    )
+    same, generator = True, torch.Generator().manual_seed(rank)
+    for documents in ROWS * repeats:
+        cu_seqlens = unit * np.concatenate([[0], np.cumsum(documents)])
+        row = RowIndices.of(cu_seqlens, grid.ulysses, grid.ring, topology.place.ring, device)
+        tokens = int(cu_seqlens[-1]) // grid.cp
+        q, k, v, dout = (
+            torch.randn(tokens, n, dim, generator=generator).to(device, dtype) for n in (heads, kv_heads, kv_heads, heads)
+        )
+        found = []
+        for attention in (plain, written):
+            for upstream in (dout, dout[:1, :1, :1].expand_as(dout)):
+                if device.type == "cuda":
+                    torch.cuda._sleep(int(torch.randint(10**7, (), generator=generator)))
+                parts = [x.clone().requires_grad_() for x in (q, k, v)]
+                kept = KeptAttention(Held)
+                out = attention(*parts, row, kept)
+                grads = torch.autograd.grad(out, parts, upstream)
+                again = attention(*parts, row, kept)
+                found.append([out, *grads, again, *torch.autograd.grad(again, parts, upstream)])
+        same = same and all(torch.equal(a, b) for i in (0, 1) for a, b in zip(found[i], found[i + 2], strict=True))
+    topology.destroy()
+    peers.MOST_PEER_BYTES = usual
+    return same, None if device.type == "cuda" else direct.exchanges
+
+
+@pytest.mark.parametrize(
+    ("parallel", "heads", "kv_heads", "dim"),
+    [
+        (ParallelConfig(ulysses=2), 4, 2, 8),
+        (ParallelConfig(ulysses=4), 8, 2, 4),
+        (ParallelConfig(ulysses=2, ring=2), 4, 2, 8),
+        (ParallelConfig(ulysses=3), 6, 2, 8),
+        (ParallelConfig(ulysses=2), 2, 1, 3),
+    ],
+    ids=["u2", "u4 with fewer key heads", "u2-r2", "u3 cuts a group", "odd heads"],
+)
+def test_an_exchange_by_peers_brings_what_the_collective_brings(parallel, heads, kv_heads, dim):
+    results = pool.run(parallel.ulysses * parallel.ring, both_ways, parallel, heads, kv_heads, dim)
+    # Of a row, twice: two each forward and backward, and three more where the output was kept.
+    assert results == [(True, 2 * 3 * (2 + 2 + 3))] * len(results)
+
+
+@pytest.mark.parametrize("kv_heads", [on_gpus(4, kernel="cudnn", gpus=2), on_gpus(1, kernel="cudnn", gpus=2)])
+def test_gpus_write_to_their_peers_what_the_collective_brings_however_they_are_late(kv_heads):
+    results = pool.run(2, both_ways, ParallelConfig(ulysses=2), 8, kv_heads, 64, 2**30, torch.bfloat16, 16, 20)
+    assert results == [(True, None)] * 2
+
+
+def test_what_is_larger_than_the_buffers_may_be_goes_by_the_collective():
+    [(same, _), _] = pool.run(2, both_ways, ParallelConfig(ulysses=2), 4, 2, 8, 4000)
+    assert same
+
+
+def compare(rank, *case):
+    """As ``contract.compare``, every exchange by peers; and their number."""
+    made, usual = [], PeerMemory.of
+    PeerMemory.of = classmethod(lambda cls, group, device: made.append(SharedFiles(group)) or made[-1])
+    errors = contract.compare(rank, *case)
+    PeerMemory.of = usual
+    return errors, sum(memory.exchanges for memory in made)
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention_output", "full"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(ulysses=2, tp=2), ParallelConfig(ulysses=4)], ids=["tp2-u2", "u4"])
+def test_the_gradient_contract_holds_when_ranks_write_to_their_peers(tmp_path, parallel, recompute):
+    config = samples.config(heads=8, kv_heads=2, layers=2)
+    pool.run(1, contract.write_truth, config, MIXED_ROWS[:3], tmp_path / "truth.pt")
+    config.memory.recompute = recompute
+    for errors, exchanges in pool.run(4, compare, config, MIXED_ROWS[:3], parallel, tmp_path / "truth.pt"):
+        assert max(errors.values()) < TOLERANCE
+        assert exchanges >= 3 * 2 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [3, 8, 72])
+def test_rows_are_permuted_whatever_their_layout(dtype, dim):
+    whole = torch.randn(10, 7, dim).to(dtype)
+    order = torch.randperm(10)
+    shifted = whole.flatten()[1 : 1 + 9 * 7 * dim].view(9, 7, dim)
+    for x in (whole, whole[:, 2:5], whole[1:][:, :1], shifted, whole.transpose(0, 2)):
+        index = order[order < len(x)]
+        assert torch.equal(permuted(x, index), x[index])
+
+
+def test_heads_move_as_vectors_of_16_bytes_where_they_can():
+    assert as_vectors(torch.zeros(4, 6, 72, dtype=torch.bfloat16)[:, 1:3]).shape == (4, 2, 9)
+    assert as_vectors(torch.zeros(4, 6, 4, dtype=torch.bfloat16)).shape == (4, 6, 4)
+    assert as_vectors(torch.zeros(4, 6, 9, dtype=torch.bfloat16)[:, :, 1:]).shape == (4, 6, 8)
