@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_vila.config.schema import ModelConfig
+from megatron_vila.models.linear import ColumnLinear, RowLinear
 from megatron_vila.models.lora import add_low_rank
 from megatron_vila.models.mlp import tiled
 from megatron_vila.models.norm import RMSNorm
@@ -67,7 +68,7 @@ def transformer_config(model: ModelConfig, topology: ParallelTopology, dtype: to
         variable_seq_lengths=True,  # packed rows differ in length
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, experts or not
         batch_p2p_sync=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # models/linear.py needs no extension for it
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -97,7 +98,9 @@ def build_language_model(
         device=device,
         deterministic=deterministic,
     )
-    layer.submodules.self_attention.submodules.core_attention = attention
+    self_attention = layer.submodules.self_attention.submodules
+    self_attention.core_attention = attention
+    self_attention.linear_qkv, self_attention.linear_proj = ColumnLinear, RowLinear
     # Megatron's local norms refuse sequence parallelism.
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.mlp = tiled(layer.submodules.mlp)

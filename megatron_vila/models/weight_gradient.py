@@ -40,13 +40,13 @@ class WeightGradient:
 
 
 def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out += a @ b; on CUDA the product of 16-bit operands is summed in float32 and rounded once, with what was there."""
+    """out += a @ b; the product of 16-bit operands is summed in float32 and rounded once, with what was there."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     elif a.is_cuda:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
-        out += a @ b
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def nothing(weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -119,3 +120,29 @@ def test_initial_weights_are_bitwise_the_same_in_every_layout(parallel, tmp_path
 def test_a_vocabulary_is_padded_alike_for_the_usual_tensor_parallel_sizes():
     assert {padded_vocab_size(151648, tp) for tp in (1, 2, 4, 8)} == {151680}
     assert padded_vocab_size(128257, 3) % 3 == 0
+
+
+def _finer_than_bfloat16(rank: int, config: Config, parallel: ParallelConfig) -> set[str]:
+    """Linear layers of which a bfloat16 model leaves a gradient in DDP's float32 buffer that bfloat16 cannot hold."""
+    topology, model, _ = contract.build(config, parallel, torch.bfloat16)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    ddp.zero_grad_buffer()
+    row = pack([DOCUMENT], topology.grid.document_multiple, topology.grid.row_multiple)
+    llm = config.model.llm
+    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, torch.device("cpu"))
+    with ddp.no_sync():
+        ddp(shard, samples.pixels([]).bfloat16()).loss_sum.backward()
+    topology.destroy()
+    weights = {name: p.main_grad for name, p in model.named_parameters() if ".linear_" in name and name.endswith("weight")}
+    assert all(grad.count_nonzero() > 0 for grad in weights.values())
+    return {name.split(".")[-2] for name, grad in weights.items() if not torch.equal(grad, grad.bfloat16().float())}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["llama", "qwen2"])
+def test_gradients_of_linear_layers_are_added_in_float32(bias):
+    config = samples.config(layers=2, bias=bias)
+    [found] = pool.run(1, _finer_than_bfloat16, config, ParallelConfig())
+    assert found == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
+    # Under sequence parallelism Megatron's product stays where tokens have to be gathered for it.
+    for found in pool.run(2, _finer_than_bfloat16, config, ParallelConfig(tp=2)):
+        assert found == {"linear_proj", "linear_fc1", "linear_fc2"}
