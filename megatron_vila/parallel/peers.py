@@ -25,6 +25,7 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
         self._bytes = 0
+        self._buffer = self._handle = None
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
@@ -43,7 +44,7 @@ class PeerMemory:
     def reserve(self, nbytes: int) -> bool:
         """Make buffers of at least ``nbytes``, the same number on all ranks; False if they would exceed ``MOST_PEER_BYTES``.
 
-        Collective over the group where they have to grow.
+        Collective over the group where they have to grow; raises ``torch.OutOfMemoryError`` if the GPU has no room for that.
         """
         if nbytes > MOST_PEER_BYTES:
             return False
@@ -52,8 +53,17 @@ class PeerMemory:
 
             torch.cuda.synchronize()  # nobody reads the old ones any more
             dist.barrier(self._group)
+            self._buffer = self._handle = None
+            torch.cuda.empty_cache()  # what PyTorch's allocator holds in reserve is not there for these
             self._bytes = peer_buffer_bytes(nbytes)
-            self._buffer = symmetric_memory.empty(self._bytes, dtype=torch.uint8, device=self._device)
+            try:
+                self._buffer = symmetric_memory.empty(self._bytes, dtype=torch.uint8, device=self._device)
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
+                raise torch.OutOfMemoryError(
+                    f"no room for the {self._bytes / 2**20:.0f} MiB through which GPUs exchange heads: CUDA out of memory"
+                ) from error
             self._handle = symmetric_memory.rendezvous(self._buffer, self._group)
         return True
 

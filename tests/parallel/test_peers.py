@@ -98,6 +98,32 @@ def test_gpus_write_to_their_peers_what_the_collective_brings_however_they_are_l
     assert results == [(True, None)] * 2
 
 
+def fill(rank):
+    """Reserve where PyTorch's allocator holds all memory without need, and where tensors do."""
+    topology, device = ParallelTopology.create(ParallelConfig(ulysses=2)), platform.device()
+    memory = PeerMemory.of(topology.ulysses, device)
+    free, _ = torch.cuda.mem_get_info()
+    torch.empty(free - 2**28, dtype=torch.uint8, device=device)
+    fits = memory.reserve(2**28)
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free - 2**28, dtype=torch.uint8, device=device)
+    try:
+        memory.reserve(2**30)
+        said = ""
+    except torch.OutOfMemoryError as error:
+        said = str(error)
+    del held, memory
+    topology.destroy()
+    torch.cuda.empty_cache()
+    return fits, said
+
+
+@pytest.mark.parametrize("gpus", [on_gpus(2, kernel="cudnn", gpus=2)])
+def test_a_gpu_without_room_for_the_buffer_says_so(gpus):
+    for fits, said in pool.run(gpus, fill):
+        assert fits and "no room for the 1024 MiB through which GPUs exchange heads" in said
+
+
 def test_what_is_larger_than_the_buffers_may_be_goes_by_the_collective():
     [(same, _), _] = pool.run(2, both_ways, ParallelConfig(ulysses=2), 4, 2, 8, 4000)
     assert same
