@@ -172,7 +172,7 @@ FAULTS = [
     Fault(
         "gradient of the output is not permuted",
         PARALLEL + "ulysses.py",
-        "return [permuted(part, order) for part in buffer.split([heads] * count, dim=1)]",
+        "return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]",
         "return list(buffer.split([heads] * count, dim=1))",
     ),
     Fault(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 from megatron_vila.config.activations import MOST_PEER_BYTES, peer_buffer_bytes
 
@@ -49,8 +50,6 @@ class PeerMemory:
         if nbytes > MOST_PEER_BYTES:
             return False
         if nbytes > self._bytes:
-            import torch.distributed._symmetric_memory as symmetric_memory
-
             torch.cuda.synchronize()  # nobody reads the old ones any more
             dist.barrier(self._group)
             self._buffer = self._handle = None
@@ -77,26 +76,6 @@ class PeerMemory:
         If one does not come within ``TIMEOUT_MS``, the next CUDA call of those that wait raises ``RuntimeError``.
         """
         self._handle.barrier(timeout_ms=TIMEOUT_MS)
-
-
-def as_vectors(x: torch.Tensor) -> torch.Tensor:
-    """The same memory in elements of 16 bytes, where its layout allows it: copies then move whole vectors."""
-    strides = (x.storage_offset(), *x.stride()[:-1], x.shape[-1])
-    whole = x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in strides)
-    return x.view(torch.complex128) if whole else x
-
-
-def copy_vectors(target: torch.Tensor, source: torch.Tensor) -> None:
-    """``target.copy_(source)`` for one dtype, in whole vectors where both allow it."""
-    wide_target, wide_source = as_vectors(target), as_vectors(source)
-    if wide_target.dtype == wide_source.dtype:
-        target, source = wide_target, wide_source
-    target.copy_(source)
-
-
-def permuted(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Rows ``order`` of ``x``."""
-    return as_vectors(x).index_select(0, order).view(x.dtype)
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vila.parallel.peers import PeerMemory, as_vectors, copy_vectors, permuted
+from megatron_vila.parallel.peers import PeerMemory
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Pending:
     """An exchange that has been started, or (``work`` is None) is over; ``wait`` gives what has arrived, once."""
 
     def __init__(self, finish: Callable[[], Any], work: dist.Work | None = None, sent: torch.Tensor | None = None) -> None:
-        self._finish, self._work, self._sent = finish, work, sent  # sent lives until it has left
+        self._finish, self._work = finish, work
+        self._sent = None if work is None else sent  # lives until it has left
         if work is None:
             # Memory that others write into has to be read before the next exchange.
             arrived = finish()
@@ -140,7 +141,7 @@ class Ulysses:
 
         def finish():
             buffer = received.view(-1, heads + 2 * mine, q_sHD.shape[-1])
-            return tuple(permuted(part, order) for part in buffer.split([heads, mine, mine], dim=1))
+            return tuple(part.index_select(0, order) for part in buffer.split([heads, mine, mine], dim=1))
 
         return Pending(finish, *flight)
 
@@ -169,7 +170,7 @@ class Ulysses:
 
         def finish():
             buffer = received.view(-1, count * heads, tensors_sHD[0].shape[-1])
-            return [permuted(part, order) for part in buffer.split([heads] * count, dim=1)]
+            return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]
 
         return Pending(finish, *flight)
 
@@ -184,7 +185,7 @@ class Ulysses:
         replicated heads are summed at home."""
         queries, kv_ranges = self._query_ranges[chunk], self._kv_ranges[chunk]
         heads, tokens = len(queries[self.rank]), len(totals_sXD[0])
-        grads = [permuted(x, inverse) for x in grads_TxD]
+        grads = [x.index_select(0, inverse) for x in grads_TxD]
         pieces = [tuple(x[u * tokens : (u + 1) * tokens] for x in grads) for u in range(self.split.ulysses)]
         widths = [heads + 2 * len(kv) for kv in kv_ranges]
         received, *flight = self._exchange(pieces, [[width] * self.split.ulysses for width in widths])
@@ -207,14 +208,14 @@ class Ulysses:
         """As ``_exchange``, for [T, h, D] in attention's order: rank u gets [s, h, D] of its tokens, in theirs."""
         tokens, rest = len(out_ThD) // self.split.ulysses, out_ThD.shape[1:]
         # In sequence order the tokens of each rank stand together.
-        if self._writes_to_peers(out_ThD.numel(), out_ThD):
+        if self._takes_peers(out_ThD.numel(), out_ThD):
             source = as_vectors(out_ThD)
             for u in self._others_first():
                 there = self.peers.view(u, self.rank * tokens * rest.numel(), (tokens, *rest), out_ThD.dtype)
                 torch.index_select(source, 0, inverse[u * tokens : (u + 1) * tokens], out=there.view(source.dtype))
             self.peers.barrier()
             return self.peers.view(self.rank, 0, tuple(out_ThD.shape), out_ThD.dtype), None, None
-        sent = permuted(out_ThD, inverse)
+        sent = out_ThD.index_select(0, inverse)
         received = torch.empty_like(sent)
         return received, dist.all_to_all_single(received, sent, group=self.group, async_op=self.split.chunks > 1), sent
 
@@ -230,7 +231,7 @@ class Ulysses:
         example, ranks = pieces[0][0], range(self.split.ulysses)
         tokens, dim = example.shape[0], example.shape[2]
         most = max(sum(widths[a][b] for a in ranks) for b in ranks)
-        if self._writes_to_peers(tokens * most * dim, example):
+        if self._takes_peers(tokens * most * dim, example):
             for u in self._others_first():
                 first = tokens * dim * sum(widths[a][u] for a in range(self.rank))
                 _join_heads(pieces[u], self.peers.view(u, first, (tokens, widths[self.rank][u], dim), example.dtype))
@@ -245,8 +246,9 @@ class Ulysses:
         out = example.new_empty(sum(received))
         return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
 
-    def _writes_to_peers(self, elements: int, like: torch.Tensor) -> bool:
-        """Whether an exchange that brings a rank up to ``elements`` goes by ``peers``; if so, their buffers are free now."""
+    def _takes_peers(self, elements: int, like: torch.Tensor) -> bool:
+        """Whether an exchange that brings a rank up to ``elements`` goes by ``peers``; if so, they now wait for it: their buffers
+        are free."""
         if self.peers is None or self.split.chunks > 1 or not self.peers.reserve(elements * like.element_size()):
             return False
         self.peers.barrier()
@@ -255,6 +257,21 @@ class Ulysses:
     def _others_first(self) -> list[int]:
         """The ranks, each starting with the one after it, so that no link gets all at once; itself last."""
         return [(self.rank + step) % self.split.ulysses for step in range(1, self.split.ulysses + 1)]
+
+
+def as_vectors(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in elements of 16 bytes, where its layout allows it: copies then move whole vectors."""
+    strides = (x.storage_offset(), *x.stride()[:-1], x.shape[-1])
+    whole = x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    return x.view(torch.complex128) if whole else x
+
+
+def copy_vectors(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)`` for one dtype, in whole vectors where both allow it."""
+    wide_target, wide_source = as_vectors(target), as_vectors(source)
+    if wide_target.dtype == wide_source.dtype:
+        target, source = wide_target, wide_source
+    target.copy_(source)
 
 
 def _join_heads(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:

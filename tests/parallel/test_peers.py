@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_vila import platform
 from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.models.keep import HostMemory
 from megatron_vila.parallel import peers
 from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
-from megatron_vila.parallel.peers import PeerMemory, as_vectors, permuted
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.parallel.ulysses import HeadSplit
+from megatron_vila.parallel.ulysses import HeadSplit, Pending, as_vectors, copy_vectors
 from tests import samples
 from tests.gpu import on_gpus
 from tests.parallel import contract
@@ -23,17 +26,6 @@ from tests.ranks import pool
 
 CPU = torch.device("cpu")
 ROWS = ([48], [24], [24, 72])  # the second needs smaller buffers than the first, the last larger ones
-
-
-class Held:
-    def __init__(self, x):
-        self._x = x.clone()
-
-    def prefetch(self):
-        pass
-
-    def take(self):
-        return self._x
 
 
 def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torch.float32, unit=1, repeats=1):
@@ -50,6 +42,7 @@ def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torc
     plain, written = (
         Attention2D.of(split, kernel, 0.3, topology.ulysses, topology.ring, device, memory) for memory in (None, direct)
     )
+    host = HostMemory(0, device)
     same, generator = True, torch.Generator().manual_seed(rank)
     for documents in ROWS * repeats:
         cu_seqlens = unit * np.concatenate([[0], np.cumsum(documents)])
@@ -64,7 +57,7 @@ def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torc
                 if device.type == "cuda":
                     torch.cuda._sleep(int(torch.randint(10**7, (), generator=generator)))
                 parts = [x.clone().requires_grad_() for x in (q, k, v)]
-                kept = KeptAttention(Held)
+                kept = KeptAttention(host.keep)
                 out = attention(*parts, row, kept)
                 grads = torch.autograd.grad(out, parts, upstream)
                 again = attention(*parts, row, kept)
@@ -151,13 +144,25 @@ def test_the_gradient_contract_holds_when_ranks_write_to_their_peers(tmp_path, p
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dim", [3, 8, 72])
-def test_rows_are_permuted_whatever_their_layout(dtype, dim):
-    whole = torch.randn(10, 7, dim).to(dtype)
-    order = torch.randperm(10)
-    shifted = whole.flatten()[1 : 1 + 9 * 7 * dim].view(9, 7, dim)
-    for x in (whole, whole[:, 2:5], whole[1:][:, :1], shifted, whole.transpose(0, 2)):
-        index = order[order < len(x)]
-        assert torch.equal(permuted(x, index), x[index])
+def test_heads_are_copied_whatever_their_layout(dtype, dim):
+    def layouts():
+        whole = torch.randn(10, 7, dim).to(dtype)
+        shifted = whole.flatten()[1 : 1 + 9 * 7 * dim].view(9, 7, dim)
+        return whole[:9, :1], whole[1:, 2:3], shifted[:, 6:], whole.transpose(0, 1).contiguous().transpose(0, 1)[1:, :1]
+
+    for i in range(4):
+        for source in (*layouts(), layouts()[0][:1, :1, :1].expand(9, 1, dim)):
+            target = layouts()[i]
+            copy_vectors(target, source)
+            assert torch.equal(target, source)
+
+
+def test_an_exchange_that_is_over_holds_nothing_of_what_was_sent():
+    sent = torch.zeros(3)
+    held = weakref.ref(sent)
+    pending = Pending(lambda: 7, None, sent)
+    del sent
+    assert held() is None and pending.wait() == 7
 
 
 def test_heads_move_as_vectors_of_16_bytes_where_they_can():
