@@ -3,6 +3,8 @@ without the packing and staging of a collective."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from megatron_vila import platform
 from megatron_vila.config.activations import MOST_PEER_BYTES, peer_buffer_bytes
 
 TIMEOUT_MS = 30 * 60 * 1000
@@ -19,14 +22,15 @@ TIMEOUT_MS = 30 * 60 * 1000
 class PeerMemory:
     """One buffer per rank of ``group``, mapped into the memory of all of them (PyTorch's symmetric memory).
 
-    Protocol of an exchange: ``reserve``, ``barrier`` (all have read what came before), writes into ``view``s of the others,
-    ``barrier`` (all has arrived), reads. Everything is ordered on the current stream; the host does not wait.
+    Protocol of an exchange: ``reserve``, ``barrier`` (all have read what came before), ``beside`` writes into ``view``s of the
+    others, ``barrier`` (all has arrived), reads. Everything is ordered with the current stream; the host does not wait.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
         self._bytes = 0
         self._buffer = self._handle = None
+        self._stream = platform.cuda().Stream()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
@@ -70,11 +74,19 @@ class PeerMemory:
         """Part of the buffer of ``rank`` from element ``first`` on."""
         return self._handle.get_buffer(rank, shape, dtype, first)
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is written to others inside, at NVLink's speed, runs beside later work of this GPU up to the ``barrier``."""
+        self._stream.wait_stream(platform.cuda().current_stream())
+        with platform.cuda().stream(self._stream):
+            yield
+
     def barrier(self) -> None:
         """Later work on the current stream of each rank waits for earlier work on that of all others.
 
         If one does not come within ``TIMEOUT_MS``, the next CUDA call of those that wait raises ``RuntimeError``.
         """
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._handle.barrier(timeout_ms=TIMEOUT_MS)
 
 

@@ -210,10 +210,12 @@ class Ulysses:
         # In sequence order the tokens of each rank stand together.
         if self._takes_peers(out_ThD.numel(), out_ThD):
             source = as_vectors(out_ThD)
-            for u in self._others_first():
+
+            def write(u):
                 there = self.peers.view(u, self.rank * tokens * rest.numel(), (tokens, *rest), out_ThD.dtype)
                 torch.index_select(source, 0, inverse[u * tokens : (u + 1) * tokens], out=there.view(source.dtype))
-            self.peers.barrier()
+
+            self._write_to_all(write)
             return self.peers.view(self.rank, 0, tuple(out_ThD.shape), out_ThD.dtype), None, None
         sent = out_ThD.index_select(0, inverse)
         received = torch.empty_like(sent)
@@ -232,10 +234,12 @@ class Ulysses:
         tokens, dim = example.shape[0], example.shape[2]
         most = max(sum(widths[a][b] for a in ranks) for b in ranks)
         if self._takes_peers(tokens * most * dim, example):
-            for u in self._others_first():
+
+            def write(u):
                 first = tokens * dim * sum(widths[a][u] for a in range(self.rank))
                 _join_heads(pieces[u], self.peers.view(u, first, (tokens, widths[self.rank][u], dim), example.dtype))
-            self.peers.barrier()
+
+            self._write_to_all(write)
             total = tokens * dim * sum(widths[a][self.rank] for a in ranks)
             return self.peers.view(self.rank, 0, (total,), example.dtype), None, None
         sent = [tokens * width * dim for width in widths[self.rank]]
@@ -254,9 +258,13 @@ class Ulysses:
         self.peers.barrier()
         return True
 
-    def _others_first(self) -> list[int]:
-        """The ranks, each starting with the one after it, so that no link gets all at once; itself last."""
-        return [(self.rank + step) % self.split.ulysses for step in range(1, self.split.ulysses + 1)]
+    def _write_to_all(self, write: Callable[[int], None]) -> None:
+        """``write(u)`` for every rank u, beginning with the next one, so that no link gets all at once; then wait for theirs."""
+        with self.peers.beside():
+            for step in range(1, self.split.ulysses):
+                write((self.rank + step) % self.split.ulysses)
+        write(self.rank)
+        self.peers.barrier()
 
 
 def as_vectors(x: torch.Tensor) -> torch.Tensor:
