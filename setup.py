@@ -39,7 +39,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
         # pre-release: pinned here, because pip takes one only when asked for it by its exact version
-        "gpu": ["flash-attn-4[cu13]==4.0.0b36"],
+        "gpu": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels>=0.6.5"],
         "te": ["transformer-engine[pytorch]>=2.13"],
     },
 )

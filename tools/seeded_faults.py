@@ -257,6 +257,13 @@ FAULTS = [
         POLICIES,
     ),
     Fault(
+        "SwiGLU takes the place of its gradient too early",
+        "megatron_vila/models/fused.py",
+        "    dgate_up_T2F = _silu_times_gradient(gate_up_T2F, dout_TF)\n    dout_TF.copy_(_silu_times_of(gate_up_T2F))\n",
+        "    dout_TF.copy_(_silu_times_of(gate_up_T2F))\n    dgate_up_T2F = _silu_times_gradient(gate_up_T2F, dout_TF)\n",
+        POLICIES,
+    ),
+    Fault(
         "the first layer without the recompute policy is left out",
         "megatron_vila/models/decoder.py",
         "for layer in decoder.layers[again:]:",

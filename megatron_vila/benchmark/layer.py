@@ -2,7 +2,7 @@
 
 ``method`` is ``mmsp`` (this project) or, with Transformer Engine installed, Megatron-Core's own layers and context parallelism:
 ``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp. One document, every token trained,
-weights and gradients in bfloat16 on a GPU.
+weights and gradients in bfloat16 on a GPU. ``swiglu=apart`` is without the products that have SwiGLU inside.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -37,8 +37,9 @@ from megatron_vila.training.flops import mfu, model_flops, peak_flops
 
 VARIANT = {
     "tp": 1, "ulysses": 1, "ulysses_chunks": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none",
-    "block_layers": 1, "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0,
+    "block_layers": 1, "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0, "swiglu": "inside",
 }  # fmt: skip
+SWIGLU = {"inside": True, "apart": False}
 MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None}
 
 
@@ -53,6 +54,8 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     variant = parse_variant(text, VARIANT)
     if variant["method"] not in ("mmsp", *MEGATRON):
         raise ValueError(f"variant {text}: method={variant['method']} is unknown; use mmsp, {', '.join(MEGATRON)}")
+    if variant["swiglu"] not in SWIGLU:
+        raise ValueError(f"variant {text}: swiglu={variant['swiglu']} is unknown; use {' or '.join(SWIGLU)}")
     config = load_config(settings["config"], settings["overrides"])
     config.model.llm.num_layers, config.model.attention = settings["layers"], variant["attention"]
     config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ulysses_chunks", "ring")})
@@ -67,7 +70,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         length // topology.grid.encoders, 1, config.model.llm.hidden_size, device=device, dtype=dtype
     ).requires_grad_()
     build = _mmsp if variant["method"] == "mmsp" else _megatron
-    run = build(config, variant["method"], topology, dtype, device, length)
+    run = build(config, variant, topology, dtype, device, length)
     dout = torch.randn_like(hidden)
 
     def step():
@@ -99,12 +102,15 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
 
 
 def _mmsp(
-    config: Config, _: str, topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
+    config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     grid, llm = topology.grid, config.model.llm
     stock = transformer_config(config.model, topology, dtype)
     settings = config.memory.mlp_tile, config.parallel.ulysses_chunks
     decoder = build_language_model(config.model, stock, topology, device, False, *settings).decoder.to(device, dtype)
+    variant["attention"] = decoder.layers[0].self_attention.core_attention.kernel_name  # the one that auto stands for
+    for layer in decoder.layers:
+        layer.mlp.swiglu_inside = SWIGLU[variant["swiglu"]]
     cu_seqlens = np.array([0, length])
     positions = torch.from_numpy(local_positions(cu_seqlens, grid.cp, topology.cp_rank)).to(device)
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
@@ -114,9 +120,10 @@ def _mmsp(
 
 
 def _megatron(
-    config: Config, method: str, topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
+    config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism."""
+    method, variant["attention"] = variant["method"], ""  # Transformer Engine's choice
     try:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

@@ -34,7 +34,7 @@ def hardware(gpus: int) -> str:
 def versions() -> str:
     """Versions of the packages that the numbers depend on."""
     found = []
-    for package in ("torch", "megatron-core", "transformers", "flash-attn-4", "transformer-engine"):
+    for package in ("torch", "megatron-core", "transformers", "flash-attn-4", "quack-kernels", "transformer-engine"):
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

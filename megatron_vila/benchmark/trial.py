@@ -98,7 +98,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         "variant": text,
         "gpus": world,
         **{axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "ulysses", "ring")},
-        "attention": config.model.attention,
+        "attention": built.attention_kernel,
         "seq_len": sum(row.lengths),
         "frames": len(row.frames),
         "time_s": round(found.seconds, 4),

@@ -146,8 +146,9 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     # What the layer saves for itself: three normed or summed streams, q, k, v.
     saved = 3 * h + q + 2 * k if again else 0
     streams = 3 * h if again else 2 * h  # gradients of output and input; the output, as the root of a pass of its own
-    # gate and up, their product, the gradients of all three; kept ones count elsewhere
-    inner = (6 if again or tiled else 4) * f + (3 * tp * h if tp > 1 else 0)
+    # gate and up, their product in the place of its gradient, their gradients; kept ones count elsewhere; autograd takes one more
+    autograd = bool(config.model.lora.rank and {"fc1", "fc2"} & set(config.model.lora.targets))
+    inner = ((5 if again or tiled else 3) + autograd) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
     # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring, in float32 from three ranks on
     chunks, ring = config.parallel.ulysses_chunks, config.parallel.ring

@@ -31,9 +31,11 @@ def swiglu(gate_up_T2F: torch.Tensor) -> torch.Tensor:
 
 
 @compiled_on_cuda
-def swiglu_backward(gate_up_T2F: torch.Tensor, dout_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``swiglu`` once more and its gradient, in one pass: [T, 2F] and [T, F] to [T, F] and [T, 2F]. Not for autograd."""
-    return _silu_times_of(gate_up_T2F), _silu_times_gradient(gate_up_T2F, dout_TF)
+def swiglu_backward_(gate_up_T2F: torch.Tensor, dout_TF: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``swiglu`` [T, 2F], and its value once more, written over ``dout_TF``. Not for autograd."""
+    dgate_up_T2F = _silu_times_gradient(gate_up_T2F, dout_TF)
+    dout_TF.copy_(_silu_times_of(gate_up_T2F))
+    return dgate_up_T2F
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

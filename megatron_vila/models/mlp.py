@@ -9,7 +9,7 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 
-from megatron_vila.models.fused import swiglu, swiglu_backward
+from megatron_vila.models.fused import swiglu
+from megatron_vila.models.gated import APART, products_for
 from megatron_vila.models.weight_gradient import WeightGradient
 
 
@@ -38,6 +39,8 @@ class TiledMLP(MLP):
 
     tile_tokens = 0
     value_needed = True
+    swiglu_inside = True
+    """Whether products with SwiGLU inside are used where there are such (``gated.products_for``)."""
 
     def forward(self, hidden_t1H: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
         """[t, 1, H] to [t, 1, H], and Megatron's bias, which is None."""
@@ -49,10 +52,6 @@ class TiledMLP(MLP):
             return _TilesWithUpdates.apply(hidden_t1H, self, tile, trained, *trained), None
         weights = self.linear_fc1.weight, self.linear_fc2.weight
         return _SwiGLUMLP.apply(hidden_t1H.squeeze(1), *weights, self, tile).unsqueeze(1), None
-
-    def gate_up(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] to gate and up [T, 2F]."""
-        return hidden_TH @ self.linear_fc1.weight.t()
 
     def with_updates(self, hidden_n1H: torch.Tensor) -> torch.Tensor:
         """The MLP by way of autograd, where LoRA has added to its layers."""
@@ -71,14 +70,17 @@ class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_tH, fc1_FH, fc2_HF, mlp: TiledMLP, tile: int):
         ctx.mlp, ctx.tile = mlp, tile
+        # The two keep gate and up in different orders.
+        ctx.products = products = products_for(hidden_tH, fc1_FH, fc2_HF) if mlp.swiglu_inside else APART
         if not mlp.value_needed:
             ctx.save_for_backward(hidden_tH, None)
             return hidden_tH.new_zeros(()).expand_as(hidden_tH)
         group = mlp.linear_fc1.tp_group
         out_tH = torch.empty_like(hidden_tH)
         for tile_tH, out in zip(hidden_tH.split(tile), out_tH.split(tile), strict=True):
-            gate_up_T2F = mlp.gate_up(_gathered(tile_tH, group))
-            _scatter_product(swiglu(gate_up_T2F), fc2_HF.t(), out, group)
+            gate_up_T2F, inner_TF = products.forward(_gathered(tile_tH, group), fc1_FH)
+            _scattered(partial(torch.mm, inner_TF, fc2_HF.t()), out, group)
+            del inner_TF
         whole = tile == len(hidden_tH)
         ctx.save_for_backward(None if whole and not fc1_FH.requires_grad else hidden_tH, gate_up_T2F if whole else None)
         return out_tH
@@ -86,7 +88,7 @@ class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_tH):
         hidden_tH, kept_T2F = ctx.saved_tensors
-        mlp, tile = ctx.mlp, ctx.tile
+        mlp, tile, products = ctx.mlp, ctx.tile, ctx.products
         fc1_FH, fc2_HF, group = mlp.linear_fc1.weight, mlp.linear_fc2.weight, mlp.linear_fc1.tp_group
         grad_tH = grad_tH.contiguous()
         dhidden_tH = torch.empty_like(grad_tH)
@@ -99,15 +101,15 @@ class _SwiGLUMLP(torch.autograd.Function):
         for hidden, grad, dhidden in zip(hidden_tiles, grad_tiles, dhidden_tiles, strict=True):
             hidden_TH = None if hidden is None else _gathered(hidden, group)
             grad_TH = _gathered(grad, group)
-            gate_up_T2F = mlp.gate_up(hidden_TH) if kept_T2F is None else kept_T2F
-            inner_TF, dgate_up_T2F = swiglu_backward(gate_up_T2F, grad_TH @ fc2_HF)
+            gate_up_T2F = products.gate_up(hidden_TH, fc1_FH) if kept_T2F is None else kept_T2F
+            inner_TF, dgate_up_T2F = products.backward(grad_TH, fc2_HF, gate_up_T2F)
             del gate_up_T2F
             if sums[1] is not None:
                 sums[1].add(grad_TH, inner_TF)
             del inner_TF
-            sent = _scatter_product(dgate_up_T2F, fc1_FH, dhidden, group, wait=False)
+            sent = _scattered(partial(products.input_gradient, dgate_up_T2F, fc1_FH), dhidden, group, wait=False)
             if sums[0] is not None:  # while the sum over tp is on its way
-                sums[0].add(dgate_up_T2F, hidden_TH)
+                products.add_weight_gradient(dgate_up_T2F, hidden_TH, sums[0])
             if sent is not None:
                 sent.wait()
         return dhidden_tH, *(None if total is None else total.result() for total in sums), None, None
@@ -122,12 +124,16 @@ def _gathered(x_tH: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return out
 
 
-def _scatter_product(a, b, out_tH: torch.Tensor, group: dist.ProcessGroup, wait: bool = True) -> dist.Work | None:
-    """The tp ranks' products a @ b summed, own tokens into ``out_tH``. Reduce-scatter over the tensor-parallel group."""
+def _scattered(
+    product: Callable[..., object], out_tH: torch.Tensor, group: dist.ProcessGroup, wait: bool = True
+) -> dist.Work | None:
+    """Own tokens of the sum over tp of what ``product(out=)`` writes. Reduce-scatter over the tensor-parallel group."""
     if group.size() == 1:
-        torch.mm(a, b, out=out_tH)
+        product(out=out_tH)
         return None
-    return dist.reduce_scatter_tensor(out_tH, a @ b, group=group, async_op=not wait)
+    whole_TH = out_tH.new_empty(group.size() * len(out_tH), out_tH.shape[1])
+    product(out=whole_TH)
+    return dist.reduce_scatter_tensor(out_tH, whole_TH, group=group, async_op=not wait)
 
 
 class _TilesWithUpdates(torch.autograd.Function):

@@ -8,6 +8,8 @@ Legend: T tokens, O outputs and I inputs of the weight held by this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -15,20 +17,25 @@ class WeightGradient:
     """The gradient of ``weight`` [O, I] as a sum of products, one for each of ``tiles`` tiles of tokens.
 
     16-bit tiles are summed in float32, as one product over all tokens would; one tile goes straight into ``main_grad``,
-    whatever its dtype.
+    whatever its dtype. Without ``main_grad`` the product of one tile is the gradient.
     """
 
     def __init__(self, weight_OI: torch.Tensor, tiles: int) -> None:
         self._weight = weight_OI
         self._main = getattr(weight_OI, "main_grad", None)
         wide = torch.promote_types(weight_OI.dtype, torch.float32)
+        self._begun = True
         if self._main is not None and (tiles == 1 or self._main.dtype == wide):
             self._sum = self._main
+        elif tiles == 1:
+            self._sum, self._begun = torch.empty_like(weight_OI), False
         else:
-            self._sum = torch.zeros_like(weight_OI, dtype=weight_OI.dtype if tiles == 1 else wide)
+            self._sum = torch.zeros_like(weight_OI, dtype=wide)
 
-    def add(self, dout_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
-        add_product(dout_TO.t(), x_TI, self._sum)
+    def add(self, dout_TO: torch.Tensor, x_TI: torch.Tensor, multiply: Callable[..., None] | None = None) -> None:
+        """Add dout^T @ x, formed by ``multiply(a, b, out, add)`` (default: PyTorch's product)."""
+        (multiply or _multiply)(dout_TO.t(), x_TI, self._sum, add=self._begun)
+        self._begun = True
 
     def result(self) -> torch.Tensor:
         """What the backward pass returns for the weight."""
@@ -47,6 +54,13 @@ def add_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    if add:
+        add_product(a, b, out)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def nothing(weight: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,7 @@ def test_every_kind_fills_a_row_for_each_variant(kind):
     for row in rows:
         assert set(row) >= NEEDED
         assert row["time_s"] > 0 and row["peak_gib"] > 0 and row["gpus"] == 2
+        assert row.get("attention") != "auto"
 
 
 def both_ways(rank):

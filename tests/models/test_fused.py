@@ -1,10 +1,15 @@
 """The fused operations of a layer against plain autograd."""
 
+import shutil
+
 import pytest
 import torch
 
-from megatron_vila.models.fused import add_rms_norm, rms_norm, swiglu
+from megatron_vila import platform
+from megatron_vila.models.fused import add_rms_norm, rms_norm, swiglu, swiglu_backward_
 from megatron_vila.parallel.rope import apply_rotary, rotary_angles
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 
 
 def plain_norm(x, weight, eps=1e-3):
@@ -64,6 +69,18 @@ def test_16_bit_values_are_rounded_once(case):
     exact = plain(*(x.double() for x in inputs))
     error = (fused(*inputs).double() - exact).abs()
     assert (error <= 1.05 * torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("device", ["plain", pytest.param("cpu", marks=needs_compiler)], ids=["plain", "compiled"])
+def test_the_value_of_swiglu_takes_the_place_of_its_gradient(monkeypatch, device):
+    monkeypatch.setattr(platform, "_COMPILED_DEVICE", device)
+    for tokens in (5, 3):
+        gate_up, dout = (torch.randn(tokens, width, dtype=torch.float64) for width in (24, 12))
+        gate_up.requires_grad_()
+        value = plain_swiglu(gate_up)
+        (expected,) = torch.autograd.grad(value, gate_up, dout)
+        found = swiglu_backward_(gate_up.detach(), dout)
+        torch.testing.assert_close((found, dout), (expected, value.detach()), rtol=1e-12, atol=1e-13)
 
 
 def test_only_the_input_of_swiglu_and_the_angles_of_the_rotation_are_saved():

@@ -11,8 +11,8 @@ from megatron_vila.config.activations import kept_bytes_per_token
 from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
 from megatron_vila.models import keep
+from megatron_vila.models.gated import Apart
 from megatron_vila.models.keep import HostMemory
-from megatron_vila.models.mlp import TiledMLP
 from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.ring import Ring
 from tests import samples
@@ -102,7 +102,7 @@ def one_step(rank, memory):
     config.memory = memory
     topology, model, _ = contract.build(config, ParallelConfig())
     runs = Counter()
-    with counted(runs, Ring, "forward"), counted(runs, Ring, "backward"), counted(runs, TiledMLP, "gate_up"):
+    with counted(runs, Ring, "forward"), counted(runs, Ring, "backward"), counted(runs, Apart, "gate_up"):
         row = pack([samples.document("counted", "ttFtttFttt")], 1, 1)
         shard = RowShard.of(row, topology, config.model.llm, 4, torch.float64, CPU)
         model(shard, samples.pixels(row.frames)).loss_sum.backward()
@@ -142,7 +142,7 @@ def counted(runs, owner, name):
 )
 def test_attention_runs_once_unless_recompute_is_full_and_the_mlp_as_often_as_said(memory, attention_runs, mlp_runs):
     ((runs, *_),) = pool.run(1, one_step, memory)
-    assert runs == {"Ring.forward": attention_runs, "Ring.backward": 4, "TiledMLP.gate_up": mlp_runs}
+    assert runs == {"Ring.forward": attention_runs, "Ring.backward": 4, "Apart.gate_up": mlp_runs}
 
 
 def test_all_that_a_policy_keeps_is_on_the_host_until_the_backward_pass():
