@@ -20,10 +20,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_vila import platform
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config
+from megatron_vila.config.sizes import head_dim
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
+from megatron_vila.models.gated import reason_for_apart
 from megatron_vila.models.vila import VilaModel
+from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, read_info, save_checkpoint
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
@@ -264,6 +267,8 @@ class Trainer:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(dump_config(self.config))
         dataset = open_dataset(self.config, self.config.data.train)
+        for line in slower_parts(self.config, self.model.module.attention_kernel, self.dtype, self.device):
+            self._say(line)
         # Where no sample can be used, the loader says so on all ranks at once.
         with contextlib.suppress(NoUsableSampleError):
             logger.info("first sample:\n%s", describe(dataset.document(0), dataset.encoder.tokenizer))
@@ -271,6 +276,18 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.is_writer:
             logger.warning(text)
+
+
+def slower_parts(config: Config, kernel: str, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What runs on a GPU in the place of a faster part, and why: ``kernel`` for attention, SwiGLU outside of its products."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return []
+    model, lines = config.model, []
+    if model.attention == "auto":
+        missing = faster_kernels(kernel, head_dim(model.llm), dtype, device, config.train.deterministic)
+        lines = [f"attention by {kernel}, not {name}: {reason}" for name, reason in missing.items()]
+    reason = reason_for_apart(device)
+    return lines + ([f"SwiGLU apart from the products around it: {reason}"] if reason else [])
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,7 +1,10 @@
 """Losses, weights and counts of a few steps of the real trainer do not depend on the layout."""
 
 import pytest
+import torch
 
+from megatron_vila.training.trainer import slower_parts
+from tests import samples
 from tests.ranks import pool
 from tests.training.real_run import Layout, numbers, overrides, train, weights
 
@@ -38,3 +41,17 @@ def test_a_run_takes_the_same_steps_in_every_layout(videos, tmp_path, alone, lay
     found = pool.run(1, weights, settings, tmp_path)[0]
     for name, weight in alone[1].items():
         assert (found[name] - weight).abs().max() <= 1e-8, name
+
+
+def test_a_gpu_without_the_fastest_parts_hears_which_run_and_why(monkeypatch):
+    absent = {"fa4": "the package flash-attn-4 is not installed", "cudnn": None}
+    monkeypatch.setattr("megatron_vila.parallel.kernels.KERNELS", {name: (lambda *_, r=r: r, None) for name, r in absent.items()})
+    monkeypatch.setattr("megatron_vila.training.trainer.reason_for_apart", lambda device: "no quack-kernels here")
+    config, gpu, bf16 = samples.config(), torch.device("cuda", 0), torch.bfloat16
+    config.model.attention = "auto"
+    apart = "SwiGLU apart from the products around it: no quack-kernels here"
+    assert slower_parts(config, "cudnn", bf16, gpu) == [f"attention by cudnn, not fa4: {absent['fa4']}", apart]
+    assert slower_parts(config, "fa4", bf16, gpu) == [apart]
+    config.model.attention = "cudnn"  # as asked for
+    assert slower_parts(config, "cudnn", bf16, gpu) == [apart]
+    assert slower_parts(config, "cpu", bf16, torch.device("cpu")) == slower_parts(config, "reference", torch.float64, gpu) == []

@@ -8,7 +8,7 @@ from megatron_vila.parallel.kernels import cpu, cudnn, fa4, flash2, reference
 from megatron_vila.parallel.kernels.protocol import AttentionKernel
 from megatron_vila.parallel.kernels.segments import Segments
 
-__all__ = ["KERNELS", "AttentionKernel", "Segments", "select_kernel"]
+__all__ = ["KERNELS", "AttentionKernel", "Segments", "faster_kernels", "select_kernel"]
 
 KERNELS = {
     "fa4": (fa4.available, fa4.Fa4Kernel),
@@ -19,6 +19,15 @@ KERNELS = {
 }
 # Fastest first. The reference is never chosen unasked: its memory grows with the square of the length.
 _AUTOMATIC = ("fa4", "cudnn", "flash2", "cpu")
+
+
+def faster_kernels(
+    name: str, head_dim: int, dtype: torch.dtype, device: torch.device, deterministic: bool = False
+) -> dict[str, str]:
+    """Those that ``auto`` tries before the kernel called ``name``, and why they do not run here."""
+    before = _AUTOMATIC[: _AUTOMATIC.index(name)] if name in _AUTOMATIC else ()
+    reasons = {faster: KERNELS[faster][0](head_dim, dtype, device, deterministic) for faster in before}
+    return {faster: reason for faster, reason in reasons.items() if reason}
 
 
 def select_kernel(
