@@ -23,6 +23,7 @@ class Apart:
     """PyTorch's products, any dtype and device. ``gate_up`` [T, 2F] has all gates before all ups."""
 
     def gate_up(self, hidden_TH: torch.Tensor, fc1_2FH: torch.Tensor) -> torch.Tensor:
+        """[T, H] to gate and up [T, 2F]."""
         return hidden_TH @ fc1_2FH.t()
 
     def forward(self, hidden_TH: torch.Tensor, fc1_2FH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +44,7 @@ class Apart:
         torch.mm(dgate_up_T2F, fc1_2FH, out=out)
 
     def add_weight_gradient(self, dgate_up_T2F: torch.Tensor, hidden_TH: torch.Tensor, total: WeightGradient) -> None:
+        """The gradient of the weight of gate and up [2F, H], in Megatron's order, to ``total``."""
         total.add(dgate_up_T2F, hidden_TH)
 
 

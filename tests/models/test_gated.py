@@ -48,7 +48,8 @@ class Alternating(Apart):
 
     def add_weight_gradient(self, dgate_up_T2F, hidden_TH, total):
         def multiply(a, b, out, add):
-            out.mul_(add).add_(halves(a @ b, 0))
+            product = halves(a @ b, 0)
+            out.copy_(out + product if add else product)
 
         total.add(dgate_up_T2F, hidden_TH, multiply)
 
