@@ -28,7 +28,7 @@ from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
 from megatron_vila.config.sizes import head_dim
 from megatron_vila.models.decoder import run_decoder
 from megatron_vila.models.keep import HostMemory
-from megatron_vila.models.language import build_language_model, transformer_config
+from megatron_vila.models.language import attention_kernel, build_language_model, transformer_config
 from megatron_vila.parallel.attention import RowParams
 from megatron_vila.parallel.layout import local_positions
 from megatron_vila.parallel.rope import rotary_angles
@@ -70,7 +70,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         length // topology.grid.encoders, 1, config.model.llm.hidden_size, device=device, dtype=dtype
     ).requires_grad_()
     build = _mmsp if variant["method"] == "mmsp" else _megatron
-    run = build(config, variant, topology, dtype, device, length)
+    attention, run = build(config, variant, topology, dtype, device, length)
     dout = torch.randn_like(hidden)
 
     def step():
@@ -88,7 +88,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         "part": "both",
         "gpus": world,
         **{axis: variant[axis] for axis in ("tp", "ulysses", "ring")},
-        "attention": variant["attention"],
+        "attention": attention,
         "seq_len": length,
         "time_s": round(found.seconds, 6),
         "tflops_per_gpu": float(f"{flops / found.seconds / world / 1e12:.4g}"),
@@ -103,12 +103,12 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
 
 def _mmsp(
     config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The kernel of attention, and the layers."""
     grid, llm = topology.grid, config.model.llm
     stock = transformer_config(config.model, topology, dtype)
     settings = config.memory.mlp_tile, config.parallel.ulysses_chunks
     decoder = build_language_model(config.model, stock, topology, device, False, *settings).decoder.to(device, dtype)
-    variant["attention"] = decoder.layers[0].self_attention.core_attention.kernel_name  # the one that auto stands for
     for layer in decoder.layers:
         layer.mlp.swiglu_inside = SWIGLU[variant["swiglu"]]
     cu_seqlens = np.array([0, length])
@@ -116,14 +116,14 @@ def _mmsp(
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
     row = RowParams.of(cu_seqlens, *angles, grid.ulysses, grid.ring, topology.place.ring)
     host = HostMemory(int(config.memory.offload_gib * GIB), device)
-    return lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
+    return attention_kernel(decoder), lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
 
 
 def _megatron(
     config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism."""
-    method, variant["attention"] = variant["method"], ""  # Transformer Engine's choice
+) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism and choice of kernel."""
+    method = variant["method"]
     try:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -148,4 +148,4 @@ def _megatron(
     llm = config.model.llm
     rotary = RotaryEmbedding(head_dim(llm), rotary_percent=1.0, rotary_base=int(llm.rope_theta), cp_group=topology.cp)
     angles = rotary(length).to(device)
-    return lambda hidden: block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
+    return "", lambda hidden: block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)

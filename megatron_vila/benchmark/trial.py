@@ -27,6 +27,7 @@ from megatron_vila.config.memory import GIB, estimate_memory
 from megatron_vila.config.schema import Config
 from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, pack
 from megatron_vila.explain.sample import made_up_document
+from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.shard import local_frames
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
@@ -98,7 +99,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         "variant": text,
         "gpus": world,
         **{axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "ulysses", "ring")},
-        "attention": built.attention_kernel,
+        "attention": attention_kernel(built.llm.decoder),
         "seq_len": sum(row.lengths),
         "frames": len(row.frames),
         "time_s": round(found.seconds, 4),

@@ -121,3 +121,8 @@ def build_language_model(
     for layer in model.decoder.layers:
         layer.mlp.tile_tokens = mlp_tile
     return model
+
+
+def attention_kernel(decoder: torch.nn.Module) -> str:
+    """The kernel that runs in the layers of ``decoder``, also where ``auto`` was asked for."""
+    return decoder.layers[0].self_attention.core_attention.attention.ring.kernel.name

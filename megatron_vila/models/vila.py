@@ -59,7 +59,6 @@ class VilaModel(MegatronModule):
             config.memory.mlp_tile,
             config.parallel.ulysses_chunks,
         )
-        self.attention_kernel = self.llm.decoder.layers[0].self_attention.core_attention.kernel_name
         self.memory = config.memory
         self.host = HostMemory(int(config.memory.offload_gib * GIB), device)
         initialize_language_model(

@@ -92,11 +92,6 @@ class MMSPAttention(nn.Module):
             peers,
         )
 
-    @property
-    def kernel_name(self) -> str:
-        """The kernel that runs, also where ``auto`` was asked for."""
-        return self.attention.ring.kernel.name
-
     def forward(
         self,
         query: torch.Tensor,

@@ -25,6 +25,7 @@ from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.gated import reason_for_apart
+from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
@@ -267,7 +268,7 @@ class Trainer:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(dump_config(self.config))
         dataset = open_dataset(self.config, self.config.data.train)
-        for line in slower_parts(self.config, self.model.module.attention_kernel, self.dtype, self.device):
+        for line in slower_parts(self.config, attention_kernel(self.model.module.llm.decoder), self.dtype, self.device):
             self._say(line)
         # Where no sample can be used, the loader says so on all ranks at once.
         with contextlib.suppress(NoUsableSampleError):

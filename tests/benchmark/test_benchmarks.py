@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vila.benchmark.attention import rows as attention_rows
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import ALWAYS
@@ -136,10 +135,11 @@ def test_a_job_that_fails_in_its_second_variant_keeps_the_first_row_and_says_why
     assert "finished rows are kept (1): " in said and "method=none is unknown" in said
 
 
-@pytest.mark.parametrize("setting", ["method", "exchange"])
-def test_unknown_values_of_an_attention_variant_are_refused(setting):
+@pytest.mark.parametrize(("kind", "setting"), [("attention", "method"), ("attention", "exchange"), ("layer", "swiglu")])
+def test_unknown_values_of_a_variant_are_refused(kind, setting):
+    rows = importlib.import_module(f"megatron_vila.benchmark.{kind}").rows
     with pytest.raises(ValueError, match=f"variant {setting}=x: {setting}=x is unknown; use "):
-        next(attention_rows(KINDS["attention"] | QUICK | {"variants": [f"{setting}=x"]}))
+        next(rows(KINDS[kind] | QUICK | {"variants": [f"{setting}=x"]}))
 
 
 def test_a_job_that_takes_too_long_is_ended():

@@ -160,6 +160,7 @@ def test_products_with_swiglu_inside_err_no_more_than_those_apart(tokens, hidden
 def test_products_with_swiglu_inside_repeat_bit_by_bit():
     x, dout, fc1, fc2 = operands(2000, 1024, 2816)
     inside = products_for(x, fc1, fc2)
+    assert inside is not APART
     first, *others = (everything(inside, x, dout, fc1, fc2, 1, torch.bfloat16) for _ in range(5))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
