@@ -166,14 +166,34 @@ FAULTS = [
     Fault(
         "gradients of replicated key/value heads overwrite each other",
         PARALLEL + "ulysses.py",
-        "dk[:, kv.start : kv.stop] += dk_part",
-        "dk[:, kv.start : kv.stop] = dk_part",
+        "total[:, kv.start : kv.start + replicated] += part[:, :replicated]",
+        "total[:, kv.start : kv.start + replicated] = part[:, :replicated]",
     ),
     Fault(
         "gradient of the output is not permuted",
         PARALLEL + "ulysses.py",
-        "return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]",
+        "return [take_rows(part, order) for part in buffer.split([heads] * count, dim=1)]",
         "return list(buffer.split([heads] * count, dim=1))",
+    ),
+    Fault(
+        "a rank writes the gradient of the output where its receiver's tokens stand",
+        PARALLEL + "ulysses.py",
+        "put_rows(x[:, ranges[u].start : ranges[u].stop], self._tokens_of(self.rank, inverse), there)",
+        "put_rows(x[:, ranges[u].start : ranges[u].stop], self._tokens_of(u, inverse), there)",
+        PEERS,
+    ),
+    Fault(
+        "the gradient of a value takes the place of its key's",
+        PARALLEL + "rope.py",
+        "dqkv_SKGD[:, :, -1] = dv_SKD",
+        "dqkv_SKGD[:, :, -2] = dv_SKD",
+    ),
+    Fault(
+        "a rank that shares a key/value head takes another one's queries",
+        PARALLEL + "attention.py",
+        "self._tp_rank % ranks * self._per_group",
+        "(self._tp_rank + 1) % ranks * self._per_group",
+        (CONTRACT, "-k", "world4-tp4-pp1-u1-r1"),
     ),
     Fault(
         "a rank takes its neighbour's key/value heads",
@@ -210,8 +230,8 @@ FAULTS = [
     Fault(
         "kept attention outputs are not exchanged for their gradients",
         PARALLEL + "attention2d.py",
-        "outputs = ulysses.outputs_to_heads([dout_sHD, out_sHD], order, chunk)",
-        "outputs = ulysses.outputs_to_heads([dout_sHD, dout_sHD], order, chunk)",
+        "outputs = ulysses.outputs_to_heads([dout_sHD, out_sHD], row.order, row.inverse, chunk)",
+        "outputs = ulysses.outputs_to_heads([dout_sHD, dout_sHD], row.order, row.inverse, chunk)",
         POLICIES,
     ),
     Fault(
@@ -250,17 +270,23 @@ FAULTS = [
         POLICIES,
     ),
     Fault(
+        "the gradient of the residual stream is lost where a norm passes it on",
+        "megatron_vila/models/fused.py",
+        "(dx + _wide(dstream)).to(x.dtype)",
+        "dx.to(x.dtype)",
+    ),
+    Fault(
         "gradients of gate and up are exchanged",
         "megatron_vila/models/fused.py",
-        "return torch.cat([dgate, dout * gate * sigmoid], dim=-1).to(gate_up.dtype)",
-        "return torch.cat([dout * gate * sigmoid, dgate], dim=-1).to(gate_up.dtype)",
+        "return dout * up * sigmoid * (1 + gate * (1 - sigmoid)), dout * gate * sigmoid",
+        "return dout * gate * sigmoid, dout * up * sigmoid * (1 + gate * (1 - sigmoid))",
         POLICIES,
     ),
     Fault(
         "SwiGLU takes the place of its gradient too early",
         "megatron_vila/models/fused.py",
-        "    dgate_up_T2F = _silu_times_gradient(gate_up_T2F, dout_TF)\n    dout_TF.copy_(_silu_times_of(gate_up_T2F))\n",
-        "    dout_TF.copy_(_silu_times_of(gate_up_T2F))\n    dgate_up_T2F = _silu_times_gradient(gate_up_T2F, dout_TF)\n",
+        "    gradients, value = _silu_times_gradient(gate, up, dout), _silu_times_of(gate, up)\n",
+        "    value = dout.copy_(_silu_times_of(gate, up))\n    gradients = _silu_times_gradient(gate, up, dout)\n",
         POLICIES,
     ),
     Fault(

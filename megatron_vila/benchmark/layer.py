@@ -2,7 +2,9 @@
 
 ``method`` is ``mmsp`` (this project) or, with Transformer Engine installed, Megatron-Core's own layers and context parallelism:
 ``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp. One document, every token trained,
-weights and gradients in bfloat16 on a GPU. ``swiglu=apart`` is without the products that have SwiGLU inside.
+weights in bfloat16 on a GPU. As in training, products add the gradients of weights to buffers that are there from the start
+(float32, or with ``optim.grad_reduce_fp32=false`` the weights' dtype). ``swiglu=apart`` is without the products that have SwiGLU
+inside.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -70,10 +72,15 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         length // topology.grid.encoders, 1, config.model.llm.hidden_size, device=device, dtype=dtype
     ).requires_grad_()
     build = _mmsp if variant["method"] == "mmsp" else _megatron
-    attention, run = build(config, variant, topology, dtype, device, length)
+    attention, decoder, run = build(config, variant, topology, dtype, device, length)
     dout = torch.randn_like(hidden)
+    learned = list(decoder.parameters())
+    for parameter in learned:
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32 if config.optim.grad_reduce_fp32 else None)
 
     def step():
+        for x in (hidden, *learned):
+            x.grad = None
         run(hidden).backward(dout)
 
     found = measure(step, settings["warmup"], settings["timed"])
@@ -103,8 +110,8 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
 
 def _mmsp(
     config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
-) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The kernel of attention, and the layers."""
+) -> tuple[str, torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """The kernel of attention, the layers, and their call."""
     grid, llm = topology.grid, config.model.llm
     stock = transformer_config(config.model, topology, dtype)
     settings = config.memory.mlp_tile, config.parallel.ulysses_chunks
@@ -116,12 +123,12 @@ def _mmsp(
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
     row = RowParams.of(cu_seqlens, *angles, grid.ulysses, grid.ring, topology.place.ring)
     host = HostMemory(int(config.memory.offload_gib * GIB), device)
-    return attention_kernel(decoder), lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
+    return attention_kernel(decoder), decoder, lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
 
 
 def _megatron(
     config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
-) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+) -> tuple[str, torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism and choice of kernel."""
     method = variant["method"]
     try:
@@ -139,6 +146,7 @@ def _megatron(
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         persist_layer_norm=True,
+        gradient_accumulation_fusion=True,
         hierarchical_context_parallel_sizes=None,
     )
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal
@@ -148,4 +156,4 @@ def _megatron(
     llm = config.model.llm
     rotary = RotaryEmbedding(head_dim(llm), rotary_percent=1.0, rotary_base=int(llm.rope_theta), cp_group=topology.cp)
     angles = rotary(length).to(device)
-    return "", lambda hidden: block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
+    return "", block, lambda hidden: block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)

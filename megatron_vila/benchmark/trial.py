@@ -166,7 +166,7 @@ def _partial(model: VilaModel, forward: Pass, batch: MicroBatch, layers: int) ->
             inputs[0].register_hook(_raise)
 
     calls: list[bool] = []
-    handle = decoder[len(decoder) - layers - 1].input_layernorm.register_forward_pre_hook(stop)
+    handle = decoder[len(decoder) - layers - 1].self_attention.linear_qkv.register_forward_pre_hook(stop)
     try:
         forward.run([batch])
     except _Enough:

@@ -53,11 +53,12 @@ def activations(config: Config, dp: int, element: int, device_bytes: int) -> Act
 
 
 def decoder_alone(config: Config, element: int) -> int:
-    """Bytes of a rank that runs the decoder layers alone, forward and backward (``benchmark/layer.py``): weights, their
-    gradients, those of a layer twice while they are summed; input, its gradient and that of the output; kept and in use."""
+    """Bytes of a rank that runs the decoder layers alone, forward and backward (``benchmark/layer.py``): weights and their
+    gradient buffers; the input and the gradient of the output; kept and in use."""
     llm, tp = config.model.llm, config.parallel.tp
-    weights = llm_layer_parameters(llm) // tp * (2 * llm.num_layers + 1) * element
-    streams = 3 * local_tokens(config) * llm.hidden_size // tp * element
+    per_weight = element + (4 if config.optim.grad_reduce_fp32 else element)
+    weights = llm_layer_parameters(llm) // tp * llm.num_layers * per_weight
+    streams = 2 * local_tokens(config) * llm.hidden_size // tp * element
     return weights + streams + _decoder(config, 1, element)[1]
 
 

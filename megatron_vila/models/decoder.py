@@ -124,20 +124,20 @@ class _Block:
 
 def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams) -> torch.Tensor:
     """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h))."""
-    attended_t1H, _ = layer.self_attention(
-        layer.input_layernorm(hidden_t1H), attention_mask=None, packed_seq_params=row
-    )
-    return _mlp(layer, attended_t1H, hidden_t1H)
+    attention = layer.self_attention
+    hidden_t1H, normed_t1H = layer.input_layernorm.with_stream(hidden_t1H)
+    qkv_t1KG, _ = attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
+    return _after_attention(layer, attention.core_attention(qkv_t1KG, row), hidden_t1H)
 
 
 def _without_attention(layer: TransformerLayer, hidden_t1H: torch.Tensor, kept: KeptAttention) -> torch.Tensor:
     """The layer's output from the kept output of its attention: no query, key or value is needed."""
-    attended_t1H, _ = layer.self_attention.linear_proj(kept.output())
-    return _mlp(layer, attended_t1H, hidden_t1H)
+    return _after_attention(layer, kept.output(), hidden_t1H)
 
 
-def _mlp(layer: TransformerLayer, attended_t1H: torch.Tensor, hidden_t1H: torch.Tensor) -> torch.Tensor:
-    hidden_t1H, normed_t1H = layer.pre_mlp_layernorm.after_sum(attended_t1H, hidden_t1H)
+def _after_attention(layer: TransformerLayer, out_t1H: torch.Tensor, hidden_t1H: torch.Tensor) -> torch.Tensor:
+    attended_t1H, _ = layer.self_attention.linear_proj(out_t1H)
+    hidden_t1H, normed_t1H = layer.pre_mlp_layernorm.with_stream(attended_t1H, hidden_t1H)
     out_t1H, _ = layer.mlp(normed_t1H)
     return hidden_t1H + out_t1H
 

@@ -13,15 +13,13 @@ import torch
 from megatron_vila.platform import compiled_on_cuda
 
 
-def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x."""
-    return _RMSNorm.apply(x_TH, None, weight_H, eps)[1]
-
-
-def add_rms_norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+def rms_norm(
+    x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum x + residual and its ``rms_norm``."""
+    """The residual stream and its norm, x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x.
+
+    The stream is x, or x + residual. Who goes on with it rather than with x has the two gradients added in the norm's.
+    """
     return _RMSNorm.apply(x_TH, residual_TH, weight_H, eps)
 
 
@@ -30,11 +28,10 @@ def swiglu(gate_up_T2F: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(gate_up_T2F)
 
 
-@compiled_on_cuda
 def swiglu_backward_(gate_up_T2F: torch.Tensor, dout_TF: torch.Tensor) -> torch.Tensor:
     """The gradient of ``swiglu`` [T, 2F], and its value once more, written over ``dout_TF``. Not for autograd."""
-    dgate_up_T2F = _silu_times_gradient(gate_up_T2F, dout_TF)
-    dout_TF.copy_(_silu_times_of(gate_up_T2F))
+    dgate_up_T2F = gate_up_T2F.new_empty(gate_up_T2F.shape)
+    _write_gradient_and_value(*gate_up_T2F.chunk(2, dim=-1), dout_TF, *dgate_up_T2F.chunk(2, dim=-1))
     return dgate_up_T2F
 
 
@@ -51,17 +48,18 @@ class _RMSNorm(torch.autograd.Function):
             x_TH, out_TH, scale_T1 = _add_norm(x_TH, residual_TH, weight_H, eps)
         ctx.save_for_backward(x_TH, weight_H, scale_T1)
         ctx.added = residual_TH is not None
-        return (x_TH if ctx.added else None), out_TH
+        ctx.set_materialize_grads(False)
+        return x_TH, out_TH
 
     @staticmethod
-    def backward(ctx, dsum_TH, dout_TH):
-        x_TH, weight_H, scale_T1 = ctx.saved_tensors
-        if ctx.added:
-            dx_TH = _add_norm_backward(dout_TH, dsum_TH, x_TH, weight_H, scale_T1)
+    def backward(ctx, dstream_TH, dout_TH):
+        if dout_TH is None:  # the norm was not used
+            dx_TH, dweight_H = dstream_TH, None
+        elif dstream_TH is None:
+            dx_TH, dweight_H = _norm_backward(dout_TH, *ctx.saved_tensors)
         else:
-            dx_TH = _norm_backward(dout_TH, x_TH, weight_H, scale_T1)
-        dweight_H = _norm_backward_weight(dout_TH, x_TH, weight_H, scale_T1) if ctx.needs_input_grad[2] else None
-        return dx_TH, (dx_TH if ctx.added else None), dweight_H, None
+            dx_TH, dweight_H = _add_norm_backward(dout_TH, dstream_TH, *ctx.saved_tensors)
+        return dx_TH, (dx_TH if ctx.added else None), (dweight_H if ctx.needs_input_grad[2] else None), None
 
 
 def _norm_of(x, weight, eps):
@@ -81,24 +79,24 @@ def _add_norm(x, residual, weight, eps):
     return total, *_norm_of(total, weight, eps)
 
 
-def _norm_gradient(dout, x, weight, scale):
-    normed, dnormed = _wide(x) * scale, _wide(dout) * _wide(weight)
-    return scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+def _norm_gradients(dout, x, weight, scale):
+    """Of x, wide, and of the weight: in one function the compiler forms both in one pass."""
+    normed, wide = _wide(x) * scale, _wide(dout)
+    dnormed = wide * _wide(weight)
+    dx = scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
+    return dx, (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 @compiled_on_cuda
 def _norm_backward(dout, x, weight, scale):
-    return _norm_gradient(dout, x, weight, scale).to(x.dtype)
+    dx, dweight = _norm_gradients(dout, x, weight, scale)
+    return dx.to(x.dtype), dweight
 
 
 @compiled_on_cuda
-def _add_norm_backward(dout, dsum, x, weight, scale):
-    return (_norm_gradient(dout, x, weight, scale) + _wide(dsum)).to(x.dtype)
-
-
-@compiled_on_cuda
-def _norm_backward_weight(dout, x, weight, scale):
-    return (_wide(dout) * _wide(x) * scale).flatten(0, -2).sum(0).to(weight.dtype)
+def _add_norm_backward(dout, dstream, x, weight, scale):
+    dx, dweight = _norm_gradients(dout, x, weight, scale)
+    return (dx + _wide(dstream)).to(x.dtype), dweight
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -110,26 +108,37 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TF):
         (gate_up_T2F,) = ctx.saved_tensors
-        return _silu_times_backward(gate_up_T2F, dout_TF)
+        dgate_up_T2F = gate_up_T2F.new_empty(gate_up_T2F.shape)
+        gate_up, dgate_up = (x.flatten(0, -2).chunk(2, dim=-1) for x in (gate_up_T2F, dgate_up_T2F))
+        _write_gradient(*gate_up, dout_TF.flatten(0, -2), *dgate_up)
+        return dgate_up_T2F
 
 
 @compiled_on_cuda
 def _silu_times(gate_up):
-    return _silu_times_of(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _silu_times_of(gate, up).to(gate_up.dtype)
 
 
-def _silu_times_of(gate_up):
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+# Halves are arguments of their own: joined in compiled code, each would be formed from reads of its own.
+@compiled_on_cuda
+def _write_gradient(gate, up, dout, dgate, dup):
+    for place, value in zip((dgate, dup), _silu_times_gradient(gate, up, dout), strict=True):
+        place.copy_(value)
 
 
 @compiled_on_cuda
-def _silu_times_backward(gate_up, dout):
-    return _silu_times_gradient(gate_up, dout)
+def _write_gradient_and_value(gate, up, dout, dgate, dup):
+    gradients, value = _silu_times_gradient(gate, up, dout), _silu_times_of(gate, up)
+    for place, result in zip((dgate, dup, dout), (*gradients, value), strict=True):
+        place.copy_(result)
 
 
-def _silu_times_gradient(gate_up, dout):
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
-    dout, sigmoid = _wide(dout), torch.sigmoid(gate)
-    dgate = dout * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([dgate, dout * gate * sigmoid], dim=-1).to(gate_up.dtype)
+def _silu_times_of(gate, up):
+    return torch.nn.functional.silu(_wide(gate)) * _wide(up)
+
+
+def _silu_times_gradient(gate, up, dout):
+    gate, up, dout = _wide(gate), _wide(up), _wide(dout)
+    sigmoid = torch.sigmoid(gate)
+    return dout * up * sigmoid * (1 + gate * (1 - sigmoid)), dout * gate * sigmoid

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_vila.models.fused import add_rms_norm, rms_norm
+from megatron_vila.models.fused import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -36,8 +36,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as ``x`` [..., hidden_size]. No collectives."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.with_stream(x)[1]
 
-    def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum x + residual and its norm."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+    def with_stream(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream to go on with, x or x + residual, and its norm: their gradients are added in the norm's."""
+        return rms_norm(x, self.weight, self.eps, residual)

@@ -161,13 +161,13 @@ class _Attention2D(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_sHD):
-        saved, order = ctx.saved_tensors, ctx.row.order
+        saved, row = ctx.saved_tensors, ctx.row
 
         def start(chunk: int) -> Callable[[], tuple]:
-            dout = ctx.attention.ulysses.outputs_to_heads([dout_sHD], order, chunk)
+            dout = ctx.attention.ulysses.outputs_to_heads([dout_sHD], row.order, row.inverse, chunk)
             return lambda: (*dout.wait(), *saved[5 * chunk : 5 * chunk + 5])
 
-        return _gradients(ctx.attention, ctx.row, dout_sHD, start)
+        return _gradients(ctx.attention, row, dout_sHD, start)
 
 
 class _KeptAttention2D(torch.autograd.Function):
@@ -183,14 +183,14 @@ class _KeptAttention2D(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_sHD):
-        ulysses, order = ctx.attention.ulysses, ctx.row.order
+        ulysses, row = ctx.attention.ulysses, ctx.row
         out_sHD, lse = ctx.kept.take()
         lses = lse.chunk(ulysses.split.chunks)
         saved = ctx.saved_tensors
 
         def start(chunk: int) -> Callable[[], tuple]:
-            inputs = ulysses.to_heads(*saved, order, chunk)
-            outputs = ulysses.outputs_to_heads([dout_sHD, out_sHD], order, chunk)
+            inputs = ulysses.to_heads(*saved, row.order, chunk)
+            outputs = ulysses.outputs_to_heads([dout_sHD, out_sHD], row.order, row.inverse, chunk)
 
             def finish():
                 q, k, v = inputs.wait()
@@ -199,7 +199,7 @@ class _KeptAttention2D(torch.autograd.Function):
 
             return finish
 
-        return _gradients(ctx.attention, ctx.row, dout_sHD, start)
+        return _gradients(ctx.attention, row, dout_sHD, start)
 
 
 def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, start: Callable[[int], Callable[[], tuple]]):
@@ -218,7 +218,7 @@ def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, 
             return *grads, None, None, None
         if totals is None:
             tokens, kv_heads, dim = len(dout_sHD), ulysses.split.kv_heads, dout_sHD.shape[2]
-            totals = torch.empty_like(dout_sHD), *(dout_sHD.new_zeros(tokens, kv_heads, dim) for _ in range(2))
+            totals = tuple(dout_sHD.new_empty(tokens, n, dim) for n in (dout_sHD.shape[1], kv_heads, kv_heads))
         if returning is not None:  # it went under this chunk's attention
             returning.wait()
         returning = ulysses.grads_to_sequence(grads, row.inverse, totals, chunk)

@@ -35,40 +35,57 @@ def rotary_angles(
     return angles_SD.cos().to(result), angles_SD.sin().to(result)
 
 
-def apply_rotary(x_SHD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (n, n + D/2) of ``x_SHD`` by its angle; same shape and dtype.
+def rotary_qkv(
+    qkv_SKGD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of one product, apart and contiguous: q [S, H, D] and k [S, K, D] turned, v [S, K, D] as it is.
 
-    The products are formed in the wider dtype of ``x_SHD`` and ``cos_SD`` and rounded once. The gradient is the turn
-    back: only the angles are saved.
+    ``qkv_SKGD`` holds for each of K key/value heads its query heads, the key and the value: G = H/K + 2. Each pair (n, n + D/2)
+    is turned by its angle. The products are formed in the wider dtype of ``qkv_SKGD`` and ``cos_SD`` and rounded once. The
+    gradient, one tensor, is the turn back: only the angles are saved.
     """
-    return _Rotary.apply(x_SHD, cos_SD, sin_SD)
+    return _RotaryQKV.apply(qkv_SKGD, cos_SD, sin_SD)
 
 
-class _Rotary(torch.autograd.Function):
+class _RotaryQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_SHD, cos_SD, sin_SD):
+    def forward(ctx, qkv_SKGD, cos_SD, sin_SD):
         ctx.save_for_backward(cos_SD, sin_SD)
-        return _turn(x_SHD, cos_SD, sin_SD)
+        return _turn_apart(qkv_SKGD, cos_SD, sin_SD)
 
     @staticmethod
-    def backward(ctx, dout_SHD):
-        cos_SD, sin_SD = ctx.saved_tensors
-        return _turn_back(dout_SHD, cos_SD, sin_SD), None, None
+    def backward(ctx, dq_SHD, dk_SKD, dv_SKD):
+        tokens, kv_heads, dim = dk_SKD.shape
+        dq_SKgD = dq_SHD.unflatten(1, (kv_heads, -1))
+        dqkv_SKGD = dk_SKD.new_empty(tokens, kv_heads, dq_SKgD.shape[2] + 2, dim)
+        # Into their places one by one: the compiler joins turned heads by a copy of its own.
+        _turn_queries_back(dqkv_SKGD[:, :, :-2], dq_SKgD, *ctx.saved_tensors)
+        _turn_keys_back(dqkv_SKGD[:, :, -2], dk_SKD, *ctx.saved_tensors)
+        dqkv_SKGD[:, :, -1] = dv_SKD
+        return dqkv_SKGD, None, None
 
 
-# Forward and backward pass each have their own function: each is compiled for the tensors that it meets.
+# Each has a function of its own: each is compiled for the tensors that it meets.
 @compiled_on_cuda
-def _turn(x, cos, sin):
-    return _turned(x, cos, sin)
+def _turn_apart(qkv, cos, sin):
+    q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
+    return _turned(q, cos, sin), _turned(k, cos, sin), v.contiguous()
 
 
 @compiled_on_cuda
-def _turn_back(dout, cos, sin):
-    return _turned(dout, cos, -sin)
+def _turn_queries_back(place, dq, cos, sin):
+    place.copy_(_turned(dq, cos, -sin))
+
+
+@compiled_on_cuda
+def _turn_keys_back(place, dk, cos, sin):
+    place.copy_(_turned(dk, cos, -sin))
 
 
 def _turned(x, cos, sin):
     half = x.shape[-1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    while cos.dim() < x.dim():
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos[..., :half], sin[..., :half]
     first, second = x[..., :half], x[..., half:]
     return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)], dim=-1)

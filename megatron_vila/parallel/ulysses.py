@@ -13,10 +13,10 @@ heads of a chunk of a rank (h = H/U without chunks), D head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class HeadSplit:
         """
         if self.chunks > 1:
             return None
-        run = gcd(self.per_rank, self.group)
+        run = math.gcd(self.per_rank, self.group)
         mine = self.kv_range(rank)
         index = [(rank * self.per_rank + i) // self.group - mine.start for i in range(0, self.per_rank, run)]
         return None if index == list(range(len(mine))) else index
@@ -133,44 +133,70 @@ class Ulysses:
         if self.split.ulysses == 1:
             return Pending(lambda: (q_sHD, k_sKD, v_sKD))
         ranges = list(zip(self._query_ranges[chunk], self._kv_ranges[chunk], strict=True))
+        widths = [len(q) + 2 * len(kv) for q, kv in ranges]
         heads, mine = (len(part) for part in ranges[self.rank])
-        pieces = [
-            (q_sHD[:, q.start : q.stop], k_sKD[:, kv.start : kv.stop], v_sKD[:, kv.start : kv.stop]) for q, kv in ranges
-        ]
-        received, *flight = self._exchange(pieces, [[len(q) + 2 * len(kv) for q, kv in ranges]] * self.split.ulysses)
+
+        def fill(u, out_swD):
+            q, kv = ranges[u]
+            parts = q_sHD[:, q.start : q.stop], k_sKD[:, kv.start : kv.stop], v_sKD[:, kv.start : kv.stop]
+            _join_heads(parts, out_swD)
+
+        received, *flight = self._exchange(fill, [widths] * self.split.ulysses, q_sHD)
 
         def finish():
             buffer = received.view(-1, heads + 2 * mine, q_sHD.shape[-1])
-            return tuple(part.index_select(0, order) for part in buffer.split([heads, mine, mine], dim=1))
+            return tuple(take_rows(part, order) for part in buffer.split([heads, mine, mine], dim=1))
 
         return Pending(finish, *flight)
 
     def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor | None, out_sHD: torch.Tensor, chunk: int) -> Pending:
         """Attention output [T, h, D] into the heads of its chunk of ``out_sHD`` [s, H, D]. All-to-all over the Ulysses group."""
-        received, *flight = self._send_outputs(out_ThD, inverse)
+
+        def fill(u, out_shD):
+            take_rows(out_ThD, self._tokens_of(u, inverse), out_shD)
+
+        widths = [[out_ThD.shape[1]] * self.split.ulysses] * self.split.ulysses
+        received, *flight = self._exchange(fill, widths, out_sHD)
 
         def finish():
             # heads by rank, then by chunk
             mine = out_sHD.unflatten(1, (self.split.ulysses, self.split.chunks, -1))[:, :, chunk]
-            mine.copy_(received.unflatten(0, (self.split.ulysses, -1)).transpose(0, 1))
+            copy_vectors(mine, received.view(self.split.ulysses, -1, *out_ThD.shape[1:]).transpose(0, 1))
 
         return Pending(finish, *flight)
 
-    def outputs_to_heads(self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None, chunk: int) -> Pending:
+    def outputs_to_heads(
+        self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None, inverse: torch.Tensor | None, chunk: int
+    ) -> Pending:
         """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.
 
-        One all-to-all over the Ulysses group.
+        One all-to-all over the Ulysses group. What comes by ``peers`` has to be used before the next exchange.
         """
         if self.split.ulysses == 1:
             return Pending(lambda: list(tensors_sHD))
-        ranges, count = self._query_ranges[chunk], len(tensors_sHD)
-        heads = len(ranges[self.rank])
-        pieces = [tuple(x[:, q.start : q.stop] for x in tensors_sHD) for q in ranges]
-        received, *flight = self._exchange(pieces, [[count * heads] * self.split.ulysses] * self.split.ulysses)
+        ranges, count, like = self._query_ranges[chunk], len(tensors_sHD), tensors_sHD[0]
+        heads, dim = len(ranges[self.rank]), like.shape[-1]
+        shape = (self.split.ulysses * len(like), heads, dim)
+        if self._takes_peers(count * math.prod(shape), like):
+            # They are needed for this chunk's attention only: each rank writes them to their place in its order.
+            def arrived(u):
+                return [self.peers.view(u, i * math.prod(shape), shape, like.dtype) for i in range(count)]
+
+            def write(u):
+                for x, there in zip(tensors_sHD, arrived(u), strict=True):
+                    put_rows(x[:, ranges[u].start : ranges[u].stop], self._tokens_of(self.rank, inverse), there)
+
+            self._write_to_all(write)
+            return Pending(lambda: arrived(self.rank))
+
+        def fill(u, out_swD):
+            _join_heads([x[:, ranges[u].start : ranges[u].stop] for x in tensors_sHD], out_swD)
+
+        received, *flight = self._collective(fill, [[count * heads] * self.split.ulysses] * self.split.ulysses, like)
 
         def finish():
-            buffer = received.view(-1, count * heads, tensors_sHD[0].shape[-1])
-            return [part.index_select(0, order) for part in buffer.split([heads] * count, dim=1)]
+            buffer = received.view(-1, count * heads, dim)
+            return [take_rows(part, order) for part in buffer.split([heads] * count, dim=1)]
 
         return Pending(finish, *flight)
 
@@ -181,73 +207,71 @@ class Ulysses:
         totals_sXD: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         chunk: int,
     ) -> Pending:
-        """Gradients dq, dk, dv of a chunk into ``totals_sXD`` [s, H, D], [s, K, D], [s, K, D] (the last two zero at the start):
-        replicated heads are summed at home."""
+        """Gradients dq, dk, dv of a chunk into ``totals_sXD`` [s, H, D], [s, K, D], [s, K, D]: replicated heads are summed at
+        home. All-to-all over the Ulysses group."""
         queries, kv_ranges = self._query_ranges[chunk], self._kv_ranges[chunk]
-        heads, tokens = len(queries[self.rank]), len(totals_sXD[0])
-        grads = [x.index_select(0, inverse) for x in grads_TxD]
-        pieces = [tuple(x[u * tokens : (u + 1) * tokens] for x in grads) for u in range(self.split.ulysses)]
-        widths = [heads + 2 * len(kv) for kv in kv_ranges]
-        received, *flight = self._exchange(pieces, [[width] * self.split.ulysses for width in widths])
-        dim = grads[0].shape[-1]
+        heads, dim = len(queries[self.rank]), totals_sXD[0].shape[-1]
+        sizes = [(heads, len(kv), len(kv)) for kv in kv_ranges]
+
+        def fill(u, out_swD):
+            for x, place in zip(grads_TxD, out_swD.split(sizes[self.rank], dim=1), strict=True):
+                take_rows(x, self._tokens_of(u, inverse), place)
+
+        widths = [[sum(size)] * self.split.ulysses for size in sizes]
+        received, *flight = self._exchange(fill, widths, totals_sXD[0])
 
         def finish():
-            dq, dk, dv = totals_sXD
-            shares = received.split([tokens * width * dim for width in widths])
-            for share, width, q, kv in zip(shares, widths, queries, kv_ranges, strict=True):
-                dq_part, dk_part, dv_part = share.view(tokens, width, dim).split([heads, len(kv), len(kv)], dim=1)
-                dq[:, q.start : q.stop] = dq_part
-                dk[:, kv.start : kv.stop] += dk_part
-                dv[:, kv.start : kv.stop] += dv_part
+            dq, *others = totals_sXD
+            tokens, seen = len(dq), 0
+            shares = received.split([tokens * sum(size) * dim for size in sizes])
+            for share, size, q, kv in zip(shares, sizes, queries, kv_ranges, strict=True):
+                dq_part, *parts = share.view(tokens, -1, dim).split(size, dim=1)
+                copy_vectors(dq[:, q.start : q.stop], dq_part)
+                replicated = max(seen - kv.start, 0)
+                for total, part in zip(others, parts, strict=True):
+                    total[:, kv.start : kv.start + replicated] += part[:, :replicated]
+                    copy_vectors(total[:, kv.start + replicated : kv.stop], part[:, replicated:])
+                seen = kv.stop
 
         return Pending(finish, *flight)
 
-    def _send_outputs(
-        self, out_ThD: torch.Tensor, inverse: torch.Tensor
-    ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor | None]:
-        """As ``_exchange``, for [T, h, D] in attention's order: rank u gets [s, h, D] of its tokens, in theirs."""
-        tokens, rest = len(out_ThD) // self.split.ulysses, out_ThD.shape[1:]
-        # In sequence order the tokens of each rank stand together.
-        if self._takes_peers(out_ThD.numel(), out_ThD):
-            source = as_vectors(out_ThD)
-
-            def write(u):
-                there = self.peers.view(u, self.rank * tokens * rest.numel(), (tokens, *rest), out_ThD.dtype)
-                torch.index_select(source, 0, inverse[u * tokens : (u + 1) * tokens], out=there.view(source.dtype))
-
-            self._write_to_all(write)
-            return self.peers.view(self.rank, 0, tuple(out_ThD.shape), out_ThD.dtype), None, None
-        sent = out_ThD.index_select(0, inverse)
-        received = torch.empty_like(sent)
-        return received, dist.all_to_all_single(received, sent, group=self.group, async_op=self.split.chunks > 1), sent
+    def _tokens_of(self, rank: int, inverse: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of ``rank`` stand in attention's order."""
+        count = len(inverse) // self.split.ulysses
+        return inverse[rank * count : (rank + 1) * count]
 
     def _exchange(
-        self, pieces: Sequence[tuple[torch.Tensor, ...]], widths: Sequence[Sequence[int]]
+        self, fill: Callable[[int, torch.Tensor], None], widths: Sequence[Sequence[int]], like_sXD: torch.Tensor
     ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor | None]:
-        """Start an all-to-all: ``pieces[u]`` are [n, *, D] tensors for rank u, joined over heads; rank a sends ``widths[a][b]``
-        heads of n tokens to rank b.
+        """Start an all-to-all: rank a sends ``widths[a][b]`` heads of each of its s tokens to rank b. ``fill(u, out)`` writes
+        what goes to rank u into ``out`` [s, width, D].
 
         Returns where the values arrive, one flat tensor, those of rank 0 first; the transfer, or None if it is over; and what is
         sent. Memory of ``peers`` has to be read before the next exchange.
         """
-        example, ranks = pieces[0][0], range(self.split.ulysses)
-        tokens, dim = example.shape[0], example.shape[2]
+        tokens, dim, ranks = len(like_sXD), like_sXD.shape[-1], range(self.split.ulysses)
         most = max(sum(widths[a][b] for a in ranks) for b in ranks)
-        if self._takes_peers(tokens * most * dim, example):
+        if not self._takes_peers(tokens * most * dim, like_sXD):
+            return self._collective(fill, widths, like_sXD)
 
-            def write(u):
-                first = tokens * dim * sum(widths[a][u] for a in range(self.rank))
-                _join_heads(pieces[u], self.peers.view(u, first, (tokens, widths[self.rank][u], dim), example.dtype))
+        def write(u):
+            first = tokens * dim * sum(widths[a][u] for a in range(self.rank))
+            fill(u, self.peers.view(u, first, (tokens, widths[self.rank][u], dim), like_sXD.dtype))
 
-            self._write_to_all(write)
-            total = tokens * dim * sum(widths[a][self.rank] for a in ranks)
-            return self.peers.view(self.rank, 0, (total,), example.dtype), None, None
+        self._write_to_all(write)
+        total = tokens * dim * sum(widths[a][self.rank] for a in ranks)
+        return self.peers.view(self.rank, 0, (total,), like_sXD.dtype), None, None
+
+    def _collective(
+        self, fill: Callable[[int, torch.Tensor], None], widths: Sequence[Sequence[int]], like_sXD: torch.Tensor
+    ) -> tuple[torch.Tensor, dist.Work | None, torch.Tensor]:
+        """``_exchange`` by NCCL or gloo."""
+        tokens, dim = len(like_sXD), like_sXD.shape[-1]
         sent = [tokens * width * dim for width in widths[self.rank]]
-        buffer = example.new_empty(sum(sent))
-        for part, piece in zip(buffer.split(sent), pieces, strict=True):
-            _join_heads(piece, part.view(tokens, -1, dim))
-        received = [tokens * widths[a][self.rank] * dim for a in ranks]
-        out = example.new_empty(sum(received))
+        received = [tokens * width[self.rank] * dim for width in widths]
+        buffer, out = (like_sXD.new_empty(sum(sizes)) for sizes in (sent, received))
+        for u, part in enumerate(buffer.split(sent)):
+            fill(u, part.view(tokens, -1, dim))
         return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
 
     def _takes_peers(self, elements: int, like: torch.Tensor) -> bool:
@@ -275,11 +299,29 @@ def as_vectors(x: torch.Tensor) -> torch.Tensor:
 
 
 def copy_vectors(target: torch.Tensor, source: torch.Tensor) -> None:
-    """``target.copy_(source)`` for one dtype, in whole vectors where both allow it."""
-    wide_target, wide_source = as_vectors(target), as_vectors(source)
-    if wide_target.dtype == wide_source.dtype:
-        target, source = wide_target, wide_source
+    """``target.copy_(source)``, in whole vectors where both allow it."""
+    target, source = _in_vectors(target, source)
     target.copy_(source)
+
+
+def take_rows(source: torch.Tensor, index: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """``source[index]``, into ``target`` if it is given, in whole vectors where both allow it."""
+    target = source.new_empty(len(index), *source.shape[1:]) if target is None else target
+    wide_target, source = _in_vectors(target, source)
+    torch.index_select(source, 0, index, out=wide_target)
+    return target
+
+
+def put_rows(source: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> None:
+    """``target[index] = source``, in whole vectors where both allow it."""
+    target, source = _in_vectors(target, source)
+    target.index_copy_(0, index, source)
+
+
+def _in_vectors(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``as_vectors`` of all or of none; they have one dtype."""
+    wide = tuple(map(as_vectors, tensors))
+    return wide if len({x.dtype for x in wide}) == 1 else tensors
 
 
 def _join_heads(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:

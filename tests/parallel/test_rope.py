@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
-from megatron_vila.parallel.rope import apply_rotary, rotary_angles
+from megatron_vila.parallel.rope import rotary_angles, rotary_qkv
 
 LLAMA, QWEN2 = "llama", "qwen2"
 POSITIONS_S = torch.tensor([0, 1, 2, 5, 0, 1, 63, 64, 511])
@@ -31,6 +31,13 @@ def transformers_rotary(family: str, head_dim: int, theta: float, factor: float)
     return getattr(module, rotary)(config), module.apply_rotary_pos_emb
 
 
+def turned(x_SHD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
+    """Heads as the queries, and as the keys, of as many groups."""
+    q_SHD, k_SHD, v_SHD = rotary_qkv(x_SHD.unsqueeze(2).expand(-1, -1, 3, -1), cos_SD, sin_SD)
+    assert torch.equal(q_SHD, k_SHD) and torch.equal(v_SHD, x_SHD)
+    return q_SHD
+
+
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 @pytest.mark.parametrize(("family", "theta"), [(LLAMA, 500000.0), (QWEN2, 1000000.0)])
 def test_angles_and_turned_heads_match_transformers(family, theta, factor):
@@ -42,7 +49,7 @@ def test_angles_and_turned_heads_match_transformers(family, theta, factor):
     torch.testing.assert_close(sin_SD, expected_sin[0], rtol=0, atol=5e-5)
     heads_first = q_SHD.transpose(0, 1)[None]
     expected, _ = turn(heads_first, heads_first, cos_SD[None], sin_SD[None])
-    assert torch.equal(apply_rotary(q_SHD, cos_SD, sin_SD), expected[0].transpose(0, 1))
+    assert torch.equal(turned(q_SHD, cos_SD, sin_SD), expected[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("factor", [1.0, 4.0])
@@ -63,8 +70,8 @@ def test_a_score_depends_on_the_distance_of_query_and_key_only(query, key, shift
 
     def score(query_position: int, key_position: int) -> torch.Tensor:
         angles = rotary_angles(torch.tensor([query_position, key_position]), 8, 1e6, 1.0, torch.float64)
-        turned = apply_rotary(torch.stack([q_D, k_D])[:, None], *angles)
-        return (turned[0] * turned[1]).sum()
+        heads = turned(torch.stack([q_D, k_D])[:, None], *angles)
+        return (heads[0] * heads[1]).sum()
 
     torch.testing.assert_close(score(query, key), score(query + shift, key + shift), rtol=0, atol=1e-8)
 
@@ -80,7 +87,7 @@ def test_float32_angles_stay_exact_at_two_million_tokens():
 def test_the_gradient_is_the_turn_back():
     cos_SD, sin_SD = rotary_angles(POSITIONS_S, 8, 10000.0, 1.0, torch.float64)
     x_SHD = torch.randn(len(POSITIONS_S), 2, 8, dtype=torch.float64, requires_grad=True)
-    y_SHD = apply_rotary(x_SHD, cos_SD, sin_SD)
+    y_SHD = turned(x_SHD, cos_SD, sin_SD)
     y_SHD.backward(y_SHD.detach())
     torch.testing.assert_close(x_SHD.grad, x_SHD.detach(), rtol=1e-14, atol=1e-14)
 
@@ -88,9 +95,9 @@ def test_the_gradient_is_the_turn_back():
 def test_bfloat16_heads_are_turned_in_float32_and_rounded_once():
     cos_SD, sin_SD = rotary_angles(POSITIONS_S, 16, 10000.0, 1.0, torch.bfloat16)
     x_SHD = torch.randn(len(POSITIONS_S), 2, 16).bfloat16()
-    y_SHD = apply_rotary(x_SHD, cos_SD, sin_SD)
+    y_SHD = turned(x_SHD, cos_SD, sin_SD)
     assert y_SHD.dtype == torch.bfloat16
-    assert torch.equal(y_SHD, apply_rotary(x_SHD.float(), cos_SD, sin_SD).bfloat16())
+    assert torch.equal(y_SHD, turned(x_SHD.float(), cos_SD, sin_SD).bfloat16())
 
 
 @pytest.mark.parametrize(
