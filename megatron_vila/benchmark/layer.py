@@ -58,12 +58,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         raise ValueError(f"variant {text}: method={variant['method']} is unknown; use mmsp, {', '.join(MEGATRON)}")
     if variant["swiglu"] not in SWIGLU:
         raise ValueError(f"variant {text}: swiglu={variant['swiglu']} is unknown; use {' or '.join(SWIGLU)}")
-    config = load_config(settings["config"], settings["overrides"])
-    config.model.llm.num_layers, config.model.attention = settings["layers"], variant["attention"]
-    config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ulysses_chunks", "ring")})
-    policy = ("recompute", "block_layers", "recompute_layers", "mlp_tile", "offload_gib")
-    config.memory = MemoryConfig(**{name: variant[name] for name in policy})
-    config.train.seq_length = length
+    config = config_of(settings, variant, length)
     topology = ParallelTopology.create(config.parallel)
     model_parallel_cuda_manual_seed(1)
     device = platform.device()
@@ -106,6 +101,17 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         "versions": versions(),
         "command": settings["command"],
     }
+
+
+def config_of(settings: dict[str, Any], variant: dict[str, Any], length: int) -> Config:
+    """The configuration that is measured: ``config``, ``overrides`` and ``layers`` of ``settings``, and the parsed variant."""
+    config = load_config(settings["config"], settings["overrides"])
+    config.model.llm.num_layers, config.model.attention = settings["layers"], variant["attention"]
+    config.parallel = ParallelConfig(**{axis: variant[axis] for axis in ("tp", "ulysses", "ulysses_chunks", "ring")})
+    policy = ("recompute", "block_layers", "recompute_layers", "mlp_tile", "offload_gib")
+    config.memory = MemoryConfig(**{name: variant[name] for name in policy})
+    config.train.seq_length = length
+    return config
 
 
 def _mmsp(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vila.benchmark import layer
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import ALWAYS
@@ -168,12 +169,12 @@ def test_the_memory_model_of_today_is_within_5_percent_of_every_published_peak_t
         words = shlex.split(row["command"])
         settings = [word for word in words[4:] if "=" in word and not word.startswith("-")]
         settings = [s for s in settings if "." in s.partition("=")[0]]
-        config = load_config(words[3], [*settings, f"train.seq_length={row['seq_len']}"])
         if words[2] == "layer":
-            config.model.llm.num_layers = 4
-            config.parallel.ulysses, config.parallel.ring = int(row["ulysses"]), int(row["ring"])
-            predicted = decoder_alone(config, 2) / GIB
+            chosen = {"config": words[3], "overrides": settings, "layers": 4}
+            variant = parse_variant(row["variant"], layer.VARIANT)
+            predicted = decoder_alone(layer.config_of(chosen, variant, int(row["seq_len"])), 2) / GIB
         else:
+            config = load_config(words[3], [*settings, f"train.seq_length={row['seq_len']}"])
             predicted = estimate_memory(config, int(row["gpus"]), on_gpu=True).allocated / GIB
         assert predicted == pytest.approx(float(row["predicted_gib"]), abs=2e-3)
         assert predicted == pytest.approx(float(row["peak_gib"]), rel=0.05)
