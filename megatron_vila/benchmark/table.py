@@ -13,7 +13,7 @@ import torch
 
 COLUMNS = (
     "model", "variant", "part", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s",
-    "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "predicted_gib", "host_gib",
+    "vision_s", "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "predicted_gib", "host_gib",
     "first_loss", "note", "hardware", "versions", "command",
 )  # fmt: skip
 """Columns of every table in their order."""

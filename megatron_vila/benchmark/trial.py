@@ -3,13 +3,15 @@
 The row is one video of as many frames as fit, or text alone, with random pixels and token ids. A variant is a set of
 configuration overrides. ``partial`` shows that a step fits where a whole one would take too long: forward pass, head, and the
 backward pass of the last layers, where the most memory is in use; Adam's state is there from the start. ``without_attention``
-makes it quicker still (``benchmark/unfilled.py``); such rows tell of memory alone.
+makes it quicker still (``benchmark/unfilled.py``); such rows tell of memory alone. ``vision_s`` is what the last step spent on
+frames: pixels to the device, tower, projector and stage 2, forward and backward, on the slowest rank.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,10 +67,12 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     ensure_state(optimizer)
     forward = Pass(model, topology, config.model.llm, dtype, device)
     losses: list[float] = []
+    clock = _VisionClock(built)
 
     def train(batch: MicroBatch) -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
+        clock.start()
         loss, _ = mean_loss(forward.run([batch]), topology, device)
         apply_step(optimizer)
         losses.append(loss)
@@ -91,8 +95,10 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     estimate = estimate_memory(config, world, device.type == "cuda")
     share = mfu(rate, 1.0, 1, peak)
     whole = not (settings["partial"] or settings["without_attention"])
-    host = torch.tensor(built.host.peak_bytes / GIB, device=device)
-    dist.all_reduce(host, op=dist.ReduceOp.MAX)
+    vision_s = clock.seconds() if whole and row.frames else 0.0
+    most = torch.tensor([built.host.peak_bytes / GIB, vision_s], dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    host_gib, vision_s = most.tolist()
     topology.destroy()
     return {
         "model": config.model.name,
@@ -103,18 +109,64 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         "seq_len": sum(row.lengths),
         "frames": len(row.frames),
         "time_s": round(found.seconds, 4),
+        "vision_s": round(vision_s, 4) or "",
         "tokens_per_s_per_gpu": round(sum(row.lengths) * topology.grid.dp / found.seconds / world, 1) if whole else "",
         "tflops_per_gpu": float(f"{rate / 1e12:.4g}") if whole else "",
         "mfu": "" if share is None or not whole else round(share, 4),
         "peak_gib": round(found.peak_bytes / GIB, 3),
         "predicted_gib": round(estimate.allocated / GIB, 3),
-        "host_gib": round(float(host), 2),
+        "host_gib": round(host_gib, 2),
         "first_loss": round(losses[0], 5) if losses else "",
         "note": _note(settings),
         "hardware": hardware(world),
         "versions": versions(),
         "command": settings["command"],
     }
+
+
+class _VisionClock:
+    """How long the vision part of the last step took on this rank: from its start until the embeddings are there, and from the
+    arrival of their gradient until the last gradient of tower and projector. On CUDA by events, so that nobody waits for it."""
+
+    def __init__(self, model: VilaModel) -> None:
+        self._marks: dict[str, Any] = {}
+        if not model.pre_process:
+            return
+        embed = model._embed
+
+        def timed(*args) -> torch.Tensor:
+            embeddings = embed(*args)
+            self._mark("embedded")
+            if embeddings.requires_grad:
+                embeddings.register_hook(lambda _: self._mark("gradient", "end"))
+            return embeddings
+
+        model._embed = timed
+        for parameter in (*model.vision.parameters(), *model.projector.parameters()):
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _: self._mark("end"))
+
+    def start(self) -> None:
+        self._mark("start")
+
+    def seconds(self) -> float:
+        """0 on pipeline stages after the first."""
+        spans = [("start", "embedded"), ("gradient", "end")]
+        return sum(_between(*(self._marks[name] for name in span)) for span in spans if self._marks.keys() >= set(span))
+
+    def _mark(self, *names: str) -> None:
+        now = time.perf_counter()
+        if torch.cuda.is_available():
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._marks.update(dict.fromkeys(names, now))
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def _note(settings: dict[str, Any]) -> str:

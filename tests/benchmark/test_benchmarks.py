@@ -5,6 +5,7 @@ import importlib
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from megatron_vila.config.activations import GIB, decoder_alone
 from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import estimate_memory
 from megatron_vila.config.schema import ParallelConfig
+from megatron_vila.models import vila
 from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
 from tests.ranks import pool
@@ -64,6 +66,35 @@ def test_every_kind_fills_a_row_for_each_variant(kind):
         assert set(row) >= NEEDED
         assert row["time_s"] > 0 and row["peak_gib"] > 0 and row["gpus"] == 2
         assert row.get("attention") != "auto"
+
+
+class Slowly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.3)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.3)
+        return grad
+
+
+def slow_frames(rank, overrides):
+    usual = vila.encode_frames
+    vila.encode_frames = lambda *args: Slowly.apply(usual(*args))
+    try:
+        return [row["vision_s"] for row in rows_of(rank, "trial", KINDS["trial"] | QUICK | overrides)]
+    finally:
+        vila.encode_frames = usual
+
+
+def test_a_step_tells_what_frames_cost_forward_and_backward():
+    overrides = {"overrides": [], "variants": ["", "optim.vision.trainable=false,optim.projector.trainable=false"]}
+    ((trained, frozen),) = pool.run(1, slow_frames, overrides)
+    assert trained >= 0.6 and frozen >= 0.3
+    (text,) = pool.run(1, slow_frames, overrides | {"video": False, "variants": [""]})
+    assert text == [""]
 
 
 def both_ways(rank):
