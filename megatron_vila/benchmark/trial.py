@@ -4,7 +4,8 @@ The row is one video of as many frames as fit, or text alone, with random pixels
 configuration overrides. ``partial`` shows that a step fits where a whole one would take too long: forward pass, head, and the
 backward pass of the last layers, where the most memory is in use; Adam's state is there from the start. ``without_attention``
 makes it quicker still (``benchmark/unfilled.py``); such rows tell of memory alone. ``vision_s`` is what the last step spent on
-frames: pixels to the device, tower, projector and stage 2, forward and backward, on the slowest rank.
+frames: pixels to the device, tower, projector and stage 2, forward and backward, on the slowest rank. The lookup of text tokens
+between them counts with it.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams) -> t
     """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h))."""
     attention = layer.self_attention
     hidden_t1H, normed_t1H = layer.input_layernorm.with_stream(hidden_t1H)
-    qkv_t1KG, _ = attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
-    return _after_attention(layer, attention.core_attention(qkv_t1KG, row), hidden_t1H)
+    qkv_s1KX, _ = attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
+    return _after_attention(layer, attention.core_attention(qkv_s1KX, row), hidden_t1H)
 
 
 def _without_attention(layer: TransformerLayer, hidden_t1H: torch.Tensor, kept: KeptAttention) -> torch.Tensor:

@@ -80,7 +80,7 @@ def _add_norm(x, residual, weight, eps):
 
 
 def _norm_gradients(dout, x, weight, scale):
-    """Of x, wide, and of the weight: in one function the compiler forms both in one pass."""
+    """Of x, wide, and of the weight: in one function the compiler forms both in one pass. A frozen weight's is dropped."""
     normed, wide = _wide(x) * scale, _wide(dout)
     dnormed = wide * _wide(weight)
     dx = scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))

@@ -142,7 +142,7 @@ class _Attention2D(torch.autograd.Function):
             q, k, v = coming.wait()
             if chunk + 1 in chunks:
                 coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, chunk + 1)
-            # Without an exchange v is a view that would keep the whole of a fused projection alive.
+            # Without an exchange v may be a view, which would keep all of what it is a part of alive.
             v = v.contiguous()
             out, lse = ring.forward(q, k, v, row.layout, attention.expansion)
             saved += [q, k, v, out, lse]
