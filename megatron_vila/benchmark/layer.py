@@ -1,10 +1,10 @@
 """Decoder layers alone: forward and backward pass, no embedding, no head, no optimizer.
 
 ``method`` is ``mmsp`` (this project) or, with Transformer Engine installed, Megatron-Core's own layers and context parallelism:
-``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp. One document, every token trained,
-weights in bfloat16 on a GPU. As in training, products add the gradients of weights to buffers that are there from the start
-(float32, or with ``optim.grad_reduce_fp32=false`` the weights' dtype). ``swiglu=apart`` is without the products that have SwiGLU
-inside.
+``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp; ``megatron_mmsp`` is those layers with
+this project's attention inside. One document, every token trained, weights in bfloat16 on a GPU. As in training, products add
+the gradients of weights to buffers that are there from the start (float32, or with ``optim.grad_reduce_fp32=false`` the weights'
+dtype). ``swiglu=apart`` is without the products that have SwiGLU inside.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -12,13 +12,18 @@ Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_vila import platform
 from megatron_vila.benchmark.table import hardware, versions
@@ -31,8 +36,10 @@ from megatron_vila.config.sizes import head_dim
 from megatron_vila.models.decoder import run_decoder
 from megatron_vila.models.keep import HostMemory
 from megatron_vila.models.language import attention_kernel, build_language_model, transformer_config
-from megatron_vila.parallel.attention import RowParams
+from megatron_vila.parallel.attention import MMSPAttention, RowParams
+from megatron_vila.parallel.attention2d import RowIndices
 from megatron_vila.parallel.layout import local_positions
+from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
@@ -42,7 +49,7 @@ VARIANT = {
     "block_layers": 1, "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0, "swiglu": "inside",
 }  # fmt: skip
 SWIGLU = {"inside": True, "apart": False}
-MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None}
+MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None, "megatron_mmsp": None}
 
 
 def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -135,13 +142,10 @@ def _mmsp(
 def _megatron(
     config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
 ) -> tuple[str, torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism and choice of kernel."""
+    """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism and choice of kernel, or with ours."""
     method = variant["method"]
     try:
-        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-        from megatron.core.transformer.enums import AttnMaskType
-        from megatron.core.transformer.transformer_block import TransformerBlock
 
         spec = get_gpt_layer_with_transformer_engine_spec()
     except (ImportError, NameError, TypeError) as error:
@@ -155,11 +159,57 @@ def _megatron(
         gradient_accumulation_fusion=True,
         hierarchical_context_parallel_sizes=None,
     )
+    inside = method == "megatron_mmsp"
+    if inside:
+        put_attention_inside(spec, config, topology, device, length)
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal
+    block, run = megatron_layers(spec, stock, config, topology, dtype, device, length)
+    return attention_kernel(block) if inside else "", block, run
+
+
+def megatron_layers(
+    spec: ModuleSpec,
+    stock: TransformerConfig,
+    config: Config,
+    topology: ParallelTopology,
+    dtype: torch.dtype,
+    device: torch.device,
+    length: int,
+) -> tuple[TransformerBlock, Callable[[torch.Tensor], torch.Tensor]]:
+    """Layers of ``spec`` as Megatron-Core runs them, and their call on a document of ``length`` tokens."""
+    llm = config.model.llm
     block = TransformerBlock(
         stock, spec, post_layer_norm=False, pre_process=True, post_process=False, pg_collection=topology.collection
     ).to(device, dtype)
-    llm = config.model.llm
     rotary = RotaryEmbedding(head_dim(llm), rotary_percent=1.0, rotary_base=int(llm.rope_theta), cp_group=topology.cp)
     angles = rotary(length).to(device)
-    return "", block, lambda hidden: block(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles)
+    return block, lambda hidden_t1H: block(hidden_states=hidden_t1H, attention_mask=None, rotary_pos_emb=angles)
+
+
+def put_attention_inside(
+    spec: ModuleSpec, config: Config, topology: ParallelTopology, device: torch.device, length: int
+) -> None:
+    """Give Megatron's layers this project's attention, for a document of ``length`` tokens."""
+    grid = topology.grid
+    spec.submodules.self_attention.submodules.core_attention = functools.partial(
+        _InsideMegatron,
+        indices=RowIndices.of(np.array([0, length]), grid.ulysses, grid.ring, topology.place.ring, device),
+        ulysses_group=topology.ulysses,
+        ring_group=topology.ring,
+        peers=PeerMemory.of(topology.ulysses, device),
+        kernel_name=config.model.attention,
+        ulysses_chunks=config.parallel.ulysses_chunks,
+        device=device,
+    )
+
+
+class _InsideMegatron(MMSPAttention):
+    """``MMSPAttention`` as Megatron's own layer calls it, which has turned queries and keys."""
+
+    def __init__(self, *args, indices: RowIndices, **settings) -> None:
+        super().__init__(*args, **settings)
+        self._indices = indices
+
+    def forward(self, query_s1HD, key_s1KD, value_s1KD, *_, **__) -> torch.Tensor:
+        out_sHD = self.attention(*(x.squeeze(1) for x in (query_s1HD, key_s1KD, value_s1KD)), self._indices)
+        return out_sHD.flatten(1).unsqueeze(1)

@@ -34,7 +34,8 @@ def hardware(gpus: int) -> str:
 def versions() -> str:
     """Versions of the packages that the numbers depend on."""
     found = []
-    for package in ("torch", "megatron-core", "transformers", "flash-attn-4", "quack-kernels", "transformer-engine"):
+    kernels = "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "transformer-engine"
+    for package in ("torch", "megatron-core", "transformers", *kernels):
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

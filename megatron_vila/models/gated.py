@@ -93,6 +93,16 @@ class Inside:
     def add_weight_gradient(self, dgate_up_T2F, hidden_TH, total):
         total.add(dgate_up_T2F, hidden_TH, self._multiply)
 
+    def try_once(self, device: torch.device) -> None:
+        """Compile and run each product on small operands, so that what does not work here raises now and not in a step."""
+        x_TH, fc1_2FH, fc2_HF = (torch.zeros(rows, 64, dtype=torch.bfloat16, device=device) for rows in (64, 128, 64))
+        self.forward(x_TH, fc1_2FH)
+        _, dgate_up_T2F = self.backward(x_TH, fc2_HF, self.gate_up(x_TH, fc1_2FH))
+        self.input_gradient(dgate_up_T2F, fc1_2FH, out=torch.empty_like(x_TH))
+        total = WeightGradient(fc1_2FH, 1)
+        for _ in range(2):  # alone, and added to what is there
+            self.add_weight_gradient(dgate_up_T2F, x_TH, total)
+
     def _multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
         parts = {"C": out, "concat_layout": ("C", "out")} if add else {"concat_layout": ("out",)}
         self._product(a, b, out, config=self._weight_tile, **parts)
@@ -127,8 +137,10 @@ def _inside(device: torch.device) -> Inside | str:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "QuACK's products have been tried on Hopper GPUs only"
     try:
-        return Inside()
+        inside = Inside()
+        inside.try_once(device)
+        return inside
     except ModuleNotFoundError as error:
         return f"the package quack-kernels is not installed (no module {error.name}); pip install quack-kernels (extra gpu)"
-    except Exception as error:  # another version, or the compiler behind it does not load
-        return f"the package quack-kernels does not load ({type(error).__name__}: {error})"
+    except Exception as error:  # another version, or the compiler behind it does not load or takes it amiss
+        return f"the package quack-kernels does not work here ({type(error).__name__}: {error})"

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila.benchmark import layer
 from megatron_vila.benchmark.max_length import longest
@@ -23,6 +25,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import estimate_memory
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models import vila
+from megatron_vila.models.language import transformer_config
 from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
 from tests.ranks import pool
@@ -116,6 +119,37 @@ def both_ways(rank):
 
 def test_the_plain_ring_that_we_compare_with_computes_causal_attention():
     assert max(pool.run(4, both_ways)) < 1e-12
+
+
+def difference_of_layers(rank, ulysses, ring):
+    """Megatron-Core's own layers with our attention inside against ours, with the same weights: output and gradients."""
+    settings = {"config": "tiny", "overrides": [], "layers": 2}
+    config = layer.config_of(settings, layer.VARIANT | {"ulysses": ulysses, "ring": ring}, 64)
+    topology = ParallelTopology.create(config.parallel)
+    model_parallel_cuda_manual_seed(1)
+    given = config, topology, torch.float32, CPU, 64
+    _, ours, run_ours = layer._mmsp(config, layer.VARIANT, *given[1:])
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.put_attention_inside(spec, config, topology, CPU, 64)
+    theirs, run_theirs = layer.megatron_layers(spec, transformer_config(config.model, topology, torch.float32), *given)
+    # The last norm is not the decoder layers'.
+    theirs.load_state_dict({name: x for name, x in ours.state_dict().items() if "final" not in name})
+    ours.final_layernorm = None
+    torch.manual_seed(3)
+    hidden = torch.randn(64 // (ulysses * ring), 1, config.model.llm.hidden_size)
+    found = []
+    for run in (run_ours, run_theirs):
+        x = hidden.clone().requires_grad_()
+        out = run(x)
+        out.backward(hidden)
+        found.append((out.detach(), x.grad))
+    topology.destroy()
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2)])
+def test_megatron_layers_that_we_compare_with_compute_the_same_with_our_attention_inside(ulysses, ring):
+    assert max(pool.run(ulysses * ring, difference_of_layers, ulysses, ring)) < 1e-5
 
 
 def same_tokens(rank, tp, ring):

@@ -81,14 +81,21 @@ def test_a_cpu_multiplies_and_forms_swiglu_apart():
     assert "Hopper" in reason_for_apart(torch.device("cpu"))
 
 
-def test_a_hopper_gpu_without_quack_says_so(monkeypatch):
+class NotCompiled:
+    def try_once(self, device):
+        raise TypeError("no key")
+
+
+def test_a_hopper_gpu_where_quack_is_missing_or_does_not_work_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "quack", None)
     gated._inside.cache_clear()
     try:
         assert "pip install quack-kernels" in reason_for_apart(torch.device("cuda", 7))
         monkeypatch.setattr(gated, "Inside", lambda: {}["gemm"])
-        assert "does not load (KeyError" in reason_for_apart(torch.device("cuda", 6))
+        assert "does not work here (KeyError" in reason_for_apart(torch.device("cuda", 6))
+        monkeypatch.setattr(gated, "Inside", NotCompiled)
+        assert "does not work here (TypeError: no key)" in reason_for_apart(torch.device("cuda", 5))
     finally:
         gated._inside.cache_clear()
 
