@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron_vila import platform
 from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.benchmark.worker import Measured, measure, parse_variant
+from megatron_vila.config.activations import GIB, head_alone
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models.head import Vocabulary, fused_head
 from megatron_vila.parallel.topology import ParallelTopology
@@ -49,7 +50,9 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
     found, kept = _measure(settings, LOSSES[method], in_buffer, tokens, topology)
     world = dist.get_world_size()
     flops = 6 * tokens * hidden * vocab * topology.grid.dp
-    note = f"{(found.peak_bytes - kept) / 2**30:.3f} GiB beyond operands and gradients; relative gradient errors"
+    element = platform.dtype_of("auto").itemsize
+    predicted = head_alone(tokens, hidden, vocab, element, 4 if in_buffer else element)
+    note = f"{(found.peak_bytes - kept) / GIB:.3f} GiB beyond operands and gradients; relative gradient errors"
     topology.destroy()
     # Only now: what is compiled first is compiled for the lengths that are timed.
     note += " {:.2e} (hidden) {:.2e} (weight)".format(*_worst_errors(LOSSES[method], in_buffer, hidden, vocab))
@@ -65,7 +68,8 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
         "time_s": round(found.seconds, 6),
         "tokens_per_s_per_gpu": round(tokens * topology.grid.dp / found.seconds / world, 1),
         "tflops_per_gpu": float(f"{flops / found.seconds / world / 1e12:.4g}"),
-        "peak_gib": round(found.peak_bytes / 2**30, 3),
+        "peak_gib": round(found.peak_bytes / GIB, 3),
+        "predicted_gib": round(predicted / GIB, 3) if method == "fused" and tp == 1 else "",
         "note": note,
         "hardware": hardware(world),
         "versions": versions(),

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from megatron_vila import platform
 from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.benchmark.worker import measure, parse_variant
+from megatron_vila.config.activations import GIB, tower_alone
 from megatron_vila.config.load import load_config
+from megatron_vila.config.schema import Config
 from megatron_vila.models.projector import Projector
 from megatron_vila.models.vision import VisionTower, encode_frames
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
@@ -27,12 +29,9 @@ def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
     variant = parse_variant(text, VARIANT)
-    config = load_config(settings["config"], settings["overrides"])
+    config = config_of(settings, variant)
     model, device = config.model, platform.device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model.vision.frame_micro_batch, model.vision.recompute = variant["frame_micro_batch"], bool(variant["recompute"])
-    for part in (config.optim.vision, config.optim.projector):
-        part.trainable = bool(variant["trainable"])
     tower = VisionTower(model.vision, model.init_std).to(device, dtype)
     projector = Projector(model.projector, model.vision, model.llm.hidden_size, model.init_std).to(device, dtype)
     tower.set_trainable(config.optim.vision.trainable)
@@ -63,8 +62,19 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
         "frames_per_s_per_gpu": round(frames / found.seconds, 1),
         "tflops_per_gpu": float(f"{flops / found.seconds / 1e12:.4g}"),
         "mfu": "" if share is None else round(share, 4),
-        "peak_gib": round(found.peak_bytes / 2**30, 3),
+        "peak_gib": round(found.peak_bytes / GIB, 3),
+        "predicted_gib": round(tower_alone(config, frames, dtype.itemsize, platform.device_memory_bytes()) / GIB, 3),
         "hardware": hardware(world),
         "versions": versions(),
         "command": settings["command"],
     }
+
+
+def config_of(settings: dict[str, Any], variant: dict[str, Any]) -> Config:
+    """The configuration that is measured: ``config`` and ``overrides`` of ``settings``, and the parsed variant."""
+    config = load_config(settings["config"], settings["overrides"])
+    vision = config.model.vision
+    vision.frame_micro_batch, vision.recompute = variant["frame_micro_batch"], bool(variant["recompute"])
+    for part in (config.optim.vision, config.optim.projector):
+        part.trainable = bool(variant["trainable"])
+    return config

@@ -16,6 +16,7 @@ from megatron_vila.config.sizes import (
     head_dim,
     linear_shapes,
     llm_layer_parameters,
+    parameter_count,
     patches_per_frame,
     tokens_per_frame,
     vision_layers_run,
@@ -60,6 +61,23 @@ def decoder_alone(config: Config, element: int) -> int:
     weights = llm_layer_parameters(llm) // tp * llm.num_layers * per_weight
     streams = 2 * local_tokens(config) * llm.hidden_size // tp * element
     return weights + streams + _decoder(config, 1, element)[1]
+
+
+def tower_alone(config: Config, frames: int, element: int, device_bytes: int) -> int:
+    """Bytes of a rank that runs tower and projector alone on ``frames`` (``benchmark/vision.py``): weights, their gradients where
+    they learn, pixels, tokens, kept and in use."""
+    counts, optim = parameter_count(config.model), config.optim
+    learning = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
+    weights = counts["vision"] + counts["projector"] + learning
+    pixels = frames * 3 * config.model.vision.image_size**2
+    return (weights + pixels) * element + sum(_tower(config, frames, 1, element, device_bytes))
+
+
+def head_alone(tokens: int, hidden: int, rows: int, element: int, gradient: int) -> int:
+    """Bytes of a rank that runs the fused head alone (``benchmark/head.py``): hidden states, ``rows`` of the vocabulary, their
+    gradients (the weight's of ``gradient`` bytes a number), and what it works in."""
+    operands = 2 * tokens * hidden * element + rows * hidden * (element + gradient)
+    return operands + _logits(tokens, hidden, rows, element, gradient >= 4)
 
 
 def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
@@ -175,14 +193,19 @@ def _widths(config: Config) -> tuple[int, int]:
 
 
 def _head_workspace(config: Config, element: int) -> int:
-    """The decoder's output, its norm, hidden states of supervised tokens (at most all) and their gradients; logits and theirs;
-    the float32 sums of a block of rows where the weight's gradient is 16 bit."""
+    """The decoder's output, its norm, hidden states of supervised tokens (at most all) and their gradients; what the head works
+    in."""
     llm, tp, tokens = config.model.llm, config.parallel.tp, local_tokens(config)
+    wide_sums = element != 2 or config.optim.grad_reduce_fp32
+    logits = _logits(tokens, llm.hidden_size, llm.vocab_size // tp, element, wide_sums)
+    return logits + 4 * tokens * llm.hidden_size // tp * element
+
+
+def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) -> int:
+    """Logits and theirs; without a gradient buffer of 32 bits the float32 sums of a block of rows too."""
     per_logit = element + max(element, 4)
-    logits = min(HEAD_LOGIT_BYTES, tokens * llm.vocab_size // tp * per_logit)
-    sums = math.isqrt(HEAD_LOGIT_BYTES // per_logit) * llm.hidden_size * 4
-    sums_apart = element == 2 and not config.optim.grad_reduce_fp32
-    return logits + 4 * tokens * llm.hidden_size // tp * element + sums * sums_apart
+    sums = 0 if wide_sums else math.isqrt(HEAD_LOGIT_BYTES // per_logit) * hidden * 4
+    return min(HEAD_LOGIT_BYTES, tokens * rows * per_logit) + sums
 
 
 def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
@@ -191,18 +214,27 @@ def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[i
     in_row = config.train.seq_length // tokens_per_frame(model)
     frames = in_row if config.data.packing else min(in_row, config.data.num_frames)
     local = -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
-    per_layer = patches_per_frame(vision) * vision_activation_elements(vision) * element
-    learns = config.optim.vision.trainable
-    micro_batch = min(local, frames_at_once(vision, learns, element, device_bytes))
-    pixels = local * 3 * vision.image_size**2 * 4
-    tokens = local * tokens_per_frame(model) * model.llm.hidden_size * element
-    if not learns:
-        return pixels, micro_batch * per_layer + 2 * tokens
-    per_frame = vision_layers_run(vision) * per_layer
-    if vision.recompute:
-        return pixels, micro_batch * per_frame + 2 * tokens
     in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
-    return pixels + local * in_flight * per_frame, 2 * tokens
+    kept, in_use = _tower(config, local, in_flight, element, device_bytes)
+    return local * 3 * vision.image_size**2 * 4 + kept, in_use
+
+
+def _tower(config: Config, frames: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Kept from forward to backward pass for ``frames`` of each of ``in_flight`` micro-batches, and in use on top: the tokens of
+    all frames, their gradients if something below learns, and the frames that are in work."""
+    vision, learns = config.model.vision, config.optim.vision.trainable
+    streams = 1 + (learns or config.optim.projector.trainable)
+    tokens = streams * frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
+    at_once = min(frames, frames_at_once(vision, learns, element, device_bytes))
+    per_patch = patches_per_frame(vision) * element
+    if not learns:  # a layer's input, its norm, q, k and v, attention's output and its projection
+        return 0, tokens + at_once * per_patch * 7 * vision.hidden_size
+    # The gradients of a layer are about as large as what it keeps.
+    per_layer = per_patch * vision_activation_elements(vision)
+    whole, gradients = vision_layers_run(vision) * per_layer, at_once * per_layer
+    if vision.recompute:
+        return 0, tokens + gradients + at_once * whole
+    return frames * in_flight * whole, tokens + gradients
 
 
 def frames_at_once(vision: VisionConfig, learns: bool, element: int, device_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +16,12 @@ from hypothesis import strategies as st
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_vila.benchmark import layer
+from megatron_vila.benchmark import head, layer, vision
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import ALWAYS
 from megatron_vila.benchmark.worker import launch, parse_variant
-from megatron_vila.config.activations import GIB, decoder_alone
+from megatron_vila.config.activations import GIB, decoder_alone, head_alone, tower_alone
 from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import estimate_memory
 from megatron_vila.config.schema import ParallelConfig
@@ -217,7 +218,7 @@ def published(name):
     return list(csv.DictReader((ROOT / "docs/benchmarks" / f"{name}.csv").open()))
 
 
-@pytest.mark.parametrize("name", ["attention", "layer", "max_length", "reshard", "step"])
+@pytest.mark.parametrize("name", ["attention", "head", "layer", "max_length", "reshard", "step", "vision"])
 def test_published_tables_have_every_column_and_name_hardware_versions_and_command(name):
     for row in published(name):
         assert set(row) >= set(ALWAYS)
@@ -225,26 +226,34 @@ def test_published_tables_have_every_column_and_name_hardware_versions_and_comma
         assert row["command"].startswith(("python tools/benchmark.py ", "torchrun "))
 
 
+def predicted_bytes(row):
+    """Of a row of a table, from its command."""
+    words = shlex.split(row["command"])
+    kind, named = words[2], words[3]
+    overrides = [word for word in words[4:] if "=" in word and "." in word.partition("=")[0]]
+    chosen = {"config": named, "overrides": overrides, "layers": 4}
+    if kind == "head":
+        variant, sizes = parse_variant(row["variant"], head.VARIANT), map(int, re.findall(r"\d+", row["model"]))
+        return head_alone(*sizes, 2, 4 if variant["main_grad"] else 2)
+    if kind == "layer":
+        return decoder_alone(layer.config_of(chosen, parse_variant(row["variant"], layer.VARIANT), int(row["seq_len"])), 2)
+    if kind == "vision":
+        variant = parse_variant(row["variant"], vision.VARIANT)
+        return tower_alone(vision.config_of(chosen, variant), int(row["frames"]), 2, device_bytes=0)
+    config = load_config(named, [*overrides, f"train.seq_length={row['seq_len']}"])
+    return estimate_memory(config, int(row["gpus"]), on_gpu=True).allocated
+
+
 def test_the_memory_model_of_today_is_within_5_percent_of_every_published_peak_that_has_a_prediction():
     """The prediction is made anew from the row's command, and is the one that the table shows."""
     compared = 0
-    for row in [*published("layer"), *published("step"), *published("max_length")]:
-        if not row["predicted_gib"]:
-            continue
-        words = shlex.split(row["command"])
-        settings = [word for word in words[4:] if "=" in word and not word.startswith("-")]
-        settings = [s for s in settings if "." in s.partition("=")[0]]
-        if words[2] == "layer":
-            chosen = {"config": words[3], "overrides": settings, "layers": 4}
-            variant = parse_variant(row["variant"], layer.VARIANT)
-            predicted = decoder_alone(layer.config_of(chosen, variant, int(row["seq_len"])), 2) / GIB
-        else:
-            config = load_config(words[3], [*settings, f"train.seq_length={row['seq_len']}"])
-            predicted = estimate_memory(config, int(row["gpus"]), on_gpu=True).allocated / GIB
-        assert predicted == pytest.approx(float(row["predicted_gib"]), abs=2e-3)
-        assert predicted == pytest.approx(float(row["peak_gib"]), rel=0.05)
-        compared += 1
-    assert compared >= 6
+    for row in (row for name in ("layer", "step", "max_length", "vision", "head") for row in published(name)):
+        if row["predicted_gib"]:
+            predicted = predicted_bytes(row) / GIB
+            assert predicted == pytest.approx(float(row["predicted_gib"]), abs=2e-3)
+            assert predicted == pytest.approx(float(row["peak_gib"]), rel=0.05)
+            compared += 1
+    assert compared >= 30
 
 
 def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_refused():
