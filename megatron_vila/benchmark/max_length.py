@@ -1,4 +1,4 @@
-"""The longest row that trains: doubling until it fails, then halving the gap."""
+"""The longest row that trains: away from the first length in steps that double, then halving what is open."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from megatron_vila.benchmark.worker import launch
 def longest(fits: Callable[[int], bool], start: int, unit: int, most: int, share: float = 0.0) -> int:
     """The largest multiple of ``unit`` up to ``most`` for which ``fits``; 0 if not even ``unit`` does.
 
-    ``fits`` is tried at ``start`` first and assumed to hold below every length where it holds. The search ends once what is
-    open is no more than ``share`` of the result.
+    ``fits`` is tried at ``start`` first, so that a length which the memory estimate proposes takes few trials, and assumed to
+    hold below every length where it holds. The search ends once what is open is no more than ``share`` of the result.
     """
     good, bad = 0, most // unit + 1
-    trial = min(max(start // unit, 1), bad - 1)
+    trial, step = min(max(start // unit, 1), bad - 1), 1
     while bad - good > max(1, int(good * share)):
         if fits(trial * unit):
             good = trial
-            trial = min(2 * trial, bad - 1) if bad > most // unit else (good + bad) // 2
         else:
             bad = trial
+        if good and bad <= most // unit:
             trial = (good + bad) // 2
-        trial = max(trial, good + 1)
+        else:
+            trial = min(good + step, bad - 1) if good else max(bad - step, 1)
+            step *= 2
     return good * unit
 
 

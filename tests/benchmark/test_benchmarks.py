@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -177,6 +178,19 @@ def test_the_search_finds_the_longest_length_that_fits(limit, start, unit, most)
     assert longest(fits, start, unit, most) == min(limit, most) // unit * unit
     assert len(set(tried)) == len(tried)
     assert all(length % unit == 0 and length <= most for length in tried)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(-300, 300))
+def test_a_search_that_starts_near_the_result_takes_few_trials(start, away):
+    tried = []
+
+    def fits(length):
+        tried.append(length)
+        return length <= start + away
+
+    assert longest(fits, start, 1, 10**6) == max(start + away, 0)
+    assert len(tried) <= 2 * math.log2(abs(away) + 1) + 3
 
 
 @settings(max_examples=100, deadline=None)
