@@ -210,13 +210,12 @@ def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) 
 
 def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
     """Kept by the tower for its backward pass, and in use while it works on a micro-batch."""
-    model, vision, parallel = config.model, config.model.vision, config.parallel
-    in_row = config.train.seq_length // tokens_per_frame(model)
+    parallel = config.parallel
+    in_row = config.train.seq_length // tokens_per_frame(config.model)
     frames = in_row if config.data.packing else min(in_row, config.data.num_frames)
     local = -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
     in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
-    kept, in_use = _tower(config, local, in_flight, element, device_bytes)
-    return local * 3 * vision.image_size**2 * 4 + kept, in_use
+    return _tower(config, local, in_flight, element, device_bytes)
 
 
 def _tower(config: Config, frames: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_vila import platform
 from megatron_vila.config.schema import LanguageConfig
 from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Row
 from megatron_vila.parallel.attention import RowParams
@@ -87,7 +88,4 @@ def local_frames(row: Row, topology: ParallelTopology) -> range:
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return platform.to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

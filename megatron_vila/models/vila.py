@@ -87,8 +87,9 @@ class VilaModel(MegatronModule):
     def forward(self, shard: RowShard, pixels_F3HW: torch.Tensor) -> torch.Tensor | HeadOutput:
         """The last stage gives a ``HeadOutput``, earlier ones hidden states [t, 1, H] for the next.
 
-        ``pixels_F3HW`` are the normalised frames that this rank encodes (none after the first stage). Collectives: the
-        stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the head's over tp.
+        ``pixels_F3HW`` are the normalised frames that this rank encodes (none after the first stage), on any device.
+        Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the
+        head's over tp.
         """
         embeddings = self._embed(shard, pixels_F3HW) if self.pre_process else None
         hidden = run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)

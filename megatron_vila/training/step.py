@@ -25,7 +25,8 @@ from megatron_vila.parallel.topology import ParallelTopology
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A row and the frames that this rank encodes: float [F, 3, image_size, image_size]."""
+    """A row and the frames that this rank encodes: float [F, 3, image_size, image_size], on the host; the tower copies them to
+    the device a few at a time."""
 
     row: Row
     pixels: torch.Tensor
@@ -60,7 +61,7 @@ class Pass:
         batch = next(rows)
         head_dim = self.llm.head_dim or self.llm.hidden_size // self.llm.num_heads
         shard = RowShard.of(batch.row, self.topology, self.llm, head_dim, self.dtype, self.device)
-        output = model(shard, batch.pixels.to(self.device, non_blocking=True))
+        output = model(shard, batch.pixels)
         if isinstance(output, HeadOutput):
             return output.loss_sum, partial(_loss, shard, batch.row, output.correct_n)
         return output, None

@@ -135,6 +135,18 @@ def test_recompute_keeps_nothing_but_the_pictures():
     assert kept_bytes(recompute=True) <= pictures(4).nbytes < kept_bytes(recompute=False) / 4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pictures_on_the_host_give_a_gpu_what_those_on_it_give(recompute):
+    found = []
+    for device in ("cpu", "cuda"):
+        tower = build_tower(replace(SMALL, recompute=recompute)).to("cuda", torch.bfloat16)
+        features_FPC = tower(pictures(5).float().to(device))
+        features_FPC.float().square().sum().backward()
+        found.append([features_FPC, *gradients(tower).values()])
+    assert all(torch.equal(host, gpu) for host, gpu in zip(*found, strict=True))
+
+
 def test_a_rank_without_frames_gives_every_trainable_parameter_a_gradient_of_exact_zeros():
     tower = build_tower(SMALL)
     with torch.no_grad():
