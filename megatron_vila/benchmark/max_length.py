@@ -1,4 +1,4 @@
-"""The longest row that trains: away from the first length in steps that double, then halving what is open."""
+"""The longest row that trains: away from the first length in steps that grow, then halving what is open."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from megatron_vila.benchmark.worker import launch
 def longest(fits: Callable[[int], bool], start: int, unit: int, most: int, share: float = 0.0) -> int:
     """The largest multiple of ``unit`` up to ``most`` for which ``fits``; 0 if not even ``unit`` does.
 
-    ``fits`` is tried at ``start`` first, so that a length which the memory estimate proposes takes few trials, and assumed to
-    hold below every length where it holds. The search ends once what is open is no more than ``share`` of the result.
+    ``fits`` is tried at ``start`` first and assumed to hold below every length where it holds. The search ends once what is open
+    is no more than ``share`` of the result. The first step is that share of ``start`` or one unit, each next one four times as
+    long: few trials from a start that the memory estimate proposes, and hardly more than by doubling from any other.
     """
     good, bad = 0, most // unit + 1
-    trial, step = min(max(start // unit, 1), bad - 1), 1
+    trial = min(max(start // unit, 1), bad - 1)
+    step = max(1, int(trial * share))
     while bad - good > max(1, int(good * share)):
         if fits(trial * unit):
             good = trial
@@ -25,7 +27,7 @@ def longest(fits: Callable[[int], bool], start: int, unit: int, most: int, share
             trial = (good + bad) // 2
         else:
             trial = min(good + step, bad - 1) if good else max(bad - step, 1)
-            step *= 2
+            step *= 4
     return good * unit
 
 

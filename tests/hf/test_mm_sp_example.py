@@ -161,4 +161,4 @@ def test_the_benchmark_measures_the_variants_that_are_named(tmp_path, monkeypatc
     monkeypatch.setattr(sweep, "measure", measure)
     options = SEARCH | {"variants": ["ulysses=2"], "share": 1 / 2}
     sweep.sweep(Namespace(processes=2, benchmark=tmp_path / "table.csv", lengths=[1024], longest=2**20, **options))
-    assert tried == [("ulysses=2", 1024, sweep.SPEED), *(("ulysses=2", n, sweep.FIT) for n in (2048, 4096, 3072))]
+    assert tried == [("ulysses=2", 1024, sweep.SPEED), *(("ulysses=2", n, sweep.FIT) for n in (1536, 3584, 2560))]
