@@ -140,7 +140,8 @@ def device_memory_bytes() -> int:
 
 
 def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
-    """``tensor`` on ``target``. Nobody waits for the copy: what lies on the host goes through page-locked memory to a GPU."""
+    """``tensor`` on ``target``. What lies on the host is copied to page-locked memory (PyTorch keeps it for the next one), from
+    where a GPU takes it in the order of its stream, without the host waiting for that."""
     if target.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(target, non_blocking=True)

@@ -12,7 +12,6 @@ Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,11 +34,10 @@ from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
 from megatron_vila.config.sizes import head_dim
 from megatron_vila.models.decoder import run_decoder
 from megatron_vila.models.keep import HostMemory
-from megatron_vila.models.language import attention_kernel, build_language_model, transformer_config
+from megatron_vila.models.language import attention_kernel, build_language_model, core_attention, transformer_config
 from megatron_vila.parallel.attention import MMSPAttention, RowParams
 from megatron_vila.parallel.attention2d import RowIndices
 from megatron_vila.parallel.layout import local_positions
-from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.flops import mfu, model_flops, peak_flops
@@ -191,15 +189,9 @@ def put_attention_inside(
 ) -> None:
     """Give Megatron's layers this project's attention, for a document of ``length`` tokens."""
     grid = topology.grid
-    spec.submodules.self_attention.submodules.core_attention = functools.partial(
-        _InsideMegatron,
-        indices=RowIndices.of(np.array([0, length]), grid.ulysses, grid.ring, topology.place.ring, device),
-        ulysses_group=topology.ulysses,
-        ring_group=topology.ring,
-        peers=PeerMemory.of(topology.ulysses, device),
-        kernel_name=config.model.attention,
-        ulysses_chunks=config.parallel.ulysses_chunks,
-        device=device,
+    indices = RowIndices.of(np.array([0, length]), grid.ulysses, grid.ring, topology.place.ring, device)
+    spec.submodules.self_attention.submodules.core_attention = core_attention(
+        _InsideMegatron, config.model, topology, device, config.parallel.ulysses_chunks, indices=indices
     )
 
 

@@ -102,6 +102,7 @@ class Inside:
         total = WeightGradient(fc1_2FH, 1)
         for _ in range(2):  # alone, and added to what is there
             self.add_weight_gradient(dgate_up_T2F, x_TH, total)
+        torch.cuda.synchronize(device)  # a kernel that fails does so here
 
     def _multiply(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
         parts = {"C": out, "concat_layout": ("C", "out")} if add else {"concat_layout": ("out",)}

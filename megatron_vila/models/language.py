@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -88,18 +89,10 @@ def build_language_model(
     """This rank's part of the GPT: its tensor-parallel shard of its pipeline stage's layers."""
     llm = model.llm
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    attention = functools.partial(
-        MMSPAttention,
-        ulysses_group=topology.ulysses,
-        ring_group=topology.ring,
-        peers=PeerMemory.of(topology.ulysses, device),
-        kernel_name=model.attention,
-        ulysses_chunks=ulysses_chunks,
-        device=device,
-        deterministic=deterministic,
-    )
     self_attention = layer.submodules.self_attention.submodules
-    self_attention.core_attention = attention
+    self_attention.core_attention = core_attention(
+        MMSPAttention, model, topology, device, ulysses_chunks, deterministic=deterministic
+    )
     self_attention.linear_qkv, self_attention.linear_proj = ColumnLinear, RowLinear
     # Megatron's local norms refuse sequence parallelism.
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -121,6 +114,22 @@ def build_language_model(
     for layer in model.decoder.layers:
         layer.mlp.tile_tokens = mlp_tile
     return model
+
+
+def core_attention(
+    kind: type[MMSPAttention], model: ModelConfig, topology: ParallelTopology, device: torch.device, ulysses_chunks: int, **more
+) -> Callable[..., MMSPAttention]:
+    """What a layer spec takes as ``core_attention``: ``kind`` with what this grid and ``more`` say of it."""
+    return functools.partial(
+        kind,
+        ulysses_group=topology.ulysses,
+        ring_group=topology.ring,
+        peers=PeerMemory.of(topology.ulysses, device),
+        kernel_name=model.attention,
+        ulysses_chunks=ulysses_chunks,
+        device=device,
+        **more,
+    )
 
 
 def attention_kernel(decoder: torch.nn.Module) -> str:

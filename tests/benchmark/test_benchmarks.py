@@ -140,13 +140,14 @@ def difference_of_layers(rank, ulysses, ring):
     torch.manual_seed(3)
     hidden = torch.randn(64 // (ulysses * ring), 1, config.model.llm.hidden_size)
     found = []
-    for run in (run_ours, run_theirs):
+    for layers, run in ((ours, run_ours), (theirs, run_theirs)):
         x = hidden.clone().requires_grad_()
         out = run(x)
         out.backward(hidden)
-        found.append((out.detach(), x.grad))
+        found.append({"out": out.detach(), "x": x.grad} | {name: weight.grad for name, weight in layers.named_parameters()})
     topology.destroy()
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+    assert found[0].keys() == found[1].keys()
+    return max(float((found[0][name] - x).norm() / x.norm()) for name, x in found[1].items())
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2), (2, 2)])
