@@ -135,6 +135,11 @@ def test_recompute_keeps_nothing_but_the_pictures():
     assert kept_bytes(recompute=True) <= pictures(4).nbytes < kept_bytes(recompute=False) / 4
 
 
+def test_pictures_of_another_float_type_are_cast_to_the_tower_s():
+    tower, pixels = build_tower(SMALL), pictures(2).float()
+    assert torch.equal(tower(pixels), tower(pixels.double()))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_pictures_on_the_host_give_a_gpu_what_those_on_it_give(recompute):
