@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(parameter.requires_grad for parameter in used)):
             if len(pixels_F3HW) == 0:
                 return used[0].new_zeros(0, self.num_patches, self.config.hidden_size) + zero_connected_to(used)
-            hidden_FPC = self.vision_model.embeddings(platform.to_device(pixels_F3HW, used[0].device).to(used[0].dtype))
+            hidden_FPC = self.vision_model.embeddings(platform.to_device(pixels_F3HW, used[0].device))  # casts them
             for layer in self._layers_run():
                 hidden_FPC = layer(hidden_FPC, attention_mask=None)
                 if isinstance(hidden_FPC, tuple):
