@@ -28,8 +28,6 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || t
 
 # Megatron-Core: kernels must start in the order of their calls for tensor-parallel communication to overlap
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# rows of different lengths fragment the allocator
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # seconds that torchrun leaves its workers after SIGTERM; the default of 30 would kill them while they save
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}

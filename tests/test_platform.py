@@ -48,6 +48,26 @@ def test_megatron_core_works_on_cpu_tensors_and_other_code_still_finds_no_cuda()
         torch.zeros(2, device="cuda")
 
 
+ALLOCATOR = """
+import os
+from megatron_vila import platform
+platform.prepare()
+import torch
+print(os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+if torch.cuda.is_available():
+    torch.ones(1, device="cuda")
+    print(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+"""
+
+
+def test_the_allocator_of_gpus_extends_its_segments_unless_the_user_says_otherwise(monkeypatch):
+    used = [["True"], ["False"]] if torch.cuda.is_available() else [[], []]
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    assert run_python(ALLOCATOR).split() == ["expandable_segments:True", *used[0]]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert run_python(ALLOCATOR).split() == ["max_split_size_mb:512", *used[1]]
+
+
 @cpu_only
 def test_preparing_again_changes_nothing():
     finders, method = list(sys.meta_path), torch.Tensor.type
