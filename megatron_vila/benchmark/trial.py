@@ -62,6 +62,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         config.model.attention = unfilled.NAME
     device, dtype = platform.device(), platform.dtype_of(config.train.precision)
     topology = ParallelTopology.create(config.parallel)
+    config.train.global_batch_size = topology.grid.dp  # one row for each replica
     model_parallel_cuda_manual_seed(config.train.seed)
     model = wrap_ddp(built := VilaModel(config, topology, dtype, device), config.optim, built.config)
     optimizer, _ = build_optimizer([model], config.optim, config.train, dtype)

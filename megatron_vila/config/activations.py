@@ -47,8 +47,9 @@ def activations(config: Config, dp: int, element: int, device_bytes: int) -> Act
     """Of the fullest rank of a pipeline stage with tower, head and an equal share of the layers."""
     kept, decoder_peak = _decoder(config, dp, element)
     kept_vision, vision_peak = _vision(config, dp, element, device_bytes)
-    # The tower runs before and after the decoder.
+    # The tower runs before and after the decoder, and beside it on the frames of the next micro-batch.
     peak = max(kept + _head_workspace(config, element), decoder_peak, vision_peak)
+    peak += _frames_ahead(config, dp, element, device_bytes)
     always = local_tokens(config) * (2 * head_dim(config.model.llm) * element + 24)  # rotary angles, ids, orders of the exchange
     return Activations(kept, kept_vision, peak - kept + always)
 
@@ -210,12 +211,32 @@ def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) 
 
 def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
     """Kept by the tower for its backward pass, and in use while it works on a micro-batch."""
+    in_flight = min(config.parallel.pp, max(1, config.train.global_batch_size // dp))
+    return _tower(config, _local_frames(config), in_flight, element, device_bytes)
+
+
+def _local_frames(config: Config) -> int:
+    """Most frames of a row that a rank encodes."""
     parallel = config.parallel
     in_row = config.train.seq_length // tokens_per_frame(config.model)
     frames = in_row if config.data.packing else min(in_row, config.data.num_frames)
-    local = -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
-    in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
-    return _tower(config, local, in_flight, element, device_bytes)
+    return -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
+
+
+def _frames_ahead(config: Config, dp: int, element: int, device_bytes: int) -> int:
+    """Tokens of the next micro-batch and the frames of it that are in work under the layers of this one, where the step has a
+    next one and the tower keeps nothing (``models/vision.py``)."""
+    vision, learns = config.model.vision, config.optim.vision.trainable
+    if config.train.global_batch_size <= dp or (learns and not vision.recompute):
+        return 0
+    frames = _local_frames(config)
+    tokens = frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
+    return tokens + _frames_in_work(vision, min(frames, frames_at_once(vision, learns, element, device_bytes)), element)
+
+
+def _frames_in_work(vision: VisionConfig, frames: int, element: int) -> int:
+    """Where no activations are kept: a layer's input, its norm, q, k and v, attention's output and its projection."""
+    return frames * patches_per_frame(vision) * 7 * vision.hidden_size * element
 
 
 def _tower(config: Config, frames: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
@@ -225,11 +246,10 @@ def _tower(config: Config, frames: int, in_flight: int, element: int, device_byt
     streams = 1 + (learns or config.optim.projector.trainable)
     tokens = streams * frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
     at_once = min(frames, frames_at_once(vision, learns, element, device_bytes))
-    per_patch = patches_per_frame(vision) * element
-    if not learns:  # a layer's input, its norm, q, k and v, attention's output and its projection
-        return 0, tokens + at_once * per_patch * 7 * vision.hidden_size
+    if not learns:
+        return 0, tokens + _frames_in_work(vision, at_once, element)
     # The gradients of a layer are about as large as what it keeps.
-    per_layer = per_patch * vision_activation_elements(vision)
+    per_layer = patches_per_frame(vision) * vision_activation_elements(vision) * element
     whole, gradients = vision_layers_run(vision) * per_layer, at_once * per_layer
     if vision.recompute:
         return 0, tokens + gradients + at_once * whole

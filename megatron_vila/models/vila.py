@@ -21,7 +21,7 @@ from megatron_vila.models.language import build_language_model, transformer_conf
 from megatron_vila.models.lora import set_trainable
 from megatron_vila.models.projector import Projector
 from megatron_vila.models.shard import RowShard
-from megatron_vila.models.vision import VisionTower, encode_frames
+from megatron_vila.models.vision import FrameEncoder, VisionTower
 from megatron_vila.parallel.topology import ParallelTopology
 
 
@@ -50,6 +50,7 @@ class VilaModel(MegatronModule):
             self.projector.requires_grad_(config.optim.projector.trainable)
             for parameter in (*self.vision.parameters(), *self.projector.parameters()):
                 parameter.sequence_parallel = grid.tp > 1
+            self.encode_frames = FrameEncoder(self.vision, self.projector, device)
         self.llm = build_language_model(
             model,
             self.config,
@@ -84,15 +85,20 @@ class VilaModel(MegatronModule):
         """For Megatron's gradient sum of tied embeddings over the first and last stage."""
         return self.llm.shared_embedding_or_output_weight()
 
-    def forward(self, shard: RowShard, pixels_F3HW: torch.Tensor) -> torch.Tensor | HeadOutput:
+    def forward(
+        self, shard: RowShard, pixels_F3HW: torch.Tensor, next_F3HW: torch.Tensor | None = None
+    ) -> torch.Tensor | HeadOutput:
         """The last stage gives a ``HeadOutput``, earlier ones hidden states [t, 1, H] for the next.
 
-        ``pixels_F3HW`` are the normalised frames that this rank encodes (none after the first stage), on any device.
+        ``pixels_F3HW`` are the normalised frames that this rank encodes (none after the first stage), on any device;
+        ``next_F3HW`` those of the step's next micro-batch, which the first stage encodes under the layers of this one.
         Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the
         head's over tp.
         """
         embeddings = self._embed(shard, pixels_F3HW) if self.pre_process else None
         hidden = run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)
+        if self.pre_process and next_F3HW is not None:
+            self.encode_frames.start(next_F3HW)
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights
@@ -104,7 +110,7 @@ class VilaModel(MegatronModule):
     def _embed(self, shard: RowShard, pixels_F3HW: torch.Tensor) -> torch.Tensor:
         """Token embeddings of this rank [t, 1, H], visual tokens in their places."""
         text_tH = self.llm.embedding(input_ids=shard.token_ids_1s, position_ids=None).squeeze(1)
-        made_NH = encode_frames(self.vision, self.projector, pixels_F3HW).flatten(0, 1)
+        made_NH = self.encode_frames(pixels_F3HW).flatten(0, 1)
         merged_tH = text_tH.index_copy(0, shard.reshard.slots, shard.reshard(made_NH).to(text_tH.dtype))
         if torch.is_grad_enabled() and not merged_tH.requires_grad:
             # Attention's backward is collective: with everything below frozen it must still run on every rank.

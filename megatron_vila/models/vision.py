@@ -149,3 +149,37 @@ def encode_frames(tower: VisionTower, projector: nn.Module, pixels_F3HW: torch.T
     covers the projector too. No collectives.
     """
     return in_frame_micro_batches(tower, lambda part_F3HW: projector(tower._encode(part_F3HW)), pixels_F3HW)
+
+
+class FrameEncoder:
+    """``encode_frames`` for one micro-batch after the other, the next one's frames, where that is asked for, under the current
+    one's layers: on a CUDA stream of its own, which has the GPU while the layers wait for other ranks. Their backward pass is
+    autograd's, on the same stream. On a CPU it is the same work in the same order."""
+
+    def __init__(self, tower: VisionTower, projector: nn.Module, device: torch.device) -> None:
+        self._tower, self._projector = tower, projector
+        self._cuda = platform.cuda()
+        self._stream = self._cuda.Stream(device)
+        self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # pixels and their tokens
+
+    def __call__(self, pixels_F3HW: torch.Tensor) -> torch.Tensor:
+        """Projected tokens [F, T, D]: those made ahead if they are of these very pixels."""
+        (pixels, tokens_FTD), self._ahead = self._ahead or (None, None), None
+        if pixels is not pixels_F3HW:
+            tokens_FTD = encode_frames(self._tower, self._projector, pixels_F3HW)
+        else:
+            self._cuda.current_stream().wait_stream(self._stream)
+            if tokens_FTD.is_cuda:
+                tokens_FTD.record_stream(self._cuda.current_stream())
+        # The weights are ready by now.
+        self._stream.wait_stream(self._cuda.current_stream())
+        return tokens_FTD
+
+    def start(self, pixels_F3HW: torch.Tensor) -> None:
+        """Encode the frames of the next call, unless the tower keeps its activations: those of two micro-batches would lie there
+        at once. Called once the layers of the current micro-batch are queued."""
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.used_parameters())
+        if learns and not self._tower.config.recompute:
+            return
+        with self._cuda.stream(self._stream):
+            self._ahead = pixels_F3HW, encode_frames(self._tower, self._projector, pixels_F3HW)

@@ -49,7 +49,7 @@ class Pass:
         """
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=iter(rows),
+            data_iterator=zip(rows, (*rows[1:], None), strict=True),
             model=[self.model],
             num_microbatches=len(rows),
             seq_length=max(r.row.length for r in rows),
@@ -57,11 +57,11 @@ class Pass:
             forward_only=forward_only,
         )
 
-    def _forward_step(self, rows: Iterator[MicroBatch], model: torch.nn.Module):
-        batch = next(rows)
+    def _forward_step(self, rows: Iterator[tuple[MicroBatch, MicroBatch | None]], model: torch.nn.Module):
+        batch, following = next(rows)
         head_dim = self.llm.head_dim or self.llm.hidden_size // self.llm.num_heads
         shard = RowShard.of(batch.row, self.topology, self.llm, head_dim, self.dtype, self.device)
-        output = model(shard, batch.pixels)
+        output = model(shard, batch.pixels, following and following.pixels)
         if isinstance(output, HeadOutput):
             return output.loss_sum, partial(_loss, shard, batch.row, output.correct_n)
         return output, None

@@ -26,7 +26,7 @@ from megatron_vila.config.activations import GIB, decoder_alone, head_alone, tow
 from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import estimate_memory
 from megatron_vila.config.schema import ParallelConfig
-from megatron_vila.models import vila
+from megatron_vila.models import vision as encoder
 from megatron_vila.models.language import transformer_config
 from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
@@ -86,12 +86,12 @@ class Slowly(torch.autograd.Function):
 
 
 def slow_frames(rank, overrides):
-    usual = vila.encode_frames
-    vila.encode_frames = lambda *args: Slowly.apply(usual(*args))
+    usual = encoder.encode_frames
+    encoder.encode_frames = lambda *args: Slowly.apply(usual(*args))
     try:
         return [row["vision_s"] for row in rows_of(rank, "trial", KINDS["trial"] | QUICK | overrides)]
     finally:
-        vila.encode_frames = usual
+        encoder.encode_frames = usual
 
 
 def test_a_step_tells_what_frames_cost_forward_and_backward():
@@ -255,7 +255,7 @@ def predicted_bytes(row):
     if kind == "vision":
         variant = parse_variant(row["variant"], vision.VARIANT)
         return tower_alone(vision.config_of(chosen, variant), int(row["frames"]), 2, device_bytes=0)
-    config = load_config(named, [*overrides, f"train.seq_length={row['seq_len']}"])
+    config = load_config(named, [*overrides, f"train.seq_length={row['seq_len']}", "train.global_batch_size=1"])
     return estimate_memory(config, int(row["gpus"]), on_gpu=True).allocated
 
 
@@ -268,7 +268,7 @@ def test_the_memory_model_of_today_is_within_5_percent_of_every_published_peak_t
             assert predicted == pytest.approx(float(row["predicted_gib"]), abs=2e-3)
             assert predicted == pytest.approx(float(row["peak_gib"]), rel=0.05)
             compared += 1
-    assert compared >= 30
+    assert compared >= 35
 
 
 def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_refused():

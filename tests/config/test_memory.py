@@ -117,6 +117,19 @@ def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
     assert activations() > 100 * pixels
 
 
+def test_frames_of_the_next_micro_batch_take_memory_where_they_are_encoded_ahead():
+    def workspace(rows, *overrides):
+        settings = ["train.seq_length=32768", "data.num_frames=128", f"train.global_batch_size={rows}", *overrides]
+        return estimate_memory(load_config("models/longvila-7b", settings), 1, on_gpu=True).workspace
+
+    tokens, in_work = 128 * 196 * 3584 * 2, 729 * 7 * 1152 * 2
+    for tower, at_once in ("optim.vision.trainable=false", 64), ("model.vision.recompute=true", 8):
+        chosen = (tower, f"model.vision.frame_micro_batch={at_once}")
+        assert workspace(2, *chosen) - workspace(1, *chosen) == tokens + at_once * in_work
+        assert workspace(3, *chosen) == workspace(2, *chosen)
+    assert workspace(2) == workspace(1)
+
+
 def test_the_estimate_reads_as_a_sum():
     estimate = estimate_memory(load_config("models/qwen2-7b", []), 8, on_gpu=True)
     assert str(estimate).startswith(f"{estimate.total / GIB:.1f} GiB (weights ")

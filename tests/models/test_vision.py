@@ -9,7 +9,7 @@ from transformers import SiglipVisionModel
 from megatron_vila.config.activations import frames_at_once
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.projector import Projector
-from megatron_vila.models.vision import VisionTower, encode_frames, layers_to_run, siglip_config
+from megatron_vila.models.vision import FrameEncoder, VisionTower, encode_frames, layers_to_run, siglip_config
 from tests.ranks import pool
 
 SMALL = VisionConfig(
@@ -180,6 +180,55 @@ def test_tower_and_projector_in_one_pass_equal_one_after_the_other(frames, recom
     torch.testing.assert_close(tokens_FTD, expected_FTD, rtol=1e-12, atol=1e-12)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("learns", "recompute", "ahead"), [(False, False, True), (True, True, True), (True, False, False)],
+    ids=["frozen", "recomputed", "kept"],
+)  # fmt: skip
+def test_the_next_frames_are_encoded_ahead_and_once_where_the_tower_keeps_nothing(learns, recompute, ahead):
+    batches = pictures(7).split([2, 4, 1])
+
+    def run(step):
+        tower = build_tower(replace(SMALL, recompute=recompute))
+        tower.set_trainable(learns)
+        projector = Projector(ProjectorConfig(), SMALL, 20, 0.2).double()
+        encoded = []
+        tower.vision_model.embeddings.register_forward_hook(lambda _, inputs, output: encoded.append(len(output)))
+        return [step(tower, projector, encoded), gradients(tower) | gradients(projector)]
+
+    def one_after_the_other(tower, projector, encoded):
+        for batch in batches:
+            encode_frames(tower, projector, batch).square().sum().backward()
+
+    def with_the_next(tower, projector, encoded):
+        encoder, seen = FrameEncoder(tower, projector, torch.device("cpu")), []
+        for batch, following in zip(batches, (*batches[1:], None), strict=True):
+            tokens_FTD = encoder(batch)
+            if following is not None:
+                encoder.start(following)
+            seen.append(sum(encoded))
+            tokens_FTD.square().sum().backward()
+            encoded[:] = [seen[-1]]  # less what the backward pass encodes again
+        return seen
+
+    (seen, found), (_, expected) = run(with_the_next), run(one_after_the_other)
+    assert seen == ([6, 7, 7] if ahead else [2, 6, 7])
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_frames_encoded_ahead_are_left_where_others_come():
+    tower = build_tower(SMALL)
+    tower.set_trainable(False)
+    projector = Projector(ProjectorConfig(), SMALL, 20, 0.2).double()
+    encoder = FrameEncoder(tower, projector, torch.device("cpu"))
+    ahead, other = pictures(5).split([2, 3])
+    encoder(ahead)
+    encoder.start(ahead)
+    assert torch.equal(encoder(other), encode_frames(tower, projector, other))
+    assert torch.equal(encoder(ahead), encode_frames(tower, projector, ahead))
 
 
 def test_a_frozen_tower_builds_no_graph_but_its_projector_still_learns():

@@ -87,6 +87,15 @@ def write_truth_in_a_process_without_gpus(config: Config, rows: Rows, path: Path
         raise RuntimeError(f"the truth was not written: exit status {process.exitcode}")
 
 
+def micro_batches(rows: Rows, topology: ParallelTopology) -> list[MicroBatch]:
+    """The rows of this rank's replica with the frames that the rank encodes."""
+    batches = []
+    for documents in rows[topology.place.dp :: topology.grid.dp]:
+        row = pack(documents, topology.grid.document_multiple, topology.grid.row_multiple)
+        batches.append(MicroBatch(row, pixels([row.frames[i] for i in local_frames(row, topology)])))
+    return batches
+
+
 def _alone(config: Config, rows: Rows, path: Path) -> None:
     platform.prepare()
     platform.init_distributed()
@@ -108,14 +117,8 @@ def compare(
     ddp = DistributedDataParallel(model.config, ddp_config, model)
     model.config.finalize_model_grads_func = finalize_gradients
     model.config.no_sync_func = ddp.no_sync
-    mine = rows[topology.place.dp :: grid.dp]
-    batches = []
-    for documents in mine:
-        row = pack(documents, grid.document_multiple, grid.row_multiple)
-        frames = [row.frames[i] for i in local_frames(row, topology)]
-        batches.append(MicroBatch(row, pixels(frames)))
     ddp.zero_grad_buffer()
-    reports = Pass(ddp, topology, config.model.llm, dtype, device).run(batches)
+    reports = Pass(ddp, topology, config.model.llm, dtype, device).run(micro_batches(rows, topology))
     loss, _ = mean_loss(reports, topology, device)
     reference = torch.load(path, weights_only=True)
     grads, tokens = reference["grads"], max(reference["supervised"], 1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
 from megatron_vila.parallel.frames import deal_frames
+from megatron_vila.training.step import Pass
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool
@@ -165,6 +167,24 @@ def test_the_contract_holds_for_the_parts_that_a_stage_trains(truths, parallel, 
     for part in ("vision", "projector", "llm"):
         getattr(config.optim, part).trainable = part in trained
     truths.check(f"{'-'.join(trained)}-{recompute}", config, MIXED_ROWS[:4], 4, parallel)
+
+
+def frames_ahead(rank: int, config, rows, parallel: ParallelConfig) -> list[bool] | None:
+    """Whether the frames of each micro-batch after the first were encoded under the one before; None without a tower."""
+    topology, model, _ = contract.build(config, parallel)
+    batches, started = contract.micro_batches(rows, topology), []
+    if model.pre_process:
+        start = model.encode_frames.start
+        model.encode_frames.start = lambda pixels: (started.append(pixels), start(pixels))
+    Pass(model, topology, config.model.llm, torch.float64, contract.CPU).run(batches, forward_only=True)
+    topology.destroy()
+    return [len(started) == len(batches) - 1 and started[i] is b.pixels for i, b in enumerate(batches[1:])] if started else None
+
+
+def test_a_step_encodes_the_next_frames_under_the_layers_of_each_micro_batch_but_the_last():
+    stages = pool.run(2, frames_ahead, samples.config(layers=4), MIXED_ROWS[:4], ParallelConfig(pp=2))
+    assert stages == [[True] * 3, None]
+    assert pool.run(1, frames_ahead, samples.config(layers=4), MIXED_ROWS[:1], ParallelConfig()) == [None]
 
 
 @pytest.mark.parametrize("row", ["text_only", "image_only", "one_label", "no_labels"])
