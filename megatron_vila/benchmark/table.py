@@ -64,6 +64,8 @@ def plot_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     measures = ("tflops_per_gpu", "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "seq_len")
     measure = next(name for name in measures if all(row.get(name) not in (None, "") for row in rows))
     labels = [" ".join(str(row[name]) for name in ("model", "variant", "part", "seq_len") if row.get(name)) for row in rows]
+    if len({str(row["gpus"]) for row in rows}) > 1:
+        labels = [f"{label} gpus={row['gpus']}" for label, row in zip(labels, rows, strict=True)]
     figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.32 * len(rows)), layout="constrained")
     axes.barh(range(len(rows)), [float(row[measure]) for row in rows], tick_label=labels, color="#4477aa")
     axes.invert_yaxis()
