@@ -15,6 +15,7 @@ PEERS = ("tests/parallel/test_peers.py", "-k", "contract_holds and u4-attention_
 OFFLOAD = ("tests/training/test_offload.py", "-k", "gradients_are_clipped or cut_parameters and 1.0-1000")
 HEAD = ("tests/models/test_head.py", "-k", "plain_cross_entropy")
 PLATFORM = ("tests/test_platform.py", "-k", "few_versions")
+AHEAD = ("tests/models/test_vision.py", "-k", "ahead")
 SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduction")
 
 
@@ -342,5 +343,26 @@ FAULTS = [
         "gradients_E.mul_(grad_scale)",
         "pass",
         OFFLOAD,
+    ),
+    Fault(
+        "frames encoded ahead are taken for others",
+        "megatron_vila/models/vision.py",
+        "if pixels is not pixels_F3HW:",
+        "if pixels is None:",
+        AHEAD,
+    ),
+    Fault(
+        "frames are encoded ahead beside kept activations",
+        "megatron_vila/models/vision.py",
+        "if learns and not self._tower.config.recompute:",
+        "if False:",
+        AHEAD,
+    ),
+    Fault(
+        "frames encoded ahead are those of the same row",
+        "megatron_vila/training/step.py",
+        "zip(rows, (*rows[1:], None), strict=True)",
+        "zip(rows, (*rows[:-1], None), strict=True)",
+        (CONTRACT, "-k", "encodes_the_next"),
     ),
 ]
