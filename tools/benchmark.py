@@ -19,6 +19,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -42,12 +43,16 @@ SETTINGS = {
 }
 """What the ranks of each benchmark are told, beside variants and the number of steps."""
 
+ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that change times or memory: where one is set, it stands before the command of a row."""
+
 
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
     # As Ctrl-C does, so that the job is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
-    command = shlex.join(["python", "tools/benchmark.py", *arguments])
+    environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
+    command = " ".join([*environment, shlex.join(["python", "tools/benchmark.py", *arguments])])
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
