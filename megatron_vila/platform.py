@@ -192,11 +192,12 @@ def set_deterministic(enabled: bool) -> None:
 def prepare() -> None:
     """Make ``megatron.core`` usable on this machine. Call it before the first use of Megatron-Core; calling again is free.
 
-    With CUDA it silences import-time warnings about optional packages and, unless PYTORCH_CUDA_ALLOC_CONF says otherwise, has
-    PyTorch's allocator extend its segments. Without, modules of ``megatron.core``, those imported already and those to come,
-    are redirected to the CPU, and their ``torch.compile`` fusions are switched off.
+    With CUDA it silences import-time warnings about optional packages and, unless PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
+    is set, has PyTorch's allocator extend its segments. Without, modules of ``megatron.core``, those imported already and those
+    to come, are redirected to the CPU, and their ``torch.compile`` fusions are switched off.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # pieces of other sizes fill no gap
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the other name would hide it
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     for message in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     quiet = (

@@ -53,7 +53,7 @@ import os
 from megatron_vila import platform
 platform.prepare()
 import torch
-print(os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+print(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
 if torch.cuda.is_available():
     torch.ones(1, device="cuda")
     print(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
@@ -62,8 +62,11 @@ if torch.cuda.is_available():
 
 def test_the_allocator_of_gpus_extends_its_segments_unless_the_user_says_otherwise(monkeypatch):
     used = [["True"], ["False"]] if torch.cuda.is_available() else [[], []]
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     assert run_python(ALLOCATOR).split() == ["expandable_segments:True", *used[0]]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert run_python(ALLOCATOR).split() == ["None", *used[1]]
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     assert run_python(ALLOCATOR).split() == ["max_split_size_mb:512", *used[1]]
 

@@ -43,7 +43,7 @@ SETTINGS = {
 }
 """What the ranks of each benchmark are told, beside variants and the number of steps."""
 
-ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF")
+ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables that change times or memory: where one is set, it stands before the command of a row."""
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     # As Ctrl-C does, so that the job is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
-    command = " ".join([*environment, shlex.join(["python", "tools/benchmark.py", *arguments])])
+    command = shlex.join([*environment, "python", "tools/benchmark.py", *arguments])
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:

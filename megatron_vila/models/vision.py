@@ -153,8 +153,8 @@ def encode_frames(tower: VisionTower, projector: nn.Module, pixels_F3HW: torch.T
 
 class FrameEncoder:
     """``encode_frames`` for one micro-batch after the other, the next one's frames, where that is asked for, under the current
-    one's layers: on a CUDA stream of its own, which has the GPU while the layers wait for other ranks. Their backward pass is
-    autograd's, on the same stream. On a CPU it is the same work in the same order."""
+    one's layers: on a CUDA stream of its own, for where the layers leave the GPU idle. Their backward pass is autograd's,
+    on the same stream. On a CPU it is the same work in the same order."""
 
     def __init__(self, tower: VisionTower, projector: nn.Module, device: torch.device) -> None:
         self._tower, self._projector = tower, projector

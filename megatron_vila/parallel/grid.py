@@ -7,6 +7,7 @@ Megatron-Core's rank order ``tp-cp-ep-dp-pp`` with cp = ulysses x ring and ulyss
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,14 +108,9 @@ class GridShape:
 
     def group(self, kind: str, rank: int) -> list[int]:
         """The ranks of the ``kind`` group (GROUP_KINDS) that holds ``rank``, ascending."""
-        axes = _AXES_OF_KIND[kind]
-        mine = self.coordinates(rank)
-        fixed = [axis for axis in Coordinates._fields if axis not in axes]
-        return [
-            other
-            for other in range(self.world_size)
-            if all(getattr(self.coordinates(other), axis) == getattr(mine, axis) for axis in fixed)
-        ]
+        axes, mine = _AXES_OF_KIND[kind], self.coordinates(rank)._asdict()
+        places = itertools.product(*(range(getattr(self, axis)) for axis in axes))
+        return sorted(self.rank(**mine | dict(zip(axes, place, strict=True))) for place in places)
 
     def groups(self, kind: str) -> list[list[int]]:
         """All groups of a kind, ordered by their first rank."""
