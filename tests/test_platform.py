@@ -244,11 +244,12 @@ def test_deterministic_mode_can_be_switched_on_and_off(monkeypatch):
 
 
 def test_compiled_functions_have_few_versions():
-    """With more than eight, torch.compile gives up and runs a function as it stands, which no result would tell."""
+    """One for the first length and one for all others. With more than eight, torch.compile gives up and runs a function as it
+    stands, which no result would tell."""
     found = json.loads(run_python("import runpy; runpy.run_module('tests.compiled_versions', run_name='__main__')"))
     known = {"_turn_apart", "_turn_queries_back", "_turn_keys_back", "_add_norm", "_norm", "_scan", "_write_gradient_and_value"}
     assert known <= set(found)
-    assert max(found.values()) <= 4, found
+    assert max(found.values()) <= 2, found
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
