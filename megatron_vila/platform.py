@@ -374,13 +374,6 @@ def _redirect_methods() -> None:
     torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)
 
 
-def compile_on_cuda(module: torch.nn.Module) -> None:
-    """Let ``torch.compile`` run ``module``, with its gradients, where there is CUDA."""
-    if torch.cuda.is_available():
-        # With its padding of rows, code for any batch size fails on what code for one batch size has kept (torch 2.11, 2.13).
-        module.compile(options={"comprehensive_padding": False})
-
-
 def compiled_on_cuda(function: Callable) -> Callable:
     """``function`` of tensors and numbers: as it is on a CPU, by ``torch.compile`` on CUDA.
 

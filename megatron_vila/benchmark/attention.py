@@ -19,6 +19,7 @@ from megatron_vila import platform
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.benchmark.worker import measure, parse_variant
+from megatron_vila.config.activations import GIB, MOST_PEER_BYTES, attention_alone, plain_ring_alone
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
@@ -78,6 +79,7 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
         def forward():
             return attention(q_sHD, k_sKD, v_sKD, row)
 
+    predicted = predicted_bytes(settings, variant, kernel.name, dtype.itemsize)
     out_sHD = forward()
     steps = {
         "forward": forward,
@@ -100,9 +102,26 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
             "seq_len": int(cu_seqlens[-1]),
             "time_s": round(found.seconds, 6),
             "tflops_per_gpu": float(f"{PRODUCTS[part] * score / found.seconds / world / 1e12:.4g}"),
-            "peak_gib": round(found.peak_bytes / 2**30, 3),
+            "peak_gib": round(found.peak_bytes / GIB, 3),
+            "predicted_gib": round(predicted[part] / GIB, 3) if predicted else "",
             "hardware": hardware(world),
             "versions": versions(),
             "command": settings["command"],
         }
     topology.destroy()
+
+
+def predicted_bytes(settings: dict[str, Any], variant: dict[str, Any], kernel: str, element: int) -> dict[str, int] | None:
+    """Of each part on a rank; None where the memory of a kernel or layout is not modelled."""
+    ulysses, ring, chunks = variant["ulysses"], variant["ring"], variant["ulysses_chunks"]
+    tokens = sum(settings["documents"]) // (ulysses * ring)
+    q, k = (tokens * settings[name] * settings["head_dim"] * element for name in ("heads", "kv_heads"))
+    lse = tokens * settings["heads"] * max(element, 4)
+    if variant["method"] == "plain_ring" and kernel == "flash2" and ring == 2:
+        return {part: plain_ring_alone(part, q, k, lse) for part in PRODUCTS}
+    whole_groups = HeadSplit(settings["heads"], settings["kv_heads"], ulysses, chunks).expansion(0) is None
+    if variant["method"] == "plain_ring" or kernel != "fa4" or ring > 2 or not whole_groups:
+        return None
+    peers = variant["exchange"] == "peers" and q + 2 * k <= MOST_PEER_BYTES
+    packed = len(settings["documents"]) > 1
+    return {part: attention_alone(part, q, k, lse, ulysses, ring, chunks, peers, packed) for part in PRODUCTS}

@@ -1,10 +1,11 @@
 """Decoder layers alone: forward and backward pass, no embedding, no head, no optimizer.
 
 ``method`` is ``mmsp`` (this project) or, with Transformer Engine installed, Megatron-Core's own layers and context parallelism:
-``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp; ``megatron_mmsp`` is those layers with
-this project's attention inside. One document, every token trained, weights in bfloat16 on a GPU. As in training, products add
-the gradients of weights to buffers that are there from the start (float32, or with ``optim.grad_reduce_fp32=false`` the weights'
-dtype). ``swiglu=apart`` is without the products that have SwiGLU inside.
+``megatron_p2p`` and ``megatron_a2a`` with cp = ulysses * ring, ``megatron_tp`` without cp, with the fusions that Megatron-LM's
+training script has by default; ``megatron_mmsp`` is those layers with this project's attention inside. One document, every token
+trained, weights in bfloat16 on a GPU. As in training, products add the gradients of weights to buffers that are there from the
+start (float32, or with ``optim.grad_reduce_fp32=false`` the weights' dtype). ``swiglu=apart`` is without the products that have
+SwiGLU inside.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -151,6 +152,7 @@ def _megatron(
     stock = dataclasses.replace(
         transformer_config(config.model, topology, dtype),
         cp_comm_type=MEGATRON[method],
+        apply_rope_fusion=True,
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         persist_layer_norm=True,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_vila import platform
 from megatron_vila.benchmark.table import hardware, versions
 from megatron_vila.benchmark.worker import measure, parse_variant
+from megatron_vila.config.activations import GIB, reshard_alone
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.layout import plan_reshard
 from megatron_vila.parallel.reshard import Reshard
@@ -55,11 +56,20 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
         "seq_len": length,
         "frames": frames,
         "time_s": round(found.seconds, 6),
-        "peak_gib": round(found.peak_bytes / 2**30, 3),
+        "peak_gib": round(found.peak_bytes / GIB, 3),
+        "predicted_gib": round(predicted_bytes(settings, variant, length, made_NH.element_size()) / GIB, 3),
         "hardware": hardware(world),
         "versions": versions(),
         "command": settings["command"],
     }
+
+
+def predicted_bytes(settings: dict[str, Any], variant: dict[str, Any], length: int, element: int) -> int:
+    """Of the fullest rank, in a row of ``length`` tokens."""
+    ranks, each = variant["tp"] * variant["ulysses"] * variant["ring"], settings["hidden"] * element
+    made = -(-settings["frames"] // ranks) * settings["tokens_per_frame"] * each
+    owned = min(length // ranks, settings["frames"] * settings["tokens_per_frame"]) * each
+    return reshard_alone(made, owned, ranks * made if variant["method"] == "full_gather" else 0)
 
 
 def difference(parallel: ParallelConfig, frames: int, each: int, hidden: int) -> float:

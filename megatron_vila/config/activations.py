@@ -81,6 +81,13 @@ def head_alone(tokens: int, hidden: int, rows: int, element: int, gradient: int)
     return operands + _logits(tokens, hidden, rows, element, gradient >= 4)
 
 
+def reshard_alone(made: int, owned: int, gathered: int) -> int:
+    """Bytes of a rank that moves visual tokens alone, forward and backward (``benchmark/reshard.py``): it makes ``made`` bytes of
+    them and gets ``owned``, or first all of ``gathered``, padded (else 0)."""
+    # Gradients: of all; or as they come back, and once more in order.
+    return made + 2 * owned + (gathered or 2 * made)
+
+
 def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
     """Bytes that the layers of a stage keep on the device, and the most that they hold in their backward pass."""
     parallel, memory = config.parallel, config.memory
@@ -170,10 +177,9 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     autograd = bool(config.model.lora.rank and {"fc1", "fc2"} & set(config.model.lora.targets))
     inner = ((5 if again or tiled else 3) + autograd) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
-    # dq, dk, dv and their float32 sums; copies of the exchanges; blocks and sums of the ring, in float32 from three ranks on
-    chunks, ring = config.parallel.ulysses_chunks, config.parallel.ring
-    of_ring = ((1 if ring == 2 else 2) * q + 6 * k) * (ring > 1)
-    at_heads = 3 * q + 6 * k + (3 * q + 2 * k) * (config.parallel.ulysses > 1) + of_ring
+    # Gradients of q, k and v, with copies of the exchange.
+    chunks = config.parallel.ulysses_chunks
+    at_heads = _attention_backward(q, k, config.parallel.ring, packed=True) + (3 * q + 2 * k) * (config.parallel.ulysses > 1)
     if chunks > 1:
         # A chunk at work, its gradients and their sums; the next, sent and received, or the gradients of the one before, or both.
         given, grads = 3 * q + 2 * k, q + 2 * k
@@ -186,6 +192,59 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     apart = tiled and element == 2 and not config.optim.grad_reduce_fp32 and config.optim.llm.trainable
     sums = 3 * llm.hidden_size * llm.ffn_hidden_size // tp * 4 * apart
     return int(tokens * (max(mlp, attention) + rebuilt) * element) + sums
+
+
+def attention_alone(
+    part: str, q: int, k: int, lse: int, ulysses: int, ring: int, chunks: int, peers: bool, packed: bool
+) -> int:
+    """Bytes of a rank that runs 2D attention alone with fa4, in a ring of at most 2, while ``part`` of it is measured
+    (``benchmark/attention.py``).
+
+    ``q``, ``k`` and ``lse``: bytes of a rank's queries, keys and log-sum-exp. ``peers``: exchanges go by ``parallel/peers.py``,
+    whose buffer is not counted.
+    """
+    given = q + 2 * k
+    ring_forward = q if ring == 1 else 3 * q + 3 * k  # of two: blocks, a part of the output, the merged output
+    ring_backward = _attention_backward(q, k, ring, packed)
+    if ulysses == 1:
+        saved, forward, backward = q + lse, ring_forward + lse, ring_backward
+    else:
+        saved = q + given + q + lse  # the output in both layouts; q, k and v at the heads
+        if chunks > 1:
+            # Behind the last chunk: it arrives, or is worked on, or the one before is, while the output of another leaves.
+            last = q + ((chunks - 1) * (given + q) + 2 * q) / chunks
+            before = last - (given + q) / chunks
+            forward = max(last + 2 * given / chunks, last + (given + ring_forward) / chunks)
+            forward = max(forward, before + (3 * given + ring_forward) / chunks) + lse
+            backward = given + (2 * given + q + 2 * q * (chunks > 2) + ring_backward) / chunks
+        elif peers:
+            forward, backward = q + given + ring_forward + lse, max(ring_backward, 2 * given)
+        else:
+            # What is sent, what has arrived, what is in order; the latter with what was put together.
+            forward = max(q + 3 * given, q + given + ring_forward + lse, q + given + 3 * q + lse)
+            backward = max(q + ring_backward, 4 * given)
+    # The results of one forward pass are there from the start; fa4 works in two more of the size of the log-sum-exp.
+    at_work = {"forward": forward, "backward": backward + 2 * lse, "both": max(forward, saved + backward + 2 * lse)}
+    return int(q + given + saved + at_work[part])
+
+
+def plain_ring_alone(part: str, q: int, k: int, lse: int) -> int:
+    """``attention_alone`` for the plain ring of two with flash2 (``benchmark/plain_ring.py``): outputs and gradients are summed
+    in float32, and flash2 has a gradient of keys and values for each query head."""
+    given, saved = q + 2 * k, q + lse
+    forward, backward = 9 * q + 2 * k + 4 * lse, 8 * q + 10 * k + lse
+    at_work = {"forward": forward, "backward": backward, "both": max(forward, saved + backward)}
+    return q + given + saved + at_work[part]
+
+
+def _attention_backward(q: float, k: float, ring: int, packed: bool) -> float:
+    """dq, dk, dv and the kernel's float32 sums of them; blocks and totals of the ring, these in float32 from three ranks on."""
+    if ring == 1:
+        return 3 * q + 6 * k
+    if ring == 2:
+        # All queries with half of the keys; or, with all keys, half of the queries: packed rows copy it, its output and gradient.
+        return max(4 * q + 8 * k, (4 if packed else 2.5) * q + 13 * k)
+    return 5 * q + 12 * k
 
 
 def _widths(config: Config) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class VilaModel(MegatronModule):
             self.projector.requires_grad_(config.optim.projector.trainable)
             for parameter in (*self.vision.parameters(), *self.projector.parameters()):
                 parameter.sequence_parallel = grid.tp > 1
-            self.encode_frames = FrameEncoder(self.vision, self.projector, device)
+            self.encode_frames = FrameEncoder(self.vision, self.projector)
         self.llm = build_language_model(
             model,
             self.config,

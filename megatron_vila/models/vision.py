@@ -81,8 +81,7 @@ class VisionTower(nn.Module):
         initialise(self, init_std)
         self.requires_grad_(False)
         self.set_trainable(True)
-        for layer in self._layers_run():
-            platform.compile_on_cuda(layer)
+        self._layers_are_compiled = False
 
     def used_parameters(self) -> list[nn.Parameter]:
         """The parameters that the features depend on."""
@@ -116,11 +115,19 @@ class VisionTower(nn.Module):
             if len(pixels_F3HW) == 0:
                 return used[0].new_zeros(0, self.num_patches, self.config.hidden_size) + zero_connected_to(used)
             hidden_FPC = self.vision_model.embeddings(platform.to_device(pixels_F3HW, used[0].device))  # casts them
+            if hidden_FPC.is_cuda and not self._layers_are_compiled:
+                self._compile_layers()
             for layer in self._layers_run():
                 hidden_FPC = layer(hidden_FPC, attention_mask=None)
                 if isinstance(hidden_FPC, tuple):
                     hidden_FPC = hidden_FPC[0]
             return hidden_FPC
+
+    def _compile_layers(self) -> None:
+        for layer in self._layers_run():
+            # With its padding of rows, code for any batch size fails on what code for one batch size has kept (torch 2.11, 2.13).
+            layer.compile(options={"comprehensive_padding": False})
+        self._layers_are_compiled = True
 
     def _layers_run(self) -> list[nn.Module]:
         return list(self.vision_model.encoder.layers)[: self.num_layers_run]
@@ -156,10 +163,10 @@ class FrameEncoder:
     one's layers: on a CUDA stream of its own, for where the layers leave the GPU idle. Their backward pass is autograd's,
     on the same stream. On a CPU it is the same work in the same order."""
 
-    def __init__(self, tower: VisionTower, projector: nn.Module, device: torch.device) -> None:
+    def __init__(self, tower: VisionTower, projector: nn.Module) -> None:
         self._tower, self._projector = tower, projector
         self._cuda = platform.cuda()
-        self._stream = self._cuda.Stream(device)
+        self._stream = self._cuda.Stream()
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # pixels and their tokens
 
     def __call__(self, pixels_F3HW: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_vila.benchmark import head, layer, vision
+from megatron_vila.benchmark import attention, head, layer, reshard, vision
 from megatron_vila.benchmark.max_length import longest
 from megatron_vila.benchmark.plain_ring import plain_ring_attention
 from megatron_vila.benchmark.table import ALWAYS
@@ -54,6 +54,7 @@ KINDS = {
         "variants": ["memory.recompute=attention_output", "optim.grad_reduce_fp32=false,parallel.ulysses=1"],
     },
 }  # fmt: skip
+PREDICTED = ("attention", "layer", "step", "max_length", "vision", "head", "reshard")
 NEEDED = {"model", "gpus", "tp", "ulysses", "ring", "time_s", "peak_gib", "hardware", "versions", "command"}
 
 
@@ -239,7 +240,7 @@ def test_published_tables_have_every_column_and_name_hardware_versions_and_comma
     for row in published(name):
         assert set(row) >= set(ALWAYS)
         assert "NVIDIA" in row["hardware"] and "torch 2" in row["versions"]
-        assert row["command"].startswith(("python tools/benchmark.py ", "torchrun "))
+        assert re.match(r"((CUDA|PYTORCH)_\w+=\S+ )*(python tools/benchmark.py|torchrun) ", row["command"])
 
 
 def predicted_bytes(row):
@@ -249,6 +250,14 @@ def predicted_bytes(row):
     kind, named = words[2], words[3]
     overrides = [word for word in words[4:] if "=" in word and "." in word.partition("=")[0]]
     chosen = {"config": named, "overrides": overrides, "layers": 4}
+    if kind == "attention":
+        documents = [int(tokens) for tokens in words[words.index("--documents") + 1].split(",")]
+        sizes = dict(zip(("heads", "kv_heads", "head_dim"), map(int, re.findall(r"\d+", row["model"])), strict=False))
+        variant = parse_variant(row["variant"], attention.VARIANT)
+        return attention.predicted_bytes(sizes | {"documents": documents}, variant, row["attention"], 2)[row["part"]]
+    if kind == "reshard":
+        sizes = dict(zip(("frames", "tokens_per_frame", "hidden"), map(int, re.findall(r"\d+", row["model"])), strict=True))
+        return reshard.predicted_bytes(sizes, parse_variant(row["variant"], reshard.VARIANT), int(row["seq_len"]), 2)
     if kind == "head":
         variant, sizes = parse_variant(row["variant"], head.VARIANT), map(int, re.findall(r"\d+", row["model"]))
         return head_alone(*sizes, 2, 4 if variant["main_grad"] else 2)
@@ -264,13 +273,13 @@ def predicted_bytes(row):
 def test_the_memory_model_of_today_is_within_5_percent_of_every_published_peak_that_has_a_prediction():
     """The prediction is made anew from the row's command, and is the one that the table shows."""
     compared = 0
-    for row in (row for name in ("layer", "step", "max_length", "vision", "head") for row in published(name)):
+    for row in (row for name in PREDICTED for row in published(name)):
         if row["predicted_gib"]:
             predicted = predicted_bytes(row) / GIB
             assert predicted == pytest.approx(float(row["predicted_gib"]), abs=2e-3)
             assert predicted == pytest.approx(float(row["peak_gib"]), rel=0.05)
             compared += 1
-    assert compared >= 35
+    assert compared >= 78
 
 
 def test_variants_are_parsed_by_the_types_of_the_defaults_and_unknown_names_are_refused():

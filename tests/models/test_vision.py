@@ -152,6 +152,14 @@ def test_pictures_on_the_host_give_a_gpu_what_those_on_it_give(recompute):
     assert all(torch.equal(host, gpu) for host, gpu in zip(*found, strict=True))
 
 
+def test_a_tower_on_a_cpu_is_not_compiled_where_there_is_cuda(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    with monkeypatch.context() as machine:
+        machine.setattr(torch.cuda, "is_available", lambda: True)
+        tower = build_tower(SMALL)
+    assert tower(pictures(2)).shape == (2, 49, 24)
+
+
 def test_a_rank_without_frames_gives_every_trainable_parameter_a_gradient_of_exact_zeros():
     tower = build_tower(SMALL)
     with torch.no_grad():
@@ -202,7 +210,7 @@ def test_the_next_frames_are_encoded_ahead_and_once_where_the_tower_keeps_nothin
             encode_frames(tower, projector, batch).square().sum().backward()
 
     def with_the_next(tower, projector, encoded):
-        encoder, seen = FrameEncoder(tower, projector, torch.device("cpu")), []
+        encoder, seen = FrameEncoder(tower, projector), []
         for batch, following in zip(batches, (*batches[1:], None), strict=True):
             tokens_FTD = encoder(batch)
             if following is not None:
@@ -223,7 +231,7 @@ def test_frames_encoded_ahead_are_left_where_others_come():
     tower = build_tower(SMALL)
     tower.set_trainable(False)
     projector = Projector(ProjectorConfig(), SMALL, 20, 0.2).double()
-    encoder = FrameEncoder(tower, projector, torch.device("cpu"))
+    encoder = FrameEncoder(tower, projector)
     ahead, other = pictures(5).split([2, 3])
     encoder(ahead)
     encoder.start(ahead)
