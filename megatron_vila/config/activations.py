@@ -47,9 +47,9 @@ def activations(config: Config, dp: int, element: int, device_bytes: int) -> Act
     """Of the fullest rank of a pipeline stage with tower, head and an equal share of the layers."""
     kept, decoder_peak = _decoder(config, dp, element)
     kept_vision, vision_peak = _vision(config, dp, element, device_bytes)
-    # The tower runs before and after the decoder, and beside it on the frames of the next micro-batch.
-    peak = max(kept + _head_workspace(config, element), decoder_peak, vision_peak)
-    peak += _frames_ahead(config, dp, element, device_bytes)
+    # The tower runs before and after the decoder, and beside it on the frames of the next micro-batch, whose tokens stay.
+    tokens_ahead, frames_ahead = _frames_ahead(config, dp, element, device_bytes)
+    peak = max(kept + _head_workspace(config, element) + frames_ahead, decoder_peak + frames_ahead, vision_peak) + tokens_ahead
     always = local_tokens(config) * (2 * head_dim(config.model.llm) * element + 24)  # rotary angles, ids, orders of the exchange
     return Activations(kept, kept_vision, peak - kept + always)
 
@@ -91,19 +91,50 @@ def reshard_alone(made: int, owned: int, gathered: int) -> int:
 def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
     """Bytes that the layers of a stage keep on the device, and the most that they hold in their backward pass."""
     parallel, memory = config.parallel, config.memory
-    layers, tokens = config.model.llm.num_layers // parallel.pp, local_tokens(config)
+    layers = config.model.llm.num_layers // parallel.pp
     # The first stage of 1F1B holds the activations of up to pp micro-batches.
     in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
     again = 0 if memory.recompute == "none" else min(memory.recompute_layers or layers, layers)
-    on_host = int(memory.offload_gib * GIB)
-    first = max(0, in_flight * tokens * kept_bytes_per_token(config, again, element) - on_host)
-    kept = first + in_flight * tokens * (layers - again) * whole_layer_bytes(config, element)
+    first, most = _kept_by_policy(config, again, in_flight, element)
+    kept = first + in_flight * local_tokens(config) * (layers - again) * whole_layer_bytes(config, element)
     # The last layers go back first; those under the policy may need more, later.
     last, earlier = (_layer_workspace(config, element, policy) for policy in (again == layers, again > 0))
-    # A block and one layer of that before it, which is next, are on the device, unless they never left it.
-    back = sum(kept_bytes_per_token(config, layers, element) for layers in (memory.block_layers, 1))
-    first = max(first, tokens * back if again and on_host else 0)
-    return kept, max(kept + last, first + earlier)
+    return kept, max(kept + last, most + earlier)
+
+
+def _kept_by_policy(config: Config, layers: int, rows: int, element: int) -> tuple[int, int]:
+    """Bytes on the device of what the recompute policy keeps of ``layers`` layers of each of ``rows`` micro-batches: after the
+    forward passes, and at most in the first backward pass, which brings a block of layers and one layer of that before it back
+    from the host (``models/keep.py``, ``models/decoder.py``)."""
+    block = config.memory.block_layers if config.memory.recompute == "attention_output" else 1
+    left = int(config.memory.offload_gib * GIB)
+    on_device, on_host = [], []  # by layer, row after row
+    for layer in [*range(layers)] * rows:
+        here = 0
+        pieces = _kept_pieces(config, layer % block == 0, element)
+        for piece in pieces:
+            if piece <= left:
+                left -= piece
+            else:
+                here += piece
+        on_device.append(here)
+        on_host.append(sum(pieces) - here)
+    held = most = sum(on_device)
+    for start in reversed(range(0, layers, block)):
+        end = min(start + block, layers)
+        back = sum(on_host[start:end]) + (on_host[start - block] if start else 0)
+        most = max(most, held + back)
+        held -= sum(on_device[start:end])
+    return sum(on_device), most
+
+
+def _kept_pieces(config: Config, begins_block: bool, element: int) -> list[int]:
+    """Bytes of each tensor that a recompute policy keeps of a layer: the input of a block, attention's output and log-sum-exp."""
+    llm, tokens = config.model.llm, local_tokens(config)
+    heads = llm.num_heads // config.parallel.tp
+    inputs = [llm.hidden_size // config.parallel.tp * element] * begins_block
+    attention = [heads * head_dim(llm) * element, heads * max(element, 4)] * (config.memory.recompute == "attention_output")
+    return [tokens * size for size in (*inputs, *attention)]
 
 
 def local_tokens(config: Config) -> int:
@@ -122,19 +153,6 @@ def peer_bytes(config: Config, element: int) -> int:
     q, k = _widths(config)
     both = 2 * q if config.memory.recompute == "attention_output" else 0
     return peer_buffer_bytes(local_tokens(config) * max(q + 2 * k, both) // config.parallel.tp * element)
-
-
-def kept_bytes_per_token(config: Config, layers: int, element: int) -> int:
-    """Bytes per token of a CP rank that ``layers`` decoder layers under the recompute policy keep from forward to backward."""
-    llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
-    if memory.recompute == "none":
-        return layers * whole_layer_bytes(config, element)
-    inputs = llm.hidden_size // tp * element
-    if memory.recompute == "full":
-        return layers * inputs
-    heads = llm.num_heads // tp
-    attention = heads * head_dim(llm) * element + heads * max(element, 4)
-    return layers * attention + -(-layers // memory.block_layers) * inputs
 
 
 def whole_layer_bytes(config: Config, element: int) -> int:
@@ -282,15 +300,15 @@ def _local_frames(config: Config) -> int:
     return -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
 
 
-def _frames_ahead(config: Config, dp: int, element: int, device_bytes: int) -> int:
-    """Tokens of the next micro-batch and the frames of it that are in work under the layers of this one, where the step has a
+def _frames_ahead(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Tokens of the next micro-batch, and the frames of it that are in work under the layers of this one, where the step has a
     next one and the tower keeps nothing (``models/vision.py``)."""
     vision, learns = config.model.vision, config.optim.vision.trainable
     if config.train.global_batch_size <= dp or (learns and not vision.recompute):
-        return 0
+        return 0, 0
     frames = _local_frames(config)
     tokens = frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
-    return tokens + _frames_in_work(vision, min(frames, frames_at_once(vision, learns, element, device_bytes)), element)
+    return tokens, _frames_in_work(vision, min(frames, frames_at_once(vision, learns, element, device_bytes)), element)
 
 
 def _frames_in_work(vision: VisionConfig, frames: int, element: int) -> int:

@@ -104,7 +104,9 @@ def test_activations_shrink_with_tp_and_cp_and_with_recompute():
     kept = activations("memory.recompute=attention_output")
     assert activations("memory.recompute=full") < kept < whole / 4
     assert activations("memory.recompute=attention_output", "memory.block_layers=4") < kept
-    assert activations("memory.recompute=attention_output", "memory.offload_gib=10") == kept - 10 * GIB
+    # Tensors go there whole; the largest here is a layer's input or attention's output.
+    rest, largest = activations("memory.recompute=attention_output", "memory.offload_gib=20"), 1048576 * 3584 * 2
+    assert kept - 20 * GIB <= rest < kept - 20 * GIB + largest
 
 
 def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
@@ -127,6 +129,9 @@ def test_frames_of_the_next_micro_batch_take_memory_where_they_are_encoded_ahead
         chosen = (tower, f"model.vision.frame_micro_batch={at_once}")
         assert workspace(2, *chosen) - workspace(1, *chosen) == tokens + at_once * in_work
         assert workspace(3, *chosen) == workspace(2, *chosen)
+    # The backward pass of the tower, at the peak here, has the next tokens beside it.
+    chosen = "model.vision.recompute=true", "model.vision.frame_micro_batch=128", "memory.recompute=attention_output"
+    assert workspace(2, *chosen) - workspace(1, *chosen) == tokens
     assert workspace(2) == workspace(1)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from megatron_vila.config.activations import kept_bytes_per_token
+from megatron_vila.config.activations import _kept_by_policy, whole_layer_bytes
 from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
 from megatron_vila.models import keep
@@ -178,10 +178,47 @@ def test_one_layer_comes_back_ahead_of_the_block_that_is_at_work(block_layers, m
     assert pool.run(1, most_outputs_back, memory) == [(4, most)]
 
 
-def test_only_the_budget_goes_to_the_host():
-    memory = MemoryConfig(recompute="attention_output", offload_gib=10_000 / 2**30)
-    ((_, peak, left),) = pool.run(1, one_step, memory)
-    assert 0 < peak <= 10_000 and left == 0
+def most_kept_on_device(rank, memory):
+    """Bytes of kept tensors on the device, those that came back included, at most; bytes on the host, at most and in the end."""
+    alive, most = {}, [0]
+
+    def see(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in alive:
+            alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, alive.pop, storage._cdata)
+            most[0] = max(most[0], sum(alive.values()))
+
+    stay, prefetch = keep.Kept.__init__, keep._OnHost.prefetch
+
+    def stays(self, x):
+        stay(self, x)
+        if x.nbytes:
+            see(x)
+
+    def comes_back(self):
+        prefetch(self)
+        see(self._back)
+
+    keep.Kept.__init__, keep._OnHost.prefetch = stays, comes_back
+    try:
+        _, peak, left = one_step(rank, memory)
+    finally:
+        keep.Kept.__init__, keep._OnHost.prefetch = stay, prefetch
+    return most[0], peak, left
+
+
+@pytest.mark.parametrize("budget", [0, 10_000, 16_500, 18_000, 25_000, 100_000])
+@pytest.mark.parametrize("block_layers", [1, 2, 3])
+def test_what_is_kept_on_the_device_and_on_the_host_is_what_is_predicted(block_layers, budget):
+    """The last tensor that the budget has no room for stays, and so may later smaller ones go."""
+    config = samples.config(layers=4)
+    config.train.seq_length, config.memory = 16, MemoryConfig(recompute="attention_output", block_layers=block_layers)
+    everything, _ = _kept_by_policy(config, 4, 1, 8)
+    config.memory.offload_gib = budget / 2**30
+    on_device, most = _kept_by_policy(config, 4, 1, 8)
+    assert pool.run(1, most_kept_on_device, config.memory) == [(most, everything - on_device, 0)]
+    assert everything - budget <= on_device <= most <= everything
 
 
 def long_row_config(layers, memory, lora, trainable):
@@ -230,4 +267,4 @@ ALL = ["qkv", "proj", "fc1", "fc2"]
 )
 def test_the_predicted_activations_are_what_autograd_saves(memory, lora, trainable):
     (three,), (two,) = (pool.run(1, saved_bytes, layers, memory, lora, trainable) for layers in (3, 2))
-    assert three - two == 512 * kept_bytes_per_token(long_row_config(3, memory, lora, trainable), 1, 2)
+    assert three - two == 512 * whole_layer_bytes(long_row_config(3, memory, lora, trainable), 2)
