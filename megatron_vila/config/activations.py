@@ -195,15 +195,8 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     autograd = bool(config.model.lora.rank and {"fc1", "fc2"} & set(config.model.lora.targets))
     inner = ((5 if again or tiled else 3) + autograd) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
-    # Gradients of q, k and v, with copies of the exchange.
-    chunks = config.parallel.ulysses_chunks
-    at_heads = _attention_backward(q, k, config.parallel.ring, packed=True) + (3 * q + 2 * k) * (config.parallel.ulysses > 1)
-    if chunks > 1:
-        # A chunk at work, its gradients and their sums; the next, sent and received, or the gradients of the one before, or both.
-        given, grads = 3 * q + 2 * k, q + 2 * k
-        at_work, coming, returning = given + 3 * grads, 2 * given, 2 * grads
-        later = at_work + returning + coming * (chunks > 2)
-        at_heads = max((at_work + coming) / chunks, later / chunks + grads)
+    parallel = config.parallel
+    at_heads = _attention_backward(q, k, parallel.ulysses, parallel.ring, parallel.ulysses_chunks, again, packed=True)
     attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
     rebuilt = (memory.block_layers - 1) * h if again else 0
     # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.
@@ -223,9 +216,9 @@ def attention_alone(
     """
     given = q + 2 * k
     ring_forward = q if ring == 1 else 3 * q + 3 * k  # of two: blocks, a part of the output, the merged output
-    ring_backward = _attention_backward(q, k, ring, packed)
+    backward = _attention_backward(q, k, ulysses, ring, chunks, False, packed)
     if ulysses == 1:
-        saved, forward, backward = q + lse, ring_forward + lse, ring_backward
+        saved, forward = q + lse, ring_forward + lse
     else:
         saved = q + given + q + lse  # the output in both layouts; q, k and v at the heads
         if chunks > 1:
@@ -234,13 +227,11 @@ def attention_alone(
             before = last - (given + q) / chunks
             forward = max(last + 2 * given / chunks, last + (given + ring_forward) / chunks)
             forward = max(forward, before + (3 * given + ring_forward) / chunks) + lse
-            backward = given + (2 * given + q + 2 * q * (chunks > 2) + ring_backward) / chunks
         elif peers:
-            forward, backward = q + given + ring_forward + lse, max(ring_backward, 2 * given)
+            forward, backward = q + given + ring_forward + lse, max(_ring_backward(q, k, ring, packed), 2 * given)
         else:
             # What is sent, what has arrived, what is in order; the latter with what was put together.
             forward = max(q + 3 * given, q + given + ring_forward + lse, q + given + 3 * q + lse)
-            backward = max(q + ring_backward, 4 * given)
     # The results of one forward pass are there from the start; fa4 works in two more of the size of the log-sum-exp.
     at_work = {"forward": forward, "backward": backward + 2 * lse, "both": max(forward, saved + backward + 2 * lse)}
     return int(q + given + saved + at_work[part])
@@ -255,7 +246,23 @@ def plain_ring_alone(part: str, q: int, k: int, lse: int) -> int:
     return q + given + saved + at_work[part]
 
 
-def _attention_backward(q: float, k: float, ring: int, packed: bool) -> float:
+def _attention_backward(q: float, k: float, ulysses: int, ring: int, chunks: int, again: bool, packed: bool) -> float:
+    """The most that the backward pass of attention holds, ``again``: with q, k, v and output on their way to the heads too; kept
+    ones count elsewhere. Exchanges by NCCL."""
+    work, grads = _ring_backward(q, k, ring, packed), q + 2 * k
+    if ulysses == 1:
+        return work
+    inputs, outputs = grads * again, q * (1 + again)
+    given = inputs + outputs
+    if chunks == 1:
+        # What has been put in order, while it is worked on or more arrives; gradients as formed, sent, received and in order.
+        return max(given + work, inputs + 3 * outputs, 4 * grads)
+    # A chunk at work; the next, sent and received, or the gradients of the one before and of all, or both.
+    at_work, coming, returning = given + work, 2 * given, 2 * grads
+    return max((at_work + coming) / chunks, (at_work + returning + coming * (chunks > 2)) / chunks + grads)
+
+
+def _ring_backward(q: float, k: float, ring: int, packed: bool) -> float:
     """dq, dk, dv and the kernel's float32 sums of them; blocks and totals of the ring, these in float32 from three ranks on."""
     if ring == 1:
         return 3 * q + 6 * k
