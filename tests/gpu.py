@@ -1,6 +1,7 @@
 """Which attention kernels have to run on this machine, told by its hardware and packages and not by the kernels themselves."""
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +20,19 @@ def lacking(kernel: str) -> str:
     return ""
 
 
+def only_on_gpus(lacks: str) -> Callable:
+    """Marks a test for GPUs; where the machine ``lacks`` something it is skipped."""
+
+    def mark(test):
+        return pytest.mark.gpu(pytest.mark.skipif(bool(lacks), reason=lacks or "-")(test))
+
+    return mark
+
+
+needs_a_gpu = only_on_gpus("" if torch.cuda.is_available() else "needs an NVIDIA GPU")
+
+
 def on_gpus(*values, kernel: str, gpus: int = 1, id: str | None = None):
     """A case of a parametrised test that ``kernel`` has to pass on ``gpus`` GPUs, wherever there are such."""
     reason = lacking(kernel) or (f"needs {gpus} GPUs" if torch.cuda.device_count() < gpus else "")
-    return pytest.param(*values, marks=pytest.mark.skipif(bool(reason), reason=reason or "-"), id=id)
+    return pytest.param(*values, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason or "-")], id=id)

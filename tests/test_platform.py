@@ -60,6 +60,7 @@ if torch.cuda.is_available():
 """
 
 
+@pytest.mark.gpu
 def test_the_allocator_of_gpus_extends_its_segments_unless_the_user_says_otherwise(monkeypatch):
     used = [["True"], ["False"]] if torch.cuda.is_available() else [[], []]
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):

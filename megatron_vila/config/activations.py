@@ -247,8 +247,8 @@ def plain_ring_alone(part: str, q: int, k: int, lse: int) -> int:
 
 
 def _attention_backward(q: float, k: float, ulysses: int, ring: int, chunks: int, again: bool, packed: bool) -> float:
-    """The most that the backward pass of attention holds, ``again``: with q, k, v and output on their way to the heads too; kept
-    ones count elsewhere. Exchanges by NCCL."""
+    """The most that the backward pass of attention holds beside what was saved; ``again``: of a kept output, so that q, k, v and
+    output go to the heads too. Exchanges by NCCL."""
     work, grads = _ring_backward(q, k, ring, packed), q + 2 * k
     if ulysses == 1:
         return work

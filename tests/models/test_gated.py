@@ -11,6 +11,7 @@ from megatron_vila.models import gated, mlp
 from megatron_vila.models.gated import APART, Apart, products_for, reason_for_apart
 from megatron_vila.models.weight_gradient import WeightGradient
 from tests import samples
+from tests.gpu import only_on_gpus
 from tests.parallel import contract
 from tests.parallel.test_gradient_contract import MIXED_ROWS, TOLERANCE
 from tests.ranks import pool
@@ -100,10 +101,8 @@ def test_a_hopper_gpu_where_quack_is_missing_or_does_not_work_says_so(monkeypatc
         gated._inside.cache_clear()
 
 
-hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and importlib.util.find_spec("quack")),
-    reason="needs a Hopper GPU and quack-kernels",
-)
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = only_on_gpus("" if is_hopper and importlib.util.find_spec("quack") else "needs a Hopper GPU and quack-kernels")
 
 
 def operands(tokens, hidden, width):

@@ -12,6 +12,7 @@ from megatron_vila.config.activations import HEAD_LOGIT_BYTES
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models.head import BackwardTile, ForwardTile, Vocabulary, fused_head
 from megatron_vila.parallel.topology import ParallelTopology
+from tests.gpu import needs_a_gpu
 from tests.ranks import pool
 
 HIDDEN, TRUE_VOCABULARY = 6, 21
@@ -254,9 +255,6 @@ def test_logits_of_a_large_vocabulary_stay_within_their_bytes(tp, hidden, dtype)
     assert backward.tokens >= 4096 and backward.rows % 128 == 0
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 def _large(tokens: int, rows: int, hidden: int, spread: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Operands in bfloat16 whose logits have about the standard deviation ``spread``."""
     generator = torch.Generator("cuda").manual_seed(7)
@@ -300,7 +298,7 @@ def _errors_of_heads(rank: int, spread: float, logit_bytes: int) -> dict[str, tu
     }
 
 
-@gpu
+@needs_a_gpu
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 @pytest.mark.parametrize("logit_bytes", [WHOLE, 2**23])
 def test_on_a_gpu_no_gradient_errs_more_than_that_of_whole_logits(spread, logit_bytes):
@@ -326,7 +324,7 @@ def _extra_bytes(rank: int, in_fp32: bool) -> int:
     return torch.cuda.max_memory_allocated() - before - gradients
 
 
-@gpu
+@needs_a_gpu
 @pytest.mark.parametrize("in_fp32", [False, True])
 def test_on_a_gpu_a_large_head_needs_less_than_a_gib_beyond_its_operands_and_gradients(in_fp32):
     [extra] = pool.run(1, _extra_bytes, in_fp32)

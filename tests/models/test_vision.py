@@ -10,6 +10,7 @@ from megatron_vila.config.activations import frames_at_once
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.projector import Projector
 from megatron_vila.models.vision import FrameEncoder, VisionTower, encode_frames, layers_to_run, siglip_config
+from tests.gpu import needs_a_gpu
 from tests.ranks import pool
 
 SMALL = VisionConfig(
@@ -140,7 +141,7 @@ def test_pictures_of_another_float_type_are_cast_to_the_tower_s():
     assert torch.equal(tower(pixels), tower(pixels.double()))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_a_gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_pictures_on_the_host_give_a_gpu_what_those_on_it_give(recompute):
     found = []

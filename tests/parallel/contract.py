@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -102,24 +103,50 @@ def _alone(config: Config, rows: Rows, path: Path) -> None:
     write_truth(0, config, rows, path)
 
 
-def compare(
-    rank: int, config: Config, rows: Rows, parallel: ParallelConfig, path: Path, dtype: torch.dtype = torch.float64
-) -> dict[str, float]:
-    """Relative errors of this rank's loss and of each of its parameters' gradients against the truth in ``path``.
+def steps(
+    config: Config, rows: Rows, parallel: ParallelConfig, dtype: torch.dtype
+) -> tuple[ParallelTopology, VilaModel, int, Callable[[], list[dict]]]:
+    """As ``build``, under DDP; and a call that leaves the gradients of a whole step in the buffers and returns its reports.
 
     Rows go round-robin to data-parallel replicas, several per replica as micro-batches. On a machine with GPUs each rank uses
     its own.
     """
     device = platform.device()
     topology, model, offset = build(config, parallel, dtype, device)
-    grid = topology.grid
     ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=dtype == torch.bfloat16)
     ddp = DistributedDataParallel(model.config, ddp_config, model)
     model.config.finalize_model_grads_func = finalize_gradients
     model.config.no_sync_func = ddp.no_sync
-    ddp.zero_grad_buffer()
-    reports = Pass(ddp, topology, config.model.llm, dtype, device).run(micro_batches(rows, topology))
-    loss, _ = mean_loss(reports, topology, device)
+    batches, forward = micro_batches(rows, topology), Pass(ddp, topology, config.model.llm, dtype, device)
+
+    def step():
+        ddp.zero_grad_buffer()
+        return forward.run(batches)
+
+    return topology, model, offset, step
+
+
+def repeat(rank: int, config: Config, rows: Rows, parallel: ParallelConfig, dtype: torch.dtype, times: int) -> list[str]:
+    """Names of the parameters whose gradients differ in any bit between ``times`` equal steps, in deterministic mode."""
+    platform.set_deterministic(True)
+    topology, model, _, step = steps(config, rows, parallel, dtype)
+    first, wrong = {}, set()
+    for _ in range(times):
+        step()
+        found = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        first = first or found
+        wrong |= {name for name, gradient in found.items() if not torch.equal(gradient, first[name])}
+    topology.destroy()
+    platform.set_deterministic(False)
+    return sorted(wrong)
+
+
+def compare(
+    rank: int, config: Config, rows: Rows, parallel: ParallelConfig, path: Path, dtype: torch.dtype = torch.float64
+) -> dict[str, float]:
+    """Relative errors of this rank's loss and of each of its parameters' gradients against the truth in ``path``."""
+    topology, model, offset, step = steps(config, rows, parallel, dtype)
+    loss, _ = mean_loss(step(), topology, platform.device())
     reference = torch.load(path, weights_only=True)
     grads, tokens = reference["grads"], max(reference["supervised"], 1)
     wanted = reference["loss_sum"].item() / tokens
@@ -132,7 +159,7 @@ def compare(
             name = "llm.embedding.word_embeddings.weight"
         full = grads[name]
         if name.startswith("llm.") and full.shape != parameter.shape:
-            full = tensor_parallel_slice(full, name, parameter, grid.tp, topology.place.tp)
+            full = tensor_parallel_slice(full, name, parameter, topology.grid.tp, topology.place.tp)
         errors[name] = (parameter.main_grad.double().cpu() * tokens - full).abs().max().item() / _scale(name, grads)
     topology.destroy()
     return errors

@@ -1,6 +1,7 @@
 """On GPUs with NCCL in bfloat16: every layout errs about as little as one GPU does, with each CUDA kernel.
 
-Run with ``MEGATRON_VILA_TEST_GPU=1 bash tests/run.sh tests/parallel/test_gpu_layouts.py``; skipped elsewhere.
+So does every memory policy, and with all that overlaps results repeat bit by bit. Run with ``MEGATRON_VILA_TEST_GPU=1 bash
+tests/run.sh tests/parallel/test_gpu_layouts.py``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import functools
 import pytest
 import torch
 
-from megatron_vila.config.schema import Config, ParallelConfig
+from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
 from tests import samples
 from tests.gpu import on_gpus
 from tests.parallel import contract
-from tests.parallel.test_gradient_contract import MIXED_ROWS
+from tests.parallel.test_gradient_contract import MEMORY_POLICIES, MIXED_ROWS
 from tests.ranks import pool
 
 CUDA_KERNELS = ("cudnn", "flash2", "fa4")
@@ -24,8 +25,11 @@ ERROR_BUDGET = 3.0
 """Largest gradient error of a layout as a multiple of one GPU's, both against the float64 truth."""
 
 
+IN_CHUNKS = ParallelConfig(ulysses=2, ulysses_chunks=2)
+
+
 def _config(kernel: str) -> Config:
-    config = samples.config(heads=8, kv_heads=2, layers=2)
+    config = samples.config(heads=8, kv_heads=4, layers=4)
     llm = dataclasses.replace(config.model.llm, hidden_size=256, head_dim=64, ffn_hidden_size=512, rope_theta=10000.0)
     # Small enough weights that bfloat16 is meaningful.
     # A tower that keeps nothing: frames of the next micro-batch are encoded on a stream of their own.
@@ -58,13 +62,47 @@ def test_one_gpu_errs_as_little_as_bfloat16_does(one_gpu, kernel):
     assert max(one_gpu(kernel).values()) < 0.1
 
 
+def check(config: Config, parallel: ParallelConfig, truth, single: dict[str, float]) -> None:
+    """No gradient of two GPUs errs much more than on one."""
+    worst = max(single.values())
+    for errors in pool.run(2, contract.compare, config, MIXED_ROWS, parallel, truth, torch.bfloat16):
+        wrong = {n: (e, single[n]) for n, e in errors.items() if not e <= ERROR_BUDGET * max(single[n], worst / 10)}
+        assert not wrong, f"{config.model.attention} {config.memory} {parallel}: {wrong}"
+        print(parallel, f"worst {max(errors.values()):.2e} (one GPU {worst:.2e}), loss {errors['loss']:.2e}")
+
+
 @pytest.mark.parametrize(
     ("kernel", "parallel"), [on_gpus(name, layout, kernel=name, gpus=2) for name in CUDA_KERNELS for layout in LAYOUTS]
 )
 def test_every_layout_errs_about_as_little_as_one_gpu(truth, one_gpu, kernel, parallel):
-    single = one_gpu(kernel)
-    worst = max(single.values())
-    for errors in pool.run(2, contract.compare, _config(kernel), MIXED_ROWS, parallel, truth, torch.bfloat16):
-        wrong = {n: (e, single[n]) for n, e in errors.items() if not e <= ERROR_BUDGET * max(single[n], worst / 10)}
-        assert not wrong, f"{kernel} {parallel}: {wrong}"
-        print(kernel, parallel, f"worst {max(errors.values()):.2e} (one GPU {worst:.2e}), loss {errors['loss']:.2e}")
+    check(_config(kernel), parallel, truth, one_gpu(kernel))
+
+
+@pytest.mark.parametrize("parallel", [on_gpus(p, kernel="fa4", gpus=2) for p in (LAYOUTS[0], IN_CHUNKS, LAYOUTS[1])])
+@pytest.mark.parametrize("policy", MEMORY_POLICIES)
+def test_every_memory_policy_errs_about_as_little_as_none_on_one_gpu(truth, one_gpu, policy, parallel):
+    config = _config("fa4")
+    config.memory = MemoryConfig(**MEMORY_POLICIES[policy])
+    check(config, parallel, truth, one_gpu("fa4"))
+
+
+def long_rows(unit: int) -> contract.Rows:
+    return [[samples.document(f"long-{n}", "F" * frames + "t" * unit * 16)] for n, frames in enumerate((unit, unit // 2, unit))]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "unit", "times"),
+    [("cpu", torch.float64, 2, 2), on_gpus("fa4", torch.bfloat16, 128, 8, kernel="fa4", gpus=2)],
+    ids=["cpu", "gpus"],
+)
+@pytest.mark.parametrize(
+    ("parallel", "offload_gib"),
+    [(ParallelConfig(ulysses=2), 1.0), (IN_CHUNKS, 1.0), (ParallelConfig(ring=2), 2e-3)],
+    ids=["ulysses", "chunks", "ring, part on the host"],
+)
+def test_with_all_that_overlaps_gradients_repeat_bit_by_bit(kernel, dtype, unit, times, parallel, offload_gib):
+    """Exchanges, blocks of the ring, copies to the host, the next frames and the reduction of gradients run beside other work."""
+    config = _config(kernel)
+    config.train.deterministic = True
+    config.memory = MemoryConfig(recompute="attention_output", block_layers=2, mlp_tile=256, offload_gib=offload_gib)
+    assert pool.run(2, contract.repeat, config, long_rows(unit), parallel, dtype, times) == [[], []]
