@@ -29,7 +29,7 @@ IN_CHUNKS = ParallelConfig(ulysses=2, ulysses_chunks=2)
 
 
 def _config(kernel: str) -> Config:
-    config = samples.config(heads=8, kv_heads=4, layers=4)
+    config = samples.config(heads=16, kv_heads=4, layers=4)
     llm = dataclasses.replace(config.model.llm, hidden_size=256, head_dim=64, ffn_hidden_size=512, rope_theta=10000.0)
     # Small enough weights that bfloat16 is meaningful.
     # A tower that keeps nothing: frames of the next micro-batch are encoded on a stream of their own.
