@@ -374,8 +374,16 @@ def _redirect_methods() -> None:
     torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)
 
 
+def compiles() -> bool:
+    """Whether CUDA runs compiled code: not in deterministic mode.
+
+    Code for the first length of a run and the code for any length that follows it round differently.
+    """
+    return not torch.are_deterministic_algorithms_enabled()
+
+
 def compiled_on_cuda(function: Callable) -> Callable:
-    """``function`` of tensors and numbers: as it is on a CPU, by ``torch.compile`` on CUDA.
+    """``function`` of tensors and numbers: as it is on a CPU, by ``torch.compile`` on CUDA where it ``compiles``.
 
     The first argument's device decides. No gradients flow through the function.
     """
@@ -386,6 +394,6 @@ def compiled_on_cuda(function: Callable) -> Callable:
     def call(*args):
         # Code that is compiled has a version for what wants gradients and another for what does not, and few versions in all.
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        return (compiled if args[0].device.type == _COMPILED_DEVICE else function)(*args)
+        return (compiled if args[0].device.type == _COMPILED_DEVICE and compiles() else function)(*args)
 
     return call

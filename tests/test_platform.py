@@ -244,6 +244,20 @@ def test_deterministic_mode_can_be_switched_on_and_off(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.deterministic
 
 
+def test_nothing_is_compiled_in_deterministic_mode(monkeypatch):
+    """Code for one length and code for any length round differently."""
+    monkeypatch.setattr(platform, "_COMPILED_DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: "compiled")
+    called = platform.compiled_on_cuda(lambda x: "as it stands")
+    found = [called(torch.ones(1))]
+    platform.set_deterministic(True)
+    try:
+        found.append(called(torch.ones(1)))
+    finally:
+        platform.set_deterministic(False)
+    assert found == ["compiled", "as it stands"]
+
+
 def test_compiled_functions_have_few_versions():
     """One for the first length and one for all others. With more than eight, torch.compile gives up and runs a function as it
     stands, which no result would tell."""

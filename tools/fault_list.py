@@ -14,7 +14,7 @@ CHUNKS = (CONTRACT, "-k", "travel_in_chunks and u2-r2")
 PEERS = ("tests/parallel/test_peers.py", "-k", "contract_holds and u4-attention_output")
 OFFLOAD = ("tests/training/test_offload.py", "-k", "gradients_are_clipped or cut_parameters and 1.0-1000")
 HEAD = ("tests/models/test_head.py", "-k", "plain_cross_entropy")
-PLATFORM = ("tests/test_platform.py", "-k", "few_versions")
+PLATFORM = ("tests/test_platform.py", "-k", "few_versions or deterministic_mode")
 AHEAD = ("tests/models/test_vision.py", "-k", "ahead")
 SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduction")
 
@@ -136,14 +136,14 @@ FAULTS = [
     Fault(
         "merge forgets to rescale the running output",
         PARALLEL + "ring.py",
-        "out.to(lse.dtype) * mine + ",
-        "out.to(lse.dtype) + ",
+        "out.to(mine.dtype) * mine + ",
+        "out.to(mine.dtype) + ",
     ),
     Fault(
         "merge forgets the running log-sum-exp",
         PARALLEL + "ring.py",
-        "total = torch.logaddexp(lse, part_lse)",
-        "total = torch.maximum(lse, part_lse)",
+        "total = torch.logaddexp(lse_hn, part_lse)",
+        "total = torch.maximum(lse_hn, part_lse)",
     ),
     Fault(
         "ring sends back halves for front halves",
@@ -314,6 +314,13 @@ FAULTS = [
         "megatron_vila/platform.py",
         "arg.detach() if isinstance(arg, torch.Tensor) else arg",
         "arg",
+        PLATFORM,
+    ),
+    Fault(
+        "code is compiled in deterministic mode too",
+        "megatron_vila/platform.py",
+        "return not torch.are_deterministic_algorithms_enabled()",
+        "return True",
         PLATFORM,
     ),
     Fault(

@@ -215,7 +215,8 @@ def attention_alone(
     whose buffer is not counted.
     """
     given = q + 2 * k
-    ring_forward = q if ring == 1 else 3 * q + 3 * k  # of two: blocks, a part of the output, the merged output
+    # Of two: all queries with half of the keys, or half of the queries, copied in packed rows, with all keys.
+    ring_forward = q if ring == 1 else max(2 * q + 3 * k + 4 * lse, (2 if packed else 1.5) * q + 5 * k)
     backward = _attention_backward(q, k, ulysses, ring, chunks, False, packed)
     if ulysses == 1:
         saved, forward = q + lse, ring_forward + lse

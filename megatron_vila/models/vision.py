@@ -64,7 +64,8 @@ class VisionTower(nn.Module):
     ``config.num_layers`` counts the layers of the checkpoint. Parameters beyond the selected layer never require
     gradients; ``set_trainable`` concerns the others. Weights are drawn on the CPU with standard deviation
     ``init_std`` from torch's generator (the caller seeds it and casts the module). Raises ``ValueError`` for a
-    ``select_layer`` or a patch size that the tower cannot have. On CUDA the layers are compiled when they are first run.
+    ``select_layer`` or a patch size that the tower cannot have. On CUDA the layers are compiled when they are first
+    run (``platform.compiles``).
     """
 
     def __init__(self, config: VisionConfig, init_std: float) -> None:
@@ -115,7 +116,7 @@ class VisionTower(nn.Module):
             if len(pixels_F3HW) == 0:
                 return used[0].new_zeros(0, self.num_patches, self.config.hidden_size) + zero_connected_to(used)
             hidden_FPC = self.vision_model.embeddings(platform.to_device(pixels_F3HW, used[0].device))  # casts them
-            if hidden_FPC.is_cuda and not self._layers_are_compiled:
+            if hidden_FPC.is_cuda and platform.compiles() and not self._layers_are_compiled:
                 self._compile_layers()
             for layer in self._layers_run():
                 hidden_FPC = layer(hidden_FPC, attention_mask=None)

@@ -77,10 +77,14 @@ class RingLayout:
         Computed in the dtype of ``lse_hT`` and rounded once to that of ``out_ThD``.
         """
         index = slice(None) if part == ALL else self.halves[part]
+        lse_hn = lse_hT[:, index]
+        # Two functions: in one, the compiler wrote the outputs twice.
+        mine_hn, other_hn, total_hn = _weights(lse_hn, part_lse)
         if isinstance(index, slice):
-            _merge(out_ThD[index], lse_hT[:, index], part_out, part_lse)
+            _add_weighted(out_ThD[index], mine_hn, part_out, other_hn)
         else:
-            _merge_at(out_ThD, lse_hT, index, part_out, part_lse)
+            _add_weighted_at(out_ThD, index, mine_hn, part_out, other_hn)
+        lse_hT[:, index] = total_hn
 
 
 @compiled_on_cuda
@@ -89,23 +93,25 @@ def _add_at(total, index, x):
 
 
 @compiled_on_cuda
-def _merge(out_nhD, lse_hn, part_out, part_lse):
-    merged, total = _merged(out_nhD, lse_hn, part_out, part_lse)
-    out_nhD.copy_(merged)
-    lse_hn.copy_(total)
+def _weights(lse_hn, part_lse):
+    """Of the running outputs and of the block's; the new log-sum-exp."""
+    total = torch.logaddexp(lse_hn, part_lse)
+    return (lse_hn - total).exp(), (part_lse - total).exp(), total
+
+
+def _weighted(out, mine_hn, part_out, other_hn):
+    mine, other = (x.t().unsqueeze(-1) for x in (mine_hn, other_hn))
+    return (out.to(mine.dtype) * mine + part_out.to(mine.dtype) * other).to(out.dtype)
 
 
 @compiled_on_cuda
-def _merge_at(out_ThD, lse_hT, index, part_out, part_lse):
-    merged, total = _merged(out_ThD[index], lse_hT[:, index], part_out, part_lse)
-    out_ThD[index] = merged
-    lse_hT[:, index] = total
+def _add_weighted(out_nhD, mine_hn, part_out, other_hn):
+    out_nhD.copy_(_weighted(out_nhD, mine_hn, part_out, other_hn))
 
 
-def _merged(out, lse, part_out, part_lse):
-    total = torch.logaddexp(lse, part_lse)
-    mine, other = ((x - total).exp().t().unsqueeze(-1) for x in (lse, part_lse))
-    return (out.to(lse.dtype) * mine + part_out.to(lse.dtype) * other).to(out.dtype), total
+@compiled_on_cuda
+def _add_weighted_at(out_ThD, index, mine_hn, part_out, other_hn):
+    out_ThD[index] = _weighted(out_ThD[index], mine_hn, part_out, other_hn)
 
 
 @dataclass(frozen=True)

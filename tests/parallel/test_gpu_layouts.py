@@ -23,6 +23,8 @@ CUDA_KERNELS = ("cudnn", "flash2", "fa4")
 LAYOUTS = [ParallelConfig(ulysses=2), ParallelConfig(ring=2), ParallelConfig(tp=2), ParallelConfig(pp=2), ParallelConfig()]
 ERROR_BUDGET = 3.0
 """Largest gradient error of a layout as a multiple of one GPU's, both against the float64 truth."""
+KERNEL_BUDGET = 1.5
+"""Largest error of any gradient with a kernel, as a multiple of that with exact attention, all else in bfloat16 in both."""
 
 
 IN_CHUNKS = ParallelConfig(ulysses=2, ulysses_chunks=2)
@@ -58,15 +60,23 @@ def one_gpu(truth):
 
 
 @pytest.mark.parametrize("kernel", [on_gpus(name, kernel=name) for name in CUDA_KERNELS])
-def test_one_gpu_errs_as_little_as_bfloat16_does(one_gpu, kernel):
-    assert max(one_gpu(kernel).values()) < 0.1
+def test_one_gpu_errs_about_as_little_as_with_exact_attention(one_gpu, kernel):
+    found, exact = one_gpu(kernel), one_gpu("reference")
+    assert max(found.values()) <= KERNEL_BUDGET * max(exact.values()) < 0.2
+    assert not larger(found, exact)
+
+
+def larger(errors: dict[str, float], single: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Errors beyond the budget, each with the one it is compared with."""
+    worst = max(single.values())
+    return {n: (e, single[n]) for n, e in errors.items() if not e <= ERROR_BUDGET * max(single[n], worst / 10)}
 
 
 def check(config: Config, parallel: ParallelConfig, truth, single: dict[str, float]) -> None:
     """No gradient of two GPUs errs much more than on one."""
     worst = max(single.values())
     for errors in pool.run(2, contract.compare, config, MIXED_ROWS, parallel, truth, torch.bfloat16):
-        wrong = {n: (e, single[n]) for n, e in errors.items() if not e <= ERROR_BUDGET * max(single[n], worst / 10)}
+        wrong = larger(errors, single)
         assert not wrong, f"{config.model.attention} {config.memory} {parallel}: {wrong}"
         print(parallel, f"worst {max(errors.values()):.2e} (one GPU {worst:.2e}), loss {errors['loss']:.2e}")
 
