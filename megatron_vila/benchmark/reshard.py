@@ -56,6 +56,7 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
         "seq_len": length,
         "frames": frames,
         "time_s": round(found.seconds, 6),
+        "frames_per_s_per_gpu": round(frames / found.seconds / world, 1),
         "peak_gib": round(found.peak_bytes / GIB, 3),
         "predicted_gib": round(predicted_bytes(settings, variant, length, made_NH.element_size()) / GIB, 3),
         "hardware": hardware(world),

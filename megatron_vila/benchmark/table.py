@@ -24,6 +24,9 @@ ALWAYS = (
 )  # fmt: skip
 """Columns that every table has; of the others it has those that it fills."""
 
+RATES = ("tflops_per_gpu", "tokens_per_s_per_gpu", "frames_per_s_per_gpu")
+"""What a plot shows: the first of them that all rows have. A search for the longest row has none, its plot shows lengths."""
+
 
 def hardware(gpus: int) -> str:
     if torch.cuda.is_available():
@@ -54,15 +57,14 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of TFLOP/s per GPU, or of tokens or frames per second where no FLOPs are counted; one group per length."""
+    """Bars of one of ``RATES``, or of lengths."""
     # Drawing is the last thing that a benchmark does, and matplotlib is slow to import.
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    measures = ("tflops_per_gpu", "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "seq_len")
-    measure = next(name for name in measures if all(row.get(name) not in (None, "") for row in rows))
+    measure = next(name for name in (*RATES, "seq_len") if all(row.get(name) not in (None, "") for row in rows))
     labels = [" ".join(str(row[name]) for name in ("model", "variant", "part", "seq_len") if row.get(name)) for row in rows]
     if len({str(row["gpus"]) for row in rows}) > 1:
         labels = [f"{label} gpus={row['gpus']}" for label, row in zip(labels, rows, strict=True)]

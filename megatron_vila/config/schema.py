@@ -202,7 +202,7 @@ class TrainConfig:
     seq_length: int = key(8192, "most tokens of a row before padding")
     seed: int = key(1234, "seed of the data order and of random initial weights")
     precision: str = key("auto", "auto (bf16 on GPU, fp32 on CPU), bf16, fp32 or fp64")
-    deterministic: bool = key(False, "deterministic kernels: bitwise equal runs in the same layout")
+    deterministic: bool = key(False, "deterministic kernels, nothing compiled: bitwise equal runs in the same layout")
     on_nan: str = key(
         "stop",
         "loss or gradient not finite: stop (after saving nothing) or skip (the update is dropped and counted)",
