@@ -78,7 +78,7 @@ class RingLayout:
         """
         index = slice(None) if part == ALL else self.halves[part]
         lse_hn = lse_hT[:, index]
-        # Two functions: in one, the compiler wrote the outputs twice.
+        # Two functions: in one, the compiler writes the outputs twice, as it still does where they are taken by index.
         mine_hn, other_hn, total_hn = _weights(lse_hn, part_lse)
         if isinstance(index, slice):
             _add_weighted(out_ThD[index], mine_hn, part_out, other_hn)

@@ -23,8 +23,9 @@ CUDA_KERNELS = ("cudnn", "flash2", "fa4")
 LAYOUTS = [ParallelConfig(ulysses=2), ParallelConfig(ring=2), ParallelConfig(tp=2), ParallelConfig(pp=2), ParallelConfig()]
 ERROR_BUDGET = 3.0
 """Largest gradient error of a layout as a multiple of one GPU's, both against the float64 truth."""
-KERNEL_BUDGET = 1.5
-"""Largest error of any gradient with a kernel, as a multiple of that with exact attention, all else in bfloat16 in both."""
+KERNEL_BUDGET = 1.25
+"""Error of a gradient with a kernel as a multiple of that with exact attention, all else in bfloat16 in both, where the latter
+is too large for the bound of the others: those of the tower's queries and keys are."""
 
 
 IN_CHUNKS = ParallelConfig(ulysses=2, ulysses_chunks=2)
@@ -62,7 +63,8 @@ def one_gpu(truth):
 @pytest.mark.parametrize("kernel", [on_gpus(name, kernel=name) for name in CUDA_KERNELS])
 def test_one_gpu_errs_about_as_little_as_with_exact_attention(one_gpu, kernel):
     found, exact = one_gpu(kernel), one_gpu("reference")
-    assert max(found.values()) <= KERNEL_BUDGET * max(exact.values()) < 0.2
+    assert {n: (e, exact[n]) for n, e in found.items() if not e < max(0.1, KERNEL_BUDGET * exact[n])} == {}
+    assert max(exact.values()) < 0.15
     assert not larger(found, exact)
 
 
