@@ -216,7 +216,7 @@ def attention_alone(
     """
     given = q + 2 * k
     # Of two: all queries with half of the keys, or half of the queries, copied in packed rows, with all keys.
-    ring_forward = q if ring == 1 else max(2 * q + 3 * k + 4 * lse, (2 if packed else 1.5) * q + 5 * k)
+    ring_forward = q if ring == 1 else max(2 * q + k + 4 * lse, (2 if packed else 1.5) * q + 2 * k)
     backward = _attention_backward(q, k, ulysses, ring, chunks, False, packed)
     if ulysses == 1:
         saved, forward = q + lse, ring_forward + lse
@@ -267,10 +267,12 @@ def _ring_backward(q: float, k: float, ring: int, packed: bool) -> float:
     """dq, dk, dv and the kernel's float32 sums of them; blocks and totals of the ring, these in float32 from three ranks on."""
     if ring == 1:
         return 3 * q + 6 * k
+    # All queries with half of the keys; or, with all keys, half of the queries: packed rows copy it, its output and gradient,
+    # and what is sent of the keys and values meanwhile.
+    copies = 1.5 * q * packed
     if ring == 2:
-        # All queries with half of the keys; or, with all keys, half of the queries: packed rows copy it, its output and gradient.
-        return max(4 * q + 8 * k, (4 if packed else 2.5) * q + 13 * k)
-    return 5 * q + 12 * k
+        return max(4 * q + 6 * k, 2.5 * q + 10 * k + copies)
+    return max(5 * q + 12 * k, 3.5 * q + 17 * k + copies + k * packed)
 
 
 def _widths(config: Config) -> tuple[int, int]:

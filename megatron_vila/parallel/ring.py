@@ -10,6 +10,7 @@ Legend: T local tokens (S/R), h query heads, k key/value heads, D head dim, R ri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from megatron_vila.parallel.kernels import AttentionKernel, Segments
 from megatron_vila.parallel.layout import ALL, BACK, FRONT, half_indices, ring_step
 from megatron_vila.platform import compiled_on_cuda
+
+Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -179,20 +182,23 @@ class Ring:
                 # 16-bit blocks are summed in float32, as one kernel over all keys would; a sum of two is rounded once anyway.
                 wide = q_ThD.dtype if self.size == 2 else torch.promote_types(q_ThD.dtype, torch.float32)
                 totals = [x.to(wide) for x in (dq, dk, dv)]
-                continue
-            layout.add(totals[0], dq, block.queries)
-            if returning is not None:
-                returning.collect(totals[1:])
-            returning = _Return(self, layout, step, torch.stack((dk, dv)))
+            else:
+                layout.add(totals[0], dq, block.queries)
+                if returning is not None:
+                    returning.collect(totals[1:])
+                returning = _Return(self, layout, step, (dk, dv))
+            del dq, dk, dv  # not beside those of the next block
         returning.collect(totals[1:])
         return tuple(x.to(q_ThD.dtype) for x in totals)
 
-    def exchange(self, send: torch.Tensor, to: int, recv: torch.Tensor, source: int) -> list[dist.Work]:
-        """Start sending to ring rank ``to`` and receiving from ``source``."""
+    def exchange(self, sent: Tensors, to: int, received: Tensors, source: int) -> list[dist.Work]:
+        """Start sending to ring rank ``to`` and receiving from ``source``, all in one batch."""
+        directions = (dist.isend, sent, to), (dist.irecv, received, source)
         return dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, send, group=self.group, group_peer=to),
-                dist.P2POp(dist.irecv, recv, group=self.group, group_peer=source),
+                dist.P2POp(operation, x, group=self.group, group_peer=peer, tag=tag)
+                for operation, tensors, peer in directions
+                for tag, x in enumerate(tensors)
             ]
         )
 
@@ -202,51 +208,52 @@ class _KeyValueBlocks:
 
     def __init__(self, ring: Ring, layout: RingLayout, k: torch.Tensor, v: torch.Tensor) -> None:
         self._ring, self._layout, self._step = ring, layout, 0
-        self._own = (k, v)
-        self._packed = torch.stack((k, v)) if ring.size > 1 else None
-        self._arriving: tuple[torch.Tensor, torch.Tensor, list[dist.Work]] | None = None
+        self._own = k, v
+        self._arriving: tuple[Tensors, Tensors, list[dist.Work]] | None = None
 
     def next(self):
         ring, step = self._ring, self._step
         if step == 0:
             block = self._own
         else:
-            received, _, works = self._arriving
+            block, _, works = self._arriving
             for work in works:
                 work.wait()
-            block = received[0], received[1]
-        if step + 1 < ring.size:
-            self._arriving = self._start(step + 1)
+        self._arriving = self._start(step + 1) if step + 1 < ring.size else None
         self._step += 1
         return ring_step(ring.size, ring.rank, step), block
 
     def _start(self, step: int):
         ring = self._ring
         to, source = (ring.rank + step) % ring.size, (ring.rank - step) % ring.size
-        send = self._layout.take(self._packed, ring_step(ring.size, to, step).keys, dim=1).contiguous()
-        half = ring_step(ring.size, ring.rank, step).keys == FRONT
-        tokens = self._packed.shape[1] // (2 if half else 1)
-        recv = self._packed.new_empty(2, tokens, *self._packed.shape[2:])
-        # The sent copy is kept until the transfer is over.
-        return recv, send, ring.exchange(send, to, recv, source)
+        keys = ring_step(ring.size, to, step).keys
+        sent = [self._layout.take(x, keys).contiguous() for x in self._own]
+        tokens = _tokens(self._layout, ring_step(ring.size, ring.rank, step).keys)
+        received = [x.new_empty(tokens, *x.shape[1:]) for x in self._own]
+        # What is sent is kept until the transfer is over.
+        return received, sent, ring.exchange(sent, to, received, source)
 
 
 class _Return:
     """dK and dV of a block on their way to its owner, and the matching ones of our keys on their way to us."""
 
-    def __init__(self, ring: Ring, layout: RingLayout, step: int, dkv: torch.Tensor) -> None:
+    def __init__(self, ring: Ring, layout: RingLayout, step: int, dkv: Tensors) -> None:
         owner, helper = (ring.rank - step) % ring.size, (ring.rank + step) % ring.size
         self._layout, self._part = layout, ring_step(ring.size, helper, step).keys
-        tokens = layout.whole.tokens_k if self._part == ALL else layout.half.tokens_k
-        self._sent = dkv
-        self._received = dkv.new_empty(2, tokens, *dkv.shape[2:])
-        self._works = ring.exchange(dkv, owner, self._received, helper)
+        self._sent = [x.contiguous() for x in dkv]
+        tokens = _tokens(layout, self._part)
+        self._received = [x.new_empty(tokens, *x.shape[1:]) for x in dkv]
+        self._works = ring.exchange(self._sent, owner, self._received, helper)
 
     def collect(self, totals: list[torch.Tensor]) -> None:
         for work in self._works:
             work.wait()
         for total, x in zip(totals, self._received, strict=True):
             self._layout.add(total, x, self._part)
+
+
+def _tokens(layout: RingLayout, keys: str) -> int:
+    return layout.whole.tokens_k if keys == ALL else layout.half.tokens_k
 
 
 def _expand(x: torch.Tensor, expansion: torch.Tensor | None) -> torch.Tensor:

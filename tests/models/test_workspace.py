@@ -7,16 +7,21 @@ so only the moments in which attention's gradients are formed are looked at, and
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_vila.benchmark import unfilled
-from megatron_vila.config.activations import _decoder, local_tokens
+from megatron_vila.config.activations import _decoder, _ring_backward, local_tokens
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
 from megatron_vila.data.row import pack
 from megatron_vila.models.shard import RowShard
+from megatron_vila.parallel.attention2d import Attention2D, RowIndices
+from megatron_vila.parallel.kernels import select_kernel
+from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.parallel.ulysses import HeadSplit
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool
@@ -26,10 +31,11 @@ CPU = torch.device("cpu")
 
 
 class AliveInAttention(TorchDispatchMode):
-    """The most bytes of new tensors that are alive while attention's backward pass makes its results."""
+    """The most bytes of tensors, but for ``old`` ones, that are alive while attention's backward pass makes its results."""
 
-    def __init__(self):
+    def __init__(self, old=()):
         super().__init__()
+        self.old = {x.untyped_storage()._cdata for x in old}
         self.sizes, self.on_host, self.most = {}, {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -48,7 +54,7 @@ class AliveInAttention(TorchDispatchMode):
             self.on_host[key] = storage  # a page of host memory, on a CPU a tensor like others
         # Copies that a norm makes because it is not compiled.
         uncompiled = x.dtype == torch.float32 and x.shape[1:] == (1, WIDTH)
-        if key not in self.sizes and key not in self.on_host and not uncompiled:
+        if key not in self.old | self.sizes.keys() | self.on_host.keys() and not uncompiled:
             self.sizes[key] = storage.nbytes()
             weakref.finalize(storage, self.sizes.pop, key, None)
 
@@ -83,3 +89,30 @@ def test_the_exchange_in_chunks_holds_no_more_than_the_model_says():
     (whole, expected_whole), *_ = pool.run(2, most_alive, ParallelConfig(ulysses=2), memory)
     (chunks, expected_chunks), *_ = pool.run(2, most_alive, ParallelConfig(ulysses=2, ulysses_chunks=2), memory)
     assert chunks - whole == pytest.approx(expected_chunks - expected_whole, abs=0.3)
+
+
+def alive_in_ring(rank, ring, documents, heads, kv_heads, dim):
+    """Bytes, beside what the forward pass saved."""
+    unfilled.register()
+    topology = ParallelTopology.create(ParallelConfig(ring=ring))
+    kernel = select_kernel(unfilled.NAME, dim, torch.bfloat16, CPU)
+    attention = Attention2D.of(HeadSplit(heads, kv_heads, 1), kernel, 1.0, topology.ulysses, topology.ring, CPU)
+    row = RowIndices.of(np.concatenate([[0], np.cumsum(documents)]), 1, ring, topology.place.ring, CPU)
+    tokens = sum(documents) // ring
+    q, k, v = (torch.randn(tokens, n, dim).bfloat16().requires_grad_() for n in (heads, kv_heads, kv_heads))
+    out = attention(q, k, v, row)
+    dout = torch.randn_like(out)
+    with AliveInAttention([q, k, v, dout, out, *out.grad_fn.saved_tensors]) as alive:
+        torch.autograd.grad(out, (q, k, v), dout)
+    topology.destroy()
+    return alive.most
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 4), (4, 4)])
+@pytest.mark.parametrize("documents", [[8192], [2048, 6144]])
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_the_backward_pass_of_a_ring_holds_what_the_model_says(ring, documents, heads, kv_heads):
+    dim = 64
+    q, k = (sum(documents) // ring * n * dim * 2 for n in (heads, kv_heads))
+    found = max(pool.run(ring, alive_in_ring, ring, documents, heads, kv_heads, dim))
+    assert found == pytest.approx(_ring_backward(q, k, ring, len(documents) > 1), rel=0.02)
