@@ -11,8 +11,10 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
+from megatron_vila.parallel.kernels.cudnn import CudnnKernel
 from tests import samples
 from tests.gpu import on_gpus
 from tests.parallel import contract
@@ -26,9 +28,19 @@ ERROR_BUDGET = 3.0
 KERNEL_BUDGET = 1.25
 """Error of a gradient with a kernel as a multiple of that with exact attention, all else in bfloat16 in both, where the latter
 is too large for the bound of the others: those of the tower's queries and keys are."""
-
-
 IN_CHUNKS = ParallelConfig(ulysses=2, ulysses_chunks=2)
+
+
+def long_rows(unit: int) -> contract.Rows:
+    return [[samples.document(f"long-{n}", "F" * frames + "t" * unit * 16)] for n, frames in enumerate((unit, unit // 2, unit))]
+
+
+ROWS = {"mixed": MIXED_ROWS, "one document each": 2 * long_rows(16)}
+
+
+def rows_of(kernel: str) -> str:
+    """Short documents side by side cuDNN leaves to another kernel."""
+    return "one document each" if kernel == "cudnn" else "mixed"
 
 
 def _config(kernel: str) -> Config:
@@ -43,8 +55,14 @@ def _config(kernel: str) -> Config:
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    path = tmp_path_factory.mktemp("truth") / "truth.pt"
-    contract.write_truth_in_a_process_without_gpus(_config("reference"), MIXED_ROWS, path)
+    """File with the truth of some rows, written once."""
+
+    @functools.cache
+    def path(rows: str):
+        file = tmp_path_factory.mktemp("truth") / "truth.pt"
+        contract.write_truth_in_a_process_without_gpus(_config("reference"), ROWS[rows], file)
+        return file
+
     return path
 
 
@@ -53,16 +71,35 @@ def one_gpu(truth):
     """Errors of one GPU with a kernel, measured once."""
 
     @functools.cache
-    def errors(kernel: str) -> dict[str, float]:
-        [single] = pool.run(1, contract.compare, _config(kernel), MIXED_ROWS, ParallelConfig(), truth, torch.bfloat16)
+    def errors(kernel: str, rows: str) -> dict[str, float]:
+        [single] = pool.run(1, compare, _config(kernel), rows, ParallelConfig(), truth(rows))
         return single
 
     return errors
 
 
+def compare(rank: int, config: Config, rows: str, parallel: ParallelConfig, path) -> dict[str, float]:
+    """As ``contract.compare``; with cuDNN each layer must have called it for each row's documents."""
+    called, forward = [], CudnnKernel._forward_batch
+
+    def counted(self, q, k, v, causal, scale):
+        called.append(causal)
+        return forward(self, q, k, v, causal, scale)
+
+    CudnnKernel._forward_batch = counted
+    try:
+        errors = contract.compare(rank, config, ROWS[rows], parallel, path, torch.bfloat16)
+    finally:
+        CudnnKernel._forward_batch = forward
+    if config.model.attention == "cudnn":
+        replicas = dist.get_world_size() // (parallel.tp * parallel.pp * parallel.ulysses * parallel.ring)
+        assert sum(called) == len(ROWS[rows]) // replicas * config.model.llm.num_layers // parallel.pp
+    return errors
+
+
 @pytest.mark.parametrize("kernel", [on_gpus(name, kernel=name) for name in CUDA_KERNELS])
 def test_one_gpu_errs_about_as_little_as_with_exact_attention(one_gpu, kernel):
-    found, exact = one_gpu(kernel), one_gpu("reference")
+    found, exact = (one_gpu(name, rows_of(kernel)) for name in (kernel, "reference"))
     assert {n: (e, exact[n]) for n, e in found.items() if not e < max(0.1, KERNEL_BUDGET * exact[n])} == {}
     assert max(exact.values()) < 0.15
     assert not larger(found, exact)
@@ -74,20 +111,21 @@ def larger(errors: dict[str, float], single: dict[str, float]) -> dict[str, tupl
     return {n: (e, single[n]) for n, e in errors.items() if not e <= ERROR_BUDGET * max(single[n], worst / 10)}
 
 
-def check(config: Config, parallel: ParallelConfig, truth, single: dict[str, float]) -> None:
+def check(config: Config, parallel: ParallelConfig, truth, one_gpu) -> None:
     """No gradient of two GPUs errs much more than on one."""
-    worst = max(single.values())
-    for errors in pool.run(2, contract.compare, config, MIXED_ROWS, parallel, truth, torch.bfloat16):
+    rows = rows_of(config.model.attention)
+    single = one_gpu(config.model.attention, rows)
+    for errors in pool.run(2, compare, config, rows, parallel, truth(rows)):
         wrong = larger(errors, single)
         assert not wrong, f"{config.model.attention} {config.memory} {parallel}: {wrong}"
-        print(parallel, f"worst {max(errors.values()):.2e} (one GPU {worst:.2e}), loss {errors['loss']:.2e}")
+        print(parallel, f"worst {max(errors.values()):.2e} (one GPU {max(single.values()):.2e}), loss {errors['loss']:.2e}")
 
 
 @pytest.mark.parametrize(
     ("kernel", "parallel"), [on_gpus(name, layout, kernel=name, gpus=2) for name in CUDA_KERNELS for layout in LAYOUTS]
 )
 def test_every_layout_errs_about_as_little_as_one_gpu(truth, one_gpu, kernel, parallel):
-    check(_config(kernel), parallel, truth, one_gpu(kernel))
+    check(_config(kernel), parallel, truth, one_gpu)
 
 
 @pytest.mark.parametrize("parallel", [on_gpus(p, kernel="fa4", gpus=2) for p in (LAYOUTS[0], IN_CHUNKS, LAYOUTS[1])])
@@ -95,11 +133,7 @@ def test_every_layout_errs_about_as_little_as_one_gpu(truth, one_gpu, kernel, pa
 def test_every_memory_policy_errs_about_as_little_as_none_on_one_gpu(truth, one_gpu, policy, parallel):
     config = _config("fa4")
     config.memory = MemoryConfig(**MEMORY_POLICIES[policy])
-    check(config, parallel, truth, one_gpu("fa4"))
-
-
-def long_rows(unit: int) -> contract.Rows:
-    return [[samples.document(f"long-{n}", "F" * frames + "t" * unit * 16)] for n, frames in enumerate((unit, unit // 2, unit))]
+    check(config, parallel, truth, one_gpu)
 
 
 @pytest.mark.parametrize(
