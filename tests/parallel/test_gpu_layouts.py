@@ -79,18 +79,19 @@ def one_gpu(truth):
 
 
 def compare(rank: int, config: Config, rows: str, parallel: ParallelConfig, path) -> dict[str, float]:
-    """As ``contract.compare``; with cuDNN each layer must have called it for each row's documents."""
-    called, forward = [], CudnnKernel._forward_batch
+    """As ``contract.compare``; with cuDNN each layer must have left each row to it alone."""
+    called, forward = [], CudnnKernel._forward
 
-    def counted(self, q, k, v, causal, scale):
-        called.append(causal)
-        return forward(self, q, k, v, causal, scale)
+    def counted(self, q_THD, k_UKD, v_UKD, segments, causal, scale):
+        _, for_another = self._split(segments)
+        called.append(causal and not for_another.segments.pairs)
+        return forward(self, q_THD, k_UKD, v_UKD, segments, causal, scale)
 
-    CudnnKernel._forward_batch = counted
+    CudnnKernel._forward = counted
     try:
         errors = contract.compare(rank, config, ROWS[rows], parallel, path, torch.bfloat16)
     finally:
-        CudnnKernel._forward_batch = forward
+        CudnnKernel._forward = forward
     if config.model.attention == "cudnn":
         replicas = dist.get_world_size() // (parallel.tp * parallel.pp * parallel.ulysses * parallel.ring)
         assert sum(called) == len(ROWS[rows]) // replicas * config.model.llm.num_layers // parallel.pp
