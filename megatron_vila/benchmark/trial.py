@@ -94,7 +94,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     flops = model_flops(row.lengths, row.supervised_tokens, len(row.frames), config.model, config.optim).total
     rate = flops * topology.grid.dp / found.seconds / world
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
-    estimate = estimate_memory(config, world, device.type == "cuda")
+    estimate = estimate_memory(config, world, platform.device_memory_bytes())
     share = mfu(rate, 1.0, 1, peak)
     whole = not (settings["partial"] or settings["without_attention"])
     vision_s = clock.seconds() if whole and row.frames else 0.0

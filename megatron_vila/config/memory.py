@@ -16,6 +16,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
 
 PLANNED_DEVICE_BYTES = 80 * 10**9
+"""Of a GPU for which a layout is planned somewhere else."""
 
 SLACK_BYTES = 2 * GIB
 """CUDA context, communication buffers and workspaces of a GPU rank."""
@@ -52,16 +53,18 @@ def element_bytes(precision: str, on_gpu: bool) -> int:
     return {"bf16": 2, "fp32": 4, "fp64": 8, "auto": 2 if on_gpu else 4}[precision]
 
 
-def estimate_memory(config: Config, world_size: int, on_gpu: bool) -> MemoryEstimate:
-    """The fullest pipeline stage's rank. The layout must divide ``world_size`` (``validate`` checks it first)."""
+def estimate_memory(config: Config, world_size: int, device_bytes: int) -> MemoryEstimate:
+    """The fullest pipeline stage's rank on GPUs of ``device_bytes``, from which the tower takes its share; 0: on a CPU.
+
+    The layout must divide ``world_size`` (``validate`` checks it first).
+    """
     parallel, optim = config.parallel, config.optim
     cp = parallel.ulysses * parallel.ring
     dp = world_size // (parallel.tp * parallel.pp * cp)
-    element = element_bytes(config.train.precision, on_gpu)
+    element = element_bytes(config.train.precision, device_bytes > 0)
     held, trained = _stage_parameters(config)
     grad_bytes = max(element, 4 if optim.grad_reduce_fp32 else element)
-    # A layout is planned for an 80 GB GPU where there is none.
-    active = activations(config, dp, element, PLANNED_DEVICE_BYTES if on_gpu else 0)
+    active = activations(config, dp, element, device_bytes)
     # 16-bit gradients are copied to float32 for the update, when no activation is left; with offload chunk by chunk.
     update = 0 if grad_bytes >= 4 or optim.offload_fraction else 4 * trained // (dp * cp)
     return MemoryEstimate(
@@ -71,7 +74,7 @@ def estimate_memory(config: Config, world_size: int, on_gpu: bool) -> MemoryEsti
         llm_activations=active.llm,
         vision_activations=active.vision,
         workspace=max(active.workspace, update - active.llm - active.vision),
-        slack=SLACK_BYTES + peer_bytes(config, element) if on_gpu else 0,
+        slack=SLACK_BYTES + peer_bytes(config, element) if device_bytes else 0,
     )
 
 

@@ -368,8 +368,8 @@ def _grid_warnings(config: Config, world_size: int) -> Iterable[str]:
 def _memory_warnings(config: Config, world_size: int) -> Iterable[str]:
     import torch
 
-    estimate = estimate_memory(config, world_size, torch.cuda.is_available())
     capacity, where = memory_of_rank(min(world_size, config.parallel.gpus_per_node))
+    estimate = estimate_memory(config, world_size, capacity if torch.cuda.is_available() else 0)
     if estimate.total > capacity:
         yield (
             f"a rank needs about {estimate}, but {where} has {capacity / GIB:.1f} GiB; {memory_cure(config, estimate)}"
@@ -388,11 +388,8 @@ def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
         more = "lower data.num_frames or raise parallel.ring"
         return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
     if biggest == "workspace":
-        return (
-            "set memory.mlp_tile=8192"
-            if not config.memory.mlp_tile
-            else "lower memory.mlp_tile, or shorten train.seq_length"
-        )
+        tile = "lower memory.mlp_tile, or shorten train.seq_length" if config.memory.mlp_tile else "set memory.mlp_tile=8192"
+        return tile + ", or set a lower model.vision.frame_micro_batch" * config.optim.vision.trainable
     if biggest == "optimizer":
         return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
     return "raise parallel.tp or parallel.pp"

@@ -24,7 +24,7 @@ MEMORY_FILE = "memory.json"
 def write_memory_report(
     config: Config, model: DistributedDataParallel, optimizer: DistributedOptimizer, host_peak_bytes: int
 ) -> str:
-    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak.
+    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak of what tensors take.
 
     Per rank in GiB: weights, gradient buffers, optimizer state and main weights on the device, what was moved to host memory
     (``host_peak_bytes`` of activations, and optimizer state), and the peak since the first step. An all-gather over all ranks.
@@ -40,20 +40,20 @@ def write_memory_report(
     }
     ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
-    estimate = estimate_memory(config, dist.get_world_size(), torch.cuda.is_available())
+    estimate = estimate_memory(config, dist.get_world_size(), platform.device_memory_bytes())
     predicted = {name: round(size / GIB, 6) for name, size in vars(estimate).items()} | {"total": estimate.total / GIB}
     if dist.get_rank() == 0:
         write_json(Path(config.train.output) / MEMORY_FILE, {"unit": "GiB", "predicted": predicted, "ranks": ranks})
     fullest = max(ranks, key=lambda rank: rank["peak"])
     return (
-        f"memory of the fullest rank: {predicted['total']:.2f} GiB predicted, {fullest['peak']:.2f} GiB measured "
+        f"memory of the fullest rank: {estimate.allocated / GIB:.2f} GiB predicted, {fullest['peak']:.2f} GiB measured "
         f"on rank {fullest['rank']}"
     )
 
 
 def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exception) -> str:
     """Which part of the prediction is the largest, and the setting that shrinks it."""
-    estimate = estimate_memory(config, world_size, on_gpu=True)
+    estimate = estimate_memory(config, world_size, platform.device_memory_bytes())
     grown = max((name for name in vars(estimate) if name != "slack"), key=lambda name: getattr(estimate, name))
     return (
         f"rank {rank} is out of GPU memory ({str(error).splitlines()[0]}). Predicted for the fullest rank: {estimate}; "

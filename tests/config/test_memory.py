@@ -1,10 +1,12 @@
 """The estimate of a rank's memory, and what validation says when the device or the host has less."""
 
+import dataclasses
+
 import pytest
 
 from megatron_vila.config.load import ConfigError, load_config
-from megatron_vila.config.memory import GIB, estimate_memory, state_on_host
-from megatron_vila.config.validate import validate
+from megatron_vila.config.memory import GIB, PLANNED_DEVICE_BYTES, estimate_memory, state_on_host
+from megatron_vila.config.validate import memory_cure, validate
 
 
 def test_memory_that_cannot_fit_is_a_warning_with_a_cure(data_folder):
@@ -19,7 +21,7 @@ def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
     def workspace(chunks):
         settings = ["parallel.ulysses=2", f"parallel.ulysses_chunks={chunks}", "train.seq_length=524288"]
         settings += ["memory.recompute=attention_output", "memory.mlp_tile=8192"]
-        return estimate_memory(load_config("models/llama3-8b", settings), 2, on_gpu=True).workspace
+        return estimate_memory(load_config("models/llama3-8b", settings), 2, PLANNED_DEVICE_BYTES).workspace
 
     assert workspace(4) < workspace(2) < workspace(1)
 
@@ -27,7 +29,7 @@ def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
 def test_gpus_that_write_heads_to_each_other_need_a_buffer_of_at_most_a_gib():
     def slack(*overrides):
         settings = ["train.seq_length=65536", *overrides]
-        return estimate_memory(load_config("models/llama3-8b", settings), 2, on_gpu=True).slack / GIB
+        return estimate_memory(load_config("models/llama3-8b", settings), 2, PLANNED_DEVICE_BYTES).slack / GIB
 
     alone = slack("parallel.ring=2")
     # 32K tokens of a GPU, q, k and v 6,144 wide in 16 bits: 384 MiB; the output with its gradient is 512 MiB.
@@ -44,7 +46,7 @@ def test_a_small_model_fits(data_folder):
 def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
     """7.6 G parameters: bf16 weights, float32 gradients, 12 bytes of optimizer state shared by the whole world."""
     config = load_config("models/qwen2-7b", ["optim.vision.trainable=false", "optim.projector.trainable=false"])
-    estimate = estimate_memory(config, 8, on_gpu=True)
+    estimate = estimate_memory(config, 8, PLANNED_DEVICE_BYTES)
     llm, frozen = 7_612_634_624, 428_225_600 + 29_376_512
     assert estimate.weights == pytest.approx(2 * (llm + frozen), rel=1e-3)
     assert estimate.gradients == pytest.approx(4 * llm, rel=1e-3)
@@ -54,11 +56,11 @@ def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
 def test_with_lora_only_what_learns_has_gradients_and_optimizer_state():
     """Rank 8 on q, k, v and o of Qwen2-7B: 28 layers of 8 * (3584 + 4608 + 3584 + 3584) parameters, 2 bytes a weight."""
     frozen = ["optim.vision.trainable=false", "optim.projector.trainable=false"]
-    whole = estimate_memory(load_config("models/qwen2-7b", frozen), 8, on_gpu=True)
+    whole = estimate_memory(load_config("models/qwen2-7b", frozen), 8, PLANNED_DEVICE_BYTES)
 
     def estimate(*overrides):
         return estimate_memory(
-            load_config("models/qwen2-7b", [*frozen, "model.lora.rank=8", *overrides]), 8, on_gpu=True
+            load_config("models/qwen2-7b", [*frozen, "model.lora.rank=8", *overrides]), 8, PLANNED_DEVICE_BYTES
         )
 
     updates = 28 * 8 * (3584 + 4608 + 3584 + 3584)
@@ -74,7 +76,7 @@ def test_with_lora_only_what_learns_has_gradients_and_optimizer_state():
 
 def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():
     def optimizer(*overrides):
-        return estimate_memory(load_config("models/qwen2-7b", list(overrides)), 8, on_gpu=True).optimizer
+        return estimate_memory(load_config("models/qwen2-7b", list(overrides)), 8, PLANNED_DEVICE_BYTES).optimizer
 
     assert optimizer("parallel.ring=2", "parallel.ulysses=4") == optimizer()
 
@@ -82,7 +84,7 @@ def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():
 def test_offloaded_optimizer_state_leaves_the_device_for_the_host():
     def both(fraction):
         config = load_config("models/qwen2-7b", [f"optim.offload_fraction={fraction}"])
-        return estimate_memory(config, 8, on_gpu=True).optimizer, state_on_host(config, 8, on_gpu=True)
+        return estimate_memory(config, 8, PLANNED_DEVICE_BYTES).optimizer, state_on_host(config, 8, on_gpu=True)
 
     (whole, nothing), (half, half_on_host), (none, on_host) = both(0), both(0.5), both(1)
     assert nothing == none == 0
@@ -93,7 +95,7 @@ def test_offloaded_optimizer_state_leaves_the_device_for_the_host():
 def test_activations_shrink_with_tp_and_cp_and_with_recompute():
     def activations(*overrides):
         settings = ["train.seq_length=1048576", *overrides]
-        return estimate_memory(load_config("models/qwen2-7b", settings), 16, on_gpu=True).llm_activations
+        return estimate_memory(load_config("models/qwen2-7b", settings), 16, PLANNED_DEVICE_BYTES).llm_activations
 
     whole = activations()
     for split in ("parallel.tp=4", "parallel.ring=4"):
@@ -112,7 +114,7 @@ def test_activations_shrink_with_tp_and_cp_and_with_recompute():
 def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
     def activations(*overrides):
         settings = ["train.seq_length=262144", "data.num_frames=512", *overrides]
-        return estimate_memory(load_config("models/qwen2-7b", settings), 1, on_gpu=True).vision_activations
+        return estimate_memory(load_config("models/qwen2-7b", settings), 1, PLANNED_DEVICE_BYTES).vision_activations
 
     pixels = 512 * 3 * 384**2 * 4
     assert activations("model.vision.recompute=true") == activations("optim.vision.trainable=false") == 0
@@ -122,7 +124,7 @@ def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
 def test_frames_of_the_next_micro_batch_take_memory_where_they_are_encoded_ahead():
     def workspace(rows, *overrides):
         settings = ["train.seq_length=32768", "data.num_frames=128", f"train.global_batch_size={rows}", *overrides]
-        return estimate_memory(load_config("models/longvila-7b", settings), 1, on_gpu=True).workspace
+        return estimate_memory(load_config("models/longvila-7b", settings), 1, PLANNED_DEVICE_BYTES).workspace
 
     tokens, in_work = 128 * 196 * 3584 * 2, 729 * 7 * 1152 * 2
     for tower, at_once in ("optim.vision.trainable=false", 64), ("model.vision.recompute=true", 8):
@@ -136,13 +138,13 @@ def test_frames_of_the_next_micro_batch_take_memory_where_they_are_encoded_ahead
 
 
 def test_the_estimate_reads_as_a_sum():
-    estimate = estimate_memory(load_config("models/qwen2-7b", []), 8, on_gpu=True)
+    estimate = estimate_memory(load_config("models/qwen2-7b", []), 8, PLANNED_DEVICE_BYTES)
     assert str(estimate).startswith(f"{estimate.total / GIB:.1f} GiB (weights ")
 
 
 def test_published_long_runs_fit_80_gib():
     for name, world in (("longvila-7b-stage5", 256), ("longvila-7b-stage4", 64), ("llama3-longvila-8b-stage5", 64)):
-        assert estimate_memory(load_config(name, []), world, on_gpu=True).total < 80 * GIB
+        assert estimate_memory(load_config(name, []), world, PLANNED_DEVICE_BYTES).total < 80 * GIB
 
 
 def test_more_host_memory_than_there_is_is_refused_with_the_largest_value(data_folder):
@@ -164,3 +166,24 @@ def test_optimizer_state_counts_towards_host_memory(data_folder, monkeypatch):
         r"GiB of host memory, and 100.0 GiB are there; lower both to 25.0 GiB a rank or less",
     ):
         validate(load_config("models/qwen2-7b", settings), 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "overrides", "cure"),
+    [
+        ("weights", [], "raise parallel.tp or parallel.pp"),
+        ("optimizer", [], "raise optim.offload_fraction"),
+        ("llm_activations", [], "set memory.recompute=attention_output"),
+        ("llm_activations", ["memory.recompute=attention_output"], "raise memory.offload_gib or memory.block_layers"),
+        ("vision_activations", ["model.vision.recompute=false"], "set model.vision.recompute=true"),
+        ("workspace", [], "set memory.mlp_tile=8192, or set a lower model.vision.frame_micro_batch"),
+        ("workspace", ["memory.mlp_tile=8192"], "lower memory.mlp_tile, or shorten train.seq_length, or set a lower"),
+        ("workspace", ["optim.vision.trainable=false"], "set memory.mlp_tile=8192"),
+    ],
+)
+def test_the_largest_part_names_the_setting_that_shrinks_it(part, overrides, cure):
+    config = load_config("models/longvila-7b", overrides)
+    estimate = estimate_memory(config, 8, PLANNED_DEVICE_BYTES)
+    said = memory_cure(config, dataclasses.replace(estimate, **{part: 1000 * GIB}))
+    assert said.startswith(cure)
+    assert ("frame_micro_batch" in said) == (part == "workspace" and config.optim.vision.trainable)

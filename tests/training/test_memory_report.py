@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import torch
 
 from megatron_vila.config.load import load_config
+from megatron_vila.config.memory import GIB
 from megatron_vila.training.memory_report import out_of_memory_message
 from tests.ranks import pool
 from tests.training.real_run import Layout, overrides, train
@@ -45,10 +47,24 @@ def test_a_traced_step_is_a_chrome_trace_of_the_rank_that_was_named(run):
     assert any("_KeptAttention2D" in event.get("name", "") for event in events)
 
 
-def test_a_gpu_that_is_too_small_is_answered_with_the_largest_part_and_a_setting():
+def test_a_gpu_that_is_too_small_is_answered_with_the_largest_part_and_a_setting(monkeypatch):
     """The message alone: a CPU has no such error to raise."""
+    monkeypatch.setattr("megatron_vila.platform.device_memory_bytes", lambda: 80 * GIB)
     config = load_config("models/qwen2-7b", ["train.seq_length=1048576"])
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     message = out_of_memory_message(config, 8, 3, error)
     assert message.startswith("rank 3 is out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
     assert "the largest part is llm activations: set memory.recompute=attention_output" in message
+
+
+def test_the_tower_takes_its_share_of_the_gpu_there_is(monkeypatch):
+    """2 H200 of 139.8 GiB reached 45.84 GiB in such a run: an eighth of one is 27 frames at once; of 80 GB it would be 14."""
+
+    def predicted(gib):
+        monkeypatch.setattr("megatron_vila.platform.device_memory_bytes", lambda: int(gib * GIB))
+        config = load_config("examples/benchmarks/longvila-7b-4layers-32k.yaml", ["parallel.ulysses=2"])
+        message = out_of_memory_message(config, 2, 0, Exception("-"))
+        return re.search(r"fullest rank: ([\d.]+) GiB .* workspace ([\d.]+)", message).groups()
+
+    assert predicted(139.8) == ("47.8", "10.0")
+    assert predicted(74.5) == ("39.7", "2.0")
