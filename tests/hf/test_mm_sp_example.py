@@ -45,9 +45,9 @@ def run_training(arguments: list[str], out: Path) -> list[dict]:
 
 def test_the_script_trains_a_text_model_and_learns(tmp_path):
     config = str(EXAMPLE / "configs/tiny-qwen3.json")
-    metrics = run_training(["--config", config, "--ulysses", "2", "--length", "64", "--steps", "6"], tmp_path)
-    assert [record["tokens"] for record in metrics] == [128] * 6
-    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    metrics = run_training(["--config", config, "--ulysses", "2", "--length", "64", "--steps", "20"], tmp_path)
+    assert [record["tokens"] for record in metrics] == [128] * 20
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.2  # of other windows: less says nothing
 
 
 def test_the_script_trains_a_video_model_on_real_videos(tmp_path):

@@ -79,7 +79,7 @@ def one_gpu(truth):
 
 
 def compare(rank: int, config: Config, rows: str, parallel: ParallelConfig, path) -> dict[str, float]:
-    """As ``contract.compare``; with cuDNN each layer must have left each row to it alone."""
+    """As ``contract.compare``; with cuDNN each decoder layer must have given it every row, whole."""
     called, forward = [], CudnnKernel._forward
 
     def counted(self, q_THD, k_UKD, v_UKD, segments, causal, scale):
