@@ -62,8 +62,9 @@ def test_the_tower_takes_its_share_of_the_gpu_there_is(monkeypatch):
 
     def predicted(gib):
         monkeypatch.setattr("megatron_vila.platform.device_memory_bytes", lambda: int(gib * GIB))
-        config = load_config("examples/benchmarks/longvila-7b-4layers-32k.yaml", ["parallel.ulysses=2"])
-        message = out_of_memory_message(config, 2, 0, Exception("-"))
+        settings = ["model.llm.num_layers=4", "model.vision.recompute=true", "parallel.ulysses=2", "data.num_frames=160"]
+        settings += ["train.seq_length=32768", "train.global_batch_size=1"]
+        message = out_of_memory_message(load_config("models/longvila-7b", settings), 2, 0, Exception("-"))
         return re.search(r"fullest rank: ([\d.]+) GiB .* workspace ([\d.]+)", message).groups()
 
     assert predicted(139.8) == ("47.8", "10.0")
