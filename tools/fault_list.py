@@ -393,4 +393,18 @@ FAULTS = [
         "estimate_memory(config, world_size, 80 * 10**9)",
         ("tests/training/test_memory_report.py", "-k", "share"),
     ),
+    Fault(
+        "a run's report plans for no GPU",
+        "megatron_vila/training/memory_report.py",
+        "estimate_memory(config, dist.get_world_size(), platform.device_memory_bytes())",
+        "estimate_memory(config, dist.get_world_size(), 0)",
+        ("tests/training/test_memory_report.py", "-k", "predicted"),
+    ),
+    Fault(
+        "a report compares tensors with what the allocator does not hand out",
+        "megatron_vila/training/memory_report.py",
+        "{estimate.allocated / GIB:.2f}",
+        "{estimate.total / GIB:.2f}",
+        ("tests/training/test_memory_report.py", "-k", "predicted"),
+    ),
 ]

@@ -389,7 +389,7 @@ def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
         return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
     if biggest == "workspace":
         tile = "lower memory.mlp_tile, or shorten train.seq_length" if config.memory.mlp_tile else "set memory.mlp_tile=8192"
-        return tile + ", or set a lower model.vision.frame_micro_batch" * config.optim.vision.trainable
+        return tile + ", or encode fewer frames at once (model.vision.frame_micro_batch)" * config.optim.vision.trainable
     if biggest == "optimizer":
         return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
     return "raise parallel.tp or parallel.pp"

@@ -24,7 +24,7 @@ MEMORY_FILE = "memory.json"
 def write_memory_report(
     config: Config, model: DistributedDataParallel, optimizer: DistributedOptimizer, host_peak_bytes: int
 ) -> str:
-    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak of what tensors take.
+    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak, on a GPU of tensors.
 
     Per rank in GiB: weights, gradient buffers, optimizer state and main weights on the device, what was moved to host memory
     (``host_peak_bytes`` of activations, and optimizer state), and the peak since the first step. An all-gather over all ranks.

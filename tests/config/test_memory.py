@@ -176,8 +176,8 @@ def test_optimizer_state_counts_towards_host_memory(data_folder, monkeypatch):
         ("llm_activations", [], "set memory.recompute=attention_output"),
         ("llm_activations", ["memory.recompute=attention_output"], "raise memory.offload_gib or memory.block_layers"),
         ("vision_activations", ["model.vision.recompute=false"], "set model.vision.recompute=true"),
-        ("workspace", [], "set memory.mlp_tile=8192, or set a lower model.vision.frame_micro_batch"),
-        ("workspace", ["memory.mlp_tile=8192"], "lower memory.mlp_tile, or shorten train.seq_length, or set a lower"),
+        ("workspace", [], "set memory.mlp_tile=8192, or encode fewer frames at once (model.vision.frame_micro_batch)"),
+        ("workspace", ["memory.mlp_tile=8192"], "lower memory.mlp_tile, or shorten train.seq_length, or encode fewer frames"),
         ("workspace", ["optim.vision.trainable=false"], "set memory.mlp_tile=8192"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 from megatron_vila.config.load import load_config
 from megatron_vila.config.memory import GIB
+from megatron_vila.training import trainer
 from megatron_vila.training.memory_report import out_of_memory_message
 from tests.ranks import pool
 from tests.training.real_run import Layout, overrides, train
@@ -25,15 +26,30 @@ def run(videos, tmp_path_factory):
     output = tmp_path_factory.mktemp("kept")
     layout = Layout(2, tp=2).overrides()
     settings = overrides(videos, output, *layout, *KEPT, "train.steps=2", "profile.steps=[2]", "profile.ranks=[1]")
-    pool.run(2, train, settings)
-    return output
+    line, _ = pool.run(2, train_with_the_size_of_a_gpu, settings)
+    return output, line
+
+
+def train_with_the_size_of_a_gpu(rank, settings):
+    """As ``train``, where the device says that it has 80 GiB; returns what the report says in a line."""
+    lines, write = [], trainer.write_memory_report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_vila.platform.device_memory_bytes", lambda: 80 * GIB)
+        patch.setattr(trainer, "write_memory_report", lambda *given: lines.append(write(*given)))
+        train(rank, settings)
+    return lines[0]
 
 
 def test_memory_is_predicted_by_part_and_the_peak_of_every_rank_stands_beside(run):
-    report = json.loads((run / "memory.json").read_text())
+    output, line = run
+    report = json.loads((output / "memory.json").read_text())
     predicted = report["predicted"]
     parts = {"weights", "gradients", "optimizer", "llm_activations", "vision_activations", "workspace", "slack"}
     assert set(predicted) == parts | {"total"}
+    assert predicted["slack"] == 2, "of a GPU"
+    peak = max(rank["peak"] for rank in report["ranks"])
+    said = f"memory of the fullest rank: {predicted['total'] - 2:.2f} GiB predicted, {peak:.2f} GiB measured on rank "
+    assert line.startswith(said), "both without what the allocator does not hand out"
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     for rank in report["ranks"]:
         assert rank["peak"] > 0 and rank["host"] > 0 and rank["weights"] > 0
@@ -41,7 +57,8 @@ def test_memory_is_predicted_by_part_and_the_peak_of_every_rank_stands_beside(ru
 
 
 def test_a_traced_step_is_a_chrome_trace_of_the_rank_that_was_named(run):
-    (file,) = (run / "traces").iterdir()
+    output, _ = run
+    (file,) = (output / "traces").iterdir()
     assert file.name == "step-000002-rank-1.json.gz"
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     assert any("_KeptAttention2D" in event.get("name", "") for event in events)
