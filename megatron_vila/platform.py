@@ -117,9 +117,7 @@ def end_distributed() -> None:
     if (topology := sys.modules.get("megatron_vila.parallel.topology")) is not None:
         topology.ParallelTopology.destroy()
     dist.destroy_process_group()
-    # The threads live until the last reference to their group goes. Models are cycles, partly through C++: these take two passes.
-    gc.collect()
-    gc.collect()
+    collect_garbage()  # the threads live until the last reference to their group goes
 
 
 def synchronize() -> None:
@@ -128,8 +126,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def empty_cache() -> None:
-    """Give cached device memory back to the driver (nothing to do on a CPU)."""
+def collect_garbage() -> None:
+    """Free what nothing refers to any more, models too, and give its device memory back to the driver."""
+    for _ in range(2):  # a model is a cycle, partly through C++
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -220,7 +220,7 @@ def peak(megabytes):
     held = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=platform.device())
     del held
     platform.synchronize()
-    platform.empty_cache()
+    platform.collect_garbage()
     return (platform.peak_memory_bytes() - before) / 2**20
 print(peak(256), peak(64))
 """

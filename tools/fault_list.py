@@ -407,4 +407,25 @@ FAULTS = [
         "{estimate.total / GIB:.2f}",
         ("tests/training/test_memory_report.py", "-k", "predicted"),
     ),
+    Fault(
+        "full collections pass over all that a run keeps",
+        "megatron_vila/training/trainer.py",
+        "                    gc.freeze()\n",
+        "",
+        ("tests/training/test_trainer.py", "-k", "collections"),
+    ),
+    Fault(
+        "what a run kept is never collected",
+        "megatron_vila/training/trainer.py",
+        "            gc.unfreeze()\n",
+        "",
+        ("tests/training/test_trainer.py", "-k", "collections"),
+    ),
+    Fault(
+        "a variant is measured beside the model of the one before",
+        "megatron_vila/benchmark/worker.py",
+        "        platform.collect_garbage()\n",
+        "",
+        ("tests/benchmark/test_benchmarks.py", "-k", "left_behind"),
+    ),
 ]

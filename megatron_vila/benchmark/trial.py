@@ -11,7 +11,6 @@ between them counts with it.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -50,8 +49,6 @@ def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for length in settings["lengths"]:
         for text in settings["variants"]:
             yield _variant(settings, text, length)
-            gc.collect()
-            platform.empty_cache()
 
 
 def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,13 @@ def _seconds(call: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def one_by_one(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows; before the next is measured, the memory of the one before is free."""
+    for row in rows:
+        yield row
+        platform.collect_garbage()
 
 
 def parse_variant(text: str, known: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def main(arguments: Sequence[str]) -> None:
 
     module = importlib.import_module(f"megatron_vila.benchmark.{kind}")
     with open(rows_file, "a", encoding="utf-8") as file:
-        for row in module.rows(json.loads(settings)):
+        for row in one_by_one(module.rows(json.loads(settings))):
             if dist.get_rank() == 0:
                 file.write(json.dumps(row) + "\n")
                 file.flush()  # the parent reads along

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -113,6 +114,7 @@ class Trainer:
                     metrics.message(f"stopped by SIGTERM after step {self.step}; the same command goes on from there")
                 return metrics.finish({"stopped": stopped, **self.counts, **results})
         finally:
+            gc.unfreeze()
             signal.signal(signal.SIGTERM, previous)
 
     def _loop(self, metrics: MetricsLogger) -> tuple[dict[str, float], bool]:
@@ -120,7 +122,7 @@ class Trainer:
         train, data = self.config.train, self.config.data
         loader, rows_per_epoch = training_loader(self.config, self.topology)
         results: dict[str, float] = {}
-        barren_rows = skips_in_a_row = 0
+        first, barren_rows, skips_in_a_row = self.step + 1, 0, 0
         platform.reset_peak_memory()
         with loader:
             while self.step < train.steps:
@@ -132,6 +134,10 @@ class Trainer:
                 self.skipped += not outcome.updated
                 stopping, record = self._measure(rows, outcome, started_s)
                 metrics.step(record)
+                if self.step == first:
+                    # A full collection over a model and its compiled code halts one rank, and so all, for some half a second.
+                    gc.collect()
+                    gc.freeze()
                 barren_rows = 0 if outcome.supervised else barren_rows + train.global_batch_size
                 skips_in_a_row = 0 if outcome.updated or not outcome.supervised else skips_in_a_row + 1
                 self._guard(outcome, skips_in_a_row, barren_rows >= rows_per_epoch, metrics)

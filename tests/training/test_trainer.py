@@ -1,9 +1,11 @@
 """Losses, weights and counts of a few steps of the real trainer do not depend on the layout."""
 
+import gc
+
 import pytest
 import torch
 
-from megatron_vila.training.trainer import slower_parts
+from megatron_vila.training.trainer import Trainer, slower_parts
 from tests import samples
 from tests.ranks import pool
 from tests.training.real_run import Layout, numbers, overrides, train, weights
@@ -41,6 +43,28 @@ def test_a_run_takes_the_same_steps_in_every_layout(videos, tmp_path, alone, lay
     found = pool.run(1, weights, settings, tmp_path)[0]
     for name, weight in alone[1].items():
         assert (found[name] - weight).abs().max() <= 1e-8, name
+
+
+def passed_over(rank, settings):
+    """Objects that a full collection would pass over in each step, and those that stay out of it after the run."""
+    seen, measure = [], Trainer._measure
+
+    def counted(self, *arguments):
+        seen.append(len(gc.get_objects()))
+        return measure(self, *arguments)
+
+    Trainer._measure = counted
+    try:
+        train(rank, settings)
+    finally:
+        Trainer._measure = measure
+    return seen, gc.get_freeze_count()
+
+
+def test_after_its_first_step_a_run_is_not_halted_by_collections_of_what_stays(videos, tmp_path):
+    for (first, *later), kept_out in pool.run(2, passed_over, overrides(videos, tmp_path, *SETTINGS)):
+        assert len(later) == 2 and max(later) < first / 10
+        assert kept_out == 0
 
 
 def test_a_gpu_without_the_fastest_parts_hears_which_run_and_why(monkeypatch):
