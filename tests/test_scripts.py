@@ -295,7 +295,7 @@ def test_every_file_that_the_readme_runs_exists():
 
 
 def test_every_seeded_fault_still_finds_its_place():
-    from tools.fault_list import FAULTS
+    from tools.faults import FAULTS
 
     places = {fault.name: (ROOT / fault.file).read_text().count(fault.old) for fault in FAULTS}
     assert len(places) == len(FAULTS)

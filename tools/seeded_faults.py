@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fault_list import EVERY_LAYOUT, FAULTS
+from faults import FAULTS
+from faults.fault import EVERY_LAYOUT
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -53,11 +53,9 @@ def passed_over(rank, settings):
         seen.append(len(gc.get_objects()))
         return measure(self, *arguments)
 
-    Trainer._measure = counted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_measure", counted)
         train(rank, settings)
-    finally:
-        Trainer._measure = measure
     return seen, gc.get_freeze_count()
 
 
