@@ -69,8 +69,7 @@ def save_checkpoint(
     failed = f"checkpoint of step {step} not saved in {root}"
     cure = "earlier checkpoints are intact; free space or set train.output to a folder that can be written"
 
-    io.on_rank_zero(lambda: _make_room(root, partial), failed, cure)
-    final = io.from_rank_zero(lambda: _free_place(root, step))
+    final = io.on_rank_zero(lambda: _make_room(root, partial, step), failed, cure)
     model_state = _model_state(model_chunks)
     state: dict[str, Any] = {"model": model_state}
     counters: dict[str, Any] = {"adam_step": None, "scheduler_steps": None}
@@ -117,9 +116,8 @@ def load_checkpoint(
     checkpoint, a file is missing or damaged, or tensors are missing or differ in shape (they are named). LoRA factors that a
     checkpoint without them lacks keep their initial values; those that the model has no place for are an error.
     """
-    found = io.on_all_ranks(lambda: resolve_checkpoint(Path(path)), f"nothing to load at {path}")
-    # A network file system may show ranks different moments of a folder.
-    folder = io.from_rank_zero(lambda: found)
+    # Rank 0 alone looks: a network file system may show ranks different moments of a folder.
+    folder = io.on_rank_zero(lambda: resolve_checkpoint(Path(path)), f"nothing to load at {path}")
     failed = f"cannot load checkpoint {folder}"
     io.on_all_ranks(lambda: io.check_files(folder), failed)
     stored = io.on_all_ranks(lambda: io.read_stored_tensors(folder), failed)
@@ -199,11 +197,13 @@ def _finished(root: Path) -> list[Path]:
     return sorted((folder for folder in root.glob("step-*") if (folder / "info.json").is_file()), key=_order)
 
 
-def _make_room(root: Path, partial: Path) -> None:
+def _make_room(root: Path, partial: Path, step: int) -> Path:
+    """Make the folder to write into; returns the place where it will go."""
     root.mkdir(parents=True, exist_ok=True)
     for left_over in root.glob(".step-*"):
         shutil.rmtree(left_over)
     partial.mkdir()
+    return _free_place(root, step)
 
 
 def _free_place(root: Path, step: int) -> Path:

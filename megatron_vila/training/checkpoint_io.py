@@ -40,7 +40,7 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
     try:
         result = action()
     except (Exception, dcp.CheckpointException) as error:  # torch's is no Exception
-        problem = str(error) if isinstance(error, CheckpointError) else _reason(error)
+        problem = _text(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     bad = [rank for rank, text in enumerate(problems) if text is not None]
@@ -50,16 +50,19 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
     return result
 
 
-def on_rank_zero(action: Callable[[], None], failed: str, cure: str = "") -> None:
-    """As ``on_all_ranks`` for work that only rank 0 does; returns on every rank after it is done."""
-    on_all_ranks(action if dist.get_rank() == 0 else lambda: None, failed, cure)
-
-
-def from_rank_zero(action: Callable[[], T]) -> T:
-    """The result of ``action`` on rank 0, on every rank (a broadcast over all ranks)."""
-    result = [action() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
+def on_rank_zero(action: Callable[[], T], failed: str, cure: str = "") -> T:
+    """Run ``action`` on rank 0; its result, or ``CheckpointError`` with what went wrong, on every rank (one broadcast)."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = _text(error)
+    dist.broadcast_object_list(outcome, src=0)
+    result, problem = outcome
+    if problem is not None:
+        raise CheckpointError(f"{failed}: {problem}" + (f"; {cure}" if cure else ""))
+    return result
 
 
 class InProcessSave(torch_dist.TorchDistSaveShardedStrategy):
@@ -221,8 +224,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost message: torch wraps what a rank raised."""
+def _text(error: BaseException) -> str:
+    """The message of our own errors; else kind and message of the innermost one, for torch wraps what a rank raised."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

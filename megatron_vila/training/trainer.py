@@ -31,6 +31,7 @@ from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, read_info, save_checkpoint
+from megatron_vila.training.checkpoint_io import on_all_ranks, on_rank_zero
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
 from megatron_vila.training.evaluate import evaluate
 from megatron_vila.training.feed import open_dataset, training_loader
@@ -39,6 +40,7 @@ from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
+from megatron_vila.training.resume import changes, kept_settings, settings_of
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 
 logger = logging.getLogger(__name__)
@@ -73,13 +75,16 @@ class Trainer:
         self.is_writer = self.topology.rank == 0
         model_parallel_cuda_manual_seed(config.train.seed)
         model = VilaModel(config, self.topology, self.dtype, self.device)
-        resumed = latest_checkpoint(config.train.output) if config.checkpoint.resume else None
+        resumed = None
+        if config.checkpoint.resume:
+            resumed = on_rank_zero(lambda: latest_checkpoint(config.train.output), f"nothing to resume in {config.train.output}")
         if resumed is None and config.checkpoint.load:
             load_checkpoint(config.checkpoint.load, [model])
             self._say(f"weights of {config.checkpoint.load}")
         self.model = wrap_ddp(model, config.optim, model.config)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
         self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
+        self.settings = on_rank_zero(lambda: settings_of(config), "the settings that a checkpoint keeps")
         if resumed is not None:
             self._resume(resumed)
         origin = resumed or config.checkpoint.load
@@ -233,13 +238,15 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler)
         self.step, self.skipped, self.counts = extra["step"], extra["skipped"], extra["counts"]
+        changed = on_all_ranks(
+            lambda: changes(kept_settings(extra), self.settings), f"cannot go on from {checkpoint}"
+        )
         self._say(f"going on from {checkpoint} after step {self.step}")
-        changed = [f"{k}: {extra['data'][k]} -> {v}" for k, v in self._data_identity().items() if extra["data"][k] != v]
-        if changed:
-            self._say(f"the samples of coming steps are not those of the saved run, because of {'; '.join(changed)}")
+        for line in changed:
+            self._say(f"changed since the checkpoint: {line}")
 
     def _save(self) -> None:
-        extra = {"step": self.step, "skipped": self.skipped, "counts": self.counts, "data": self._data_identity()}
+        extra = {"step": self.step, "skipped": self.skipped, "counts": self.counts, "settings": self.settings}
         info = {
             "model": self.config.model.name,
             "layout": asdict(self.config.parallel) | {"dp": self.topology.grid.dp},
@@ -256,17 +263,6 @@ class Trainer:
             self.config.checkpoint.keep,
             info,
         )
-
-    def _data_identity(self) -> dict[str, Any]:
-        """What the order of samples depends on."""
-        config = self.config
-        return {
-            "train.seed": config.train.seed,
-            "train.global_batch_size": config.train.global_batch_size,
-            "data.train": list(config.data.train),
-            "data.shuffle": config.data.shuffle,
-            "data.packing": config.data.packing,
-        }
 
     def _describe_run(self) -> None:
         """Keep the configuration beside the run and show the first sample as the model sees it."""

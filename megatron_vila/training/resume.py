@@ -1,0 +1,175 @@
+"""What a run that goes on must have in common with the run that was saved: settings kept in the checkpoint, and what it
+means that one has changed.
+
+``settings_of`` gives the settings as a flat dict, key -> plain value; the trainer keeps it in the checkpoint's ``extra``.
+``changes`` compares two of them: each difference becomes a line, or an error where going on makes no sense. To watch one more
+setting add a ``Rule``; a setting without a rule is told with the last one. A key that the checkpoint lacks, because an older
+version wrote it, is not compared, unless its rule says which value that version stood for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron_vila.config.load import config_keys
+from megatron_vila.config.schema import Config
+from megatron_vila.config.sizes import head_dim
+from megatron_vila.data.tokenizer import load_tokenizer
+from megatron_vila.training.checkpoint_io import CheckpointError
+
+_NEW_RUN = "or start a new run from the weights (checkpoint.load, and another train.output)"
+_OTHER_MODEL = "the weights mean something else then"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a change of the settings ``keys`` (exact, or with ``*``) means. With ``cure`` it is refused.
+
+    ``before`` is the value that checkpoints without the key stand for; None: such checkpoints are not compared.
+    """
+
+    keys: tuple[str, ...]
+    effect: str
+    cure: str = ""
+    before: Any = None
+
+
+RULES = (
+    Rule(
+        ("tokenizer.vocabulary",),
+        "this is another tokenizer, whose ids mean other text than the weights have learned",
+        f"set data.tokenizer to the tokenizer of the saved run, {_NEW_RUN}",
+    ),
+    Rule(
+        (
+            "model.projector.*",
+            "model.llm.num_heads",
+            "model.llm.num_kv_heads",
+            "model.llm.head_dim",
+            "model.vision.num_heads",
+            "model.vision.patch_size",
+            "model.vision.image_size",
+        ),
+        _OTHER_MODEL,
+        f"set it back, {_NEW_RUN}",
+    ),
+    Rule(("tokenizer.chat_template",), "the text around the turns is another one from the next step on"),
+    Rule(("model.attention", "train.precision", "train.deterministic"), "coming steps differ by rounding"),
+    Rule(
+        ("train.seed", "train.global_batch_size", "data.train", "data.shuffle", "data.packing"),
+        "the order of coming samples is not that of the saved run: some come again, others are left out",
+    ),
+    Rule(("data.eval",), "results on held-out samples are not comparable with earlier ones"),
+    Rule(("data.*", "train.seq_length"), "coming samples are made in another way than those before"),
+    Rule(
+        ("train.steps",),
+        "the run ends there, and learning rates that follow its length (cosine, warmup_fraction) are from the next step on "
+        "those of a run of this length",
+    ),
+    Rule(
+        ("optim.lr", "optim.*.lr", "optim.min_lr", "optim.schedule", "optim.warmup_*"),
+        "learning rates follow another schedule from the next step on",
+    ),
+    Rule(("optim.*", "model.lora.*"), "coming updates follow another rule"),
+    Rule(("model.*",), "the model computes something else with the same weights"),
+    Rule(("*",), "results of coming steps may differ"),
+)
+"""The first rule that fits counts."""
+
+UNWATCHED = (
+    # How and where it runs. Layouts and memory policies agree up to rounding.
+    "parallel.*",
+    "memory.*",
+    "profile.*",
+    "checkpoint.*",
+    "data.workers",
+    "data.prefetch",
+    "optim.offload_fraction",
+    "model.name",
+    "model.init_std",
+    "model.vision.recompute",
+    "model.vision.frame_micro_batch",
+    "train.output",
+    "train.log_every",
+    "train.eval_every",
+    "train.on_nan",
+    "train.max_skips",
+    # Tensors of another shape, too few or too many are named when they are loaded.
+    "model.*.num_layers",
+    "model.*.hidden_size",
+    "model.*.ffn_hidden_size",
+    "model.lora.rank",
+    "model.lora.targets",
+)
+"""Settings on which the numbers of coming steps do not depend, or whose change is noticed elsewhere."""
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that a checkpoint keeps. Reads ``data.tokenizer``; one that cannot be read is the data's own error later."""
+    settings = {}
+    values = _flat(asdict(config))
+    for key in config_keys():
+        if not _fits(key.name, UNWATCHED):
+            settings[key.name] = values[key.name]
+    settings["model.llm.head_dim"] = head_dim(config.model.llm)
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except (ValueError, FileNotFoundError):
+        return settings
+    # Where the folder lies does not matter.
+    del settings["data.tokenizer"]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    settings["tokenizer.vocabulary"] = f"{len(vocabulary)} pieces, {_digest(vocabulary)}"
+    settings["tokenizer.chat_template"] = _digest(tokenizer.chat_template)
+    return settings
+
+
+def kept_settings(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint's ``extra``; early versions kept what the order of samples depends on, as ``data``."""
+    return extra["settings"] if "settings" in extra else extra.get("data", {})
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that differs: from, to, and what follows from it.
+
+    Raises ``CheckpointError`` with all differences that make no sense, each with its cure.
+    """
+    lines, refused = [], []
+    for key, value in now.items():
+        rule = next(rule for rule in RULES if _fits(key, rule.keys))
+        before = saved.get(key, rule.before)
+        if before == value or (key not in saved and rule.before is None):
+            continue
+        line = f"{key}: {_short(before)} -> {_short(value)}: {rule.effect}"
+        if rule.cure:
+            refused.append(f"{line}; {rule.cure}")
+        else:
+            lines.append(line)
+    if refused:
+        raise CheckpointError("\n".join(refused))
+    return lines
+
+
+def _fits(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _short(value: Any, most: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
