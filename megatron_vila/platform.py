@@ -387,13 +387,17 @@ def compiled_on_cuda(function: Callable) -> Callable:
 
     The first argument's device decides. No gradients flow through the function.
     """
-    # The first new length makes lengths dynamic; widths stay constants of the kernel.
-    compiled = torch.compile(function)
+
+    @functools.cache
+    def compiled() -> Callable:
+        # When it is needed first, not before: torch.compile imports a compiler, which takes seconds.
+        # The first new length makes lengths dynamic; widths stay constants of the kernel.
+        return torch.compile(function)
 
     @functools.wraps(function)
     def call(*args):
         # Code that is compiled has a version for what wants gradients and another for what does not, and few versions in all.
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        return (compiled if args[0].device.type == _COMPILED_DEVICE and compiles() else function)(*args)
+        return (compiled() if args[0].device.type == _COMPILED_DEVICE and compiles() else function)(*args)
 
     return call

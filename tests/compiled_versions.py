@@ -22,7 +22,7 @@ def main() -> None:
 
         return compile_with(function, backend=backend)
 
-    # Before the functions are decorated, in the modules that follow.
+    # Before the first call of a function, which compiles it.
     platform._COMPILED_DEVICE, torch.compile = "cpu", counting
     platform.prepare()
     from megatron_vila.benchmark import trial

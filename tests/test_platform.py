@@ -123,11 +123,14 @@ def test_megatrons_random_streams_are_reproducible_and_apart_on_a_cpu():
 
 
 @cpu_only
-def test_importing_and_preparing_says_nothing_about_optional_packages():
+def test_importing_and_preparing_says_nothing_about_optional_packages_and_brings_no_compiler():
     code = "from megatron_vila import platform; platform.prepare(); import megatron.core.optimizer, megatron.core.models.gpt"
+    code += "; import sys, megatron_vila.training.trainer; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0
     assert "Apex" not in done.stderr and "deprecated" not in done.stderr
+    # A compiler takes seconds to import: it waits for the first function that is compiled.
+    assert done.stdout.strip() == "False"
 
 
 def test_precision_names_give_dtypes():
