@@ -5,34 +5,53 @@ Legend: F pictures, H = W side in pixels.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from megatron_vila.data.video import MediaError
+from megatron_vila.data.media import IMAGE_FORMATS, MAX_PIXELS, check_size, errors_of, open_regular
 
 PAD_COLOUR = (127, 127, 127)
 """SigLIP's mean colour, 0.5, cut to a whole number: what the border of a padded picture becomes."""
+
+BAND_PIXELS = 2**22
+"""Pixels of a padded picture that are held at once while it is scaled."""
+
+PADDED_SIDE = math.isqrt(MAX_PIXELS)
+"""A picture with a longer side is scaled down to it before it is padded: its square would be over the budget."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by its EXIF orientation (1: nothing to do)."""
+
+_ORIENTATION_TAG = 0x0112
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file as ``as_rgb`` shows it; of an animation, the first picture.
 
-    Raises ``MediaError`` for a file that is missing, empty, cut off, too large to be safe (Pillow's limit) or no image.
+    Raises ``MediaError`` for a file that is missing, empty, not a regular file, cut off, of another format than
+    ``IMAGE_FORMATS`` or larger than ``MAX_PIXELS``; the size is taken from the header, before anything is decoded.
     """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return as_rgb(file)
-    except FileNotFoundError as error:
-        raise MediaError(path, "no such file") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        empty = os.path.isfile(path) and os.path.getsize(path) == 0
-        reason = "the file is empty (0 bytes)" if empty else f"not an image that can be read: {error}"
-        raise MediaError(path, reason) from error
+    with (
+        os.fdopen(open_regular(path), "rb") as file,
+        errors_of(path, "not an image that can be read"),
+        Image.open(file, formats=IMAGE_FORMATS) as picture,
+    ):
+        check_size(path, *picture.size)
+        picture.load()
+        return as_rgb(picture)
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -41,7 +60,9 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     Transparent pixels are laid on white: dropping the alpha channel alone would show the colour that hides under them, often
     black on black text. 16-bit grey is scaled to 8 bits, not clipped.
     """
-    picture = ImageOps.exif_transpose(picture)
+    turn = UPRIGHT.get(_orientation(picture))
+    if turn is not None:
+        picture = picture.transpose(turn)
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
@@ -49,6 +70,14 @@ def as_rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (as stored) where the EXIF data are none or cannot be read: the pixels are good all the same."""
+    try:
+        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:
+        return 1
 
 
 def preprocess(images: Sequence[Image.Image], image_size: int, aspect: str = "resize") -> torch.Tensor:
@@ -60,18 +89,32 @@ def preprocess(images: Sequence[Image.Image], image_size: int, aspect: str = "re
     """
     if aspect not in ("resize", "pad"):
         raise ValueError(f"image aspect {aspect!r} is unknown; use resize or pad")
-    pixels = np.empty((len(images), image_size, image_size, 3), dtype=np.uint8)
+    side = (image_size, image_size)
+    pixels = np.empty((len(images), *side, 3), dtype=np.uint8)
     for place, image in enumerate(images):
-        square = _pad_to_square(image) if aspect == "pad" else image
-        pixels[place] = np.asarray(square.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        scaled = _scale_padded(rgb, image_size) if aspect == "pad" else rgb.resize(side, Image.Resampling.BICUBIC)
+        pixels[place] = np.asarray(scaled)
     pixels_F3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
     return pixels_F3HW.mul_(2 / 255).sub_(1)
 
 
-def _pad_to_square(image: Image.Image) -> Image.Image:
+def _scale_padded(image: Image.Image, size: int) -> Image.Image:
+    """``image`` centered on a square of ``PAD_COLOUR``, the square scaled to ``size``, without ever holding the whole square.
+
+    Pillow scales rows first and columns then, with whole numbers in between. So the rows can be scaled in bands, with equal
+    results: a padded row of nothing but ``PAD_COLOUR`` stays what it is.
+    """
+    if max(image.size) > PADDED_SIDE:
+        ratio = PADDED_SIDE / max(image.size)
+        image = image.resize([max(1, round(s * ratio)) for s in image.size], Image.Resampling.BICUBIC)
     side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (size, side), PAD_COLOUR)
+    height = max(1, BAND_PIXELS // side)
+    for first in range(0, image.height, height):
+        last = min(first + height, image.height)
+        band = Image.new("RGB", (side, last - first), PAD_COLOUR)
+        band.paste(image.crop((0, first, image.width, last)), (left, 0))
+        narrow.paste(band.resize((size, last - first), Image.Resampling.BICUBIC), (0, top + first))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)

@@ -22,17 +22,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-
-class MediaError(Exception):
-    """An image or video that cannot be used: ``path`` names the file, ``reason`` says what is wrong with it."""
-
-    def __init__(self, path: str | os.PathLike, reason: str) -> None:
-        super().__init__(str(path), reason)
-        self.path = str(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+from megatron_vila.data.images import UPRIGHT
+from megatron_vila.data.media import MediaError, check_size, errors_of, open_video
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +54,14 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
     index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
     """
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = _video_stream(container, path)
-            # Tuples, not packets: a film's packets would fill the memory.
-            packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
-            indexed = sum(entry.size > 0 for entry in stream.index_entries)
-            rate, time_base = stream.average_rate, stream.time_base
-            width, height = stream.codec_context.width, stream.codec_context.height
-            avi = container.format.name == "avi"
-    except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(path, _open_failure(path, error)) from error
+    container, stream = open_video(path)
+    with container, errors_of(path, "not a video that can be read"):
+        # Tuples, not packets: a film's packets would fill the memory.
+        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+        indexed = sum(entry.size > 0 for entry in stream.index_entries)
+        rate, time_base = stream.average_rate, stream.time_base
+        width, height = stream.codec_context.width, stream.codec_context.height
+        avi = container.format.name == "avi"
     damaged = next((i for i, (*_, corrupt) in enumerate(packets) if corrupt), None)
     if damaged is not None or len(packets) < indexed:
         found = len(packets) if damaged is None else damaged
@@ -178,16 +166,14 @@ class VideoReader:
 
     def frame(self, index: int) -> Image.Image:
         """Frame ``index``, which must lie after every frame asked for before; RGB and upright. Raises ``MediaError``."""
-        try:
+        with errors_of(self.info.path, f"decoding frame {index} of {self.info.num_frames} failed"):
             frame = self._frame_by_time(index) if self.info.has_pts else self._frame_by_count(index)
             if frame is None or frame.is_corrupt:
                 raise MediaError(self.info.path, f"frame {index} of {self.info.num_frames} cannot be decoded")
+            check_size(self.info.path, frame.width, frame.height)
             picture = Image.fromarray(self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
-        except (av.error.FFmpegError, OSError) as error:
-            raise MediaError(
-                self.info.path, f"decoding frame {index} of {self.info.num_frames} failed: {_text(error)}"
-            ) from error
-        return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+            turn = UPRIGHT.get(_orientation(frame))
+            return picture if turn is None else picture.transpose(turn)
 
     def _frame_by_time(self, index: int) -> av.VideoFrame | None:
         target = int(self.info.pts[index])
@@ -213,11 +199,7 @@ class VideoReader:
         return next(itertools.islice(self._frames, index - self.frames_decoded, None), None)
 
     def _open(self) -> None:
-        try:
-            self._container = av.open(self.info.path)
-        except (av.error.FFmpegError, OSError) as error:
-            raise MediaError(self.info.path, _open_failure(self.info.path, error)) from error
-        self._stream = _video_stream(self._container, self.info.path)
+        self._container, self._stream = open_video(self.info.path)
         self._read_key = int(self.info.key_pts[0])
         self._frames = self._decode(self._container.demux(self._stream))
 
@@ -246,30 +228,15 @@ class VideoReader:
                 yield frame
 
 
-def _video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.VideoStream:
-    """The first video stream that is no cover picture; the other streams are not read."""
-    attached = av.stream.Disposition.attached_pic
-    stream = next((s for s in container.streams.video if not s.disposition & attached), None)
-    if stream is None:
-        raise MediaError(path, "the file holds no video stream")
-    if stream.codec_context is None:
-        raise MediaError(path, "no decoder is installed for the codec of this video")
-    for other in container.streams:
-        if other is not stream:
-            other.discard = av.stream.Discard.all
-    # Frame threads before a fork can deadlock, and a loader decodes many files at once anyway.
-    stream.codec_context.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
-    return stream
+def _orientation(frame: av.VideoFrame) -> int:
+    """How the picture is to be shown, in the numbers of EXIF, from the display matrix of the frame.
 
-
-def _open_failure(path: str | os.PathLike, error: Exception) -> str:
-    if not os.path.exists(path):
-        return "no such file"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return "the file is empty (0 bytes)"
-    return f"not a video that can be read: {_text(error)}"
-
-
-def _text(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    A point (x, y) is shown at (a x + c y, b x + d y); y points down. Angles between the right ones count as the nearest.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1
+    a, b, _, c, d = (value / 65536 for value in np.frombuffer(bytes(matrix), dtype=np.int32)[:5])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return {(False, False): 1, (True, False): 2, (True, True): 3, (False, True): 4}[a < 0, d < 0]
+    return {(False, False): 5, (False, True): 6, (True, True): 7, (True, False): 8}[b < 0, c < 0]

@@ -1,0 +1,148 @@
+"""What a media file may be: a regular file of a known format, with pictures within a budget; and one error for all that fails.
+
+Files come from anywhere, so nothing in one may reach another file or the network, wait for ever, fill the memory or end a run.
+FFmpeg gets an open file and may open nothing else (the ``fd`` protocol is the only one allowed, and playlists, patterns and
+network formats are not among ``VIDEO_FORMATS``); Pillow gets an open file and tries ``IMAGE_FORMATS`` only, so that it starts no
+other program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+
+import av
+
+MAX_PIXELS = 2**26
+"""Most pixels of a picture or video frame (8192 x 8192): 256 MiB for each copy that is held while it is turned into RGB."""
+
+MAX_SIDE = 65_535
+"""Longest side of a picture or video frame in pixels."""
+
+VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif")
+"""FFmpeg's names of the containers that are read. ``mov`` is also mp4 and 3gp, ``matroska`` also WebM, ``asf`` also wmv."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Pillow's names of the formats that are read."""
+
+TIME_LIMIT_S = 60.0
+"""Seconds that opening a video, or reading one packet of it, may take. A read that hangs inside the kernel is not ended by it."""
+
+
+class MediaError(Exception):
+    """An image or video that cannot be used: ``path`` names the file, ``reason`` says what is wrong with it."""
+
+    def __init__(self, path: str | os.PathLike, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path = str(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike, failure: str) -> Iterator[None]:
+    """Turn every exception about the file ``path`` into a ``MediaError`` that begins with ``failure``.
+
+    A media library raises whatever its author did not foresee, lack of memory included. None of it may end a run.
+    """
+    try:
+        yield
+    except MediaError:
+        raise
+    except av.error.ExitError as error:
+        raise MediaError(path, f"{failure}: it took longer than {TIME_LIMIT_S:.0f} s") from error
+    except Exception as error:
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise MediaError(path, f"{failure}: {text}") from error
+
+
+def open_regular(path: str | os.PathLike) -> int:
+    """A descriptor of ``path``, open for reading, which the caller closes. Links are followed.
+
+    Raises ``MediaError`` for a file that is missing, empty or not a regular file. A pipe or device is not waited for; files of
+    ``/proc``, of which some are, have no size and count as empty.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        raise MediaError(path, "no such file") from error
+    except (OSError, ValueError) as error:
+        raise MediaError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise MediaError(path, f"not a regular file but a {_kind(status.st_mode)}")
+        if status.st_size == 0:
+            raise MediaError(path, "the file is empty (0 bytes)")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_size(path: str | os.PathLike, width: int, height: int) -> None:
+    """Raise ``MediaError`` if a picture or frame of ``width`` x ``height`` pixels is over the budget."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise MediaError(
+            path,
+            f"{width} x {height} pixels are more than a picture may have ({MAX_PIXELS:,} in all, {MAX_SIDE:,} a side)",
+        )
+
+
+def open_video(path: str | os.PathLike) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """The video file ``path``, open in FFmpeg, which can open nothing else from it, and its video stream.
+
+    The stream is the first one that is no cover picture; the others are not read. It decodes in the calling thread alone.
+    Raises ``MediaError``.
+    """
+    descriptor = open_regular(path)
+    try:
+        with errors_of(path, "not a video that can be read"):
+            container = av.open(
+                "fd:",
+                container_options={
+                    "fd": str(descriptor),
+                    "protocol_whitelist": "fd",
+                    "format_whitelist": ",".join(VIDEO_FORMATS),
+                },
+                # Streams are looked at with this; a decoder gets it again when it is opened.
+                options={"max_pixels": str(MAX_PIXELS)},
+                metadata_errors="replace",
+                timeout=(TIME_LIMIT_S, TIME_LIMIT_S),
+            )
+    finally:
+        os.close(descriptor)
+    try:
+        return container, _video_stream(container, path)
+    except BaseException:
+        container.close()
+        raise
+
+
+def _video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.VideoStream:
+    """The first stream of ``container`` with moving pictures."""
+    attached = av.stream.Disposition.attached_pic
+    stream = next((s for s in container.streams.video if not s.disposition & attached), None)
+    if stream is None:
+        raise MediaError(path, "the file holds no video stream")
+    if stream.codec_context is None:
+        raise MediaError(path, "no decoder is installed for the codec of this video")
+    check_size(path, stream.codec_context.width, stream.codec_context.height)
+    # Frames may change their size on the way: the decoder refuses to make room for one over the budget.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    for other in container.streams:
+        if other is not stream:
+            other.discard = av.stream.Discard.all
+    # Frame threads before a fork can deadlock, and a loader decodes many files at once anyway.
+    stream.codec_context.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
