@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 import megatron_vila.hf  # noqa: F401  registers the classes
-from megatron_vila.data.records import MARKER, RecordFiles
+from megatron_vila.data.placement import MARKER
+from megatron_vila.data.records import RecordFiles
 from megatron_vila.training.summary import write_json
 
 
@@ -34,10 +35,13 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.model)
     records = list(RecordFiles([args.samples]))[: args.questions]
     chats = [[{"role": turn.role, "content": turn.text} for turn in record.turns[:-1]] for record in records]
-    inputs = processor(
+    inputs = processor.apply_chat_template(
+        chats,
         images=[[medium.path for medium in record.media if not medium.is_video] for record in records],
-        text=processor.apply_chat_template(chats, add_generation_prompt=True),
         videos=[[medium.path for medium in record.media if medium.is_video] for record in records],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
     ).to(device)
     tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     answers = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

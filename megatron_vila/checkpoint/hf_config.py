@@ -18,7 +18,8 @@ from megatron_vila.config.schema import Config, DataConfig, LanguageConfig, Mode
 from megatron_vila.config.sizes import PROJECTOR_TYPES
 from megatron_vila.config.validate import validate
 
-METADATA_FORMAT = 1
+METADATA_FORMAT = 2
+"""Format of the section ``megatron_vila`` in a root configuration. Format 1 has no ``media_format``: it was verbatim then."""
 
 ROOT_TYPES = ("llava_llama", "vila", "nvila_lite")
 LANGUAGE_TYPES = ("llama", "qwen2")
@@ -212,6 +213,8 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
         )
         return
     data, read = description.data, _Reader(root, where, problems)
+    if own:
+        data.media_format = own.get("media_format", "verbatim")
     data.num_frames = own.get("num_frames", read.whole("num_video_frames", data.num_frames))
     data.fps = own.get("fps", read.number("fps", 0.0))
     aspect = own.get("image_aspect", root.get("image_aspect_ratio") or "resize")

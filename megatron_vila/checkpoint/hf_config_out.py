@@ -199,6 +199,7 @@ def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[
             "num_frames": data.num_frames,
             "fps": data.fps,
             "image_aspect": data.image_aspect,
+            "media_format": data.media_format,
             "max_positions": model.llm.max_positions,
         },
         "mm_hidden_size": model.vision.hidden_size,

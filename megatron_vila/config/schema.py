@@ -152,6 +152,11 @@ class DataConfig:
     num_frames: int = key(8, "most frames taken from a video")
     fps: float = key(0.0, "most frames per second of video; 0: num_frames spread uniformly")
     image_aspect: str = key("resize", "resize (to the square) or pad (to a square with the mean colour, then resize)")
+    media_format: str = key(
+        "vila",
+        "where media stand: vila (before the first human turn; markers are taken out with their line break and turns are "
+        "stripped, as in VILA's own training) or verbatim (at their markers, the text as it is)",
+    )
     frame_separator_ids: list[int] = key([], "token ids written after each video frame")
     image_separator_ids: list[int] = key([], "token ids written after each image")
     packing: bool = key(False, "pack several samples into one row of at most train.seq_length tokens")

@@ -22,6 +22,7 @@ CHOICES = {
     "model.attention": ("auto", "fa4", "cudnn", "flash2", "cpu", "reference"),
     "memory.recompute": ("none", "attention_output", "full"),
     "data.image_aspect": ("resize", "pad"),
+    "data.media_format": ("vila", "verbatim"),
     "data.over_long": ("truncate", "drop"),
     "optim.schedule": ("cosine", "constant"),
     "train.precision": ("auto", "bf16", "fp32", "fp64"),

@@ -3,7 +3,8 @@
 The template comes from the tokenizer. What the model is trained to write is found as spans of characters: a conversation is
 rendered up to each assistant turn, once as it is and once with another answer; what differs is the answer, what follows it is
 the stop token. So an answer of several lines is trained whole, and nothing is matched token by token (LongVILA's own masking
-loses the first line break of an answer). The text is cut at the media markers, and each piece is tokenised on its own.
+loses the first line break of an answer). The text is cut at the markers of its human turns, which ``placement.py`` has put where
+the media stand, and each piece is tokenised on its own.
 
 Legend: L tokens, F frames, C characters.
 """
@@ -14,14 +15,15 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vila.data.records import MARKER, Turn
+from megatron_vila.data.placement import RESERVED, Turn
 from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
+from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
 
 
 class ChatTemplateError(ValueError):
@@ -68,16 +70,21 @@ class ChatEncoder:
             ) from error
 
     def encode(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
-        """Tokens of a conversation, cut at its media markers: one segment more than there are markers (some may be empty).
+        """Tokens of a conversation, cut at the markers of its human turns: one segment more than there are markers (some may be
+        empty). What is escaped there becomes the word.
 
         Raises ``RenderError`` if the template refuses the conversation or does not show each marker once.
         """
+        for turn in turns:
+            if found := RESERVED.search(turn.text):
+                raise RenderError(f"the text holds U+{ord(found[0]):04X}, which is no character; take it out")
+        turns = [replace(turn, text=with_signs(turn.text)) if turn.role == "user" else turn for turn in turns]
         text, spans = self.spans(turns)
         wanted_C = np.zeros(len(text), dtype=bool)
         for start, end in spans:
             wanted_C[start:end] = True
-        markers = [m.span() for m in MARKER.finditer(text)]
-        asked = sum(len(MARKER.findall(turn.text)) for turn in turns)
+        markers = [m.span() for m in MEDIUM.finditer(text)]
+        asked = sum(len(MEDIUM.findall(turn.text)) for turn in turns)
         if len(markers) != asked:
             raise RenderError(f"the chat template shows {len(markers)} of {asked} media markers")
         cuts = [0, *(place for marker in markers for place in marker), len(text)]
@@ -93,8 +100,7 @@ class ChatEncoder:
             if turn.role != "assistant":
                 continue
             shown = self._render(turns[: k + 1])
-            other = "\ufdd1" if "\ufdd0" in turn.text else "\ufdd0"
-            varied = self._render([*turns[:k], Turn("assistant", other)])
+            varied = self._render([*turns[:k], Turn("assistant", OTHER_TEXT)])
             if not text.startswith(shown) or varied[:done] != text[:done]:
                 raise ChatTemplateError(
                     f"the chat template of tokenizer {self._name} changes earlier turns when later ones follow, so the answers "

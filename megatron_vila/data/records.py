@@ -1,9 +1,8 @@
 """Training samples from LLaVA-format JSON and JSONL files.
 
 A record is ``{"id": ..., "image" | "images" | "video": path or paths, "conversations": [{"from": "human" | "gpt" | "system",
-"value": text}, ...]}``. ``<image>`` and ``<video>`` in the text say where the media stand; in a record that has only videos
-``<image>`` stands for a video too, as LLaVA-Video writes it. Without any marker the media go before the first human turn, as
-in VILA's ``LLaVADataset``. A record without media is a text sample.
+"value": text}, ...]}``. ``placement.py`` has the rules for the markers ``<image>`` and ``<video>`` in the text. A record without
+media is a text sample.
 
 Only the place of each record in its file is kept in memory (24 bytes a record); text is read when it is asked for.
 """
@@ -19,8 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-MARKER = re.compile("<image>|<video>")
-"""What stands for one picture or video in the text of a turn."""
+from megatron_vila.data.placement import IMAGE, PlacementError, Turn, place_media
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -38,16 +36,8 @@ class Media:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation; ``role`` is system, user or assistant."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Record:
-    """One sample. ``media[k]`` belongs to the k-th marker in the text of the turns, read from the first to the last."""
+    """One sample with its media placed: ``media[k]`` belongs to the k-th marker of the human turns."""
 
     sample_id: str
     turns: tuple[Turn, ...]
@@ -58,17 +48,19 @@ class RecordFiles(Sequence[Record]):
     """The records of several files, one file after the other.
 
     Every record is read and checked once when the object is made, so that a mistake in a file ends a run at its start, on
-    every rank alike. Reading a record opens its file anew: any number of threads may read at once.
+    every rank alike. Reading a record opens its file anew: any number of threads may read at once. ``media_format`` is the rule
+    by which media are placed.
 
     Raises ``RecordError`` for a file that is missing, empty or not JSON, and for a record that breaks the format.
     """
 
-    def __init__(self, paths: Sequence[str], media_dir: str = "") -> None:
+    def __init__(self, paths: Sequence[str], media_dir: str = "", media_format: str = "vila") -> None:
         if not paths:
             raise RecordError(
                 "no file with samples was given; set data.train to at least one LLaVA-format JSON or JSONL file"
             )
         self.paths = tuple(os.fspath(p) for p in paths)
+        self._media_format = media_format
         self._media_dirs = tuple(media_dir or os.path.dirname(os.path.abspath(p)) for p in self.paths)
         tables = [np.array(list(_places(path)), dtype=np.int64).reshape(-1, 3) for path in self.paths]
         for path, table in zip(self.paths, tables, strict=True):
@@ -97,11 +89,14 @@ class RecordFiles(Sequence[Record]):
         where = f"{path}, {'line' if path.endswith('.jsonl') else 'record'} {number}"
         stream.seek(offset)
         content = _parse_json(stream.read(size), where)
-        return parse_record(content, where, f"{os.path.basename(path)}#{number}", self._media_dirs[file])
+        name = f"{os.path.basename(path)}#{number}"
+        return parse_record(content, where, name, self._media_dirs[file], self._media_format)
 
 
-def parse_record(content: Any, where: str, default_id: str, media_dir: str) -> Record:
+def parse_record(content: Any, where: str, default_id: str, media_dir: str, media_format: str = "vila") -> Record:
     """Bring one parsed JSON record into the form of ``Record``; relative media paths start at ``media_dir``.
+
+    ``media_format`` is the rule by which media are placed.
 
     Raises ``RecordError`` that begins with ``where`` and names the field.
     """
@@ -112,7 +107,7 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str) -> R
     images = [Media(p, False) for key in ("image", "images") for p in _paths(content, key, where, media_dir)]
     videos = [Media(p, True) for p in _paths(content, "video", where, media_dir)]
     turns = _turns(content.get("conversations"), f"{where}, field 'conversations'")
-    turns, media = _place_media(turns, images, videos, f"{where}, field 'conversations'")
+    turns, media = _place_media(turns, images, videos, media_format, f"{where}, field 'conversations'")
     given = content.get("id")
     if given is not None and not isinstance(given, str | int):
         raise RecordError(f"{where}, field 'id': must be text or a number, found {type(given).__name__}")
@@ -147,24 +142,15 @@ def _turns(value: Any, where: str) -> tuple[Turn, ...]:
 
 
 def _place_media(
-    turns: tuple[Turn, ...], images: list[Media], videos: list[Media], where: str
+    turns: tuple[Turn, ...], images: list[Media], videos: list[Media], rule: str, where: str
 ) -> tuple[tuple[Turn, ...], tuple[Media, ...]]:
-    """Bring media into the order of their markers; write the markers where there are none."""
-    markers = [m for turn in turns for m in MARKER.findall(turn.text)]
-    if not markers and (images or videos):
-        first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-        if first is None:
-            raise RecordError(f"{where}: the record has media, no marker for them and no human turn to put them before")
-        marked = Turn("user", "<image>" * len(images) + "<video>" * len(videos) + turns[first].text)
-        return (*turns[:first], marked, *turns[first + 1 :]), (*images, *videos)
-    if videos and not images:
-        markers = ["<video>"] * len(markers)
-    for name, media in (("<image>", images), ("<video>", videos)):
-        if markers.count(name) != len(media):
-            found = markers.count(name)
-            raise RecordError(f"{where}: {found} markers {name} for {len(media)} files; one marker stands for one file")
-    queues = {"<image>": iter(images), "<video>": iter(videos)}
-    return turns, tuple(next(queues[m]) for m in markers)
+    """The turns with a marker for each medium, and the media in the order of their markers."""
+    try:
+        turns, markers = place_media(turns, len(images), len(videos), rule)
+    except PlacementError as error:
+        raise RecordError(f"{where}: {error}") from error
+    left = {True: iter(images), False: iter(videos)}
+    return turns, tuple(next(left[marker == IMAGE]) for marker in markers)
 
 
 def _places(path: str) -> Iterator[tuple[int, int, int]]:

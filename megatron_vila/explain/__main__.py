@@ -99,7 +99,7 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
     from megatron_vila.data.dataset import VilaDataset
     from megatron_vila.data.records import RecordFiles
 
-    records = RecordFiles(data.train, data.media_dir)
+    records = RecordFiles(data.train, data.media_dir, data.media_format)
     if index >= len(records):
         raise ConfigError(
             f"command line: sample={index} is not in data.train, which has samples 0 to {len(records) - 1}"

@@ -22,6 +22,7 @@ from megatron_vila.checkpoint.hf_config_out import flat_root, language_config, v
 from megatron_vila.checkpoint.token_order import ORDERS, suggest_token_order
 from megatron_vila.config.schema import Config, DataConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.sizes import PROJECTOR_TYPES
+from megatron_vila.data.placement import RULES
 from megatron_vila.models.geometry import tokens_per_frame
 
 _LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
@@ -41,8 +42,8 @@ class VilaConfig(PreTrainedConfig):
     """Settings of ``VILAForConditionalGeneration`` and of ``VilaProcessor``.
 
     ``megatron_vila`` holds ``format``, ``projector_token_order``, ``frame_separator_ids`` and ``image_separator_ids`` (null
-    where the file does not say: the processor turns ``separator_text`` into ids), ``num_frames``, ``fps``, ``image_aspect`` and
-    ``max_positions``. ``image_token_id`` and ``video_token_id`` stand for the visual tokens of pictures
+    where the file does not say: the processor turns ``separator_text`` into ids), ``num_frames``, ``fps``, ``image_aspect``,
+    ``max_positions`` and ``media_format``. ``image_token_id`` and ``video_token_id`` stand for the visual tokens of pictures
     and of video frames in ``input_ids``; they may lie beyond the embedding table and are never looked up.
 
     Raises ``VilaConfigError`` that lists everything about the file that the model cannot do, and one that asks for
@@ -76,8 +77,10 @@ class VilaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.hidden_size, self.mm_hidden_size = self.text_config.hidden_size, self.vision_config.hidden_size
         given = dict(self.megatron_vila or {})
+        # Exports of format 1 left media and text as they were; published files are VILA's.
+        early = given.get("format", METADATA_FORMAT) == 1
         self.megatron_vila = {
-            "format": given.get("format", METADATA_FORMAT),
+            "format": METADATA_FORMAT if early else given.get("format", METADATA_FORMAT),
             "projector_token_order": given.get("projector_token_order", "row_major"),
             "frame_separator_ids": given.get("frame_separator_ids"),
             "image_separator_ids": given.get("image_separator_ids"),
@@ -85,6 +88,7 @@ class VilaConfig(PreTrainedConfig):
             "fps": float(given.get("fps", self.fps)),
             "image_aspect": given.get("image_aspect", self.image_aspect_ratio),
             "max_positions": int(given.get("max_positions", self.text_config.max_position_embeddings)),
+            "media_format": given.get("media_format", "verbatim" if early else "vila"),
         }
         if self.megatron_vila["image_aspect"] not in ("resize", "pad"):
             _logger.warning(
@@ -109,6 +113,8 @@ class VilaConfig(PreTrainedConfig):
             found.append(
                 f"megatron_vila.format={own['format']} is not {METADATA_FORMAT}; load it with the version that wrote it"
             )
+        if own["media_format"] not in RULES:
+            found.append(f"megatron_vila.media_format={own['media_format']} is unknown; use one of {', '.join(RULES)}")
         if self.mm_vision_select_feature != "cls_patch":
             found.append(
                 f"mm_vision_select_feature={self.mm_vision_select_feature} would drop a patch of SigLIP; use cls_patch"

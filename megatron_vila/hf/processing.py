@@ -1,8 +1,9 @@
 """Text, images and videos to what the model takes, exactly as training makes it.
 
-The chat template is the tokenizer's; its text is cut at the media markers and each piece is tokenised on its own, pictures are
-decoded, sampled and resized by the functions that the training data goes through, and the separators after pictures are those of
-the training run. So a sample gives the same token ids and pixels here and there.
+Media are placed in a conversation by the rule of the training run. The chat template is the tokenizer's; its text is cut at the
+markers and each piece is tokenised on its own, pictures are decoded, sampled and resized by the functions that the training data
+goes through, and the separators after pictures are those of the training run. So a sample gives the same token ids and pixels
+here and there.
 
 Legend: B texts, S tokens with padding, F pictures of all texts in order, P pixels of a side.
 """
@@ -22,13 +23,12 @@ from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedToke
 
 from megatron_vila.data.chat import Segment, assemble
 from megatron_vila.data.images import as_rgb, load_image, preprocess
-from megatron_vila.data.records import MARKER
+from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, escape, place_media, unescape
 from megatron_vila.data.row import Document, FrameRef
+from megatron_vila.data.signs import with_signs, without_signs
 from megatron_vila.data.video import decode_video_frames, probe_video, sample_frame_indices
 from megatron_vila.hf.configuration import VilaConfig
 from megatron_vila.hf.modeling import local_folder
-
-IMAGE, VIDEO = "<image>", "<video>"
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class VilaProcessor(ProcessorMixin):
     """Makes ``input_ids``, ``attention_mask`` and ``pixel_values`` of texts with images and videos.
 
     The arguments are the model's settings (see ``VilaConfig``); ``from_pretrained`` reads them from a model's folder.
-    ``num_frames`` and ``fps`` say how many frames of a video are taken by default.
+    ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``media_format`` where media stand
+    (``placement.py``; a processor that was saved without it leaves them at their markers).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class VilaProcessor(ProcessorMixin):
         fps: float,
         image_aspect: str,
         max_positions: int,
+        media_format: str = "verbatim",
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -61,6 +63,7 @@ class VilaProcessor(ProcessorMixin):
         self.image_separator_ids, self.frame_separator_ids = list(image_separator_ids), list(frame_separator_ids)
         self.num_frames, self.fps = num_frames, fps
         self.image_aspect, self.max_positions = image_aspect, max_positions
+        self.media_format = media_format
 
     @classmethod
     def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase) -> VilaProcessor:
@@ -82,6 +85,7 @@ class VilaProcessor(ProcessorMixin):
             fps=own["fps"],
             image_aspect=own["image_aspect"],
             max_positions=own["max_positions"],
+            media_format=own["media_format"],
             **separators,
         )
 
@@ -124,8 +128,9 @@ class VilaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Inputs of the model for one text or several.
 
-        ``text`` is what the chat template writes, with ``<image>`` and ``<video>`` where media stand; where there are only
-        videos, ``<image>`` stands for one too. ``images`` are paths, PIL pictures or uint8 arrays [H, W, 3] or [3, H, W];
+        ``text`` is what ``apply_chat_template`` gives, with ``<image>`` and ``<video>`` where media stand, and a backslash before
+        them where they are words; where there are only videos, ``<image>`` stands for one too. ``images`` are paths, PIL
+        pictures or uint8 arrays [H, W, 3] or [3, H, W];
         ``videos`` are paths of video files, of which ``num_frames`` frames are taken (or at most ``fps`` a second), or frames
         (lists of pictures, uint8 arrays [N, H, W, 3] or [N, 3, H, W]), which are all taken. Media come in the order of their
         markers, in one list for all texts or a list per text.
@@ -158,6 +163,8 @@ class VilaProcessor(ProcessorMixin):
         conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         chat_template: str | None = None,
         *,
+        images: Any = None,
+        videos: Any = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = False,
@@ -168,33 +175,46 @@ class VilaProcessor(ProcessorMixin):
         padding: bool = True,
         **template_arguments: Any,
     ) -> Any:
-        """Render one conversation or several with the tokenizer's chat template, and with ``tokenize`` also process them.
+        """Place the media of one conversation or several, render it with the chat template, and with ``tokenize`` process it.
 
         The content of a message is text, or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image", "image":
-        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too).
+        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too);
+        beside such parts a marker in a text is a word. Media of texts with markers are given as ``images`` and ``videos``: lists
+        for one conversation, a list of lists for several. Without ``tokenize`` they may also be given to the call that
+        processes the text; markers stand for one medium each then. Where media stand is ``media_format``'s rule.
+
         Gives text without ``tokenize``, ``input_ids`` with it, everything that the model takes with ``return_dict`` as well.
+        Raises ``ValueError`` for media that do not fit the markers.
         """
         several = not isinstance(conversation[0], Mapping)
         conversations = list(conversation) if several else [conversation]
-        images: list[list[Any]] = [[] for _ in conversations]
-        videos: list[list[Any]] = [[] for _ in conversations]
+        given = [
+            _per_conversation(media, is_one, several, len(conversations))
+            for media, is_one in ((images, _is_image), (videos, _is_video))
+        ]
+        placed = [
+            self._place(one, *own, known=tokenize or images is not None or videos is not None)
+            for one, *own in zip(conversations, *given, strict=True)
+        ]
         texts = [
-            self.tokenizer.apply_chat_template(
-                [{**message, "content": _flatten(message["content"], *media)} for message in one],
-                chat_template=chat_template or self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **template_arguments,
+            without_signs(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=chat_template or self.chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **template_arguments,
+                )
             )
-            for one, *media in zip(conversations, images, videos, strict=True)
+            for messages, _, _ in placed
         ]
         if not tokenize:
             return texts if several else texts[0]
         inputs = self(
-            images if any(images) else None,
+            [images for _, images, _ in placed],
             texts,
-            videos if any(videos) else None,
+            [videos for _, _, videos in placed],
             num_frames=num_frames,
             fps=fps,
             padding=padding,
@@ -202,10 +222,33 @@ class VilaProcessor(ProcessorMixin):
         )
         return inputs if return_dict else inputs["input_ids"]
 
+    def _place(
+        self, messages: Sequence[Mapping[str, Any]], images: list[Any], videos: list[Any], known: bool
+    ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
+        """Messages with signs where media stand, and the media. Where these are not ``known`` yet, markers tell their number."""
+        contents, *in_parts = _flatten(messages)
+        if any(in_parts):
+            if images or videos:
+                raise ValueError("media stand both in the messages and in images or videos; give them in one place")
+            images, videos = in_parts
+        counts = [len(images), len(videos)]
+        turns = [Turn(message["role"], content) for message, content in zip(messages, contents, strict=True)]
+        if not known and not any(in_parts):
+            markers = [marker for turn in turns if turn.role == "user" for marker in MARKER.findall(turn.text)]
+            counts = [markers.count(IMAGE), markers.count(VIDEO)]
+        turns, _ = place_media(turns, *counts, self.media_format)
+        rendered = [
+            {**message, "content": with_signs(turn.text) if turn.role == "user" else turn.text}
+            if message.get("content") is not None
+            else dict(message)
+            for message, turn in zip(messages, turns, strict=True)
+        ]
+        return rendered, images, videos
+
     def _token_ids(self, text: str, media: Sequence[tuple[bool, int]]) -> np.ndarray:
         """Token ids of a text, with media ids at visual places; ``media`` are (is a video, pictures) of each marker."""
         pieces = [
-            self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            self.tokenizer(unescape(piece), add_special_tokens=False)["input_ids"] if piece else []
             for piece in MARKER.split(text)
         ]
         segments = [Segment(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=bool)) for ids in pieces]
@@ -242,24 +285,52 @@ def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, local_files_only=True)
 
 
-def _flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
-    """The content of a message as text with markers; its media are appended to ``images`` and ``videos``."""
-    if isinstance(content, str):
-        return content
-    text = ""
-    for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            text += part["text"]
-            continue
-        if kind not in ("image", "video"):
-            raise ValueError(f"a part of a message has type {kind!r}; use text, image or video")
-        medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-        if medium is None:
-            raise ValueError(f"a part of type {kind} names no {kind}: give it under the key {kind!r}")
-        (images if kind == "image" else videos).append(medium)
-        text += IMAGE if kind == "image" else VIDEO
-    return text
+def _flatten(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Any], list[Any]]:
+    """The contents of messages as texts with markers, and the images and videos that stand in them as parts.
+
+    Beside such parts markers in texts are words.
+    """
+    contents = [message.get("content") or "" for message in messages]
+    has_media = any(part.get("type") != "text" for content in contents if not isinstance(content, str) for part in content)
+    images: list[Any] = []
+    videos: list[Any] = []
+    texts = []
+    for message, content in zip(messages, contents, strict=True):
+        human = message["role"] == "user"
+        text = ""
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part.get("type") == "text":
+                text += escape(part["text"]) if has_media and human else part["text"]
+                continue
+            medium, marker = _medium(part)
+            if not human:
+                raise ValueError(f"a message of role {message['role']!r} holds {marker}; media belong to the role 'user'")
+            (images if marker == IMAGE else videos).append(medium)
+            text += marker
+        texts.append(text)
+    return texts, images, videos
+
+
+def _medium(part: Mapping[str, Any]) -> tuple[Any, str]:
+    """The medium in a part of a message, and its marker."""
+    kind = part.get("type")
+    if kind not in ("image", "video"):
+        raise ValueError(f"a part of a message has type {kind!r}; use text, image or video")
+    medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+    if medium is None:
+        raise ValueError(f"a part of type {kind} names no {kind}: give it under the key {kind!r}")
+    return medium, IMAGE if kind == "image" else VIDEO
+
+
+def _per_conversation(media: Any, is_one: Callable[[Any], bool], several: bool, count: int) -> list[list[Any]]:
+    """The media of each of ``count`` conversations: of a single one they are one medium or a list."""
+    if media is None:
+        return [[] for _ in range(count)]
+    if not several:
+        return [[media] if is_one(media) else list(media)]
+    if not isinstance(media, list | tuple) or len(media) != count:
+        raise ValueError(f"give a list of media for each of the {count} conversations")
+    return [list(own) for own in media]
 
 
 def _share(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool], marker: str) -> list[list[Any]]:

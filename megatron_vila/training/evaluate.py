@@ -46,7 +46,7 @@ def evaluate(config: Config, forward: Pass) -> dict[str, float]:
     right, counted, loss, tokens = results.tolist()
     return {
         "accuracy": right / max(counted, 1),
-        "chance": chance_level(config.data.eval, config.data.media_dir),
+        "chance": chance_level(config.data.eval, config.data.media_dir, config.data.media_format),
         "loss": loss / max(tokens, 1),
         "samples": counted,
     }

@@ -24,7 +24,7 @@ from megatron_vila.parallel.topology import ParallelTopology
 def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
     """The samples of ``files`` as documents. Reads text only. Raises ``ConfigError`` that names file, place and cure."""
     try:
-        records = RecordFiles(files, config.data.media_dir)
+        records = RecordFiles(files, config.data.media_dir, config.data.media_format)
         tokenizer = load_tokenizer(config.data.tokenizer)
         return VilaDataset(records, tokenizer, config.data, config.model, config.train.seq_length)
     except (ValueError, FileNotFoundError) as error:
@@ -59,10 +59,11 @@ def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLo
     return _loader(config, topology, dataset, order, topology.grid.dp), len(dataset)
 
 
-def chance_level(files: Sequence[str], media_dir: str) -> float:
+def chance_level(files: Sequence[str], media_dir: str, media_format: str = "vila") -> float:
     """Accuracy of always giving the most frequent answers of ``files``; records without an answer do not count."""
     answers = Counter(
-        tuple(turn.text for turn in record.turns if turn.role == "assistant") for record in RecordFiles(files, media_dir)
+        tuple(turn.text for turn in record.turns if turn.role == "assistant")
+        for record in RecordFiles(files, media_dir, media_format)
     )
     del answers[()]
     return max(answers.values(), default=0) / max(answers.total(), 1)

@@ -58,6 +58,12 @@ RULES = (
         _OTHER_MODEL,
         f"set it back, {_NEW_RUN}",
     ),
+    Rule(
+        ("data.media_format",),
+        "conversations become other tokens than those that were learned",
+        f"set data.media_format to the rule of the saved run (verbatim, where the checkpoint names none), {_NEW_RUN}",
+        before="verbatim",
+    ),
     Rule(("tokenizer.chat_template",), "the text around the turns is another one from the next step on"),
     Rule(("model.attention", "train.precision", "train.deterministic"), "coming steps differ by rounding"),
     Rule(

@@ -170,8 +170,8 @@ def test_pickled_weights_are_refused_and_not_run(source, tmp_path, monkeypatch, 
         ("config.json", {"video_encoder": {"end_tokens": None}}, "image_encoder and video_encoder end differently"),
         (
             "config.json",
-            {"megatron_vila": {"format": 2}},
-            "megatron_vila.format=2 is newer than 1; update megatron_vila",
+            {"megatron_vila": {"format": 3}},
+            "megatron_vila.format=3 is newer than 2; update megatron_vila",
         ),
         (
             "config.json",

@@ -115,13 +115,22 @@ def test_text_and_pictures_take_turns_and_labels_are_shifted_over_the_whole_docu
     assert document.labels[-1] == IGNORE
 
 
-def test_pictures_and_separators_inside_an_answer_are_not_learned():
-    segments = ENCODERS["llama3"].encode([Turn("user", "Draw."), Turn("assistant", "Here: <image> done")])
+def test_pictures_and_separators_right_before_an_answer_are_not_learned():
+    bare = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    segments = ChatEncoder(with_template(bare)).encode([Turn("user", "Draw: <image>"), Turn("assistant", "done")])
     document = assemble(segments, [(FrameRef("a.png", 0, 4, 16, False),)], [5], [], "s")
     trained = document.labels[document.labels != IGNORE]
     assert (trained >= 0).all()
     assert 5 not in document.labels
-    assert TOKENIZERS["llama3"].decode(trained.tolist()) == "Here:  done<|eot_id|>"
+    assert TOKENIZERS["qwen2"].decode(trained.tolist()) == "done<|im_end|>"
+
+
+def test_a_marker_outside_a_human_turn_is_text():
+    turns = [Turn("system", "Speak of <image>."), Turn("user", "A tag?"), Turn("assistant", "A <video> tag.")]
+    (segment,) = ENCODERS["llama3"].encode(turns)
+    text = TOKENIZERS["llama3"].decode(segment.token_ids.tolist())
+    assert "Speak of <image>." in text
+    assert learned("llama3", [segment]) == "A <video> tag.<|eot_id|>"
 
 
 def test_a_document_is_described_for_the_log():

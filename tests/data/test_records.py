@@ -28,7 +28,7 @@ def test_a_json_list_and_json_lines_give_the_same_records(tmp_path):
     assert len(listed) == len(lined) == 3
     assert [(r.turns, r.media) for r in listed] == [(r.turns, r.media) for r in lined]
     assert listed[0].sample_id == "7"
-    assert listed[0].turns == (Turn("user", "<image>\nOù est le chat ? 猫"), Turn("assistant", "Ici."))
+    assert listed[0].turns == (Turn("user", "<image>Où est le chat ? 猫"), Turn("assistant", "Ici."))
     assert listed[1].media == (Media(str(tmp_path / "b.mp4"), True),)
     assert listed[1].sample_id == "train.json#2"
     assert lined[1].sample_id == "lines.jsonl#3", "the line in the file, blank lines counted"
@@ -61,9 +61,11 @@ def test_media_are_sorted_to_their_markers(tmp_path):
     record = {
         "images": ["a.png", "b.png"],
         "video": "c.mp4",
-        "conversations": conversation("<image> then <video>", "Like this: <image>"),
+        "conversations": [*conversation("<image> then <video>"), *conversation("Like this: <image>")],
     }
-    assert [os.path.basename(m.path) for m in read_one(tmp_path, record).media] == ["a.png", "c.mp4", "b.png"]
+    in_place = read_one(tmp_path, record, media_format="verbatim")
+    assert [os.path.basename(m.path) for m in in_place.media] == ["a.png", "c.mp4", "b.png"]
+    assert [os.path.basename(m.path) for m in read_one(tmp_path, record).media] == ["a.png", "b.png", "c.mp4"]
 
 
 def test_an_image_marker_stands_for_a_video_where_there_are_only_videos(tmp_path):
@@ -92,8 +94,8 @@ GOOD = {"conversations": conversation()}
         ({"images": ["a.png", ""], **GOOD}, "field 'images': must be a path"),
         ({"image": "a.png", "images": ["b.png"], **GOOD}, "field 'images': the record has 'image' as well"),
         ({"id": ["x"], **GOOD}, "field 'id': must be text or a number"),
-        ({"image": "a.png", "conversations": conversation("<image><image>")}, "2 markers <image> for 1 files"),
-        ({"conversations": conversation("<video>")}, "1 markers <video> for 0 files"),
+        ({"image": "a.png", "conversations": conversation("Is <image> <image>?")}, "2 markers for 1 files"),
+        ({"conversations": conversation("<video>")}, "a marker stands for a file, and none is given"),
         ({"video": "a.mp4", "conversations": [{"from": "gpt", "value": "x"}]}, "no human turn to put them before"),
         ([1], "a record must be a JSON object, found list"),
     ],

@@ -156,7 +156,7 @@ def test_everything_that_a_configuration_asks_for_in_vain_is_listed_at_once(root
             "mlp_downsample_fix",
         ),
         ({"llm_cfg": {"model_type": "mixtral"}}, "mixtral is not one of llama, qwen2"),
-        ({"megatron_vila": {"format": 2, "projector_token_order": "row_major"}}, "format=2 is not 1"),
+        ({"megatron_vila": {"format": 3, "projector_token_order": "row_major"}}, "format=3 is not 2"),
         ({"megatron_vila": {"projector_token_order": "diagonal"}}, "diagonal"),
     ],
 )

@@ -1,5 +1,7 @@
 """The processor: the token ids and pixels of the training data path, every form of media, and what it refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig,
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
+from megatron_vila.data.placement import RULES
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.data.row import MEDIA_TOKEN
 from megatron_vila.data.video import MediaError, decode_video_frames
@@ -23,6 +26,7 @@ from tests.data.material import (
     write_jsonl,
     write_video,
 )
+from tests.data.placement_cases import RECORDS
 
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=56, patch_size=14),
@@ -60,28 +64,10 @@ def processor():
     return processor_of(byte_level_tokenizer("qwen2"))
 
 
-RECORDS = [
-    {"conversations": conversation()},
-    {"image": "wide.png", "conversations": conversation("<image>\nWhat?")},
-    {"image": ["wide.png", "clear.png"], "conversations": conversation("One <image>, two <image>: which?")},
-    {"video": "long.mp4", "conversations": conversation("<video>\nWhat is\nshown?", "1. A dog.\n2. A cat.")},
-    {"video": ["short.mp4", "long.mp4"], "conversations": conversation("<image><image>\nWhich is longer?")},
-    {
-        "image": "clear.png",
-        "video": "short.mp4",
-        "conversations": [
-            {"from": "system", "value": "Be brief."},
-            *conversation("Look: <video> and <image>"),
-            *conversation("And now?", "The same."),
-        ],
-    },
-]
-
-
 def trained(tmp_path, media, record, tokenizer, **data):
     """Token ids (MEDIA_TOKEN where pictures are), pixels and frames of ``record`` as a training run loads it."""
-    files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", [record])], str(media))
     settings = DataConfig(**{**DATA, **data})
+    files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", [record])], str(media), settings.media_format)
     loader = RowLoader(
         VilaDataset(files, tokenizer, settings, MODEL, 600),
         RowOrder(1, 0, shuffle=False),
@@ -105,21 +91,42 @@ def paths(media, record, key):
     return names and [str(media / name) for name in names]
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
-def test_a_sample_gives_the_token_ids_and_pixels_of_training(tmp_path, media, record, tokenizer):
+def ask(processor, media, record, **more):
+    return processor.apply_chat_template(
+        messages(record),
+        images=paths(media, record, "image"),
+        videos=paths(media, record, "video"),
+        tokenize=True,
+        return_dict=True,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("tokenizer", "rule"), [*((name, "vila") for name in TOKENIZERS), ("qwen2", "verbatim")])
+@pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+def test_a_sample_gives_the_token_ids_and_pixels_of_training(tmp_path, media, record, tokenizer, rule):
     tokenizer = TOKENIZERS[tokenizer]()
-    processor = processor_of(tokenizer)
-    ids, pixels, frames = trained(tmp_path, media, record, tokenizer)
+    processor = processor_of(tokenizer, media_format=rule)
+    ids, pixels, frames = trained(tmp_path, media, record, tokenizer, media_format=rule)
     media_ids = np.array([processor.image_token_id, processor.video_token_id])
     wanted = ids.copy()
     kinds = [media_ids[int(f.is_video)] for f in frames for _ in range(f.tokens)]
     wanted[ids == MEDIA_TOKEN] = kinds
-    text = processor.apply_chat_template(messages(record))
-    inputs = processor(images=paths(media, record, "image"), text=text, videos=paths(media, record, "video"))
+    inputs = ask(processor, media, record)
     assert inputs["input_ids"][0].tolist() == wanted.tolist()
     assert inputs["attention_mask"].all()
     assert torch.equal(inputs.get("pixel_values", torch.zeros(0, 3, 56, 56)), pixels)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["two images", "video before image", "words escaped", "words in answers"])
+def test_a_rendered_text_and_its_media_give_the_same_in_two_steps(processor, media, name, rule):
+    processor, record = processor_of(processor.tokenizer, media_format=rule), RECORDS[name]
+    text = processor.apply_chat_template(messages(record))
+    inputs = processor(images=paths(media, record, "image"), text=text, videos=paths(media, record, "video"))
+    wanted = ask(processor, media, record)
+    assert inputs["input_ids"].tolist() == wanted["input_ids"].tolist()
+    assert torch.equal(inputs["pixel_values"], wanted["pixel_values"])
 
 
 @pytest.mark.parametrize("settings", [{"fps": 2.0}, {"image_aspect": "pad", "num_frames": 2}])
@@ -128,12 +135,11 @@ def test_the_settings_of_training_reach_the_processor(tmp_path, media, settings)
     record = {"image": "wide.png", "video": "long.mp4", "conversations": conversation("<image><video>What?")}
     _, pixels, _ = trained(tmp_path, media, record, tokenizer, **settings)
     processor = processor_of(tokenizer, **settings)
-    text = processor.apply_chat_template(messages(record))
-    inputs = processor(images=paths(media, record, "image"), text=text, videos=paths(media, record, "video"))
-    assert torch.equal(inputs["pixel_values"], pixels)
+    assert torch.equal(ask(processor, media, record)["pixel_values"], pixels)
 
 
 def test_parts_of_a_message_are_the_same_as_markers_in_its_text(processor, media):
+    processor = processor_of(processor.tokenizer, media_format="verbatim")
     parts = [
         {"type": "video", "path": str(media / "long.mp4")},
         {"type": "text", "text": "\nWhat about "},
@@ -151,6 +157,38 @@ def test_parts_of_a_message_are_the_same_as_markers_in_its_text(processor, media
     assert torch.equal(
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True), other["input_ids"]
     )
+
+
+def test_parts_of_a_message_are_placed_as_the_media_of_a_record(processor, media):
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "What is a <video> tag?\n"}, {"type": "video", "path": "a.mp4"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": " An <image>. "}]},
+        {"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "\nAnd \\<image>?"}]},
+    ]
+    text = processor.apply_chat_template(chat)
+    assert "user\n<image><video>What is a \\<video> tag?<|im_end|>" in text
+    assert "assistant\nAn \\<image>.<|im_end|>" in text and "user\nAnd \\\\<image>?<|im_end|>" in text
+
+
+def test_media_are_given_once_and_to_human_turns(processor):
+    part = {"type": "image", "path": "a.png"}
+    with pytest.raises(ValueError, match="both in the messages and in images"):
+        processor.apply_chat_template([{"role": "user", "content": [part]}], images="b.png", tokenize=True)
+    with pytest.raises(ValueError, match="role 'assistant' holds <image>"):
+        processor.apply_chat_template([{"role": "assistant", "content": [part]}])
+    with pytest.raises(ValueError, match="a marker stands for a file, and none is given"):
+        processor.apply_chat_template([{"role": "user", "content": "<video>\nWhat?"}], tokenize=True)
+    with pytest.raises(ValueError, match="for each of the 2 conversations"):
+        processor.apply_chat_template([[{"role": "user", "content": "<image>\nWhat?"}]] * 2, images=["a.png"], tokenize=True)
+
+
+def test_a_processor_saved_before_the_rules_leaves_media_at_their_markers(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    assert settings.pop("media_format") == "vila"
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    assert AutoProcessor.from_pretrained(tmp_path).media_format == "verbatim"
+    assert AutoProcessor.from_pretrained(tmp_path, media_format="vila").media_format == "vila"
 
 
 def test_every_form_of_a_video_and_of_a_picture_gives_the_same_pixels(processor, media):

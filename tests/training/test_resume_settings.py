@@ -88,9 +88,16 @@ def test_the_folder_of_a_tokenizer_may_move_and_its_chat_template_is_watched(tok
 
 
 def test_checkpoints_of_older_versions_are_compared_in_what_they_keep(tokenizer):
-    assert changes(kept_settings({}), settings(tokenizer)) == []
-    (line,) = changes(kept_settings({"data": {"train.seed": 7, "data.packing": False}}), settings(tokenizer))
+    now = settings(tokenizer, "data.media_format=verbatim")
+    assert changes(kept_settings({}), now) == []
+    (line,) = changes(kept_settings({"data": {"train.seed": 7, "data.packing": False}}), now)
     assert line.startswith("train.seed: 7 -> 1234")
+
+
+def test_conversations_in_another_format_are_refused_also_of_checkpoints_that_name_none(tokenizer):
+    for saved in (settings(tokenizer, "data.media_format=verbatim"), {}):
+        with pytest.raises(CheckpointError, match=r"data.media_format: verbatim -> vila.*set data.media_format.*verbatim"):
+            changes(saved, settings(tokenizer))
 
 
 def resumed(rank, overrides_):

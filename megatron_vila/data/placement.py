@@ -1,0 +1,141 @@
+r"""Where the pictures and videos of a conversation stand, and what its text is then.
+
+``<image>`` and ``<video>`` in a human turn are *markers*: they say that media belong there and are no text. ``\<image>`` and
+``\<video>`` are the words themselves. In a system text and in an answer a marker is text, as it is in a human turn of a
+conversation without media.
+
+Two rules place the media. ``vila`` is that of VILA's ``LLaVADataset`` (and of LongVILA for videos): markers are taken out with
+their line break, all media stand before the first human turn, images before videos, and every turn is stripped of white space
+at both ends. ``verbatim`` leaves the text as it is and each medium at its marker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+RULES = ("vila", "verbatim")
+IMAGE, VIDEO = "<image>", "<video>"
+_WORD = re.compile("<(?:image|video)>")
+MARKER = re.compile(rf"(?<!\\){_WORD.pattern}")
+"""What stands for one picture or video in a human turn."""
+
+RESERVED = re.compile("[\ufdd0-\ufdef]")
+"""Code points that are no characters in any text; the encoder uses them as signs of its own."""
+
+_ESCAPED = re.compile(rf"\\({_WORD.pattern})")
+_HIDDEN = {IMAGE: "\ufdd0", VIDEO: "\ufdd1"}
+_ALONE = rf"[ \t]*{MARKER.pattern}[ \t]*"
+_PLACED = re.compile(rf"\A\s*?{_ALONE}(?:\r?\n|\Z)|(?:\A|\n){_ALONE}\s*\Z")
+
+
+class PlacementError(ValueError):
+    """Media and markers of a conversation do not fit; the text says how, and what to do."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation; ``role`` is system, user or assistant."""
+
+    role: str
+    text: str
+
+
+def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """Turns in which every unescaped marker of a human turn stands for one medium, and these markers in their order.
+
+    A conversation with so many ``images`` and ``videos``. Images keep their order among themselves, as videos do. Placing
+    twice changes nothing. Raises ``PlacementError`` for media that no human turn can take, and for markers that do not fit.
+    """
+    for turn in turns:
+        if found := RESERVED.search(turn.text):
+            raise PlacementError(f"the text holds U+{ord(found[0]):04X}, which is no character; take it out")
+    if rule == "vila":
+        turns = [replace(turn, text=turn.text.strip()) for turn in turns]
+    if not images + videos:
+        return tuple(_human(turns, _as_words)), ()
+    if not any(turn.role == "user" for turn in turns):
+        raise PlacementError("there are media, but no human turn to put them before")
+    turns = (_media_first if rule == "vila" else _media_in_place)(turns, images, videos)
+    return tuple(turns), tuple(marker for turn in turns if turn.role == "user" for marker in MARKER.findall(turn.text))
+
+
+def escape(text: str) -> str:
+    """A human turn that means ``text``, its markers being words."""
+    return _WORD.sub(r"\\\g<0>", text)
+
+
+def unescape(text: str) -> str:
+    """The text that a human turn without markers means."""
+    return _ESCAPED.sub(r"\1", text)
+
+
+def _human(turns: Sequence[Turn], change: Callable[[str], str]) -> list[Turn]:
+    return [replace(turn, text=change(turn.text)) if turn.role == "user" else turn for turn in turns]
+
+
+def _as_words(text: str) -> str:
+    if _PLACED.search(text):
+        raise PlacementError(
+            f"a marker stands for a file, and none is given; add the file, or write {escape(VIDEO)} for the word"
+        )
+    return MARKER.sub(r"\\\g<0>", text)
+
+
+def _media_first(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
+    texts = [turn.text for turn in turns if turn.role == "user"]
+    markers = sum(len(MARKER.findall(text)) for text in texts)
+    if markers > images + videos and any(map(_amid_a_line, texts)):
+        raise PlacementError(
+            f"{markers} markers for {images + videos} files; add the files that are missing, or write "
+            f"{escape(IMAGE)} and {escape(VIDEO)} for the words"
+        )
+    return _before_the_text(_human(turns, _without_markers), images, videos)
+
+
+def _before_the_text(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
+    first = next(k for k, turn in enumerate(turns) if turn.role == "user")
+    marked = replace(turns[first], text=IMAGE * images + VIDEO * videos + turns[first].text)
+    return [*turns[:first], marked, *turns[first + 1 :]]
+
+
+def _without_markers(text: str) -> str:
+    """What ``_remove_media_tokens`` of VILA leaves; words stay escaped."""
+    for marker, hidden in _HIDDEN.items():
+        text = text.replace(f"\\{marker}", hidden)
+    for marker in (IMAGE, VIDEO):
+        text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
+    text = MARKER.sub(r"\\\g<0>", text.strip())
+    for marker, hidden in _HIDDEN.items():
+        text = text.replace(hidden, f"\\{marker}")
+    return text
+
+
+def _amid_a_line(text: str) -> bool:
+    """Whether a marker has other text on both sides in its line, as a word has."""
+    for found in MARKER.finditer(text):
+        before = text[: found.start()].rpartition("\n")[2]
+        after = text[found.end() :].partition("\n")[0]
+        if all(MARKER.sub("", side).strip() for side in (before, after)):
+            return True
+    return False
+
+
+def _media_in_place(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
+    if videos and not images:
+        # LLaVA-Video writes <image> for its videos.
+        turns = _human(turns, lambda text: MARKER.sub(VIDEO, text))
+    markers = [marker for turn in turns if turn.role == "user" for marker in MARKER.findall(turn.text)]
+    if not markers:
+        return _before_the_text(turns, images, videos)
+    times = {}
+    for marker, files in ((IMAGE, images), (VIDEO, videos)):
+        found = markers.count(marker)
+        if found != files and (found != 1 or not files):
+            raise PlacementError(
+                f"{found} markers {marker} for {files} files; one marker stands for one file, or for all of them; write "
+                f"{escape(marker)} for the word"
+            )
+        times[marker] = files if found == 1 else 1
+    return _human(turns, lambda text: MARKER.sub(lambda found: found[0] * times[found[0]], text))
