@@ -1,12 +1,11 @@
 """Exact frames of a video file, by index, without decoding what lies before them.
 
-``probe_video`` reads the packets of a file once, without decoding, and keeps the presentation timestamp (PTS) of every
-frame: frame i is the i-th smallest PTS, which stays exact for B-frames, variable frame rates and edit lists, where
-arithmetic with a frame rate is wrong. ``decode_video_frames`` then seeks to the key frame before the first wanted frame and
-goes forward; it seeks again only if a key frame lies between what has been read and the next wanted frame, because a seek per
-frame decodes the same group of pictures again and again.
+``probe_video`` makes the table of the frames (``video_index``). ``decode_video_frames`` seeks to the key frame before the first
+wanted frame and goes forward; it seeks again only if a key frame lies between what has been read and the next wanted frame,
+because a seek per frame decodes the same group of pictures again and again. A video that was joined from several is read from
+its start.
 
-Legend: N frames of the file, n wanted frames, K key frames.
+Legend: N frames of the file, n wanted frames.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -24,73 +21,7 @@ from PIL import Image
 
 from megatron_vila.data.images import UPRIGHT
 from megatron_vila.data.media import MediaError, check_size, errors_of, open_video
-
-
-@dataclass(frozen=True, eq=False)
-class VideoInfo:
-    """What the packets of a video say.
-
-    ``pts`` int64 [N] ascending and ``key_pts`` int64 [K] ascending count ``time_base`` seconds. ``fps`` is the mean rate, in
-    frames per second, and ``duration_s = num_frames / fps``. ``width`` and ``height`` are pixels as stored, before the
-    rotation that the file may ask for. ``has_pts`` is false where the container keeps no presentation times (AVI): ``pts``
-    then counts frames, and decoding goes through the file from its start.
-    """
-
-    path: str
-    num_frames: int
-    fps: float
-    duration_s: float
-    width: int
-    height: int
-    time_base: Fraction
-    pts: np.ndarray
-    key_pts: np.ndarray
-    has_pts: bool
-
-
-def probe_video(path: str | os.PathLike) -> VideoInfo:
-    """Read the frame table of ``path`` from its packets, without decoding; the file is read once from end to end.
-
-    Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
-    index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
-    """
-    container, stream = open_video(path)
-    with container, errors_of(path, "not a video that can be read"):
-        # Tuples, not packets: a film's packets would fill the memory.
-        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
-        indexed = sum(entry.size > 0 for entry in stream.index_entries)
-        rate, time_base = stream.average_rate, stream.time_base
-        width, height = stream.codec_context.width, stream.codec_context.height
-        avi = container.format.name == "avi"
-    damaged = next((i for i, (*_, corrupt) in enumerate(packets) if corrupt), None)
-    if damaged is not None or len(packets) < indexed:
-        found = len(packets) if damaged is None else damaged
-        raise MediaError(path, f"cut off or corrupt: {found} of {max(indexed, len(packets))} frames can be read")
-    shown = [pts for pts, _, discarded, _ in packets if not discarded]
-    if not shown:
-        raise MediaError(path, "the video stream holds no frame")
-    has_pts = not avi and all(packet[0] is not None for packet in packets)
-    if has_pts:
-        pts = np.unique(np.array(shown, dtype=np.int64))
-        # A stream refreshed bit by bit may mark no key frame at all.
-        key_pts = np.unique(np.array([pts for pts, key, _, _ in packets if key] or [pts[0]], dtype=np.int64))
-        span_s = float((pts[-1] - pts[0]) * time_base)
-    else:
-        pts, key_pts = np.arange(len(shown), dtype=np.int64), np.zeros(1, dtype=np.int64)
-        span_s = 0.0
-    fps = (len(pts) - 1) / span_s if span_s > 0 else float(rate or 1)
-    return VideoInfo(
-        path=os.fspath(path),
-        num_frames=len(pts),
-        fps=fps,
-        duration_s=len(pts) / fps,
-        width=width,
-        height=height,
-        time_base=time_base,
-        pts=pts,
-        key_pts=key_pts,
-        has_pts=has_pts,
-    )
+from megatron_vila.data.video_index import PartCounter, VideoInfo, probe_video
 
 
 def sample_frame_indices(video: VideoInfo | tuple[int, float], num_frames: int, fps: float = 0.0) -> np.ndarray:
@@ -167,7 +98,7 @@ class VideoReader:
     def frame(self, index: int) -> Image.Image:
         """Frame ``index``, which must lie after every frame asked for before; RGB and upright. Raises ``MediaError``."""
         with errors_of(self.info.path, f"decoding frame {index} of {self.info.num_frames} failed"):
-            frame = self._frame_by_time(index) if self.info.has_pts else self._frame_by_count(index)
+            frame = self._find(index)
             if frame is None or frame.is_corrupt:
                 raise MediaError(self.info.path, f"frame {index} of {self.info.num_frames} cannot be decoded")
             check_size(self.info.path, frame.width, frame.height)
@@ -175,33 +106,39 @@ class VideoReader:
             turn = UPRIGHT.get(_orientation(frame))
             return picture if turn is None else picture.transpose(turn)
 
-    def _frame_by_time(self, index: int) -> av.VideoFrame | None:
-        target = int(self.info.pts[index])
+    def _find(self, index: int) -> av.VideoFrame | None:
+        if not self.info.has_pts:
+            return next((frame for place, (_, frame) in self._counted if place == index), None)
+        part, target = int(np.searchsorted(self.info.parts, index, side="right")) - 1, int(self.info.pts[index])
+        # A time names one place only in a file of one part: a joined file is read from its start.
+        return self._seek_to(target) if len(self.info.skipped) == 1 else self._forward_to(part, target)
+
+    def _seek_to(self, target: int) -> av.VideoFrame | None:
         key = int(self.info.key_pts[max(0, np.searchsorted(self.info.key_pts, target, side="right") - 1)])
         if key <= self._read_key:
-            return self._forward_to(target)
+            return self._forward_to(0, target)
         self._seek(key, target)
-        frame = self._forward_to(target)
+        frame = self._forward_to(0, target)
         if frame is None or frame.is_corrupt:
             # Some streams mark pictures as keys that need earlier ones (gradual refresh): only the start is safe.
             self._container.close()
             self._open()
-            frame = self._forward_to(target)
+            frame = self._forward_to(0, target)
         return frame
 
-    def _forward_to(self, target: int) -> av.VideoFrame | None:
-        for frame in self._frames:
-            if frame.pts is not None and frame.pts >= target:
+    def _forward_to(self, part: int, target: int) -> av.VideoFrame | None:
+        for lies_in, frame in self._frames:
+            if lies_in > part:
+                return None
+            if lies_in == part and frame.pts is not None and frame.pts >= target:
                 return frame if frame.pts == target else None
         return None
-
-    def _frame_by_count(self, index: int) -> av.VideoFrame | None:
-        return next(itertools.islice(self._frames, index - self.frames_decoded, None), None)
 
     def _open(self) -> None:
         self._container, self._stream = open_video(self.info.path)
         self._read_key = int(self.info.key_pts[0])
-        self._frames = self._decode(self._container.demux(self._stream))
+        self._frames = self._decode_parts()
+        self._counted = enumerate(self._frames)
 
     def _seek(self, key: int, target: int) -> None:
         """Stand on key frame ``key``, the last one up to ``target``, or on an earlier one if the container cannot do better."""
@@ -214,18 +151,28 @@ class VideoReader:
             # Containers that seek by decoding time may land behind the key frame: then its group would lack a reference.
             if first is not None and first.pts <= key:
                 self._read_key = first.pts
-                self._frames = self._decode(itertools.chain([first], packets))
+                self._frames = ((0, f) for p in itertools.chain([first], packets) for f in self._decode(p))
                 return
         self._container.close()
         self._open()
 
-    def _decode(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
-        for packet in packets:
-            if packet.is_keyframe and packet.pts is not None:
-                self._read_key = max(self._read_key, packet.pts)
-            for frame in packet.decode():
-                self.frames_decoded += 1
-                yield frame
+    def _decode_parts(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The frames from the start of the file, each with the part that it lies in."""
+        counter = PartCounter(self._stream)
+        for packet in self._container.demux(self._stream):
+            if packet.size and counter.starts_part(packet) and self.info.has_pts:
+                # What the decoder still holds belongs to the part before; nothing of it may serve as a reference.
+                yield from ((counter.part - 1, frame) for frame in self._decode(None))
+                self._stream.codec_context.flush_buffers()
+            if not packet.size or counter.place >= self.info.skipped[counter.part if self.info.has_pts else 0]:
+                yield from ((counter.part, frame) for frame in self._decode(packet))
+
+    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        if packet is not None and packet.is_keyframe and packet.pts is not None:
+            self._read_key = max(self._read_key, packet.pts)
+        frames = self._stream.codec_context.decode(packet)
+        self.frames_decoded += len(frames)
+        return frames
 
 
 def _orientation(frame: av.VideoFrame) -> int:

@@ -3,7 +3,6 @@
 import os
 import pickle
 import threading
-from fractions import Fraction
 
 import av
 import numpy as np
@@ -12,54 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vila.data.video import MediaError, VideoReader, decode_video_frames, probe_video, sample_frame_indices
-
-SIDE = 64
-BLOCK = 16
-
-
-def stamped(number: int) -> np.ndarray:
-    """A grey picture with the 16 bits of ``number`` as blocks."""
-    bits = np.array([number >> b & 1 for b in range(16)], dtype=np.uint8).reshape(4, 4)
-    return np.repeat(np.kron(bits * 255, np.ones((BLOCK, BLOCK), np.uint8))[..., None], 3, axis=2)
-
-
-def number_of(picture) -> int:
-    middle = np.asarray(picture.convert("L"))[BLOCK // 2 :: BLOCK, BLOCK // 2 :: BLOCK]
-    return sum(1 << b for b, bright in enumerate((middle > 128).ravel()) if bright)
-
-
-def write(
-    path,
-    frames=300,
-    codec="libx264",
-    gop=250,
-    b_frames=3,
-    params="",
-    pts_ms=None,
-    pictures=None,
-    **muxer,
-):
-    """Write a stamped video. ``pts_ms``: times of the frames (variable frame rate), else 24 per second."""
-    options = {"threads": "1", "preset": "veryfast", "sc_threshold": "0"} if codec == "libx264" else {"threads": "1"}
-    if params:
-        options["x264-params"] = params
-    with av.open(str(path), "w", options=muxer) as out:
-        stream = out.add_stream(codec, rate=24, options={**options, "bf": str(b_frames), "g": str(gop)})
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        if pts_ms is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(stamped(i) if pictures is None else pictures[i], format="rgb24")
-            if pts_ms is not None:
-                frame.pts, frame.time_base = pts_ms[i], Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return str(path)
-
-
-def numbers(path, indices, info=None):
-    return [number_of(p) for p in decode_video_frames(path, indices, info)]
-
+from tests.data.stamped import SIDE, number_of, numbers, stamped, write
 
 FORMATS = {
     "h264 with B-frames, key frames 250 apart": ("mp4", {}),

@@ -1,0 +1,266 @@
+"""The frame table of a video: which frames a file holds, and when each is shown.
+
+A table is made from the packets of the file, without decoding. Frame i is the i-th smallest presentation timestamp (PTS), which
+stays exact for B-frames, variable frame rates and edit lists, where arithmetic with a frame rate is wrong.
+
+* **Parts.** Where files were joined byte by byte, the time stamps start anew. A part ends where they run backwards, or jump in a
+  broadcast format; frames are counted part after part.
+* **Leading pictures.** A stream cut out of a longer one may begin with pictures that lack what they refer to: all before the
+  first key frame, and those after it that are shown before it. The former are no frames. Of the latter some are whole, so the
+  decoder is asked: it decodes these few pictures, and gives the same answer everywhere.
+
+Legend: N frames of the file, K key frames, P parts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from megatron_vila.data.media import MediaError, errors_of, open_video
+
+BROADCAST_FORMATS = ("mpegts", "mpeg")
+"""Containers in which a jump forward in time is a joint, not a picture that stands still."""
+
+JUMP_S = 10.0
+"""Seconds by which the time stamps of a broadcast format jump at a joint."""
+
+BACKWARDS_S = 1.0
+"""Seconds by which time stamps run backwards at a joint that does not begin with a key frame."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoInfo:
+    """What the packets of a video say.
+
+    ``pts`` int64 [N], ascending within a part, and ``key_pts`` int64 [K] ascending count ``time_base`` seconds. ``parts`` int64
+    [P + 1] are the places in ``pts`` where the parts begin, and N; ``skipped`` int64 [P] are the packets of each part before its
+    first key frame, which are not decoded. ``fps`` is the mean rate, in frames per second, and
+    ``duration_s = num_frames / fps``. ``width`` and ``height`` are pixels as stored, before the rotation that the file may ask
+    for. ``has_pts`` is false where the container keeps no presentation times (AVI): ``pts`` then counts frames, and decoding
+    goes through the file from its start.
+    """
+
+    path: str
+    num_frames: int
+    fps: float
+    duration_s: float
+    width: int
+    height: int
+    time_base: Fraction
+    pts: np.ndarray
+    key_pts: np.ndarray
+    has_pts: bool
+    parts: np.ndarray
+    skipped: np.ndarray
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """When each frame is shown, in seconds after the first: float64 [N]. Parts follow each other at the mean rate."""
+        if not self.has_pts:
+            return self.pts / self.fps
+        times, begin_s = np.empty(self.num_frames), 0.0
+        for first, last in zip(self.parts[:-1], self.parts[1:], strict=True):
+            if first == last:
+                continue
+            times[first:last] = begin_s + (self.pts[first:last] - self.pts[first]) * float(self.time_base)
+            begin_s = times[last - 1] + 1 / self.fps
+        return times
+
+
+class Stamp(NamedTuple):
+    """What is kept of a packet: its time in units of the stream's time base, and its marks."""
+
+    pts: int | None
+    key: bool
+    discarded: bool
+    corrupt: bool
+
+
+class PartCounter:
+    """Tells in which part of a joined stream a packet lies; packets are shown to it in the order of the file.
+
+    ``part`` is the part of the last packet, ``place`` its place in that part, both from 0.
+    """
+
+    def __init__(self, stream: av.VideoStream) -> None:
+        self.part, self.place = 0, -1
+        self._second = 1 / stream.time_base
+        self._jumps = stream.container.format.name in BROADCAST_FORMATS
+        self._last: int | None = None
+
+    def starts_part(self, packet: av.Packet) -> bool:
+        """Count ``packet``; whether it begins a part other than the first one."""
+        now, last = packet.dts, self._last
+        joint = now is not None and last is not None and self._is_joint(now, last, packet.is_keyframe)
+        self._last = last if now is None else now
+        self.part += joint
+        self.place = 0 if joint else self.place + 1
+        return joint
+
+    def _is_joint(self, now: int, last: int, key: bool) -> bool:
+        if now < last:
+            return key or now < last - BACKWARDS_S * self._second
+        return self._jumps and key and now > last + JUMP_S * self._second
+
+
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """Read the frame table of ``path`` from its packets; the file is read once from end to end.
+
+    Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
+    index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
+    """
+    container, stream = open_video(path)
+    with container, errors_of(path, "not a video that can be read"):
+        return _from_packets(path, stream)
+
+
+def _from_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
+    container, counter = stream.container, PartCounter(stream)
+    parts: list[list[Stamp]] = [[]]
+    for packet in container.demux(stream):
+        if packet.size:
+            if counter.starts_part(packet):
+                parts.append([])
+            # Stamps, not packets: a film's packets would fill the memory.
+            parts[-1].append(Stamp(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+    indexed = sum(entry.size > 0 for entry in stream.index_entries)
+    skipped = [next((place for place, stamp in enumerate(part) if stamp.key), 0) for part in parts]
+    _refuse_damage(path, parts, skipped, indexed)
+    if container.format.name == "avi" or not all(map(_is_timed, parts, skipped)):
+        shown = [stamp for part in parts for stamp in part][skipped[0] :]
+        return _counted(path, stream, sum(not stamp.discarded for stamp in shown), skipped[0])
+    parts = [part[first:] for part, first in zip(parts, skipped, strict=True)]
+    lost = _undecodable(path, parts, skipped)
+    shown_pts = [
+        np.unique(np.array([s.pts for i, s in enumerate(part) if not s.discarded and i not in gone], dtype=np.int64))
+        for part, gone in zip(parts, lost, strict=True)
+    ]
+    keys = [stamp.pts for part in parts for stamp in part if stamp.key]
+    return make_info(path, stream, shown_pts, keys, skipped)
+
+
+def make_info(
+    path: str | os.PathLike,
+    stream: av.VideoStream,
+    parts: Sequence[np.ndarray],
+    keys: Sequence[int] | np.ndarray,
+    skipped: Sequence[int],
+) -> VideoInfo:
+    """The table of the frames ``parts`` (ascending int64 PTS of each part) with key frames at ``keys``."""
+    pts, bounds = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+    if not len(pts):
+        raise MediaError(path, "the video stream holds no frame")
+    spans = [part[-1] - part[0] for part in parts if len(part)]
+    gaps, span_s = len(pts) - len(spans), float(sum(map(int, spans)) * stream.time_base)
+    fps = gaps / span_s if span_s > 0 else float(stream.average_rate or 1)
+    # A stream refreshed bit by bit may mark no key frame at all.
+    key_pts = np.unique(np.array(keys if len(keys) else [pts[0]], dtype=np.int64))
+    return _info(path, stream, pts, key_pts, bounds, skipped, fps, has_pts=True)
+
+
+def _counted(path: str | os.PathLike, stream: av.VideoStream, frames: int, skipped: int) -> VideoInfo:
+    """The table of ``frames`` frames of a container that keeps no presentation times."""
+    if not frames:
+        raise MediaError(path, "the video stream holds no frame")
+    pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or 1)
+    return _info(path, stream, pts, np.zeros(1, dtype=np.int64), [0, frames], [skipped], fps, has_pts=False)
+
+
+def _info(
+    path: str | os.PathLike,
+    stream: av.VideoStream,
+    pts: np.ndarray,
+    key_pts: np.ndarray,
+    parts: Sequence[int] | np.ndarray,
+    skipped: Sequence[int],
+    fps: float,
+    has_pts: bool,
+) -> VideoInfo:
+    return VideoInfo(
+        path=os.fspath(path),
+        num_frames=len(pts),
+        fps=fps,
+        duration_s=len(pts) / fps,
+        width=stream.codec_context.width,
+        height=stream.codec_context.height,
+        time_base=stream.time_base,
+        pts=pts,
+        key_pts=key_pts,
+        has_pts=has_pts,
+        parts=np.array(parts, dtype=np.int64),
+        skipped=np.array(skipped, dtype=np.int64),
+    )
+
+
+def _refuse_damage(
+    path: str | os.PathLike, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int], indexed: int
+) -> None:
+    """Raise ``MediaError`` if frames of the index are missing or the container marks a packet as corrupt.
+
+    Just before a joint and before a key frame, where there may be one, the mark is left to the decoder: the counters of transport
+    streams do not go on there, so that a whole packet is marked.
+    """
+    stamps, damaged = sum(map(len, parts)), []
+    for number, (part, first) in enumerate(zip(parts, skipped, strict=True)):
+        before_joint = len(part) - 2 if number + 1 < len(parts) else len(part)
+        for place, stamp in enumerate(part):
+            if stamp.corrupt and first <= place < before_joint and not any(s.key for s in part[place + 1 : place + 3]):
+                damaged.append(sum(map(len, parts[:number])) + place)
+    if damaged or stamps < indexed:
+        found = damaged[0] if damaged else stamps
+        raise MediaError(path, f"cut off or corrupt: {found} of {max(indexed, stamps)} frames can be read")
+
+
+def _is_timed(part: Sequence[Stamp], first: int) -> bool:
+    """Whether the packets of ``part`` from ``first`` on have a PTS, but for leading pictures right after the first."""
+    rest = [stamp.pts is not None for stamp in part[first + 1 :]]
+    return not part or (part[first].pts is not None and all(rest[rest.index(True) if True in rest else 0 :]))
+
+
+def _leading(part: Sequence[Stamp]) -> list[int]:
+    """Places of the pictures that follow the first key frame of ``part`` and are shown before it, or at no time."""
+    group = next((place for place, stamp in enumerate(part) if place and stamp.key), len(part))
+    return [i for i in range(1, group) if part[i].pts is None or part[i].pts < part[0].pts]
+
+
+def _undecodable(path: str | os.PathLike, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]) -> list[set[int]]:
+    """The places in each part of the leading pictures that the decoder does not give."""
+    leading = [_leading(part) for part in parts]
+    if not any(leading):
+        return [set() for _ in parts]
+    counts = [places[-1] + 1 if places else 0 for places in leading]
+    given = _decode_heads(path, list(zip(skipped, counts, strict=True)))
+    return [
+        {place for place in places if part[place].pts not in whole}
+        for part, places, whole in zip(parts, leading, given, strict=True)
+    ]
+
+
+def _decode_heads(path: str | os.PathLike, heads: Sequence[tuple[int, int]]) -> list[set[int]]:
+    """PTS of the whole frames that come out of the first packets of each part; ``heads`` are (packets to skip, packets)."""
+    container, stream = open_video(path)
+    given: list[set[int]] = [set() for _ in heads]
+    left, counter, decoder = sum(count > 0 for _, count in heads), PartCounter(stream), stream.codec_context
+    with container:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            counter.starts_part(packet)
+            first, count = heads[counter.part]
+            if first <= counter.place < first + count:
+                frames = decoder.decode(packet)
+                if counter.place == first + count - 1:
+                    frames += decoder.decode(None)
+                    decoder.flush_buffers()
+                    left -= 1
+                given[counter.part].update(f.pts for f in frames if f.pts is not None and not f.is_corrupt)
+                if not left:
+                    break
+    return given
