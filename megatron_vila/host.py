@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_vila.config.memory import GIB
+from megatron_vila.errors import UserError
 
 
-class HostMemoryError(MemoryError):
+class HostMemoryError(UserError, MemoryError):
     """The host does not page-lock as much memory as a setting asks for."""
 
 

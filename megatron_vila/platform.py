@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_vila.errors import LaunchError, SettingError
+
 _MCORE = "megatron.core"
 _COMPILED_DEVICE = "cuda"  # a test counts versions on a CPU
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -70,7 +72,7 @@ def dtype_of(precision: str) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if precision not in _DTYPES:
-        raise ValueError(f"train.precision={precision!r} is unknown; use auto, {', '.join(_DTYPES)}")
+        raise SettingError(f"train.precision={precision!r} is unknown; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[precision]
 
 
@@ -79,7 +81,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, binds the process to its GPU, and does nothing when the
     group exists already. Collective over all processes when WORLD_SIZE is above 1.
-    Raises ``RuntimeError`` when the environment is incomplete or names a GPU that does not exist.
+    Raises ``LaunchError`` when the environment is incomplete or names a GPU that does not exist.
     """
     import torch.distributed as dist
     import torch.distributed.nn.functional  # imported later, its default arguments would hold the group
@@ -88,7 +90,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
-            raise RuntimeError(
+            raise LaunchError(
                 f"LOCAL_RANK={local} but this node shows {gpus} GPU(s); start at most {gpus} processes per node "
                 "(torchrun --nproc-per-node) or widen CUDA_VISIBLE_DEVICES"
             )
@@ -101,7 +103,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise RuntimeError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
+        raise LaunchError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
     dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout)
 
 

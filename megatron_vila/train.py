@@ -1,23 +1,24 @@
 """``torchrun ... -m megatron_vila.train CONFIG.yaml [key=value ...] [--dry-run]``: train, resume and evaluate.
 
-An error that a user can cure is printed once, by the first rank that meets it, as a message; the exit status is 2 then, on
-every rank.
+Exit codes are those of ``exit_codes.py``, the same on every rank. What a rank says when it fails: ``training/failures.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from megatron_vila import platform
+from megatron_vila import exit_codes, platform
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
+    from megatron_vila.training.stop import StopRequest
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,85 +35,55 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron_vila").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     # Imported late: Megatron-Core must find the platform prepared.
-    from megatron_vila.config.load import ConfigError
-    from megatron_vila.data.dataset import NoUsableSampleError
-    from megatron_vila.data.loader import LoaderError
-    from megatron_vila.host import HostMemoryError
-    from megatron_vila.training.checkpoint import CheckpointError
-    from megatron_vila.training.errors import NoMemoryError, NonFiniteError, NothingToLearnError
+    from megatron_vila.training import failures
 
-    curable = (
-        ConfigError, NoUsableSampleError, LoaderError, CheckpointError, HostMemoryError, NoMemoryError, NonFiniteError,
-        NothingToLearnError,
-    )  # fmt: skip
     try:
         return _run(options, rank)
-    except curable as error:
-        if _count_failure() == 1:
-            print(f"megatron_vila: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError:
-        # A rank that ended with a message breaks the connections of the others: theirs is no news.
-        if _count_failure() > 1:
-            return 2
-        raise
-
-
-def _count_failure() -> int:
-    """How many ranks have failed, this one included; 1 where no process group joins them."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return 1
-    try:
-        return dist.distributed_c10d._get_default_store().add("megatron_vila/failures", 1)
-    except RuntimeError:
-        # The store's own process has ended.
-        return 2
+    except BaseException as error:
+        return failures.report(error)
 
 
 def _run(options: argparse.Namespace, rank: int) -> int:
-    from megatron_vila.config.load import ConfigError, load_config
-    from megatron_vila.config.validate import validate
-
     if options.dry_run:
-        return _dry_run(options) if rank == 0 else 0
+        return _dry_run(options) if rank == 0 else exit_codes.FINISHED
     import torch
     import torch.distributed as dist
 
+    from megatron_vila.config.load import load_config
+    from megatron_vila.config.validate import validate
     from megatron_vila.training.errors import NoMemoryError
     from megatron_vila.training.memory_report import out_of_memory_message
+    from megatron_vila.training.stop import StopRequest
 
-    try:
-        # First of all, so that what a single rank finds wrong is told and ends the others.
-        platform.init_distributed()
-    except RuntimeError as error:
-        raise ConfigError(str(error)) from error
+    # First of all, so that what a single rank finds wrong is told and ends the others.
+    platform.init_distributed()
+    stop = StopRequest()
+    stop.install()
     config = load_config(options.config, options.overrides)
     for warning in validate(config, dist.get_world_size()):
         logging.getLogger("megatron_vila").warning("warning: %s", warning)
     try:
-        _train(config)
+        status = _train(config, stop)
     except torch.OutOfMemoryError as error:
         raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
+    dist.barrier()  # a launcher ends all ranks when the first one is gone: the writer's last files come first
+    stop.ignore_further()
     platform.end_distributed()
-    return 0
+    return status
 
 
-def _train(config: Config) -> None:
-    from megatron_vila.config.load import ConfigError
+def _train(config: Config, stop: StopRequest) -> int:
     from megatron_vila.training.trainer import Trainer
 
-    try:
-        trainer = Trainer(config)
-    except (ValueError, FileNotFoundError) as error:
-        # What a part refuses when it is built (a kernel that is not there, a warm-up as long as the run) is a setting's fault.
-        raise ConfigError(str(error)) from error
+    trainer = Trainer(config, stop)
     if trainer.topology.block_cpu.rank() == 0:
         # Each replica names the broken samples that it meets.
         level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING
         logging.getLogger("megatron_vila.data").setLevel(level)
     trainer.run()
+    if trainer.stopped_by:
+        return exit_codes.STOPPED if config.checkpoint.save else exit_codes.FAILED
+    return exit_codes.FINISHED
 
 
 def _dry_run(options: argparse.Namespace) -> int:
@@ -134,8 +105,23 @@ def _dry_run(options: argparse.Namespace) -> int:
         print(f"{len(dataset)} samples in {', '.join(files)}; the first one:")
         print(describe(document, dataset.encoder.tokenizer))
     print(f"dry run: everything fits together for {world_size} ranks")
-    return 0
+    return exit_codes.FINISHED
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process with ``status``, whatever threads and streams are left in it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Python would turn a full disk under a log file, or a closed pipe, into a status of its own.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if status not in (exit_codes.FINISHED, exit_codes.STOPPED):
+        # Threads of broken groups and of decoders would be waited for.
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

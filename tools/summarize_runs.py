@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_vila.errors import UserError
 from megatron_vila.training.plots import plot_runs
 from megatron_vila.training.summary import SUMMARY_FILE, combine, print_summary, write_json
 
@@ -24,8 +25,8 @@ def main() -> None:
         parser.error(f"{len(labels)} labels for {len(args.runs)} runs; give one for each")
     try:
         summary = combine(args.runs, args.wall_s)
-    except FileNotFoundError as error:
-        parser.error(f"{error.filename} is missing: that run has not finished")
+    except UserError as error:
+        parser.error(str(error))
     write_json(args.out / SUMMARY_FILE, summary)
     plot_runs(args.runs, args.out / "loss.png", labels)
     print_summary(summary, labels, Console())

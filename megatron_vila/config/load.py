@@ -25,13 +25,14 @@ import yaml
 from omegaconf import OmegaConf
 
 from megatron_vila.config.schema import Config
+from megatron_vila.errors import SettingError
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
 COMMAND_LINE = "command line"
 
 
-class ConfigError(ValueError):
+class ConfigError(SettingError):
     """A configuration that cannot be used; the message lists every problem with its cure."""
 
 

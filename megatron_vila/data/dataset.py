@@ -20,10 +20,11 @@ from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
 from megatron_vila.data.records import Media, Record
 from megatron_vila.data.row import IGNORE, Document, FrameRef
 from megatron_vila.data.video import MediaError, probe_video, sample_frame_indices
+from megatron_vila.errors import SettingError, UserError
 from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
 
 
-class NoUsableSampleError(RuntimeError):
+class NoUsableSampleError(UserError, RuntimeError):
     """Every sample that could stand at a place of a row is broken or too long; ``found`` as in ``Choice``."""
 
     def __init__(self, message: str, found: dict[int, str]) -> None:
@@ -71,7 +72,7 @@ class VilaDataset:
         seq_length: int,
     ) -> None:
         if data.over_long not in ("truncate", "drop"):
-            raise ValueError(f"data.over_long={data.over_long} is unknown; use truncate or drop")
+            raise SettingError(f"data.over_long={data.over_long} is unknown; use truncate or drop")
         self.records, self.data, self.seq_length = records, data, seq_length
         self.encoder = ChatEncoder(tokenizer)
         self.vocab_size = model.llm.vocab_size
@@ -166,7 +167,7 @@ class VilaDataset:
     def _check_vocabulary(self, token_ids: np.ndarray, what: str) -> None:
         largest = int(token_ids.max(initial=0))
         if largest >= self.vocab_size:
-            raise ValueError(
+            raise SettingError(
                 f"{what} holds token id {largest}, but model.llm.vocab_size={self.vocab_size}; "
                 "use the tokenizer that belongs to the model, or a larger vocabulary"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -76,9 +77,17 @@ def _read(cache: str, fingerprint: str) -> np.ndarray | None:
 
 
 def _write(cache: str, content: dict) -> None:
-    folder = os.path.dirname(os.path.abspath(cache))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as stream:
-        json.dump(content, stream)
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, cache)
+    """The file only saves the time of measuring again: a disk that is full is told, and does not end the run."""
+    folder, temporary = os.path.dirname(os.path.abspath(cache)), None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as stream:
+            temporary = stream.name
+            json.dump(content, stream)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, cache)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the next start measures again", cache, error.strerror)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
+from megatron_vila.errors import SettingError
 
 _DOWNSAMPLE_RATES = {
     "mlp_downsample": 2,
@@ -19,7 +20,7 @@ def patches_per_side(vision: VisionConfig) -> int:
     Raises ``ValueError`` if a patch is larger than the picture.
     """
     if not 0 < vision.patch_size <= vision.image_size:
-        raise ValueError(
+        raise SettingError(
             f"vision.patch_size={vision.patch_size} does not fit vision.image_size={vision.image_size}; "
             "set a patch size between 1 and the image size"
         )
@@ -32,7 +33,7 @@ def downsample_rate(type: str) -> int:
     Raises ``ValueError`` for an unknown type.
     """
     if type not in _DOWNSAMPLE_RATES:
-        raise ValueError(f"projector.type={type} is unknown; use one of {', '.join(_DOWNSAMPLE_RATES)}")
+        raise SettingError(f"projector.type={type} is unknown; use one of {', '.join(_DOWNSAMPLE_RATES)}")
     return _DOWNSAMPLE_RATES[type]
 
 

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_vila.errors import SettingError
 from megatron_vila.models.fused import rms_norm
 
 
@@ -25,7 +26,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise ValueError(
+            raise SettingError(
                 f"normalization={config.normalization} with layernorm_zero_centered_gamma="
                 f"{config.layernorm_zero_centered_gamma} is not what this RMSNorm computes; "
                 "set normalization=RMSNorm and layernorm_zero_centered_gamma=False in the TransformerConfig"

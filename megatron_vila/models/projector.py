@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
+from megatron_vila.errors import SettingError
 from megatron_vila.models.geometry import downsample_rate, patches_per_side, tokens_per_frame
 from megatron_vila.models.parameters import initialise, zero_connected_to
 
@@ -98,9 +99,9 @@ def _build_layers(projector: ProjectorConfig, side: int, channels: int, hidden: 
 def _check_token_order(projector: ProjectorConfig) -> None:
     orders = ("row_major", "legacy_column_major")
     if projector.token_order not in orders:
-        raise ValueError(f"projector.token_order={projector.token_order} is unknown; use {' or '.join(orders)}")
+        raise SettingError(f"projector.token_order={projector.token_order} is unknown; use {' or '.join(orders)}")
     if projector.token_order != "row_major" and projector.type != "mlp_downsample":
-        raise ValueError(
+        raise SettingError(
             f"projector.token_order={projector.token_order} belongs to projector.type=mlp_downsample, "
             f"not to {projector.type}; set token_order to row_major"
         )

@@ -22,6 +22,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from megatron_vila import platform
 from megatron_vila.config.activations import frames_at_once
 from megatron_vila.config.schema import VisionConfig
+from megatron_vila.errors import SettingError
 from megatron_vila.models.geometry import patches_per_side
 from megatron_vila.models.parameters import initialise, zero_connected_to
 
@@ -33,7 +34,7 @@ def layers_to_run(config: VisionConfig) -> int:
     """
     states = config.num_layers + 1
     if not -states <= config.select_layer < states:
-        raise ValueError(
+        raise SettingError(
             f"vision.select_layer={config.select_layer} does not exist in a tower of "
             f"vision.num_layers={config.num_layers}; use {-states} to {states - 1}"
         )

@@ -11,6 +11,8 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_vila.errors import SettingError
+
 GROUP_KINDS = ("tp", "ulysses", "ring", "cp", "tp_cp", "dp", "dp_cp", "pp", "block")
 """Groups by what varies inside: ``tp_cp`` shares one sample's frames, ``block`` (tp, cp and pp) shares one sample."""
 
@@ -54,10 +56,10 @@ class GridShape:
         sizes = {"parallel.tp": tp, "parallel.pp": pp, "parallel.ulysses": ulysses, "parallel.ring": ring}
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+                raise SettingError(f"{name}={size} must be at least 1")
         model = tp * pp * ulysses * ring
         if world_size < 1 or world_size % model:
-            raise ValueError(
+            raise SettingError(
                 f"world size {world_size} is not a multiple of tp*pp*ulysses*ring = {tp}*{pp}*{ulysses}*{ring} = {model}; "
                 f"start a multiple of {model} processes or choose sizes whose product divides {world_size}"
             )

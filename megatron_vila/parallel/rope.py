@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vila.errors import SettingError
 from megatron_vila.platform import compiled_on_cuda
 
 
@@ -23,9 +24,9 @@ def rotary_angles(
     integers.
     """
     if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} is odd and rotary embedding turns pairs; use an even head_dim")
+        raise SettingError(f"head_dim={head_dim} is odd and rotary embedding turns pairs; use an even head_dim")
     if theta <= 0 or scaling_factor <= 0:
-        raise ValueError(f"rope_theta={theta} and rope_scaling_factor={scaling_factor} must be above 0")
+        raise SettingError(f"rope_theta={theta} and rope_scaling_factor={scaling_factor} must be above 0")
     if positions_S.is_floating_point():
         raise ValueError(f"positions are {positions_S.dtype}; give token positions as int64")
     exponents_N = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_S.device) / head_dim

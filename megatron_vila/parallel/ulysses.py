@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vila.errors import SettingError
 from megatron_vila.parallel.peers import PeerMemory
 
 
@@ -39,16 +40,16 @@ class HeadSplit:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.kv_heads} key/value heads do not divide {self.heads} query heads")
+            raise SettingError(f"{self.kv_heads} key/value heads do not divide {self.heads} query heads")
         if self.heads % self.ulysses:
             works = [u for u in range(2, self.heads + 1) if self.heads % u == 0 and u <= 2 * self.ulysses]
-            raise ValueError(
+            raise SettingError(
                 f"ulysses={self.ulysses} does not divide {self.heads} query heads (per tensor-parallel rank); use ulysses="
                 f"{' or '.join(map(str, works)) or 1} and put the rest of cp into the ring"
             )
 
         if self.chunks > 1 and self.kv_heads % (self.ulysses * self.chunks):
-            raise ValueError(f"{self.chunks} chunks over ulysses={self.ulysses} do not divide {self.kv_heads} key/value heads")
+            raise SettingError(f"{self.chunks} chunks over ulysses={self.ulysses} do not divide {self.kv_heads} key/value heads")
 
     @property
     def per_rank(self) -> int:

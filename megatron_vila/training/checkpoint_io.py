@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+from megatron_vila.errors import UserError
 from megatron_vila.models.lora import FACTORS
 
 FORMAT = 1
@@ -27,7 +28,7 @@ SHOWN = 8
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or loaded; the text says why, what is intact and what to do. Raised on every rank."""
 
 

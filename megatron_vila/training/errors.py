@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from megatron_vila.errors import UserError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(UserError, RuntimeError):
     """Loss or gradients are not finite and the run was told to stop, or skipped too many updates in a row."""
 
 
-class NoMemoryError(RuntimeError):
+class NoMemoryError(UserError, RuntimeError):
     """The GPU has too little memory for the run; the text names the part that is largest and the setting that shrinks it."""
 
 
-class NothingToLearnError(RuntimeError):
+class NothingToLearnError(UserError, RuntimeError):
     """No step of a whole epoch held a supervised token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +12,18 @@ import torch.distributed as dist
 
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
-from megatron_vila.data.dataset import NoUsableSampleError, VilaDataset
+from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.records import RecordError, RecordFiles
 from megatron_vila.data.tokenizer import load_tokenizer
 from megatron_vila.models.shard import local_frames
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.training.agreement import from_rank_zero
+
+SHOWN_FILES = 4
+"""most missing files that are named"""
 
 
 def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
@@ -33,21 +38,13 @@ def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
 
 def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
     """The training rows of this rank, and the rows of an epoch. With packing, rank 0 measures the samples and broadcasts
-    their lengths to all ranks, or what is wrong, which all of them raise then (``NoUsableSampleError``)."""
+    their lengths to all ranks, or what is wrong, which all of them raise then (``UserError``)."""
     dataset = open_dataset(config, config.data.train)
     lengths = None
     if config.data.packing:
         # One rank measures for all: tables made by several could differ where their copies of the files do.
-        found: list = [None, None]
-        if topology.rank == 0:
-            try:
-                found[0] = length_table(dataset, str(Path(config.train.output) / "lengths.json"), config.data.workers)
-            except NoUsableSampleError as error:
-                found[1] = str(error)
-        dist.broadcast_object_list(found)
-        lengths, problem = found
-        if problem is not None:
-            raise NoUsableSampleError(problem, {})
+        cache = str(Path(config.train.output) / "lengths.json")
+        lengths = from_rank_zero(lambda: length_table(dataset, cache, config.data.workers))
     order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
     return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
 
@@ -57,6 +54,25 @@ def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLo
     dataset = open_dataset(config, config.data.eval)
     order = RowOrder(len(dataset), config.train.seed, shuffle=False)
     return _loader(config, topology, dataset, order, topology.grid.dp), len(dataset)
+
+
+def held_out_gaps(config: Config) -> str:
+    """A line about files that the records of ``data.eval`` name and that are not there; empty if all are. Raises ``ConfigError``
+    as ``open_dataset``. Called on one rank."""
+    try:
+        records = list(open_dataset(config, config.data.eval).records)
+    except RecordError as error:
+        raise ConfigError(str(error)) from error
+    paths = dict.fromkeys(medium.path for record in records for medium in record.media)
+    missing = [path for path in paths if not os.path.exists(path)]
+    if not missing:
+        return ""
+    more = f" and {len(missing) - SHOWN_FILES} more" if len(missing) > SHOWN_FILES else ""
+    return (
+        f"data.eval names {len(paths)} media files, of which {len(missing)} are missing: "
+        f"{', '.join(missing[:SHOWN_FILES])}{more}; restore them or set data.media_dir before the evaluation comes: "
+        "samples without their files are left out of it"
+    )
 
 
 def chance_level(files: Sequence[str], media_dir: str, media_format: str = "vila") -> float:

@@ -16,6 +16,7 @@ from megatron_vila.config.memory import GIB, estimate_memory
 from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import memory_cure
 from megatron_vila.training.offload import StreamedAdam
+from megatron_vila.training.report_files import Reporting
 from megatron_vila.training.summary import write_json
 
 MEMORY_FILE = "memory.json"
@@ -43,7 +44,8 @@ def write_memory_report(
     estimate = estimate_memory(config, dist.get_world_size(), platform.device_memory_bytes())
     predicted = {name: round(size / GIB, 6) for name, size in vars(estimate).items()} | {"total": estimate.total / GIB}
     if dist.get_rank() == 0:
-        write_json(Path(config.train.output) / MEMORY_FILE, {"unit": "GiB", "predicted": predicted, "ranks": ranks})
+        path, report = Path(config.train.output) / MEMORY_FILE, {"unit": "GiB", "predicted": predicted, "ranks": ranks}
+        Reporting().attempt(str(path), lambda: write_json(path, report))
     fullest = max(ranks, key=lambda rank: rank["peak"])
     return (
         f"memory of the fullest rank: {estimate.allocated / GIB:.2f} GiB predicted, {fullest['peak']:.2f} GiB measured "

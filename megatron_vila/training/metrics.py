@@ -10,15 +10,16 @@ Files in the output folder:
   after k are dropped first, in one atomic replacement, so that no step stands there twice;
 * ``tensorboard/``: the same as scalars; a resume hides the steps after k in the same way;
 * ``loss.png`` and ``summary.json``: see ``plots.py`` and ``summary.py``.
+
+None of them can end a run (``report_files.py``).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from rich.console import Console
 
 from megatron_vila.training.flops import mfu
 from megatron_vila.training.progress import progress_display
-from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, summarize, write_json
+from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
+from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_records, summarize, write_json
 
 PLOT_FILE = "loss.png"
 
@@ -64,6 +66,8 @@ class StepMetrics:
 class MetricsLogger:
     """Writes the records of a run; use it as a context manager, so that the files are complete on every way out.
 
+    No method raises because of a file or the screen: that is told in one line, and tried again at the next record.
+
     ``gpus`` is the number of ranks and ``peak`` the FLOP/s of one of them (None: no MFU is shown). ``start_step`` is the
     step of the checkpoint that the run goes on from, 0 for a new run: a new run starts ``metrics.jsonl`` afresh.
     Lines and TensorBoard scalars of a step appear every ``log_every`` steps, with rates over the steps since the line before;
@@ -90,12 +94,12 @@ class MetricsLogger:
         if not is_writer:
             return
         # tensorboard is slow to import: only the writer pays for it
-        from torch.utils.tensorboard import SummaryWriter
+        from megatron_vila.training.event_file import EventFile
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        truncate_after(self.folder / METRICS_FILE, start_step)
-        self._jsonl = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self._report = Reporting()
+        self._try(METRICS_FILE, lambda: truncate_after(self.folder / METRICS_FILE, start_step))
+        self._jsonl = AppendFile(self.folder / METRICS_FILE)
+        self._tensorboard = EventFile(self.folder / "tensorboard", first_step=start_step + 1)
         self._progress = progress_display(console or Console(), total_steps, start_step)
         if peak is not None:
             self.message(
@@ -118,10 +122,10 @@ class MetricsLogger:
         if metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
             record = self._record(self._window)
             self._window = []
-            self._progress.step(record)
-            self._write_scalars(record)
+            self._show(lambda: self._progress.step(record))
+            self._write_scalars(_scalars(record), metrics.step)
         else:
-            self._progress.advance(metrics.step)
+            self._show(lambda: self._progress.advance(metrics.step))
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Record an evaluation after ``step``, such as ``{"accuracy": 0.93, "chance": 0.125}``."""
@@ -129,32 +133,22 @@ class MetricsLogger:
             return
         record = {f"eval_{name}": value for name, value in results.items()}
         self._write_line({"step": step} | record)
-        for name, value in results.items():
-            self._tensorboard.add_scalar(f"eval/{name}", value, step)
-        self._progress.message(
-            f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in results.items())
-        )
+        self._write_scalars({f"eval/{name}": value for name, value in results.items()}, step)
+        self.message(f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in results.items()))
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._open:
-            self._progress.message(text)
-
-    def plot(self) -> None:
-        """Draw ``loss.png`` from what is written so far."""
-        if self.is_writer:
-            # matplotlib is slow to import: only the writer pays for it
-            from megatron_vila.training.plots import plot_runs
-
-            plot_runs([self.folder], self.folder / PLOT_FILE)
+            self._show(lambda: self._progress.message(text))
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Close the files and write ``summary.json``: totals of the whole run and ``results``; returns it ({} elsewhere)."""
         self.close()
         if not self.is_writer:
             return {}
-        summary = dict(results) | summarize(self.folder) | {"wall_s": time.monotonic() - self._started}
-        write_json(self.folder / SUMMARY_FILE, summary)
+        totals = self._try(METRICS_FILE, lambda: summarize(self.folder)) or {}
+        summary = dict(results) | totals | {"wall_s": time.monotonic() - self._started}
+        self._try(SUMMARY_FILE, lambda: write_json(self.folder / SUMMARY_FILE, summary))
         return summary
 
     def close(self) -> None:
@@ -162,10 +156,22 @@ class MetricsLogger:
         if not self._open:
             return
         self._open = False
-        self._progress.stop()
-        self._jsonl.close()
-        self._tensorboard.close()
-        self.plot()
+        self._show(self._progress.stop)
+        self._try(METRICS_FILE, self._jsonl.close)
+        self._try("tensorboard", self._tensorboard.close)
+        self._try(PLOT_FILE, self._plot)
+
+    def _plot(self) -> None:
+        # matplotlib is slow to import: only the writer pays for it
+        from megatron_vila.training.plots import plot_runs
+
+        plot_runs([self.folder], self.folder / PLOT_FILE)
+
+    def _try(self, name: str, action: Callable[[], Any]) -> Any:
+        return self._report.attempt(str(self.folder / name), action)
+
+    def _show(self, action: Callable[[], None]) -> None:
+        self._report.attempt("the progress line", action)
 
     def _record(self, window: list[StepMetrics]) -> dict[str, Any]:
         """The last step of ``window`` with rates over all of it."""
@@ -181,37 +187,27 @@ class MetricsLogger:
         return last | {f"lr_{part}": lr for part, lr in last.pop("lr").items()} | rates
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
-        self._jsonl.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
+        self._try(METRICS_FILE, lambda: self._jsonl.write(line.encode()))
 
-    def _write_scalars(self, record: Mapping[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                group = "speed" if name in _SPEED else "train"
-                self._tensorboard.add_scalar(f"{group}/{name}", value, record["step"])
+    def _write_scalars(self, scalars: dict[str, float], step: int) -> None:
+        self._try("tensorboard", lambda: self._tensorboard.add(scalars, step))
 
 
 _SPEED = {"tokens_per_s_per_gpu", "frames_per_s", "mfu", "data_wait_s", "step_s", "peak_memory_gib", "model_flops"}
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of ``path`` after ``step``, and a last line cut off by a crash, in one atomic replacement."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept if step > 0 else [])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Drop the lines of ``path`` after ``step``, and what is no record, in one atomic replacement."""
+    if path.exists():
+        kept = [line for line, record in read_records(path) if 0 < record["step"] <= step]
+        replace_file(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+
+
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """What TensorBoard shows of a step's record."""
+    known = {name: value for name, value in record.items() if name != "step" and value is not None}
+    return {f"{'speed' if name in _SPEED else 'train'}/{name}": value for name, value in known.items()}
 
 
 def _finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vila.config.schema import OptimConfig, PartConfig, TrainConfig
+from megatron_vila.errors import SettingError
 from megatron_vila.training.offload import StreamedAdam, offload_state
 
 PARTS = ("vision", "projector", "llm")
@@ -85,12 +86,12 @@ def build_optimizer(
     """
     _check_something_trains(model_chunks)
     if dtype == torch.float64 and next(model_chunks[0].parameters()).is_cuda:
-        raise ValueError(
+        raise SettingError(
             "train.precision=fp64: Megatron's distributed optimizer has no float64 on CUDA; use fp32 or bf16"
         )
     warmup_steps = optim.warmup_steps or round(optim.warmup_fraction * train.steps)
     if warmup_steps >= train.steps:
-        raise ValueError(
+        raise SettingError(
             f"the warm-up takes {warmup_steps} steps but the run has train.steps={train.steps}; "
             "lower optim.warmup_steps or optim.warmup_fraction"
         )
@@ -190,7 +191,7 @@ def _check_something_trains(model_chunks: Sequence[torch.nn.Module]) -> None:
     trainable = torch.tensor(sum(parameter.requires_grad for parameter in parameters), device=parameters[0].device)
     dist.all_reduce(trainable)
     if trainable == 0:
-        raise ValueError(
+        raise SettingError(
             "nothing to train: optim.vision, optim.projector and optim.llm all have trainable=false; set one to true"
         )
 

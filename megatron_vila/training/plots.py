@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from megatron_vila.training.report_files import replace_file
 from megatron_vila.training.summary import read_metrics
 
 _INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -29,7 +30,7 @@ def plot_runs(folders: Sequence[str | Path], out_png: str | Path, labels: Sequen
     if not any(steps for steps, _ in runs):
         return
     names = list(labels) if labels is not None else [Path(f).name for f in folders]
-    has_accuracy = any("eval_accuracy" in r for _, evaluations in runs for r in evaluations)
+    has_accuracy = any(_has(r, "eval_accuracy") for _, evaluations in runs for r in evaluations)
     figure = Figure(figsize=(9, 6.4 if has_accuracy else 4.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(
@@ -50,7 +51,7 @@ def plot_runs(folders: Sequence[str | Path], out_png: str | Path, labels: Sequen
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     lines = [line for axis in (panels[0], rate_axis) for line in axis.get_lines() if line.get_label()[0] != "_"]
     figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(out_png)
+    replace_file(Path(out_png), lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -90,13 +91,17 @@ def _draw_losses(losses: Axes, rates: Axes, runs: list[list[dict[str, Any]]]) ->
     return ends
 
 
+def _has(record: dict[str, Any], name: str) -> bool:
+    return record.get(name) is not None
+
+
 def _draw_accuracy(panel: Axes, runs: list[list[dict[str, Any]]], offsets: list[int]) -> None:
-    points = [(o + r["step"], r) for o, run in zip(offsets, runs, strict=True) for r in run if "eval_accuracy" in r]
+    points = [(o + r["step"], r) for o, run in zip(offsets, runs, strict=True) for r in run if _has(r, "eval_accuracy")]
     x = [step for step, _ in points]
     y = [r["eval_accuracy"] for _, r in points]
     panel.plot(x, y, color=_ACCURACY, marker="o", markersize=5, linewidth=1.4, clip_on=False, zorder=3)
     text = f"last: {100 * y[-1]:.1f} %"
-    chances = [r["eval_chance"] for _, r in points if "eval_chance" in r]
+    chances = [r["eval_chance"] for _, r in points if _has(r, "eval_chance")]
     if chances:
         panel.axhline(chances[-1], color=_FAINT, linewidth=1, linestyle=":")
         text += f"   chance: {100 * chances[-1]:.1f} %"

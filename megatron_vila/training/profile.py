@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vila.config.schema import ProfileConfig
+from megatron_vila.training.report_files import Reporting
 
 
 @contextmanager
@@ -26,6 +27,10 @@ def traced(settings: ProfileConfig, step: int, rank: int, output: str) -> Iterat
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    folder = Path(output) / "traces"
-    folder.mkdir(parents=True, exist_ok=True)
-    trace.export_chrome_trace(str(folder / f"step-{step:06d}-rank-{rank}.json.gz"))
+    path = Path(output) / "traces" / f"step-{step:06d}-rank-{rank}.json.gz"
+    Reporting().attempt(str(path), lambda: _export(trace, path))
+
+
+def _export(trace: profile, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(path))

@@ -1,31 +1,102 @@
 """Totals of a run from its ``metrics.jsonl``, and of several runs that make up a recipe (the stages of the quickstart).
 
 Reading the file, and not counting along, makes the totals of a run that was stopped and resumed the same as of one that
-was not.
+was not. The file lies open to editors, full disks and crashes: lines that are no record are left out with one line on the
+screen.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_vila.errors import UserError
+from megatron_vila.training.report_files import replace_file
+
+logger = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+LONGEST_LINE = 2**20
+"""bytes; a line of the trainer has fewer than a thousand"""
+
+_NUMBERS = ("tokens", "frames", "step_s", "peak_memory_gib", "skipped")
+_NULLABLE = ("loss", "mfu")
+_TOTALS = ("steps", "tokens", "frames", "train_s")
 
 
 def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step records and the evaluation records of a run's folder, in order; both empty if there is no file yet."""
+    """The step records and the evaluation records of a run's folder, in order; both empty if there is no file yet.
+
+    A record takes the place of earlier ones of its step and of later steps: those are of a run that was set back.
+    """
     path = Path(folder) / METRICS_FILE
-    if not path.exists():
-        return [], []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [r for r in records if "loss" in r], [r for r in records if "loss" not in r]
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    for _, record in read_records(path) if path.exists() else ():
+        replaced = (steps, evaluations) if "loss" in record else (evaluations,)
+        for records in replaced:
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+        (steps if "loss" in record else evaluations).append(record)
+    return steps, evaluations
+
+
+def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of a ``metrics.jsonl`` that is a record, with what it says. Raises ``OSError`` where there is no file to read.
+
+    A record has a whole number ``step``, nothing but numbers and nulls, and what ``summarize`` and ``plots.py`` need.
+    """
+    if not path.is_file():
+        raise OSError(0, "it is no regular file", str(path))
+    left_out, first = 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), start=1):
+            record = _record_of(line)
+            if record is not None:
+                yield line, record
+            elif line.strip():
+                left_out, first = left_out + 1, first or number
+    if left_out:
+        lines = "1 line is no record and is" if left_out == 1 else f"{left_out} lines are no records and are"
+        logger.warning("%s: %s left out (the first one is line %d)", path, lines, first)
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """Whole lines; of one that is too long only its beginning, without its line break."""
+    while line := file.readline(LONGEST_LINE):
+        yield line
+        while line and len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE)
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None  # cut off by a crash
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**63:
+        return None
+    if not all(value is None or _is_number(value) for value in record.values()):
+        return None
+    if "loss" not in record:
+        return record
+    rates = [value for name, value in record.items() if name.startswith("lr_")]
+    numbers = [*rates, *(record.get(name) for name in _NUMBERS)]
+    return record if rates and all(map(_is_number, numbers)) and record.keys() >= set(_NULLABLE) else None
+
+
+def _is_number(value: Any) -> bool:
+    return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) < 2**63
 
 
 def summarize(folder: str | Path) -> dict[str, Any]:
@@ -43,9 +114,9 @@ def summarize(folder: str | Path) -> dict[str, Any]:
         "tokens": tokens,
         "frames": frames,
         "train_s": seconds,
-        "tokens_per_s": tokens / seconds,
-        "frames_per_s": frames / seconds,
-        "mfu": None if steps[-1]["mfu"] is None else sum(r["mfu"] * r["step_s"] for r in steps) / seconds,
+        "tokens_per_s": tokens / seconds if seconds else 0.0,
+        "frames_per_s": frames / seconds if seconds else 0.0,
+        "mfu": _mean_mfu(steps),
         "loss": steps[-1]["loss"],
         "peak_memory_gib": max(r["peak_memory_gib"] for r in steps),
         "skipped": steps[-1]["skipped"],
@@ -56,11 +127,11 @@ def summarize(folder: str | Path) -> dict[str, Any]:
 def combine(folders: Sequence[str | Path], wall_s: float) -> dict[str, Any]:
     """Summary of a recipe whose runs stand in ``folders`` in order; results (``held_out_accuracy``, ...) are the last run's.
 
-    ``wall_s`` is the time of the whole recipe. Raises ``FileNotFoundError`` if a run has not written its summary.
+    ``wall_s`` is the time of the whole recipe. Raises ``UserError`` if a run has not written its summary or it cannot be read.
     """
-    stages = [json.loads((Path(f) / SUMMARY_FILE).read_text(encoding="utf-8")) for f in folders]
+    stages = [_read_summary(Path(folder) / SUMMARY_FILE) for folder in folders]
     seconds = sum(s["train_s"] for s in stages)
-    totals = {key: sum(s[key] for s in stages) for key in ("steps", "tokens", "frames", "train_s")}
+    totals = {key: sum(s[key] for s in stages) for key in _TOTALS}
     return (
         stages[-1]
         | totals
@@ -73,15 +144,29 @@ def combine(folders: Sequence[str | Path], wall_s: float) -> dict[str, Any]:
     )
 
 
+def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """Over the time of the steps; a run that went on without GPUs, or on others, has steps without one."""
+    known = [r for r in steps if r["mfu"] is not None]
+    seconds = sum(r["step_s"] for r in known)
+    return sum(r["mfu"] * r["step_s"] for r in known) / seconds if seconds else None
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: that run has not finished") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); start the run again to write it") from error
+    if not isinstance(summary, dict) or not all(_is_number(summary.get(name)) for name in _TOTALS):
+        raise UserError(f"{path} is no summary of a run (it needs {', '.join(_TOTALS)}); start the run again to write it")
+    return summary
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` to ``path`` in one atomic replacement."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def print_summary(summary: Mapping[str, Any], labels: Sequence[str], console: Console) -> None:

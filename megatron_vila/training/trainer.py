@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,18 +29,21 @@ from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.training.agreement import from_rank_zero
 from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, read_info, save_checkpoint
 from megatron_vila.training.checkpoint_io import on_all_ranks, on_rank_zero
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
 from megatron_vila.training.evaluate import evaluate
-from megatron_vila.training.feed import open_dataset, training_loader
+from megatron_vila.training.feed import held_out_gaps, open_dataset, training_loader
 from megatron_vila.training.flops import model_flops, peak_flops
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
+from megatron_vila.training.report_files import Reporting, replace_file
 from megatron_vila.training.resume import changes, kept_settings, settings_of
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+from megatron_vila.training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,11 @@ class Trainer:
 
     The order of construction matters: groups, seeds, model, weights of ``checkpoint.load``, DDP and optimizer (which copies
     16-bit weights), then the state of a run that goes on.
+
+    ``stop`` notes signals from its installation on; without one the run notes those that come while it runs.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         self.config = config
         self.device, self.dtype = platform.device(), platform.dtype_of(config.train.precision)
         platform.set_deterministic(config.train.deterministic)
@@ -91,53 +95,59 @@ class Trainer:
         # An export needs the files that the weights once came with.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
         self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
-        self._sigterm = threading.Event()
+        self._stop = stop or StopRequest()
+        self.stopped_by = 0
+        """signal that ended the run before ``train.steps``, the same on all ranks; 0 without one"""
 
     def run(self) -> dict[str, Any]:
-        """Train to ``train.steps``, evaluate, save; returns the run's summary on the writer rank, {} elsewhere.
+        """Train to ``train.steps``, save, evaluate; returns the run's summary on the writer rank, {} elsewhere.
 
-        After a SIGTERM to any rank the step in work is finished and saved, and the method returns. Raises ``NonFiniteError``
-        as ``train.on_nan`` says and ``NothingToLearnError`` if an epoch holds no label, on all ranks at once.
+        After a signal to any rank (``stop.py``) the step in work is finished and saved, ``stopped_by`` is set, and the method
+        returns. Raises ``NonFiniteError`` as ``train.on_nan`` says and ``NothingToLearnError`` if an epoch holds no label, on all
+        ranks at once.
         """
         train = self.config.train
-        previous = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
-        try:
+        peak = _peak_of_device(self.dtype)
+        world = self.topology.grid.world_size
+        with self._stop, contextlib.ExitStack() as undo:
+            undo.callback(gc.unfreeze)
             if self.is_writer:
                 self._describe_run()
-            peak = _peak_of_device(self.dtype)
-            world = self.topology.grid.world_size
+            if self.config.data.eval and (gaps := from_rank_zero(lambda: held_out_gaps(self.config))):
+                self._say(f"warning: {gaps}")
             with MetricsLogger(
                 train.output, self.is_writer, train.steps, world, peak, train.log_every, self.step
             ) as metrics:
-                results, stopped = self._loop(metrics)
+                results = self._loop(metrics)
                 comparison = write_memory_report(
                     self.config, self.model, self.optimizer, self.model.module.host.peak_bytes
                 )
                 if torch.cuda.is_available():  # on a CPU libraries outweigh a model that fits there
                     metrics.message(comparison)
-                if stopped:
-                    metrics.message(f"stopped by SIGTERM after step {self.step}; the same command goes on from there")
-                return metrics.finish({"stopped": stopped, **self.counts, **results})
-        finally:
-            gc.unfreeze()
-            signal.signal(signal.SIGTERM, previous)
+                if self.stopped_by:
+                    metrics.message(self._stop_line())
+                return metrics.finish({"stopped": bool(self.stopped_by), **self.counts, **results})
 
-    def _loop(self, metrics: MetricsLogger) -> tuple[dict[str, float], bool]:
-        """All steps that are left; the last evaluation, and whether a SIGTERM ended the loop."""
-        train, data = self.config.train, self.config.data
+    def _loop(self, metrics: MetricsLogger) -> dict[str, float]:
+        """All steps that are left; returns the last evaluation, nothing if a signal ended the loop (``stopped_by``).
+
+        Evaluation can fail for what is wrong with held-out files: a checkpoint that is due at the same step is saved first.
+        """
+        train, data, saving = self.config.train, self.config.data, self.config.checkpoint
         loader, rows_per_epoch = training_loader(self.config, self.topology)
-        results: dict[str, float] = {}
         first, barren_rows, skips_in_a_row = self.step + 1, 0, 0
         platform.reset_peak_memory()
         with loader:
-            while self.step < train.steps:
+            if self.step < train.steps:
+                self.stopped_by = self._agreed_signal()
+            while self.step < train.steps and not self.stopped_by:
                 started_s = time.perf_counter()
                 rows = loader.rows(self.step)
                 with traced(self.config.profile, self.step + 1, self.topology.rank, train.output):
                     outcome = self._train_step(rows)
                 self.step += 1
                 self.skipped += not outcome.updated
-                stopping, record = self._measure(rows, outcome, started_s)
+                self.stopped_by, record = self._measure(rows, outcome, started_s)
                 metrics.step(record)
                 if self.step == first:
                     # A full collection over a model and its compiled code halts one rank, and so all, for some half a second.
@@ -147,18 +157,29 @@ class Trainer:
                 skips_in_a_row = 0 if outcome.updated or not outcome.supervised else skips_in_a_row + 1
                 self._guard(outcome, skips_in_a_row, barren_rows >= rows_per_epoch, metrics)
                 finished = self.step == train.steps
-                if data.eval and not stopping and _due(self.step, train.eval_every) and not finished:
-                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
-                saving = self.config.checkpoint
-                if saving.save and (finished or stopping or _due(self.step, saving.save_every)):
+                if saving.save and (finished or self.stopped_by or _due(self.step, saving.save_every)):
                     self._save()
-                if stopping:
-                    return {}, True
-        if data.eval:
-            found = evaluate(self.config, self.forward)
-            metrics.evaluation(self.step, found)
-            results = {"held_out_accuracy": found["accuracy"], "chance": found["chance"]}
-        return results, False
+                if data.eval and not self.stopped_by and _due(self.step, train.eval_every) and not finished:
+                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
+        if self.step == train.steps and not data.eval:
+            self.stopped_by = 0  # the signal came with the last step: nothing is left to go on with
+        if self.stopped_by or not data.eval:
+            return {}
+        found = evaluate(self.config, self.forward)
+        metrics.evaluation(self.step, found)
+        return {"held_out_accuracy": found["accuracy"], "chance": found["chance"]}
+
+    def _agreed_signal(self) -> int:
+        """The signal that any rank was sent, 0 without one. A maximum over all ranks."""
+        sent = torch.tensor(self._stop.signal, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+        return int(sent.item())
+
+    def _stop_line(self) -> str:
+        name, saving = signal.Signals(self.stopped_by).name, self.config.checkpoint
+        if not saving.save:
+            return f"stopped by {name} after step {self.step}; nothing is saved, because checkpoint.save=false"
+        return f"stopped by {name} after step {self.step}; the same command goes on from there"
 
     def _train_step(self, rows: Sequence[LoadedRow]) -> Outcome:
         """Forward, backward and update. No weight changes if the step has no label or anything is not finite."""
@@ -173,8 +194,8 @@ class Trainer:
         self.scheduler.step(1)
         return Outcome(loss, supervised, updated, norm, rates)
 
-    def _measure(self, rows: Sequence[LoadedRow], outcome: Outcome, started_s: float) -> tuple[bool, StepMetrics]:
-        """Whether any rank was told to stop, and the step's record. A sum over dp and a maximum over all ranks."""
+    def _measure(self, rows: Sequence[LoadedRow], outcome: Outcome, started_s: float) -> tuple[int, StepMetrics]:
+        """The signal that any rank was sent (0: none), and the step's record. A sum over dp and a maximum over all ranks."""
         flops = sum(
             model_flops(r.row.lengths, r.row.supervised_tokens, len(r.row.frames), self.config.model, self.config.optim).total
             for r in rows
@@ -184,13 +205,13 @@ class Trainer:
         sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.topology.dp)
         wait_s, peak_gib = sum(r.stats.wait_s for r in rows), platform.peak_memory_bytes() / 2**30
-        largest = torch.tensor([self._sigterm.is_set(), wait_s, peak_gib], dtype=torch.float64, device=self.device)
+        largest = torch.tensor([self._stop.signal, wait_s, peak_gib], dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         tokens, frames, flops, *counts = sums.tolist()
-        stopping, wait_s, peak_gib = largest.tolist()
+        sent, wait_s, peak_gib = largest.tolist()
         for name, count in zip(DATA_COUNTS, counts, strict=True):
             self.counts[name] += int(count)
-        return bool(stopping), StepMetrics(
+        return int(sent), StepMetrics(
             step=self.step,
             loss=outcome.loss,
             lr=outcome.lr,
@@ -266,9 +287,9 @@ class Trainer:
 
     def _describe_run(self) -> None:
         """Keep the configuration beside the run and show the first sample as the model sees it."""
-        output = Path(self.config.train.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(dump_config(self.config))
+        path = Path(self.config.train.output) / "config.yaml"
+        text = dump_config(self.config)
+        Reporting().attempt(str(path), lambda: replace_file(path, lambda temporary: temporary.write_text(text)))
         dataset = open_dataset(self.config, self.config.data.train)
         for line in slower_parts(self.config, attention_kernel(self.model.module.llm.decoder), self.dtype, self.device):
             self._say(line)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 
 import pytest
 
@@ -15,6 +16,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.train import main
 from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.feed import open_dataset
+from megatron_vila.training.stop import ASKING
 from megatron_vila.training.summary import read_metrics
 from tests.data.material import conversation, cut_off, destroy_frames, write_jsonl
 from tests.ranks import pool
@@ -25,12 +27,15 @@ def _main(rank: int, world: int, arguments: list[str]) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of the command on this rank."""
     out, err = io.StringIO(), io.StringIO()
     level = logging.getLogger("megatron_vila").level
+    handlers = {asking: signal.getsignal(asking) for asking in ASKING}
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main(arguments)
     finally:
         del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        for asking, handler in handlers.items():
+            signal.signal(asking, handler)
         logging.root.handlers.clear()
         logging.getLogger("megatron_vila").setLevel(level)
         logging.getLogger("megatron_vila.data").setLevel(logging.NOTSET)

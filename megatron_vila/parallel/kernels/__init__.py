@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vila.errors import SettingError
 from megatron_vila.parallel.kernels import cpu, cudnn, fa4, flash2, reference
 from megatron_vila.parallel.kernels.protocol import AttentionKernel
 from megatron_vila.parallel.kernels.segments import Segments
@@ -44,7 +45,7 @@ def select_kernel(
     Raises ``ValueError`` for an unknown name and for a kernel that cannot run here, with the reason.
     """
     if name != "auto" and name not in KERNELS:
-        raise ValueError(f"{setting}={name} is no kernel; use auto, {', '.join(KERNELS)}")
+        raise SettingError(f"{setting}={name} is no kernel; use auto, {', '.join(KERNELS)}")
     reasons = {}
     for candidate in _AUTOMATIC if name == "auto" else (name,):
         available, kernel = KERNELS[candidate]
@@ -52,9 +53,9 @@ def select_kernel(
         if reasons[candidate] is None:
             return kernel(deterministic)
     if name != "auto":
-        raise ValueError(f"{setting}={name} cannot run here: {reasons[name]}; or use {setting}=auto")
+        raise SettingError(f"{setting}={name} cannot run here: {reasons[name]}; or use {setting}=auto")
     listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
-    raise ValueError(
+    raise SettingError(
         f"{setting}=auto finds no kernel for head dim {head_dim} in {dtype} on {device} ({listed}); "
         f"train in bfloat16, or use {setting}=reference (float64, short sequences only)"
     )

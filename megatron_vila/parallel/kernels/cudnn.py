@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from megatron_vila.errors import SettingError
 from megatron_vila.parallel.kernels import flash2
 from megatron_vila.parallel.kernels.protocol import DenseKernel, backward_shares, forward_shares, last_contiguous
 from megatron_vila.parallel.kernels.segments import Choice, Segments
@@ -56,7 +57,7 @@ class CudnnKernel(DenseKernel):
     def __init__(self, deterministic: bool = False, long_segment_tokens: int = _LONG_SEGMENT_TOKENS) -> None:
         """In a row of unequal segments, those with ``long_segment_tokens`` queries and keys or more go to cuDNN."""
         if deterministic:
-            raise ValueError("cuDNN's attention has no deterministic backward pass; use flash2 or fa4")
+            raise SettingError("cuDNN's attention has no deterministic backward pass; use flash2 or fa4")
         self._long_segment_tokens = long_segment_tokens
         self._packed = flash2.Flash2Kernel()
 

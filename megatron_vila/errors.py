@@ -1,0 +1,23 @@
+"""The two kinds of errors: what a user can cure, and everything else.
+
+A ``UserError`` ends a run with its text as the only message. Any other exception is a fault of the program or of the machine
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something a user can cure; the text names what was set or found, and what to do."""
+
+
+class SettingError(UserError, ValueError):
+    """A setting that cannot be used, alone or with others; the text names it, its value and the cure."""
+
+
+class LaunchError(UserError, RuntimeError):
+    """The processes were started in a way that cannot work; the text says how to start them."""
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, and says why; this one ends without a word."""

@@ -1,0 +1,129 @@
+"""What a rank says when it fails: one message for the cause, none for what only follows from it.
+
+A rank that fails writes down why in the store that all ranks share, and then ends. The others lose their connection to it; they
+find the cause in the store and end without a word. What each kind of failure shows:
+
+* ``UserError``: its text, once for the run;
+* a lost connection or a collective that timed out: nothing if a rank wrote down a cause, else which rank lost what;
+* anything else: its traceback, once for the run if several ranks meet the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vila.data.loader import LoaderError
+from megatron_vila.errors import PeerError, UserError
+from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
+
+_PLACE = "megatron_vila/failure"
+_SHOWN = 4
+"""most ranks whose different causes are shown"""
+_WAIT_S = 10.0
+"""how long a rank that lost its connections waits for the cause to be written down"""
+_LOST = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|[Ss]ocket [Tt]imeout|timeout|recvVector failed|"
+    r"Failed to (recv|send)|failed to (recv|send)|NCCL communicator was aborted|ncclRemoteError|ncclSystemError"
+)
+
+
+def report(error: BaseException) -> int:
+    """Say what must be said of ``error``, which ended this rank; returns the exit code. Call it where ``error`` is handled."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    cause = _cause(error)
+    if is_consequence(cause):
+        return _report_consequence(cause)
+    status = USER_ERROR if isinstance(cause, UserError) else FAILED
+    number, is_new = _write_down(status, str(cause) if status == USER_ERROR else f"{type(cause).__name__}: {cause}")
+    if number == 1:
+        _tell_torchrun(cause)
+    if is_new and number <= _SHOWN:
+        text = f"megatron_vila: {cause}" if status == USER_ERROR else "".join(traceback.format_exception(error)).rstrip()
+        print(text, file=sys.stderr, flush=True)
+    return status
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``error`` is what a rank sees when another one has gone."""
+    if isinstance(error, UserError):
+        return False
+    if isinstance(error, PeerError):
+        return True
+    if isinstance(error, LoaderError):
+        return error.__cause__ is None  # what another rank of the block reported
+    return isinstance(error, (dist.DistError, RuntimeError)) and bool(_LOST.search(str(error)))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The loader reports what happened in its threads: on the rank where it happened that is the error that counts."""
+    if isinstance(error, LoaderError) and error.__cause__ is not None:
+        return error.__cause__
+    return error
+
+
+def _report_consequence(error: BaseException) -> int:
+    first = _first_failure(_WAIT_S)
+    if first is not None:
+        return first["status"]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    print(
+        f"megatron_vila: rank {rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
+        f"host memory left) or its node failed; the same command goes on from the last checkpoint ({error})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return FAILED
+
+
+def _write_down(status: int, text: str) -> tuple[int, bool]:
+    """Which failure of the run this is, from 1, and whether its text differs from the first one's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 1, True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        number = store.add(f"{_PLACE}s", 1)
+        if number == 1:
+            store.set(_PLACE, json.dumps({"status": status, "text": text, "rank": dist.get_rank()}))
+            return 1, True
+    except RuntimeError:
+        return 1, True  # the process that keeps the store has ended, and whether it said anything is not known
+    first = _first_failure(_WAIT_S)
+    return number, first is None or first["text"] != text
+
+
+def _first_failure(wait_s: float) -> dict | None:
+    """What the first rank wrote down, or None if none has within ``wait_s``."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + wait_s
+    with contextlib.suppress(RuntimeError):
+        while True:
+            if store.check([_PLACE]):
+                return json.loads(store.get(_PLACE))
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+    return None
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Under torchrun, name this rank and its error in the launcher's report as the first failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    details = {"timestamp": str(int(time.time()))}
+    if not isinstance(error, UserError):
+        details["py_callstack"] = "".join(traceback.format_exception(error))
+    content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": details}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps(content))

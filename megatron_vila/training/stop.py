@@ -1,0 +1,55 @@
+"""Signals that ask a run to stop: the step in work is finished and saved, then every rank ends with ``exit_codes.STOPPED``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SIGTERM and SIGUSR1 of schedulers and launchers, and Ctrl-C. A second Ctrl-C ends the process at once."""
+
+
+class StopRequest:
+    """Notes the first of ``ASKING`` that this process gets, from ``install`` on; nothing else happens to the process.
+
+    As a context manager it gives the signals back to whom they belonged, unless they were noted before. Python handles signals
+    in the main thread: installed in another one it stays without effect.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """number of the signal, 0 without one"""
+        self._before: dict[int, object] = {}
+        self._depth = 0
+
+    def install(self) -> None:
+        """Note the signals from now on."""
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {asking: signal.signal(asking, self._note) for asking in ASKING}
+
+    def ignore_further(self) -> None:
+        """All is done: a signal that a launcher sends to the last processes must not change how this one ends."""
+        if self._before:
+            for asking in ASKING:
+                signal.signal(asking, signal.SIG_IGN)
+
+    def __enter__(self) -> StopRequest:
+        self.install()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for asking, handler in self._before.items():
+                signal.signal(asking, handler)
+            self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # print() is not safe in a signal handler
+            os.write(2, b"\nstopping after the step in work; Ctrl-C again ends at once, without a checkpoint\n")
+        self.signal = self.signal or number

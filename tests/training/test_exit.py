@@ -1,0 +1,96 @@
+"""How a run ends: its exit code on every rank, the one message, and that nothing is lost by what can fail."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.training.summary import read_metrics
+from megatron_vila.training.trainer import Trainer
+from tests.data.material import conversation, write_jsonl
+from tests.ranks import pool
+from tests.training.real_run import Layout, overrides
+from tests.training.test_bad_input import _main, _refused, _run
+
+
+def _signal_at(output: Path, step: int, number: int) -> None:
+    while len(read_metrics(output)[0]) < step:
+        time.sleep(0.005)
+    os.kill(os.getpid(), number)
+
+
+def _main_with_signal(rank, world, arguments, output, number):
+    """The command, of which the last rank is sent a signal after two steps."""
+    if rank == world - 1:
+        threading.Thread(target=_signal_at, args=(output, 2, number), daemon=True).start()
+    return _main(rank, world, arguments)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_stop_that_was_saved_ends_every_rank_with_75_and_one_line(videos, tmp_path, number):
+    arguments = ["tiny", *overrides(videos, tmp_path, "train.steps=100000")]
+    ranks = pool.run(2, _main_with_signal, 2, arguments, tmp_path, number)
+    assert [status for status, _, _ in ranks] == [75, 75] and not any(err for _, _, err in ranks)
+    saved = int(latest_checkpoint(tmp_path).name.split("-")[1])
+    assert saved == len(read_metrics(tmp_path)[0]) >= 2
+    assert "".join(out for _, out, _ in ranks).count(f"stopped by {number.name} after step {saved}") == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] is True
+
+
+def test_a_stop_that_saved_nothing_is_not_called_saved(videos, tmp_path):
+    arguments = ["tiny", *overrides(videos, tmp_path, "train.steps=100000", "checkpoint.save=false")]
+    ((status, out, _),) = pool.run(1, _main_with_signal, 1, arguments, tmp_path, signal.SIGTERM)
+    assert status == 1 and "nothing is saved, because checkpoint.save=false" in out
+
+
+@pytest.mark.parametrize("steps", [2, 3], ids=["at the end", "in between"])
+def test_a_checkpoint_due_at_the_step_of_an_evaluation_that_fails_is_there(videos, tmp_path, steps):
+    records = [{"id": str(i), "video": f"/nowhere/{i}.mp4", "conversations": conversation()} for i in range(5)]
+    path = write_jsonl(tmp_path / "eval.jsonl", records)
+    every = ("checkpoint.save_every=2", "train.eval_every=2", f"train.steps={steps}")
+    arguments = overrides(videos, tmp_path / "run", f"data.eval=[{path}]", *every)
+    status, said, err = _run(Layout(2, ulysses=2), arguments)
+    assert status == 2 and "none of the 5 samples can be used" in err
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000002"
+    told = "data.eval names 5 media files, of which 5 are missing: /nowhere/0.mp4"
+    assert said.index(told) < said.index("step 1/")
+
+
+def _planted(rank, world, arguments, where, kind):
+    """The command with a fault of the program that only rank 1 meets, or all do."""
+
+    def fail(self, rows):
+        if where == "everywhere" or rank == 1:
+            raise kind("a bug")
+        return step(self, rows)
+
+    step = Trainer._train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", fail)
+        return _main(rank, world, arguments)
+
+
+@pytest.mark.parametrize("where", ["rank 1", "everywhere"])
+@pytest.mark.parametrize("kind", [KeyError, ValueError, RuntimeError])
+def test_a_fault_of_the_program_keeps_its_traceback_which_is_shown_once(videos, tmp_path, where, kind):
+    arguments = ["tiny", *overrides(videos, tmp_path)]
+    ranks = pool.run(2, _planted, 2, arguments, where, kind)
+    assert [status for status, _, _ in ranks] == [1, 1]
+    said = "".join(err for _, _, err in ranks)  # the raising line and the error
+    assert said.count("Traceback") == 1 and said.count("a bug") == 2 and "megatron_vila: " not in said
+    if where == "rank 1":
+        assert "a bug" in ranks[1][2] and not ranks[0][2]
+
+
+def test_a_length_table_that_cannot_be_made_ends_all_ranks(videos, tmp_path):
+    """Rank 0 measures for all: a video whose length is asked for and a folder in the place of the table's."""
+    arguments = overrides(videos, tmp_path / "run", "data.packing=true", "train.steps=1")
+    (tmp_path / "run/lengths.json").mkdir(parents=True)
+    status, said, err = _run(Layout(2), arguments)
+    assert (status, err) == (0, "") and "cannot be written" in said
+    _refused(Layout(2), [*arguments, "train.seq_length=4", "data.over_long=drop"], "train.seq_length=4")
