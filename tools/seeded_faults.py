@@ -1,6 +1,7 @@
-"""Plant faults in the parallel layer, one at a time, and show that the test suite fails for each.
+"""Plant faults in the package, one at a time, and show that the test suite fails for each.
 
 Works on a copy of the repository. Prints a table and exits with 1 if a fault goes unnoticed, or if the tests fail without one.
+The libraries are imported once: each run of the tests is a fork, whose ranks are forks again.
 
 Example: python tools/seeded_faults.py --out docs/seeded_faults.md
 """
@@ -8,54 +9,97 @@ Example: python tools/seeded_faults.py --out docs/seeded_faults.md
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from faults import FAULTS
-from faults.fault import EVERY_LAYOUT
+from faults.fault import EVERY_LAYOUT, Fault
 
 REPO = Path(__file__).resolve().parents[1]
+OURS = ("megatron_vila", "tests")
+LIBRARIES_OF = ("megatron_vila.training.trainer", "megatron_vila.checkpoint.exporter", "megatron_vila.checkpoint.importer")
+
+
+def import_libraries(folder: Path) -> None:
+    """Import what the tests need of other packages, by way of the project's modules, which are forgotten again."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    importlib.import_module("megatron_vila.platform").prepare()
+    for name in (*LIBRARIES_OF, "pytest", "torch.utils.tensorboard", "matplotlib.pyplot"):
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
 
 
 def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
     """Whether these tests pass in ``folder``, and the first line that says what failed."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest could not run:\n{done.stdout}{done.stderr}")
-    failed = [line.split(" - ")[0].split("::")[-1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    return done.returncode == 0, failed[0] if failed else ""
+    log = folder.parent / "log.txt"
+    process = os.fork()
+    if not process:
+        _be_pytest(folder, tests, log)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    said = log.read_text(errors="replace")
+    if code not in (0, 1):
+        raise RuntimeError(f"pytest could not run:\n{said}")
+    failed = [line.split(" - ")[0].split("::")[-1] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return code == 0, failed[0] if failed else ""
+
+
+def _be_pytest(folder: Path, tests: tuple[str, ...], log: Path) -> None:
+    """Never returns."""
+    code = 3
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        os.environ |= {"PYTHONPATH": str(folder), "MEGATRON_VILA_TEST_RANKS": "fork"}
+        code = sys.modules["pytest"].main(["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", *tests])
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def planted(folder: Path, fault: Fault) -> tuple[bool, str]:
+    """``run_tests`` with the fault in its file. Raises ``ValueError`` if its text does not stand there exactly once."""
+    path = folder / fault.file
+    original = path.read_text()
+    if original.count(fault.old) != 1:
+        raise ValueError(f"fault '{fault.name}': its text stands {original.count(fault.old)} times in {fault.file}")
+    path.write_text(original.replace(fault.old, fault.new))
+    try:
+        return run_tests(folder, fault.tests)
+    finally:
+        path.write_text(original)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table (Markdown) to this file")
-    parser.add_argument("--only", default="", help="plant only faults whose name holds this text")
+    parser.add_argument("--only", default="", help="plant only faults whose name or file holds this text")
+    parser.add_argument("--part", default="1/1", help="plant one part of them: 2/3 is the second of three")
     options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    faults = [fault for fault in FAULTS if options.only in f"{fault.name} {fault.file}"][part - 1 :: parts]
     rows, unnoticed = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "repository"
-        for part in ("megatron_vila", "tests"):
-            shutil.copytree(REPO / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        passed, failed = run_tests(copy, EVERY_LAYOUT)
-        if not passed:
-            print(f"the tests fail without a fault: {failed}")
-            return 1
-        for fault in (fault for fault in FAULTS if options.only in fault.name):
-            path = copy / fault.file
-            original = path.read_text()
-            if original.count(fault.old) != 1:
-                raise ValueError(
-                    f"fault '{fault.name}': its text stands {original.count(fault.old)} times in {fault.file}"
-                )
-            path.write_text(original.replace(fault.old, fault.new))
-            passed, failed = run_tests(copy, fault.tests)
-            path.write_text(original)
+        for folder in OURS:
+            shutil.copytree(REPO / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPO / "pyproject.toml", copy)
+        import_libraries(copy)
+        for tests in dict.fromkeys([EVERY_LAYOUT, *(fault.tests for fault in faults)]):
+            passed, failed = run_tests(copy, tests)
+            if not passed:
+                print(f"the tests {' '.join(tests)} fail without a fault: {failed}")
+                return 1
+        for fault in faults:
+            passed, failed = planted(copy, fault)
             unnoticed += passed
             rows.append(f"| {fault.name} | `{fault.file}` | {'**not noticed**' if passed else failed} |")
             print(rows[-1], flush=True)

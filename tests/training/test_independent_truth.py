@@ -21,11 +21,11 @@ from tests.training.independent.samples import Pictures
 from tests.training.truth_sides import LONGEST, SHAPES, World, same_steps, same_weights, trained, weights_of
 
 RECORDS = [
-    files.record("video", "<video>Which colour?", "Red, é.", video="long.mp4"),
-    files.record("picture", "<image>Day?", "No.", image="wide.jpg"),
-    files.record("text", "Say a.", "a", "And b,\nthen c.", "b\nc"),
-    files.record("both", "<image><video>Same?", "Yes", image="turned.jpg", video="short.mp4"),
-    files.record("still", "<image>Who?", "Nobody at all", image="turned.jpg"),
+    files.record("video", "<video>\nWhich colour?", " Red, é. ", video="long.mp4"),
+    files.record("picture", "Day?\n<image>", "No.", image="wide.jpg"),
+    files.record("text", " Say a.", "a", "And b,\nthen c.", "b\nc"),
+    files.record("both", "Look:\n<video>\nSame? ", "Yes", "<image>", "No.", image="turned.jpg", video="short.mp4"),
+    files.record("still", "Who?", "Nobody at all", image="turned.jpg"),
 ]
 
 

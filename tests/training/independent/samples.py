@@ -97,7 +97,8 @@ def sample_of(made: Outline, pictures: Pictures) -> Sample:
 
 
 def _written(record: dict[str, Any], media: Media, chosen: list[list[int]], pictures: Pictures) -> Outline:
-    """ChatML with the media before the first human turn; an answer is learnt together with its end token."""
+    """ChatML with all media, pictures first, before the first human turn, as VILA places them: markers leave with their line
+    break, turns lose white space at both ends. An answer is learnt together with its end token."""
     ids: list[int] = []
     learnt: list[bool] = []
 
@@ -108,13 +109,15 @@ def _written(record: dict[str, Any], media: Media, chosen: list[list[int]], pict
     for turn in record["conversations"]:
         role = {"system": "system", "human": "user", "gpt": "assistant"}[turn["from"]]
         write([START, *bytes_of(f"{role}\n")])
-        text = turn["value"]
+        text = turn["value"].strip()
         if role == "user" and VISUAL not in ids:
             for (kind, _), indices in zip(media, chosen, strict=True):
                 end = pictures.frame_separator if kind == "video" else pictures.image_separator
                 write([*[VISUAL] * TOKENS_OF_A_FRAME, *end] * len(indices))
-        if role == "user":
-            text = text.replace("<image>", "").replace("<video>", "")
+        if role == "user" and media:
+            for marker in ("<image>", "<video>"):
+                text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
+            text = text.strip()
         write([*bytes_of(text), END], learn=role == "assistant")
         write(bytes_of("\n"))
     labels = [following if learn else NOT_LEARNT for following, learn in zip(ids[1:], learnt[1:], strict=True)]
