@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.data.images import preprocess
 from megatron_vila.data.row import IGNORE
-from megatron_vila.data.video import decode_video_frames, probe_video, sample_frame_indices
+from megatron_vila.data.sampling import sample_frame_indices
+from megatron_vila.data.video import decode_video_frames, probe_video
 from megatron_vila.hf.mm_sp_data import VideoTokens
 
 

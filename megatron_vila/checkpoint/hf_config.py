@@ -217,6 +217,7 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
         data.media_format = own.get("media_format", "verbatim")
     data.num_frames = own.get("num_frames", read.whole("num_video_frames", data.num_frames))
     data.fps = own.get("fps", read.number("fps", 0.0))
+    data.fps_rule = own.get("fps_rule", "spread")
     aspect = own.get("image_aspect", root.get("image_aspect_ratio") or "resize")
     data.image_aspect = aspect if aspect in ("resize", "pad") else "resize"
     if data.image_aspect != aspect:

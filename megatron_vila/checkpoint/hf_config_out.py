@@ -198,6 +198,7 @@ def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[
             "image_separator_ids": list(data.image_separator_ids),
             "num_frames": data.num_frames,
             "fps": data.fps,
+            "fps_rule": data.fps_rule,
             "image_aspect": data.image_aspect,
             "media_format": data.media_format,
             "max_positions": model.llm.max_positions,

@@ -151,6 +151,11 @@ class DataConfig:
     tokenizer: str = key("", "folder of a Hugging Face tokenizer with a chat template")
     num_frames: int = key(8, "most frames taken from a video")
     fps: float = key(0.0, "most frames per second of video; 0: num_frames spread uniformly")
+    fps_rule: str = key(
+        "spread",
+        "with fps above 0: spread (num_frames over the whole video, as LongVILA) or first (one every 1 / fps seconds from the "
+        "start, num_frames at most, as VILA's main branch)",
+    )
     image_aspect: str = key("resize", "resize (to the square) or pad (to a square with the mean colour, then resize)")
     media_format: str = key(
         "vila",

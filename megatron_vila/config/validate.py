@@ -23,6 +23,7 @@ CHOICES = {
     "memory.recompute": ("none", "attention_output", "full"),
     "data.image_aspect": ("resize", "pad"),
     "data.media_format": ("vila", "verbatim"),
+    "data.fps_rule": ("spread", "first"),
     "data.over_long": ("truncate", "drop"),
     "optim.schedule": ("cosine", "constant"),
     "train.precision": ("auto", "bf16", "fp32", "fp64"),

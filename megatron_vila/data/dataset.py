@@ -19,7 +19,8 @@ from megatron_vila.config.schema import DataConfig, ModelConfig
 from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
 from megatron_vila.data.records import Media, Record
 from megatron_vila.data.row import IGNORE, Document, FrameRef
-from megatron_vila.data.video import MediaError, probe_video, sample_frame_indices
+from megatron_vila.data.sampling import sample_frame_indices, thin_out, uneven_seconds
+from megatron_vila.data.video import MediaError, probe_video
 from megatron_vila.errors import SettingError, UserError
 from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
 
@@ -140,7 +141,9 @@ class VilaDataset:
         if room < 0 or (self.data.over_long == "drop" and sum(counts) * frame_tokens > room):
             raise TooLongError
         kept = iter(share_frames(counts, room // frame_tokens))
-        taken = [thin_out(i, next(kept)) if video else i for i, video in zip(chosen, is_video, strict=True)]
+        taken = [
+            self._thin_out(m, i, next(kept)) if m.is_video else i for m, i in zip(record.media, chosen, strict=True)
+        ]
         pictures = [
             tuple(FrameRef(m.path, int(i), self.frame_tokens, self.frame_cost, m.is_video) for i in indices)
             for m, indices in zip(record.media, taken, strict=True)
@@ -155,7 +158,8 @@ class VilaDataset:
 
     def _frame_indices(self, medium: Media) -> np.ndarray:
         if medium.is_video:
-            return sample_frame_indices(self.probe(medium.path), self.data.num_frames, self.data.fps)
+            video = self.probe(medium.path)
+            return sample_frame_indices(video, self.data.num_frames, self.data.fps, self.data.fps_rule)
         try:
             size = os.stat(medium.path).st_size
         except OSError as error:
@@ -163,6 +167,11 @@ class VilaDataset:
         if not size:
             raise MediaError(medium.path, "the file is empty (0 bytes)")
         return np.zeros(1, dtype=np.int64)
+
+    def _thin_out(self, medium: Media, indices: np.ndarray, count: int) -> np.ndarray:
+        """At most ``count`` of the frames ``indices``: evenly in time where a rate is asked for, else evenly by number."""
+        seconds = uneven_seconds(self.probe(medium.path)) if self.data.fps and count < len(indices) else None
+        return thin_out(indices, count, seconds)
 
     def _check_vocabulary(self, token_ids: np.ndarray, what: str) -> None:
         largest = int(token_ids.max(initial=0))
@@ -188,10 +197,3 @@ def share_frames(counts: Sequence[int], room: int) -> list[int]:
     kept = 1 + np.floor(exact).astype(np.int64)
     kept[np.argsort(np.floor(exact) - exact, kind="stable")[: room - kept.sum()]] += 1
     return kept.tolist()
-
-
-def thin_out(indices: np.ndarray, count: int) -> np.ndarray:
-    """``count`` frames spread evenly from the first to the last of ``indices`` (int64 [F], ascending): int64 [count]."""
-    if count >= len(indices):
-        return indices
-    return np.round(np.linspace(indices[0], indices[-1], count)).astype(np.int64)

@@ -15,6 +15,9 @@ import numpy as np
 
 from megatron_vila.data.dataset import VilaDataset
 
+RULES_VERSION = 2
+"""Counts the changes of the rules by which frames are found, counted and sampled: tables made by earlier ones are not used."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +49,7 @@ def _fingerprint(dataset: VilaDataset) -> str:
         "seq_length": dataset.seq_length,
         "frame_tokens": dataset.frame_tokens,
         "encoder": dataset.encoder.fingerprint(),
+        "rules": RULES_VERSION,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for record in dataset.records:

@@ -24,33 +24,6 @@ from megatron_vila.data.media import MediaError, check_size, errors_of, open_vid
 from megatron_vila.data.video_index import PartCounter, VideoInfo, probe_video
 
 
-def sample_frame_indices(video: VideoInfo | tuple[int, float], num_frames: int, fps: float = 0.0) -> np.ndarray:
-    """Frames to take from a video: int64 [n], ascending, without duplicates.
-
-    ``video`` is a ``VideoInfo`` or (frames, frames per second). The rules are VILA's:
-
-    * ``fps`` = 0: ``round(linspace(0, N - 1, n))``, the rule of its inference code, with n = ``num_frames``.
-    * ``fps`` > 0: at most ``fps`` frames per second of video. A video of at least ``num_frames / fps`` seconds gives
-      ``num_frames``, a shorter one ``int(duration * fps)`` but at least 2; the places are ``linspace`` cut down to whole
-      numbers, the rule of its training code.
-
-    n is never above N: VILA's inference repeats frames of a shorter video to fill the count, its training does not, and a
-    repeated frame costs time and teaches nothing. Raises ``ValueError`` for a count, rate or video that makes no sense.
-    """
-    total, rate = (video.num_frames, video.fps) if isinstance(video, VideoInfo) else video
-    if num_frames < 1 or total < 1 or fps < 0:
-        raise ValueError(
-            f"cannot take num_frames={num_frames} at fps={fps} from a video of {total} frames: all must be positive"
-        )
-    if fps == 0:
-        return np.round(np.linspace(0, total - 1, min(num_frames, total))).astype(np.int64)
-    if rate <= 0:
-        raise ValueError(f"fps={fps} needs a video with a frame rate, got {rate}; set fps=0 to take frames uniformly")
-    duration_s = total / rate
-    wanted = num_frames if duration_s >= num_frames / fps else max(2, int(duration_s * fps))
-    return np.linspace(0, total - 1, min(wanted, num_frames, total)).astype(np.int64)
-
-
 def decode_video_frames(
     path: str | os.PathLike, indices: Sequence[int], info: VideoInfo | None = None
 ) -> list[Image.Image]:

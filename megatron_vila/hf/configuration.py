@@ -23,6 +23,7 @@ from megatron_vila.checkpoint.token_order import ORDERS, suggest_token_order
 from megatron_vila.config.schema import Config, DataConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.sizes import PROJECTOR_TYPES
 from megatron_vila.data.placement import RULES
+from megatron_vila.data.sampling import FPS_RULES
 from megatron_vila.models.geometry import tokens_per_frame
 
 _LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
@@ -43,8 +44,8 @@ class VilaConfig(PreTrainedConfig):
 
     ``megatron_vila`` holds ``format``, ``projector_token_order``, ``frame_separator_ids`` and ``image_separator_ids`` (null
     where the file does not say: the processor turns ``separator_text`` into ids), ``num_frames``, ``fps``, ``image_aspect``,
-    ``max_positions`` and ``media_format``. ``image_token_id`` and ``video_token_id`` stand for the visual tokens of pictures
-    and of video frames in ``input_ids``; they may lie beyond the embedding table and are never looked up.
+    ``max_positions``, ``media_format`` and ``fps_rule``. ``image_token_id`` and ``video_token_id`` stand for the visual tokens
+    of pictures and of video frames in ``input_ids``; they may lie beyond the embedding table and are never looked up.
 
     Raises ``VilaConfigError`` that lists everything about the file that the model cannot do, and one that asks for
     ``projector_token_order`` where a ``mlp_downsample`` projector was saved without it by an unknown version.
@@ -89,6 +90,7 @@ class VilaConfig(PreTrainedConfig):
             "image_aspect": given.get("image_aspect", self.image_aspect_ratio),
             "max_positions": int(given.get("max_positions", self.text_config.max_position_embeddings)),
             "media_format": given.get("media_format", "verbatim" if early else "vila"),
+            "fps_rule": given.get("fps_rule", "spread"),
         }
         if self.megatron_vila["image_aspect"] not in ("resize", "pad"):
             _logger.warning(
@@ -115,6 +117,8 @@ class VilaConfig(PreTrainedConfig):
             )
         if own["media_format"] not in RULES:
             found.append(f"megatron_vila.media_format={own['media_format']} is unknown; use one of {', '.join(RULES)}")
+        if own["fps_rule"] not in FPS_RULES:
+            found.append(f"megatron_vila.fps_rule={own['fps_rule']} is unknown; use one of {', '.join(FPS_RULES)}")
         if self.mm_vision_select_feature != "cls_patch":
             found.append(
                 f"mm_vision_select_feature={self.mm_vision_select_feature} would drop a patch of SigLIP; use cls_patch"

@@ -25,8 +25,9 @@ from megatron_vila.data.chat import Segment, assemble
 from megatron_vila.data.images import as_rgb, load_image, preprocess
 from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, escape, place_media, unescape
 from megatron_vila.data.row import Document, FrameRef
+from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.signs import with_signs, without_signs
-from megatron_vila.data.video import decode_video_frames, probe_video, sample_frame_indices
+from megatron_vila.data.video import decode_video_frames, probe_video
 from megatron_vila.hf.configuration import VilaConfig
 from megatron_vila.hf.modeling import local_folder
 
@@ -37,8 +38,8 @@ class VilaProcessor(ProcessorMixin):
     """Makes ``input_ids``, ``attention_mask`` and ``pixel_values`` of texts with images and videos.
 
     The arguments are the model's settings (see ``VilaConfig``); ``from_pretrained`` reads them from a model's folder.
-    ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``media_format`` where media stand
-    (``placement.py``; a processor that was saved without it leaves them at their markers).
+    ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``fps_rule`` which ones (``sampling.py``),
+    ``media_format`` where media stand (``placement.py``; a processor that was saved without it leaves them at their markers).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class VilaProcessor(ProcessorMixin):
         image_aspect: str,
         max_positions: int,
         media_format: str = "verbatim",
+        fps_rule: str = "spread",
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -63,7 +65,7 @@ class VilaProcessor(ProcessorMixin):
         self.image_separator_ids, self.frame_separator_ids = list(image_separator_ids), list(frame_separator_ids)
         self.num_frames, self.fps = num_frames, fps
         self.image_aspect, self.max_positions = image_aspect, max_positions
-        self.media_format = media_format
+        self.media_format, self.fps_rule = media_format, fps_rule
 
     @classmethod
     def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase) -> VilaProcessor:
@@ -86,6 +88,7 @@ class VilaProcessor(ProcessorMixin):
             image_aspect=own["image_aspect"],
             max_positions=own["max_positions"],
             media_format=own["media_format"],
+            fps_rule=own["fps_rule"],
             **separators,
         )
 
@@ -142,7 +145,7 @@ class VilaProcessor(ProcessorMixin):
         if return_tensors not in ("pt", None) or text is None:
             raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and pt for tensors")
         texts = [text] if isinstance(text, str) else list(text)
-        frames = (num_frames or self.num_frames, self.fps if fps is None else fps)
+        frames = (num_frames or self.num_frames, self.fps if fps is None else fps, self.fps_rule)
         only_videos = videos is not None and _is_empty(images)
         kinds = [[VIDEO if only_videos else marker for marker in MARKER.findall(one)] for one in texts]
         images_of = _share(images, [markers.count(IMAGE) for markers in kinds], _is_image, IMAGE)
@@ -379,10 +382,10 @@ def _is_video(value: Any) -> bool:
     return isinstance(value, str | os.PathLike) or getattr(value, "ndim", 0) == 4
 
 
-def _frames(video: Any, num_frames: int, fps: float) -> list[Image.Image]:
+def _frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Image.Image]:
     if isinstance(video, str | os.PathLike):
         info = probe_video(_path(video))
-        return decode_video_frames(info.path, sample_frame_indices(info, num_frames, fps), info)
+        return decode_video_frames(info.path, sample_frame_indices(info, num_frames, fps, rule), info)
     return [_picture(frame) for frame in video]
 
 

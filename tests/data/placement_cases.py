@@ -14,7 +14,10 @@ RECORDS = {
     "marker between lines": {"image": IMAGE, "conversations": conversation("Look:\n<image>\nA cat?")},
     "no marker": {"image": IMAGE, "video": SHORT, "conversations": conversation("What?\n\nSay it.")},
     "two images": {"image": [IMAGE, CLEAR], "conversations": conversation("<image>\n<image>\nCompare.")},
-    "two images in a sentence": {"image": [IMAGE, CLEAR], "conversations": conversation("One <image>, two <image>: which?")},
+    "two images in a sentence": {
+        "image": [IMAGE, CLEAR],
+        "conversations": conversation("One <image>, two <image>: which?"),
+    },
     "several files and one marker": {"image": [IMAGE, CLEAR], "conversations": conversation("<image>\nCompare.")},
     "videos called images": {"video": [SHORT, LONG], "conversations": conversation("<image><image>\nWhich?")},
     "video before image": {
@@ -28,13 +31,26 @@ RECORDS = {
     },
     "media in later turns": {
         "image": [IMAGE, CLEAR],
-        "conversations": [*conversation("Hello.", "Hi."), *conversation("<image>\nWhat?"), *conversation("And <image>?")],
+        "conversations": [
+            *conversation("Hello.", "Hi."),
+            *conversation("<image>\nWhat?"),
+            *conversation("And <image>?"),
+        ],
     },
-    "white space around": {"image": IMAGE, "conversations": conversation(" \n <image> \n\n What is it?  \n", "\tA.\n\n")},
+    "white space around": {
+        "image": IMAGE,
+        "conversations": conversation(" \n <image> \n\n What is it?  \n", "\tA.\n\n"),
+    },
     "carriage returns": {"image": IMAGE, "conversations": conversation("<image>\r\nWhat?\r\nSay it.\r\n", "A.\r\n")},
     "nothing but a marker": {"image": IMAGE, "conversations": conversation("<image>")},
-    "words escaped": {"video": SHORT, "conversations": conversation("<video>\nIs \\<video> said, or \\<image>?", "A \\<video>.")},
-    "words in answers": {"video": SHORT, "conversations": conversation("<video>\nWhich tag?", "She adds a <video> tag.")},
+    "words escaped": {
+        "video": SHORT,
+        "conversations": conversation("<video>\nIs \\<video> said, or \\<image>?", "A \\<video>."),
+    },
+    "words in answers": {
+        "video": SHORT,
+        "conversations": conversation("<video>\nWhich tag?", "She adds a <video> tag."),
+    },
     "words in a system text": {
         "video": SHORT,
         "conversations": [{"from": "system", "value": "Speak of <image> tags."}, *conversation("<video>\nWhat?")],

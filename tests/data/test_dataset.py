@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, share_frames, thin_out
+from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, share_frames
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
 from megatron_vila.data.records import RecordFiles
@@ -67,6 +67,8 @@ def test_a_video_becomes_the_sampled_frames_each_followed_by_its_separators(medi
 def test_a_short_video_gives_all_its_frames_and_fps_limits_a_long_one(media, tmp_path):
     assert len(make(media, tmp_path, [video("short.mp4")]).document(0).frames) == 3
     assert len(make(media, tmp_path, [video("long.mp4")], fps=0.5).document(0).frames) == 4
+    first = make(media, tmp_path, [video("long.mp4")], num_frames=3, fps=2.0, fps_rule="first").document(0)
+    assert [frame.index for frame in first.frames] == [0, 4, 8]
 
 
 def test_images_and_text_alone_are_samples_too(media, tmp_path):
@@ -144,16 +146,6 @@ def test_frames_are_shared_between_videos_in_proportion_and_fill_the_room(counts
             for (n, b) in zip(counts, kept, strict=True)
             if m <= n
         )
-
-
-@quick
-@given(st.integers(1, 500), st.data())
-def test_thinned_frames_are_distinct_and_within_the_video(frames, data):
-    count = data.draw(st.integers(1, frames))
-    thin = thin_out(np.arange(frames), count)
-    assert (
-        len(np.unique(thin)) == count and thin[0] == 0 and thin[-1] == (frames - 1 if count > 1 or frames == 1 else 0)
-    )
 
 
 @pytest.mark.parametrize(

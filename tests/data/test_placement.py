@@ -26,7 +26,8 @@ def official(record):
     for token in ("<image>", "<video>"):
         texts = [t.replace(token + "\n", "").replace("\n" + token, "").replace(token, "") for t in texts]
     images, videos = (
-        len([value] if isinstance(value, str) else value) for value in (record.get("image", []), record.get("video", []))
+        len([value] if isinstance(value, str) else value)
+        for value in (record.get("image", []), record.get("video", []))
     )
     texts = [text.strip() for text in texts]
     return ["<image>" * images + "<video>" * videos + texts[0], *texts[1:]]
@@ -47,7 +48,8 @@ def shown(question, answer="A cat.", images=0, videos=0, rule="vila"):
     turns, markers = place_media([Turn("user", question), Turn("assistant", answer)], images, videos, rule)
     (newline,) = tokenizer("\n")["input_ids"]
     pictures = [
-        tuple(FrameRef("m", i, 1, 1, marker == "<video>") for i in range(3 if marker == "<video>" else 1)) for marker in markers
+        tuple(FrameRef("m", i, 1, 1, marker == "<video>") for i in range(3 if marker == "<video>" else 1))
+        for marker in markers
     ]
     document = assemble(ChatEncoder(tokenizer).encode(turns), pictures, [newline], [newline], "s")
     text = "".join("<M>" if i == MEDIA_TOKEN else tokenizer.decode([i]) for i in document.token_ids.tolist())
@@ -79,7 +81,9 @@ def test_media_come_in_the_order_of_their_markers():
 
 @every_rule
 def test_words_are_text_where_they_are_escaped_in_answers_and_without_media(rule):
-    question, _, answer = shown("<video>\nIs \\<video> said, or \\<image>?", "A \\<video>, a <video>.", videos=1, rule=rule)
+    question, _, answer = shown(
+        "<video>\nIs \\<video> said, or \\<image>?", "A \\<video>, a <video>.", videos=1, rule=rule
+    )
     assert question.endswith("\nIs <video> said, or <image>?")
     assert answer == "A \\<video>, a <video>.<|im_end|>\n"
     assert shown("What is a <video> tag?", "The <video> element.", rule=rule)[::2] == (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_vila.data.images import load_image
+from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.synthetic import (
     ANSWERS,
     COLOURS,
@@ -23,7 +24,7 @@ from megatron_vila.data.synthetic import (
     write_video,
 )
 from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_vila.data.video import decode_video_frames, probe_video, sample_frame_indices
+from megatron_vila.data.video import decode_video_frames, probe_video
 
 ROOT = Path(__file__).resolve().parents[2]
 

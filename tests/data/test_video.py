@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vila.data.video import MediaError, VideoReader, decode_video_frames, probe_video, sample_frame_indices
+from megatron_vila.data.video import MediaError, VideoReader, decode_video_frames, probe_video
 from tests.data.stamped import SIDE, number_of, numbers, stamped, write
 
 FORMATS = {
@@ -274,39 +274,3 @@ def test_a_video_that_vanishes_after_the_probe_is_a_media_error(tmp_path):
 def test_a_media_error_travels_between_processes():
     error = pickle.loads(pickle.dumps(MediaError("a/b.mp4", "cut off")))
     assert (error.path, error.reason, str(error)) == ("a/b.mp4", "cut off", "a/b.mp4: cut off")
-
-
-@settings(deadline=None)
-@given(total=st.integers(1, 5000), wanted=st.integers(1, 300))
-def test_uniform_sampling_spreads_frames_from_the_first_to_the_last(total, wanted):
-    indices = sample_frame_indices((total, 24.0), wanted)
-    assert len(indices) == min(total, wanted)
-    assert indices[0] == 0 and (len(indices) == 1 or indices[-1] == total - 1)
-    assert (np.diff(indices) > 0).all()
-    assert np.ptp(np.diff(indices)) <= 1 if len(indices) > 1 else True
-
-
-@settings(deadline=None)
-@given(total=st.integers(1, 5000), rate=st.floats(1, 60), wanted=st.integers(1, 300), fps=st.floats(0.1, 60))
-def test_a_limit_of_frames_per_second_thins_short_videos_and_leaves_long_ones(total, rate, wanted, fps):
-    indices = sample_frame_indices((total, rate), wanted, fps)
-    duration_s = total / rate
-    if duration_s >= wanted / fps:
-        assert len(indices) == min(wanted, total)
-    else:
-        assert len(indices) == min(max(2, int(duration_s * fps)), wanted, total)
-    assert indices[0] == 0 and (np.diff(indices) > 0).all() and indices[-1] < total
-
-
-def test_sampling_takes_the_table_of_a_probed_video(videos):
-    info = probe_video(videos("h264 with B-frames, key frames 12 apart"))
-    assert sample_frame_indices(info, 5).tolist() == [0, 75, 150, 224, 299]
-    assert sample_frame_indices(info, 100, fps=2.0).tolist() == np.linspace(0, 299, 25).astype(int).tolist()
-
-
-@pytest.mark.parametrize(
-    ("video", "wanted", "fps"), [((0, 24.0), 4, 0), ((10, 24.0), 0, 0), ((10, 24.0), 4, -1), ((10, 0.0), 4, 1)]
-)
-def test_sampling_that_makes_no_sense_is_refused(video, wanted, fps):
-    with pytest.raises(ValueError, match="fps"):
-        sample_frame_indices(video, wanted, fps)

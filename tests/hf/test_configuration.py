@@ -23,7 +23,7 @@ from tests.ranks import pool
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    settings = config(folder, order="legacy_column_major", fps=1.5, image_aspect="pad")
+    settings = config(folder, order="legacy_column_major", fps=1.5, fps_rule="first", image_aspect="pad")
     pool.run(1, export, settings, folder, ("vila", "flat"))
     return folder, settings
 
@@ -57,7 +57,8 @@ def test_both_layouts_give_the_settings_that_were_trained(exported, layout):
     ours = VilaConfig.from_model_config(settings.model, settings.data, byte_level_tokenizer("qwen2"))
     for key in ("megatron_vila", "image_token_id", "video_token_id", "mm_projector_type", "mm_vision_select_layer"):
         assert getattr(read, key) == getattr(ours, key), key
-    assert read.megatron_vila["fps"] == 1.5 and read.megatron_vila["image_aspect"] == "pad"
+    assert read.megatron_vila["fps"] == 1.5 and read.megatron_vila["fps_rule"] == "first"
+    assert read.megatron_vila["image_aspect"] == "pad"
     for key in LANGUAGE_KEYS:
         assert getattr(read.text_config, key) == getattr(ours.text_config, key), key
     for key in ("rope_theta", "rope_type", "factor"):

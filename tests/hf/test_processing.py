@@ -129,7 +129,10 @@ def test_a_rendered_text_and_its_media_give_the_same_in_two_steps(processor, med
     assert torch.equal(inputs["pixel_values"], wanted["pixel_values"])
 
 
-@pytest.mark.parametrize("settings", [{"fps": 2.0}, {"image_aspect": "pad", "num_frames": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"fps": 2.0}, {"fps": 2.0, "fps_rule": "first", "num_frames": 2}, {"image_aspect": "pad", "num_frames": 2}],
+)
 def test_the_settings_of_training_reach_the_processor(tmp_path, media, settings):
     tokenizer = byte_level_tokenizer("qwen2")
     record = {"image": "wide.png", "video": "long.mp4", "conversations": conversation("<image><video>What?")}
