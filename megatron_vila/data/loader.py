@@ -259,13 +259,16 @@ class RowLoader:
 
     def _decode_video(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> int:
         """Decode the first frames of ``frames`` that ascend in one video, in one pass; returns how many these are."""
-        with VideoReader(self._dataset.probe(frames[0].source)) as reader:
-            for place, frame in enumerate(frames):
-                goes_on = frame.source == frames[0].source and (place == 0 or frame.index > frames[place - 1].index)
-                if not goes_on:
-                    return place
+        ends = (
+            place
+            for place in range(1, len(frames))
+            if frames[place].source != frames[0].source or frames[place].index <= frames[place - 1].index
+        )
+        run = frames[: next(ends, len(frames))]
+        with VideoReader(self._dataset.probe(run[0].source), [frame.index for frame in run]) as reader:
+            for place, frame in enumerate(run):
                 self._put(reader.frame(frame.index), out_F3HW[place])
-        return len(frames)
+        return len(run)
 
     def _put(self, picture: Image.Image, out_3HW: torch.Tensor) -> None:
         if self._closing.is_set():

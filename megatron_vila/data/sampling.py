@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from megatron_vila.data.video_index import VideoInfo
+from megatron_vila.data.video_info import VideoInfo
 
 FPS_RULES = ("spread", "first")
 """Rules for a number of frames per second, see ``sample_frame_indices``."""

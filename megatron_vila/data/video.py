@@ -21,7 +21,8 @@ from PIL import Image
 
 from megatron_vila.data.images import UPRIGHT
 from megatron_vila.data.media import MediaError, check_size, errors_of, open_video
-from megatron_vila.data.video_index import PartCounter, VideoInfo, probe_video
+from megatron_vila.data.video_index import PartCounter, probe_video
+from megatron_vila.data.video_info import VideoInfo
 
 
 def decode_video_frames(
@@ -43,7 +44,7 @@ def decode_video_frames(
         )
     if not wanted:
         return []
-    with VideoReader(info) as reader:
+    with VideoReader(info, wanted) as reader:
         pictures = {i: reader.frame(i) for i in dict.fromkeys(wanted)}
     return [pictures[i] for i in wanted]
 
@@ -51,11 +52,14 @@ def decode_video_frames(
 class VideoReader:
     """An open video that gives frames by ascending index. Use it as a context manager: it holds a decoder.
 
-    ``frames_decoded`` and ``seeks`` count the work done so far.
+    ``wanted`` names all frames that will be asked for: of the others, those that no frame refers to are not decoded. Without it
+    every frame on the way is. ``frames_decoded`` and ``seeks`` count the work done so far.
     """
 
-    def __init__(self, info: VideoInfo) -> None:
+    def __init__(self, info: VideoInfo, wanted: Sequence[int] | None = None) -> None:
         self.info = info
+        by_time = info.has_pts and len(info.skipped) == 1
+        self._wanted = {int(info.pts[i]) for i in wanted} if wanted is not None and by_time else None
         self.frames_decoded = 0
         self.seeks = 0
         # One converter for all frames: VideoFrame.to_image builds tables and starts threads for each.
@@ -88,12 +92,15 @@ class VideoReader:
 
     def _seek_to(self, target: int) -> av.VideoFrame | None:
         key = int(self.info.key_pts[max(0, np.searchsorted(self.info.key_pts, target, side="right") - 1)])
-        if key <= self._read_key:
-            return self._forward_to(0, target)
-        self._seek(key, target)
+        plain = self._wanted is None
+        if key > self._read_key:
+            self._seek(key, target)
+            plain = False
         frame = self._forward_to(0, target)
-        if frame is None or frame.is_corrupt:
-            # Some streams mark pictures as keys that need earlier ones (gradual refresh): only the start is safe.
+        if not plain and (frame is None or frame.is_corrupt):
+            # Some streams mark pictures as keys that need earlier ones (gradual refresh), and some do not say how far a decoder
+            # must reorder, so that leaving out frames misleads it: only the start and every frame are safe.
+            self._wanted = None
             self._container.close()
             self._open()
             frame = self._forward_to(0, target)
@@ -109,6 +116,7 @@ class VideoReader:
 
     def _open(self) -> None:
         self._container, self._stream = open_video(self.info.path)
+        self._leaves_out = self._wanted is not None and _marks_references(self._stream.codec_context)
         self._read_key = int(self.info.key_pts[0])
         self._frames = self._decode_parts()
         self._counted = enumerate(self._frames)
@@ -143,9 +151,21 @@ class VideoReader:
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         if packet is not None and packet.is_keyframe and packet.pts is not None:
             self._read_key = max(self._read_key, packet.pts)
+        if self._leaves_out:
+            needed = self._wanted is None or packet is None or packet.pts is None or packet.pts in self._wanted
+            self._stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
         frames = self._stream.codec_context.decode(packet)
         self.frames_decoded += len(frames)
         return frames
+
+
+def _marks_references(decoder: av.VideoCodecContext) -> bool:
+    """Whether the stream says of each frame if any other refers to it, and the decoder can leave out those to which none does."""
+    if decoder.codec.name == "hevc":
+        # The mark of HEVC speaks of one temporal layer: what it calls unused may serve a higher one. hvcC counts the layers.
+        extra = decoder.extradata or b""
+        return len(extra) > 22 and extra[0] == 1 and extra[21] >> 3 & 7 == 1
+    return decoder.codec.name in ("h264", "mpeg4", "mpeg1video", "mpeg2video")
 
 
 def _orientation(frame: av.VideoFrame) -> int:

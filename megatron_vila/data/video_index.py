@@ -1,29 +1,31 @@
 """The frame table of a video: which frames a file holds, and when each is shown.
 
-A table is made from the packets of the file, without decoding. Frame i is the i-th smallest presentation timestamp (PTS), which
-stays exact for B-frames, variable frame rates and edit lists, where arithmetic with a frame rate is wrong.
+A table is made from the index of the file (``mp4_index``) or from its packets, without decoding. Frame i is the i-th smallest
+presentation timestamp (PTS), which stays exact for B-frames, variable frame rates and edit lists, where arithmetic with a frame
+rate is wrong.
 
 * **Parts.** Where files were joined byte by byte, the time stamps start anew. A part ends where they run backwards, or jump in a
   broadcast format; frames are counted part after part.
 * **Leading pictures.** A stream cut out of a longer one may begin with pictures that lack what they refer to: all before the
   first key frame, and those after it that are shown before it. The former are no frames. Of the latter some are whole, so the
   decoder is asked: it decodes these few pictures, and gives the same answer everywhere.
-
-Legend: N frames of the file, K key frames, P parts.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import numpy as np
 
+from megatron_vila.data.index_cache import cached
 from megatron_vila.data.media import MediaError, errors_of, open_video
+from megatron_vila.data.mp4_index import SampleTable, read_sample_table
+from megatron_vila.data.video_info import VideoInfo
 
 BROADCAST_FORMATS = ("mpegts", "mpeg")
 """Containers in which a jump forward in time is a joint, not a picture that stands still."""
@@ -34,44 +36,8 @@ JUMP_S = 10.0
 BACKWARDS_S = 1.0
 """Seconds by which time stamps run backwards at a joint that does not begin with a key frame."""
 
-
-@dataclass(frozen=True, eq=False)
-class VideoInfo:
-    """What the packets of a video say.
-
-    ``pts`` int64 [N], ascending within a part, and ``key_pts`` int64 [K] ascending count ``time_base`` seconds. ``parts`` int64
-    [P + 1] are the places in ``pts`` where the parts begin, and N; ``skipped`` int64 [P] are the packets of each part before its
-    first key frame, which are not decoded. ``fps`` is the mean rate, in frames per second, and
-    ``duration_s = num_frames / fps``. ``width`` and ``height`` are pixels as stored, before the rotation that the file may ask
-    for. ``has_pts`` is false where the container keeps no presentation times (AVI): ``pts`` then counts frames, and decoding
-    goes through the file from its start.
-    """
-
-    path: str
-    num_frames: int
-    fps: float
-    duration_s: float
-    width: int
-    height: int
-    time_base: Fraction
-    pts: np.ndarray
-    key_pts: np.ndarray
-    has_pts: bool
-    parts: np.ndarray
-    skipped: np.ndarray
-
-    @property
-    def seconds(self) -> np.ndarray:
-        """When each frame is shown, in seconds after the first: float64 [N]. Parts follow each other at the mean rate."""
-        if not self.has_pts:
-            return self.pts / self.fps
-        times, begin_s = np.empty(self.num_frames), 0.0
-        for first, last in zip(self.parts[:-1], self.parts[1:], strict=True):
-            if first == last:
-                continue
-            times[first:last] = begin_s + (self.pts[first:last] - self.pts[first]) * float(self.time_base)
-            begin_s = times[last - 1] + 1 / self.fps
-        return times
+CHECKED_ENTRIES, CHECKED_PACKETS = 64, 16
+"""How much of an index read here is compared with FFmpeg's: entries spread over the file, and packets at its start."""
 
 
 class Stamp(NamedTuple):
@@ -111,17 +77,60 @@ class PartCounter:
 
 
 def probe_video(path: str | os.PathLike) -> VideoInfo:
-    """Read the frame table of ``path`` from its packets; the file is read once from end to end.
+    """The frame table of ``path``: of an mp4 or mov file from its index, else from all of its packets, or as kept from then.
 
     Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
     index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
     """
     container, stream = open_video(path)
     with container, errors_of(path, "not a video that can be read"):
-        return _from_packets(path, stream)
+        return from_index(path, stream) or cached(path, lambda: from_packets(path))
 
 
-def _from_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
+def from_index(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo | None:
+    """The table from the ``moov`` box of a plain mp4 or mov file; None if it must be read from the packets.
+
+    The table counts only if FFmpeg's index of the file says the same, as far as that can be asked: the number of samples, and for
+    some of them place, size, mark and decoding time; and of the first packets the presentation times.
+    """
+    if "mov" not in stream.container.format.name.split(","):
+        return None
+    table = read_sample_table(path, stream.id)
+    if table is None or not _agrees(table, stream):
+        return None
+    size = os.stat(path).st_size
+    whole = int((table.offsets + table.sizes <= size).sum())
+    if whole < len(table.pts):
+        raise MediaError(path, f"cut off or corrupt: {whole} of {len(table.pts)} frames can be read")
+    keys = np.flatnonzero(table.key)
+    first_group = table.pts[: keys[1] if len(keys) > 1 else None]
+    if (first_group < table.pts[0]).any():
+        return None  # leading pictures
+    return make_info(path, stream, [np.unique(table.pts)], table.pts[keys], [0])
+
+
+def _agrees(table: SampleTable, stream: av.VideoStream) -> bool:
+    entries, samples = stream.index_entries, len(table.pts)
+    if len(entries) != samples or stream.time_base != Fraction(1, table.timescale):
+        return False
+    shift = entries[0].timestamp - int(table.dts[0])
+    for i in np.unique(np.linspace(0, samples - 1, CHECKED_ENTRIES).astype(int)).tolist():
+        entry = entries[i]
+        found = (entry.pos, entry.size, entry.is_keyframe, entry.timestamp - shift, entry.is_discard)
+        if found != (table.offsets[i], table.sizes[i], table.key[i], table.dts[i], False):
+            return False
+    packets = itertools.islice((p for p in stream.container.demux(stream) if p.size), CHECKED_PACKETS)
+    return all(p.pts == table.pts[i] and p.is_keyframe == table.key[i] for i, p in enumerate(packets))
+
+
+def from_packets(path: str | os.PathLike) -> VideoInfo:
+    """The table from the packets: the file is read once from end to end, without decoding. Raises ``MediaError``."""
+    container, stream = open_video(path)
+    with container, errors_of(path, "not a video that can be read"):
+        return _read_packets(path, stream)
+
+
+def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
     container, counter = stream.container, PartCounter(stream)
     parts: list[list[Stamp]] = [[]]
     for packet in container.demux(stream):
