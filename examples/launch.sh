@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the training scripts: sets the environment of a GPU job and defines launch.
+# Sourced by the training scripts: finds the Python environment and defines launch.
 #
 #   source examples/launch.sh
 #   launch CONFIG key=value ...
@@ -26,20 +26,16 @@ fi
 GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 ((GPUS_PER_NODE > 0)) || GPUS_PER_NODE=8
 
-# Megatron-Core: kernels must start in the order of their calls for tensor-parallel communication to overlap
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# seconds that torchrun leaves its workers after SIGTERM; the default of 30 would kill them while they save
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-
+# launch CONFIG key=value ...: takes the place of this shell, so that a batch system's signals reach the program that saves on
+# them. --dry-run starts no rank. Exit status: 0 finished, 75 stopped and saved, 2 bad input (docs/launching.md).
 launch() {
-  torchrun \
+  exec python3 -m megatron_vila.launch \
     --nnodes "$NNODES" \
     --node-rank "$NODE_RANK" \
     --master-addr "$MASTER_ADDR" \
     --master-port "$MASTER_PORT" \
     --nproc-per-node "$GPUS_PER_NODE" \
-    -m megatron_vila.train "$@"
+    "$@"
 }
 
 # rotary_base CONTEXT: the base that the released scripts train a context of so many tokens with

@@ -14,8 +14,11 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# 15 minutes before the limit the trainer gets SIGTERM: it saves and ends; the next submission goes on from there
+# 15 minutes before the limit the trainer gets SIGTERM: it saves and ends with 75; the job then queues itself again under the same
+# number and goes on from there, so a job that waits for this one with --dependency=afterok starts when the run has finished
 #SBATCH --signal=TERM@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 
 export MODEL=longvila-7b
@@ -39,9 +42,17 @@ mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${HOSTS[0]}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-STEP=(--kill-on-bad-exit=1)
+# when one node has ended the others have a minute to do so: a stopped run ends with 75 on each of them
+STEP=(--kill-on-bad-exit=0 --wait=60)
 if [[ -n $CONTAINER ]]; then
   STEP+=(--container-image="$CONTAINER" --container-mounts="$MOUNTS" --container-workdir="$PWD")
 fi
+STATUS=0
 # shellcheck disable=SC2016 # the number of the node is known on the node only
-srun "${STEP[@]}" bash -c 'NODE_RANK=$SLURM_NODEID exec bash examples/train_stage5.sh "$@"' train "${LAYOUT[@]}" "$@"
+srun "${STEP[@]}" bash -c 'NODE_RANK=$SLURM_NODEID exec bash examples/train_stage5.sh "$@"' train "${LAYOUT[@]}" "$@" || STATUS=$?
+# 143: the signal came while the nodes were starting, before there was anything to save
+if ((STATUS == 75 || STATUS == 143)); then
+  echo "stopped before its end: job $SLURM_JOB_ID goes back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$STATUS"

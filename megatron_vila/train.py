@@ -27,6 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides such as parallel.ulysses=2 train.steps=100")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked before training, then exit")
     parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: one replica)")
+    parser.add_argument("--gpu", help="GPU that a dry run plans for: h100, h200 ... or e.g. 80GB (default: this machine's)")
+    parser.add_argument("--show", action="append", metavar="N", help="sample N of data.train, or eval:N, to show in a dry run")
     options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", 0))
     # Other packages' warnings concern their developers; ours go through logging.
@@ -87,28 +89,23 @@ def _train(config: Config, stop: StopRequest) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """Check the settings, open the data as the trainer would and show the first samples; no process group is made."""
-    from megatron_vila.config.load import load_config
-    from megatron_vila.config.validate import validate
-    from megatron_vila.data.chat import describe
-    from megatron_vila.training.feed import open_dataset
+    """Check the settings, open the data as the trainer would and show samples; no process group is made."""
+    from megatron_vila.config.layouts import Layout
+    from megatron_vila.config.load import ConfigError, load_config
+    from megatron_vila.config.memory import planned_device
+    from megatron_vila.dry_run import dry_run
 
-    config = load_config(options.config, options.overrides)
-    parallel = config.parallel
-    replica = parallel.tp * parallel.pp * parallel.ulysses * parallel.ring
-    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", replica))
-    for warning in validate(config, world_size):
-        logging.getLogger("megatron_vila").warning("warning: %s", warning)
-    for files in filter(None, (config.data.train, config.data.eval)):
-        dataset = open_dataset(config, files)
-        document = dataset.document(0)
-        print(f"{len(dataset)} samples in {', '.join(files)}; the first one:")
-        print(describe(document, dataset.encoder.tokenizer))
-    print(f"dry run: everything fits together for {world_size} ranks")
+    config, device = load_config(options.config, options.overrides), planned_device(options.gpu)
+    world_size = options.world_size
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel).size))
+    if world_size < 1 and options.world_size is not None:
+        raise ConfigError(f"command line: --world-size {world_size} must be at least 1")
+    dry_run(config, world_size, device, options.show)
     return exit_codes.FINISHED
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """End the process with ``status``, whatever threads and streams are left in it."""
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -124,4 +121,4 @@ def _leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

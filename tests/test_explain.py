@@ -1,9 +1,12 @@
 """The explanation of a layout: its text says where ranks, layers, frames and tokens lie, and reads without a terminal."""
 
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -168,11 +171,54 @@ def test_recompute_and_pipeline_traffic_are_mentioned(capsys):
     assert "memory.recompute=full runs the forward exchanges of each layer once more" in text
 
 
-def test_many_ranks_are_listed_in_short(capsys):
-    text = explained(capsys, "longvila-7b-stage5", "world_size=256", "parallel.ring=64", "frames=2000")
-    listed = sum(bool(re.match(r" *\d+   [01]/[01]/\d+ ", line)) for line in text.splitlines())
-    assert listed == 64
-    assert f"{256 - 64} ranks not listed" in prose(text)
+def test_many_ranks_are_listed_in_short_unless_all_are_asked_for(capsys):
+    arguments = ["longvila-7b-stage5", "world_size=64", "parallel.ring=16", "frames=100"]
+
+    def listed(text):
+        return [int(m[1]) for m in re.finditer(r"^ *(\d+)   [01]/[01]/\d+ ", text, re.MULTILINE)]
+
+    text = explained(capsys, *arguments)
+    assert listed(text) == [*range(8), *range(56, 64)]
+    assert "48 ranks not listed (--all-ranks lists them)" in prose(text)
+    text = explained(capsys, *arguments, "--all-ranks")
+    assert listed(text) == [*range(64)] and "not listed" not in text
+
+
+def test_the_planned_gpu_decides_what_is_said_of_memory(capsys):
+    arguments = ["models/qwen2-7b", "train.seq_length=8192", "parallel.tp=2", "world_size=2"]
+    text = prose(explained(capsys, *arguments, "--gpu", "h100"))
+    assert "on an H100 with 79.1 GiB (planned for; --gpu names another)." in text
+    assert "warning: a rank needs about" in text and "but an H100 has 79.1 GiB" in text
+    assert "warning: a rank needs" not in prose(explained(capsys, *arguments, "--gpu=b200"))
+
+
+def test_a_terminal_of_80_columns_is_filled_and_not_exceeded(tmp_path):
+    """In a real pseudo-terminal; as wide as the terminal up to 110 columns."""
+    arguments = ["longvila-7b-stage5", "world_size=256", "frames=600", "text=2000"]
+    for columns, most in ((80, 80), (60, 80), (95, 95), (200, 110)):
+        widths = [len(line.rstrip()) for line in on_a_terminal(columns, arguments)]
+        assert most - 12 < max(widths) <= most, columns
+
+
+def on_a_terminal(columns, arguments):
+    """Lines that the command writes to a terminal so wide, styles taken out."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ.pop("COLUMNS", None)
+        termios.tcsetwinsize(1, (24, columns))
+        sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115 (pytest holds the other one)
+        status = main(arguments)
+        sys.stdout.flush()
+        os._exit(status)
+    written = b""
+    while True:
+        try:
+            written += os.read(terminal, 65536)
+        except OSError:
+            break
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+    return re.sub(r"\x1b\[[0-9;]*m", "", written.decode()).splitlines()
 
 
 def test_warnings_stand_at_the_end(capsys):
@@ -268,6 +314,8 @@ def test_help_is_given_without_arguments(capsys):
         (["tiny", "frames=0", "text=0"], "give at least one token"),
         (["tiny", "parallel.ulyses=2"], "unknown key 'parallel.ulyses'"),
         (["tiny", "sample=0"], "data.tokenizer is empty"),
+        (["tiny", "--gpu", "h900"], "--gpu h900 is no GPU that is known here"),
+        (["tiny", "world_size=1099511627776"], "world size 1099511627776 cannot be meant"),
     ],
 )
 def test_bad_input_gives_a_message_and_no_table(capsys, arguments, part):

@@ -1,6 +1,6 @@
 """The shell scripts and packaging files: they parse, what they start is valid, and what they name exists.
 
-``torchrun`` is replaced by a program that records its arguments, ``srun`` by one that runs its command; everything else runs.
+The launcher is replaced by a program that records its arguments, ``srun`` by one that runs its command; everything else runs.
 """
 
 import ast
@@ -26,15 +26,17 @@ DATA = {"DATA": "/data/a.json,/data/b.json", "TOKENIZER": "/models/tokenizer"}
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs a script with stand-ins for the cluster's programs; returns the exit status, the output and torchrun's calls."""
+    """Runs a script with stand-ins for the cluster's programs; returns the exit status, the output and the launcher's calls."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     stand_ins = {
-        "torchrun": f'{{ printf "%s\\n" "$@"; echo; }} >> {tmp_path}/calls',
         "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=31 exec "$@"',
-        "scontrol": "echo node-07; echo node-08",
+        "scontrol": f'[[ $1 == requeue ]] && echo "$2" >> {tmp_path}/requeued || printf "node-07\\nnode-08\\n"',
         "nvidia-smi": "exit 9",
-        "python3": f'exec {sys.executable} "$@"',
+        "python3": (
+            f'if [[ $1 == -m && $2 == megatron_vila.launch ]]; then {{ printf "%s\\n" "$@"; echo; }} >> {tmp_path}/calls\n'
+            f'exit "${{LAUNCH_STATUS:-0}}"; fi; exec {sys.executable} "$@"'
+        ),
     }
     for name, body in stand_ins.items():
         (bin_dir / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -54,10 +56,10 @@ def start(tmp_path):
 
 
 def started_config(call):
-    """The configuration that a torchrun call would train, and its number of ranks."""
-    place = call.index("megatron_vila.train")
-    options = dict(zip(call[: place - 1 : 2], call[1 : place - 1 : 2], strict=True))
-    config = load_config(call[place + 1], [a for a in call[place + 2 :] if not a.startswith("--")])
+    """The configuration that a call of the launcher would train, its number of ranks and the launcher's options."""
+    assert call[:2] == ["-m", "megatron_vila.launch"]
+    options = dict(zip(call[2:12:2], call[3:12:2], strict=True))
+    config = load_config(call[12], [a for a in call[13:] if not a.startswith("--")])
     return config, int(options["--nnodes"]) * int(options["--nproc-per-node"]), options
 
 
@@ -130,6 +132,15 @@ def test_the_slurm_job_runs_256_ranks_that_find_each_other(start):
     assert validate(config, ranks, check_files=False) == []
     nodes = re.search(r"#SBATCH --nodes=(\d+)", (ROOT / "examples/slurm_256gpu.sh").read_text())
     assert int(nodes[1]) * 8 == 256
+
+
+@pytest.mark.parametrize(("status", "again"), [(0, False), (75, True), (143, True), (1, False), (2, False)])
+def test_the_slurm_job_queues_itself_again_when_it_was_stopped_and_only_then(start, tmp_path, status, again):
+    job = {"SLURM_NNODES": "32", "SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "node-[07-38]"}
+    ended, output, _ = start("examples/slurm_256gpu.sh", LAUNCH_STATUS=str(status), **job)
+    assert ended == status, output
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() == "123\n") if again else not requeued.exists()
 
 
 def test_the_quickstart_stages_are_valid_and_grow():

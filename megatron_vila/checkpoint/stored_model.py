@@ -108,16 +108,9 @@ class StoredModel:
         return main if self._main and main in self._stored.infos else key
 
     def _check(self) -> None:
-        problems = []
         wanted = {entry.key: entry for entry in self.entries}
         stored = {key: info.shape for key, info in self._stored.infos.items() if not key.startswith("optimizer.")}
-        for key, entry in wanted.items():
-            if key not in stored:
-                problems.append(
-                    f"{key} is missing; it should be {list(entry.stored_shape)} and become {', '.join(entry.tensors)}"
-                )
-            elif not _fits(stored[key], entry):
-                problems.append(f"{key} is {list(stored[key])}; it should be {list(entry.stored_shape)}")
+        problems = misfits(self.entries, stored)
         linears = {key.rpartition(".")[0] for key in wanted}
         for key in sorted(stored.keys() - wanted.keys()):
             linear, _, leaf = key.rpartition(".")
@@ -125,6 +118,19 @@ class StoredModel:
                 problems.append(f"{key} {list(stored[key])} belongs to no part of the model of its configuration")
         if problems:
             raise ConversionError(f"{self.folder} does not fit its configuration", problems)
+
+
+def misfits(entries: Iterable[Entry], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What of ``entries`` is missing from a checkpoint with the shapes ``stored``, or has another shape there."""
+    problems = []
+    for key, entry in {entry.key: entry for entry in entries}.items():
+        if key not in stored:
+            problems.append(
+                f"{key} is missing; it should be {list(entry.stored_shape)} and become {', '.join(entry.tensors)}"
+            )
+        elif not _fits(stored[key], entry):
+            problems.append(f"{key} is {list(stored[key])}; it should be {list(entry.stored_shape)}")
+    return problems
 
 
 def _fits(shape: tuple[int, ...], entry: Entry) -> bool:

@@ -350,7 +350,7 @@ def frames_at_once(vision: VisionConfig, learns: bool, element: int, device_byte
         return vision.frame_micro_batch
     if not device_bytes:
         return 16
-    layers = vision_layers_run(vision) if learns else 1
+    layers = max(1, vision_layers_run(vision)) if learns else 1
     per_frame = patches_per_frame(vision) * layers * vision_activation_elements(vision) * element
     return max(1, min(MOST_FRAMES_AT_ONCE, device_bytes // 8 // per_frame))
 

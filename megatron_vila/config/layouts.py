@@ -5,6 +5,7 @@ Pure arithmetic on the configuration, used by ``validate`` and ``explain``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -158,4 +159,5 @@ def _near(allowed: list[int], wanted: int) -> str:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

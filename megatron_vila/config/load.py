@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
@@ -30,6 +31,12 @@ from megatron_vila.errors import SettingError
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
 COMMAND_LINE = "command line"
+
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError, RecursionError)
+"""What YAML and OmegaConf raise for text that is no value."""
+
+SHOWN = 200
+"""Characters of a value or an error that a message shows."""
 
 
 class ConfigError(SettingError):
@@ -171,8 +178,8 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[str]) -> dict[str,
     try:
         container = OmegaConf.load(path)
         tree = OmegaConf.to_container(container, resolve=True)
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        problems.append(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}")
+    except UNREADABLE as error:
+        problems.append(f"{path}: cannot be read as YAML: {_one_line(error)}")
         return {}
     if not isinstance(tree, dict):
         problems.append(f"{path}: must hold 'key: value' lines, found a {type(tree).__name__}")
@@ -224,16 +231,20 @@ def _parse_override(override: str, problems: list[str]) -> dict[str, Any]:
         return {name: text}
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
-    except (yaml.YAMLError, ValueError) as error:
-        problems.append(f"{COMMAND_LINE}: {name}={text}: cannot be read as YAML: {' '.join(str(error).split())}")
+    except UNREADABLE as error:
+        problems.append(f"{COMMAND_LINE}: {name}={text[:SHOWN]}: cannot be read as YAML: {_one_line(error)}")
         return {}
     return _typed(known[name], value, COMMAND_LINE, problems)
 
 
 def _typed(key: Key, value: Any, origin: str, problems: list[str]) -> dict[str, Any]:
     if _matches(value, key.type):
-        return {key.name: float(value) if key.type in (float, float | None) and value is not None else value}
-    shown = "empty" if value is None else repr(value)
+        try:
+            return {key.name: float(value) if key.type in (float, float | None) and value is not None else value}
+        except OverflowError:
+            problems.append(f"{origin}: {key.name} has more digits than any number that is computed with; use a smaller one")
+            return {}
+    shown = "empty" if value is None else repr(value)[:SHOWN]
     hint = ""
     if typing.get_origin(key.type) is list and not isinstance(value, list | dict) and value is not None:
         hint = f"; write {key.name}=[{value}]"
@@ -276,6 +287,12 @@ def _unknown(name: str, origin: str) -> str:
     proposals = list(dict.fromkeys([*sorted(likely, key=likeness.get, reverse=True), *same_leaf]))[:4]
     cure = f"did you mean {_one_of(proposals)}?" if proposals else "docs/configuration.md lists all keys"
     return f"{origin}: unknown key '{name}'; {cure}"
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "its lists or groups are nested too deeply"
+    return " ".join(str(error).split())[:SHOWN]
 
 
 def _likeness(a: str, b: str) -> float:

@@ -8,15 +8,20 @@ GPUs exchange heads, stands for what PyTorch's allocator does not hand out: the 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vila.config.activations import GIB, activations, peer_bytes
+from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
 
 PLANNED_DEVICE_BYTES = 80 * 10**9
-"""Of a GPU for which a layout is planned somewhere else."""
+"""Of a GPU for which a layout is planned somewhere else, if nothing is said about it."""
+
+GPU_GIB = {"a100": 79.1, "b200": 178.3, "h100": 79.1, "h200": 139.8}
+"""Memory that PyTorch sees of well-known GPUs (the larger A100)."""
 
 SLACK_BYTES = 2 * GIB
 """CUDA context, communication buffers and workspaces of a GPU rank."""
@@ -97,18 +102,65 @@ def host_memory() -> int:
     return available
 
 
-def memory_of_rank(local_ranks: int) -> tuple[int, str]:
-    """Bytes a rank may use here and where the number comes from: its GPU, or its share of the machine's memory."""
-    import torch
+@dataclass(frozen=True)
+class Device:
+    """What a rank runs on: ``bytes`` of memory; ``name`` stands in messages; ``is_here``: of this machine, else planned for."""
 
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        return device.total_memory, f"a GPU ({device.name})"
+    bytes: int
+    name: str
+    is_gpu: bool = True
+    is_here: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def device_here(local_ranks: int) -> Device:
+    """This machine's GPU, or without one a rank's share of the machine's memory."""
+    gpu = _gpu_here()
+    if gpu is not None:
+        return gpu
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-    return total // local_ranks, f"each of {local_ranks} processes on this machine"
+    return Device(total // local_ranks, f"each of {local_ranks} processes on this machine", is_gpu=False, is_here=True)
+
+
+def planned_device(gpu: str | None) -> Device:
+    """The GPU that a run is planned for: ``h200`` or another well-known name, or its memory, as ``80GB`` or ``79.2GiB``. None:
+    the GPU of this machine, else one of 80 GB. Raises ``ConfigError`` for anything else."""
+    if gpu is None:
+        return _gpu_here() or Device(PLANNED_DEVICE_BYTES, "a GPU of 80 GB")
+    if gpu.lower() in GPU_GIB:
+        return Device(int(GPU_GIB[gpu.lower()] * GIB), f"an {gpu.upper()}")
+    amount = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?(GB|GiB)", gpu, re.IGNORECASE)
+    size = int(float(amount[1]) * (GIB if amount[2].lower() == "gib" else 10**9)) if amount else 0
+    if size < GIB:
+        raise ConfigError(
+            f"command line: --gpu {gpu} is no GPU that is known here; use {', '.join(GPU_GIB)}, or the memory of one, e.g. 80GB "
+            "or 79.2GiB"
+        )
+    return Device(size, f"a GPU of {amount[1]} {amount[2]}")
+
+
+def describe_memory(config: Config, world_size: int, device: Device) -> str:
+    """The estimate for the fullest rank beside what ``device`` has, as ``explain`` and a dry run print it."""
+    estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
+    where = "of this machine" if device.is_here else "planned for; --gpu names another"
+    text = f"Memory of the fullest rank, estimated: {estimate}, on {device} with {device.bytes / GIB:.1f} GiB ({where})."
+    ranks = min(world_size, config.parallel.gpus_per_node)
+    on_host = ranks * (config.memory.offload_gib + state_on_host(config, world_size, device.is_gpu) / GIB)
+    return text + (f" Offloading takes {on_host:.1f} GiB of the host memory of a node." if on_host else "")
+
+
+def _gpu_here() -> Device | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return Device(found.total_memory, f"a GPU ({found.name})", is_here=True)
 
 
 def _state_bytes(element: int) -> int:

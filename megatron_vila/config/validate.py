@@ -5,14 +5,23 @@ Pure checks on the configuration, the file system and the device's size; nothing
 
 from __future__ import annotations
 
-import math
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_vila.config.bounds import MOST_RANKS, size_problems, text_problems, value_of
 from megatron_vila.config.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
 from megatron_vila.config.load import ConfigError
-from megatron_vila.config.memory import GIB, MemoryEstimate, estimate_memory, host_memory, memory_of_rank, state_on_host
+from megatron_vila.config.memory import (
+    GIB,
+    Device,
+    MemoryEstimate,
+    device_here,
+    estimate_memory,
+    host_memory,
+    state_on_host,
+)
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import PROJECTOR_TYPES, tokens_per_frame
 
@@ -72,13 +81,16 @@ LORA_NAMES = {"targets": ("qkv", "proj", "fc1", "fc2"), "also_train": ("embeddin
 BF16_ONLY_KERNELS = ("fa4", "cudnn", "flash2")
 
 
-def validate(config: Config, world_size: int, check_files: bool = True) -> list[str]:
+def validate(config: Config, world_size: int, check_files: bool = True, device: Device | None = None) -> list[str]:
     """Check ``config`` for ``world_size`` ranks; return warnings.
 
     Raises ``ConfigError`` that lists all problems at once, each with the setting, its value and the cure.
-    ``check_files=False`` skips the file system (``explain`` works without data) and the memory of this machine.
+    ``check_files=False`` skips the file system (``explain`` works without data) and the memory of this machine. ``device`` is
+    the GPU that a run elsewhere is planned for: it is judged in place of this machine.
     """
     problems = [*_value_problems(config)]
+    if world_size > MOST_RANKS:
+        problems.append(f"world size {world_size} cannot be meant; use at most {MOST_RANKS} ranks")
     # Everything below divides by these values, so wrong ones are reported first.
     if not problems:
         problems += _shape_problems(config)
@@ -87,7 +99,8 @@ def validate(config: Config, world_size: int, check_files: bool = True) -> list[
         problems += _lora_problems(config)
         problems += _policy_problems(config)
         problems += _profile_problems(config, world_size)
-        if check_files:
+        problems += _saving_problems(config)
+        if check_files and (device is None or device.is_here):
             problems += _host_problems(config, world_size)
     if check_files:
         problems += _file_problems(config)
@@ -95,42 +108,40 @@ def validate(config: Config, world_size: int, check_files: bool = True) -> list[
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
     warnings = [*_length_warnings(config), *_grid_warnings(config, world_size)]
-    if check_files:
-        warnings += _memory_warnings(config, world_size)
+    if check_files and config.train.eval_every and not config.data.eval:
+        warnings.append(f"train.eval_every={config.train.eval_every}, but data.eval is empty: nothing is evaluated")
+    if device is None and check_files:
+        device = device_here(min(world_size, config.parallel.gpus_per_node))
+    if device is not None:
+        warnings += _memory_warnings(config, world_size, device)
     return warnings
 
 
-def value_of(config: Config, name: str) -> object:
-    """The value of a dotted key."""
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _value_problems(config: Config) -> Iterable[str]:
+    yield from size_problems(config)
+    yield from text_problems(config)
     for name, choices in CHOICES.items():
         if value_of(config, name) not in choices:
             yield f"{name}={value_of(config, name)} is not known; choose one of {', '.join(choices)}"
     for bounds, text in ((AT_LEAST_ONE, "at least 1"), (AT_LEAST_ZERO, "at least 0"), (ABOVE_ZERO, "above 0")):
         for name in (f"{section}.{leaf}" for section, leaves in bounds.items() for leaf in leaves):
             value = value_of(config, name)
-            enough = {"at least 1": value >= 1, "at least 0": value >= 0, "above 0": value > 0}[text]
-            if not enough or math.isinf(value):
-                yield f"{name}={value} must be {text} and finite"
+            too_small = {"at least 1": value < 1, "at least 0": value < 0, "above 0": value <= 0}[text]
+            if too_small:
+                yield f"{name}={value} must be {text}"
     for leaf, choices in LORA_NAMES.items():
         names = value_of(config, f"model.lora.{leaf}")
         if len(set(names)) < len(names) or not set(names) <= set(choices):
             yield f"model.lora.{leaf}=[{','.join(names)}] may name {', '.join(choices)}, each at most once"
     for name in ("optim.beta1", "optim.beta2"):
-        if not 0 <= value_of(config, name) < 1:
+        if value_of(config, name) < 0 or value_of(config, name) >= 1:
             yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
     fraction = config.optim.offload_fraction
-    if not 0 <= fraction <= 1:
+    if fraction < 0 or fraction > 1:
         yield f"optim.offload_fraction={fraction} is a share of the optimizer state; use 0 (none) to 1 (all of it)"
     for part in ("vision", "projector", "llm"):
         lr = value_of(config, f"optim.{part}.lr")
-        if lr is not None and not (lr > 0 and math.isfinite(lr)):
+        if lr is not None and lr <= 0:
             yield f"optim.{part}.lr={lr} must be above 0; to freeze the part set optim.{part}.trainable=false"
     if config.model.llm.head_dim is not None and config.model.llm.head_dim < 1:
         yield f"model.llm.head_dim={config.model.llm.head_dim} must be at least 1, or null for hidden_size / num_heads"
@@ -214,6 +225,11 @@ def _optim_problems(config: Config) -> Iterable[str]:
     for name, rate in rates.items():
         if optim.schedule == "cosine" and optim.min_lr > rate:
             yield f"optim.min_lr={optim.min_lr} is above {name}={rate}, where the cosine starts; use at most {rate}"
+        if rate * optim.weight_decay >= 1:
+            yield (
+                f"optim.weight_decay={optim.weight_decay} with {name}={rate} takes away each whole weight in one step; keep "
+                "their product below 1 (usual: 0 to 0.1 for the decay)"
+            )
     if attention in BF16_ONLY_KERNELS and train.precision in ("fp32", "fp64"):
         yield (
             f"model.attention={attention} computes in bf16 only, but train.precision={train.precision}; use "
@@ -228,8 +244,16 @@ def _profile_problems(config: Config, world_size: int) -> Iterable[str]:
     ):
         first = 1 if name == "steps" else 0
         outside = [value for value in values if not first <= value <= most]
-        if outside and config.profile.steps:
+        if outside and (config.profile.steps or min(outside) < first):
             yield f"profile.{name}={values}: {outside} do not exist in this run; use {first} to {most}"
+
+
+def _saving_problems(config: Config) -> Iterable[str]:
+    if config.checkpoint.save_every and not config.checkpoint.save:
+        yield (
+            f"checkpoint.save_every={config.checkpoint.save_every}, but checkpoint.save=false: nothing would be saved; set "
+            "checkpoint.save=true, or save_every=0 for a run that saves nothing"
+        )
 
 
 def _lora_problems(config: Config) -> Iterable[str]:
@@ -297,14 +321,30 @@ def _file_problems(config: Config) -> Iterable[str]:
         for path in getattr(data, name):
             if problem := _unreadable(path):
                 yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
-    if data.media_dir and not Path(data.media_dir).is_dir():
+    if data.media_dir and not _is_folder(data.media_dir):
         yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
     yield from tokenizer_problems(data.tokenizer)
     load = config.checkpoint.load
-    if load and not Path(load).is_dir():
+    if load and not _is_folder(load):
         yield f"checkpoint.load='{load}' is not a folder; name a run's folder or the folder of one of its steps"
-    output = Path(config.train.output)
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    elif load and not (_is_file(Path(load) / "info.json") or any(Path(load).glob("checkpoints/step-*/info.json"))):
+        yield (
+            f"checkpoint.load='{load}' holds no finished checkpoint; give the folder of a step (step-...) or of a run that saved "
+            "one (tools/convert_checkpoint.py import makes one of a Hugging Face folder)"
+        )
+    yield from _output_problems(config.train.output)
+
+
+def _output_problems(folder: str) -> Iterable[str]:
+    if not folder.strip():
+        yield "train.output is empty; name the folder that checkpoints, metrics and plots go to"
+        return
+    output = Path(folder)
+    try:
+        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    except OSError as error:
+        yield f"train.output='{folder}' cannot be made: {error.strerror}; choose another folder"
+        return
     if not existing.is_dir():
         yield f"train.output='{output}' cannot be made: '{existing}' is a file; choose another folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
@@ -317,8 +357,8 @@ def tokenizer_problems(folder: str) -> Iterable[str]:
         yield "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
         return
     path = Path(folder)
-    if not (path / "tokenizer_config.json").is_file():
-        found = "has no tokenizer_config.json" if path.is_dir() else "is not a folder"
+    if not _is_file(path / "tokenizer_config.json"):
+        found = "has no tokenizer_config.json" if _is_folder(path) else "is not a folder"
         yield f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
     elif not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
         (path / "tokenizer_config.json").read_text(encoding="utf-8")
@@ -330,13 +370,26 @@ def tokenizer_problems(folder: str) -> Iterable[str]:
 
 
 def _unreadable(path: str) -> str:
-    if not Path(path).exists():
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
         return "which does not exist"
-    if not Path(path).is_file():
+    except OSError as error:
+        return f"which cannot be looked at ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode):
         return "which is not a file"
     if not os.access(path, os.R_OK):
         return "which cannot be read (no permission)"
-    return "which is empty" if Path(path).stat().st_size == 0 else ""
+    return "which is empty" if found.st_size == 0 else ""
+
+
+def _is_folder(path: str | Path) -> bool:
+    """``os.path``, unlike pathlib, takes a name that is too long for the file system as one that is not there."""
+    return os.path.isdir(path)
+
+
+def _is_file(path: str | Path) -> bool:
+    return os.path.isfile(path)
 
 
 def _length_warnings(config: Config) -> Iterable[str]:
@@ -367,15 +420,10 @@ def _grid_warnings(config: Config, world_size: int) -> Iterable[str]:
     )
 
 
-def _memory_warnings(config: Config, world_size: int) -> Iterable[str]:
-    import torch
-
-    capacity, where = memory_of_rank(min(world_size, config.parallel.gpus_per_node))
-    estimate = estimate_memory(config, world_size, capacity if torch.cuda.is_available() else 0)
-    if estimate.total > capacity:
-        yield (
-            f"a rank needs about {estimate}, but {where} has {capacity / GIB:.1f} GiB; {memory_cure(config, estimate)}"
-        )
+def _memory_warnings(config: Config, world_size: int, device: Device) -> Iterable[str]:
+    estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
+    if estimate.total > device.bytes:
+        yield f"a rank needs about {estimate}, but {device} has {device.bytes / GIB:.1f} GiB; {memory_cure(config, estimate)}"
 
 
 def memory_cure(config: Config, estimate: MemoryEstimate) -> str:

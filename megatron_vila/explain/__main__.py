@@ -6,15 +6,19 @@ sample=3           sample number 3 of data.train: where its frames and tokens go
 frames=600         a made-up video of 600 frames ...
 text=2000          ... with 2000 text tokens
 parallel.tp=4 ...  any key of the configuration
+--gpu h200         GPU that is planned for: a100, b200, h100, h200 or its memory, e.g. 80GB (default: this machine's, else 80GB)
+--all-ranks        every rank of a sample's table, not the first and last ones
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from megatron_vila.config.layouts import Layout
 from megatron_vila.config.load import ConfigError, load_config
+from megatron_vila.config.memory import planned_device
 from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import tokenizer_problems, validate
 from megatron_vila.data.row import Document
@@ -31,12 +35,16 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu")
+    parser.add_argument("--all-ranks", action="store_true")
+    options, (name, *rest) = parser.parse_known_args(arguments)
     try:
-        own, overrides = _split(arguments[1:])
-        config = load_config(arguments[0], overrides)
+        own, overrides = _split(rest)
+        config, device = load_config(name, overrides), planned_device(options.gpu)
         parallel = config.parallel
         world_size = own.get("world_size", Layout.of(parallel).size)
-        warnings = validate(config, world_size, check_files=False)
+        warnings = validate(config, world_size, check_files=False, device=device)
         grid = GridShape.of(world_size, parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
         document, note = _document(config, own)
     except (ValueError, RuntimeError) as error:
@@ -44,10 +52,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     out = console(sys.stdout)
     explain_grid(out, config, grid)
-    explain_model(out, config, grid)
+    explain_model(out, config, grid, device)
     explain_tokens(out, config, grid)
     if document is not None:
-        explain_sample(out, config, grid, document, note)
+        explain_sample(out, config, grid, document, note, options.all_ranks)
     for warning in warnings:
         out.print(f"warning: {warning}", style="yellow")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from megatron_vila.config.memory import PLANNED_DEVICE_BYTES, estimate_memory
+from megatron_vila.config.memory import Device, describe_memory
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import head_dim, parameter_count, tokens_per_frame
 from megatron_vila.explain.text import count, number, ranges, rank_list, table
@@ -83,8 +83,8 @@ def _groups(out: Console, grid: GridShape, gpus: int) -> None:
     )
 
 
-def explain_model(out: Console, config: Config, grid: GridShape) -> None:
-    """Print what of the model lives where, and an estimate of the memory of a rank."""
+def explain_model(out: Console, config: Config, grid: GridShape, device: Device) -> None:
+    """Print what of the model lives where, and an estimate of the memory of a rank on ``device``."""
     llm, counts = config.model.llm, parameter_count(config.model)
     per_stage = llm.num_layers // grid.pp
     stage_ranks = grid.world_size // grid.pp
@@ -98,8 +98,7 @@ def explain_model(out: Console, config: Config, grid: GridShape) -> None:
     _heads(out, config, grid)
     millions = ", ".join(f"{name} {parameters / 1e6:,.1f} M" for name, parameters in counts.items())
     out.print(f"Parameters: {millions}.")
-    estimate = estimate_memory(config, grid.world_size, PLANNED_DEVICE_BYTES)
-    out.print(f"Memory of the fullest rank on GPUs, estimated: {estimate}.\n")
+    out.print(describe_memory(config, grid.world_size, device) + "\n")
 
 
 def _heads(out: Console, config: Config, grid: GridShape) -> None:

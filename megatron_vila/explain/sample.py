@@ -19,7 +19,8 @@ from megatron_vila.explain.text import count, number, ranges, size, table
 from megatron_vila.parallel.grid import GridShape
 from megatron_vila.parallel.layout import ReshardPlan, local_positions, plan_reshard
 
-LISTED_RANKS = 64
+LISTED_RANKS = 16
+"""Ranks of a table, half of them from its start and half from its end, unless all are asked for."""
 
 
 def made_up_document(config: Config, frames: int, text: int) -> Document:
@@ -35,7 +36,9 @@ def made_up_document(config: Config, frames: int, text: int) -> Document:
     return Document(ids, np.full(len(ids), IGNORE, np.int64), refs, starts, name)
 
 
-def explain_sample(out: Console, config: Config, grid: GridShape, document: Document, note: str) -> None:
+def explain_sample(
+    out: Console, config: Config, grid: GridShape, document: Document, note: str, all_ranks: bool = False
+) -> None:
     """Print the frame plan, the token plan and the traffic of a row with this one document; ``note`` is shown beside it."""
     row = pack([document], grid.document_multiple, grid.row_multiple)
     plan = plan_row(row, grid)
@@ -48,7 +51,7 @@ def explain_sample(out: Console, config: Config, grid: GridShape, document: Docu
         out.print(f"({note})")
     out.print()
     _media(out, row)
-    _frames_and_tokens(out, grid, row, plan)
+    _frames_and_tokens(out, grid, row, plan, all_ranks)
     _traffic(out, config, grid, row, plan)
 
 
@@ -69,7 +72,7 @@ def _media(out: Console, row: Row) -> None:
         table(out, "Media", ["file", "frames of the row", "decoded", "tokens each"], rows)
 
 
-def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPlan) -> None:
+def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPlan, all_ranks: bool) -> None:
     rows = []
     per_rank = row.length // grid.encoders
     made = plan.traffic.sum(axis=1)
@@ -81,9 +84,9 @@ def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPla
         stays = int(plan.traffic[encoder, encoder])
         where = f"{place.tp}/{place.ulysses}/{place.ring}"
         rows.append([rank, where, ranges(frames), len(frames), number(made[encoder]), number(stays), ranges(places)])
-    hidden = len(rows) - LISTED_RANKS
-    if hidden > 0:
-        rows = [*rows[: LISTED_RANKS - 8], [".."] * 7, *rows[-8:]]
+    hidden = 0 if all_ranks else max(0, len(rows) - LISTED_RANKS)
+    if hidden:
+        rows = [*rows[: LISTED_RANKS // 2], [".."] * 7, *rows[-LISTED_RANKS // 2 :]]
     columns = [
         "rank",
         "t/u/r",
@@ -94,7 +97,7 @@ def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPla
         "row places of its tokens",
     ]
     table(out, "Stage 1: frames, and stage 2: tokens (first replica, first pipeline stage)", columns, rows)
-    more = f"; {hidden} ranks not listed" if hidden > 0 else ""
+    more = f"; {hidden} ranks not listed (--all-ranks lists them)" if hidden else ""
     out.print(
         f"Each rank holds {number(per_rank)} tokens of the row. Frames are dealt by cost in contiguous ranges{more}.\n"
     )

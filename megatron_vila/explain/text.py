@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -12,14 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 110
+"""Columns of what goes into a pipe or a file, and the most on a terminal."""
+
+NARROWEST = 80
 
 _NUMBER = re.compile(r"\d[\d .]*( ([KMGT]i)?B)?|-|\.\.")
 
 
 def console(file: TextIO) -> Console:
-    """A console of fixed width, so that a pipe or a log gets the same lines as a terminal."""
+    """A console as wide as the terminal, between 80 and 110 columns; 110 where ``file`` is none."""
+    width = WIDTH
+    if file.isatty():
+        width = min(WIDTH, max(NARROWEST, shutil.get_terminal_size((NARROWEST, 24)).columns))
     # File names may hold brackets and colons: nothing is read as markup.
-    return Console(width=WIDTH, file=file, highlight=False, markup=False, emoji=False)
+    return Console(width=width, file=file, highlight=False, markup=False, emoji=False)
 
 
 def table(out: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

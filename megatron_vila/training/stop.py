@@ -29,6 +29,8 @@ class StopRequest:
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._before = {asking: signal.signal(asking, self._note) for asking in ASKING}
+            # A launcher may block them up to here: one that came during the imports arrives now.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
     def ignore_further(self) -> None:
         """All is done: a signal that a launcher sends to the last processes must not change how this one ends."""

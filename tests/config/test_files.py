@@ -64,6 +64,22 @@ def test_an_output_without_permission_is_refused(data_folder, tmp_path):
     assert "no permission" in message
 
 
+def test_a_folder_that_holds_no_checkpoint_cannot_be_started_from(data_folder, tmp_path):
+    (message,) = files_refused(data_folder, f"checkpoint.load={tmp_path}")
+    assert f"checkpoint.load='{tmp_path}' holds no finished checkpoint; give the folder of a step" in message
+
+
+@pytest.mark.parametrize("output", ["", " "])
+def test_an_empty_output_is_refused(data_folder, output):
+    (message,) = files_refused(data_folder, f"train.output={output}")
+    assert message == "- train.output is empty; name the folder that checkpoints, metrics and plots go to"
+
+
+def test_evaluations_without_held_out_samples_are_warned_about(data_folder):
+    (warning,) = validate(load_config("tiny", [*data_folder, "train.eval_every=5"]), 1)
+    assert warning == "train.eval_every=5, but data.eval is empty: nothing is evaluated"
+
+
 def test_the_output_folder_is_not_made_by_validation(data_folder, tmp_path):
     validate(load_config("tiny", data_folder), 1)
     assert not (tmp_path / "runs").exists()

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 
 from megatron_vila.config.load import ConfigError, load_config
-from megatron_vila.config.memory import GIB, PLANNED_DEVICE_BYTES, estimate_memory, state_on_host
+from megatron_vila.config.memory import (
+    GIB,
+    PLANNED_DEVICE_BYTES,
+    describe_memory,
+    estimate_memory,
+    planned_device,
+    state_on_host,
+)
 from megatron_vila.config.validate import memory_cure, validate
 
 
@@ -148,9 +155,9 @@ def test_published_long_runs_fit_80_gib():
 
 
 def test_more_host_memory_than_there_is_is_refused_with_the_largest_value(data_folder):
-    settings = [*data_folder, "memory.recompute=attention_output", "memory.offload_gib=100000"]
+    settings = [*data_folder, "memory.recompute=attention_output", "memory.offload_gib=50000"]
     with pytest.raises(
-        ConfigError, match=r"100000 on 1 ranks of a node asks for 100000.0 GiB of host memory, and .* lower it to"
+        ConfigError, match=r"50000 on 1 ranks of a node asks for 50000.0 GiB of host memory, and .* lower it to"
     ):
         validate(load_config("tiny", settings), 1)
 
@@ -187,3 +194,49 @@ def test_the_largest_part_names_the_setting_that_shrinks_it(part, overrides, cur
     said = memory_cure(config, dataclasses.replace(estimate, **{part: 1000 * GIB}))
     assert said.startswith(cure)
     assert ("frame_micro_batch" in said) == (part == "workspace" and config.optim.vision.trainable)
+
+
+# --------------------------------------------------------------------------------------------- the machine that is planned for
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gib"), [("h200", 139.8), ("H100", 79.1), ("80GB", 80e9 / GIB), ("79.2GiB", 79.2), ("24 gb", 24e9 / GIB)]
+)
+def test_the_planned_gpu_is_a_known_name_or_an_amount_of_memory(gpu, gib):
+    device = planned_device(gpu)
+    assert device.bytes / GIB == pytest.approx(gib, abs=0.01)
+    assert device.is_gpu and not device.is_here
+
+
+def test_without_a_gpu_here_one_of_80_gb_is_planned_for():
+    assert planned_device(None).bytes == PLANNED_DEVICE_BYTES
+    assert "on a GPU of 80 GB with 74.5 GiB (planned for; --gpu names another)" in describe_memory(
+        load_config("tiny"), 1, planned_device(None)
+    )
+
+
+@pytest.mark.parametrize("gpu", ["h900", "", "80", "-1GB", "0GB", "nanGiB", "1e3GB", "9999999GB"])
+def test_a_gpu_that_is_not_known_is_refused_with_those_that_are(gpu):
+    with pytest.raises(ConfigError, match=r"--gpu .* use a100, b200, h100, h200, or the memory of one, e.g. 80GB"):
+        planned_device(gpu)
+
+
+def test_the_planned_gpu_is_judged_and_not_this_machine(data_folder):
+    """128 GB are asked for: too much for an H100, not for a B200, whatever this machine has."""
+    settings = [*data_folder, "parallel.tp=2", "train.seq_length=8192", "train.global_batch_size=1"]
+    config = load_config("models/qwen2-7b", settings)
+
+    def warned(gpu):
+        return [w for w in validate(config, 2, device=planned_device(gpu)) if "GiB" in w]
+
+    (warning,) = warned("h100")
+    needed = estimate_memory(config, 2, planned_device("h100").bytes)
+    assert f"a rank needs about {needed}, but an H100 has 79.1 GiB" in warning
+    assert warned("b200") == []
+
+
+def test_host_memory_of_another_machine_is_told_and_not_judged(data_folder):
+    settings = [*data_folder, "memory.recompute=attention_output", "memory.offload_gib=50000"]
+    config = load_config("tiny", settings)
+    assert validate(config, 1, device=planned_device("h100")) == []
+    assert "Offloading takes 50000.0 GiB of the host memory of a node." in describe_memory(config, 1, planned_device("h100"))

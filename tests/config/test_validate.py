@@ -196,8 +196,9 @@ def test_every_number_of_the_schema_has_a_bound_or_a_rule_of_its_own():
     [
         ("optim.beta2=1", "optim.beta2=1.0 must be at least 0 and below 1"),
         ("optim.llm.lr=0", "to freeze the part set optim.llm.trainable=false"),
-        ("optim.lr=.nan", "optim.lr=nan must be above 0"),
-        ("optim.lr=.inf", "optim.lr=inf must be above 0"),
+        ("optim.weight_decay=100 optim.lr=0.01", "optim.weight_decay=100.0 with optim.lr=0.01 takes away each whole weight"),
+        ("checkpoint.save_every=5 checkpoint.save=false", "checkpoint.save_every=5, but checkpoint.save=false"),
+        ("profile.ranks=[-1]", "profile.ranks=[-1]: [-1] do not exist in this run; use 0 to 0"),
         ("model.llm.head_dim=0", "model.llm.head_dim=0 must be at least 1"),
         ("model.llm.head_dim=15", "is odd"),
         (
@@ -216,7 +217,7 @@ def test_every_number_of_the_schema_has_a_bound_or_a_rule_of_its_own():
     ],
 )
 def test_a_value_that_cannot_work_is_refused_with_its_cure(override, part):
-    (message,) = refused(1, override)
+    (message,) = refused(1, *override.split())
     assert part in message
 
 
@@ -275,7 +276,7 @@ def test_memory_settings_that_do_not_go_together_are_refused():
     assert "memory.offload_gib=1 is for what a recompute policy keeps" in message
 
 
-@pytest.mark.parametrize("fraction", ["-0.1", "1.5", ".nan"])
+@pytest.mark.parametrize("fraction", ["-0.1", "1.5"])
 def test_a_share_of_optimizer_state_that_is_none_is_refused(fraction):
     (message,) = refused(1, f"optim.offload_fraction={fraction}")
     assert "is a share of the optimizer state; use 0 (none) to 1 (all of it)" in message

@@ -1,0 +1,106 @@
+"""``--dry-run``: everything that can be checked before a run starts, in one process and without a process group.
+
+The settings, the memory of the GPU that is planned for, the checkpoint that the run would start or go on from, and the data,
+opened as the trainer opens them, with samples as the model sees them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vila.checkpoint.stored_model import misfits
+from megatron_vila.checkpoint.weight_map import entries
+from megatron_vila.config.load import ConfigError
+from megatron_vila.config.memory import Device, describe_memory
+from megatron_vila.config.schema import Config
+from megatron_vila.config.validate import validate
+from megatron_vila.data.chat import describe
+from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.models.lora import FACTORS
+from megatron_vila.training.checkpoint import latest_checkpoint, read_info, resolve_checkpoint
+from megatron_vila.training.checkpoint_io import CheckpointError, check_files, read_stored_tensors
+from megatron_vila.training.feed import open_dataset
+
+SETS = ("train", "eval")
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str] | None = None) -> None:
+    """Check ``config`` for ``world_size`` ranks on ``device``s and print what was found.
+
+    ``show`` lists samples to print: ``N`` of data.train, ``eval:N`` of data.eval; None: the first of each. Raises
+    ``ConfigError``, ``CheckpointError`` or ``NoUsableSampleError`` with the cure for the first thing that does not fit.
+    """
+    wanted = [_parse(text, config) for text in show or []]
+    warnings = validate(config, world_size, device=device)
+    for warning in warnings:
+        logger.warning("warning: %s", warning)
+    print(describe_memory(config, world_size, device))
+    print(describe_start(config))
+    for name in SETS:
+        files = getattr(config.data, name)
+        indices = [index for set_name, index in wanted if set_name == name] if wanted else [0]
+        if files:
+            dataset = open_dataset(config, files)
+            print(f"data.{name}: {len(dataset)} samples in {', '.join(files)}")
+            for index in indices:
+                print(describe_sample(dataset, name, index))
+    found = "everything fits together" if not warnings else f"it can start; see the {len(warnings)} warning(s) above"
+    print(f"dry run for {world_size} ranks: {found}")
+
+
+def describe_sample(dataset: VilaDataset, name: str, index: int) -> str:
+    """Sample ``index`` of data.``name`` as the model sees it, with what was done to make it fit. Raises ``ConfigError`` if there
+    is no such sample."""
+    if index >= len(dataset):
+        raise ConfigError(f"command line: --show {index} is not in data.{name}, which has samples 0 to {len(dataset) - 1}")
+    choice = dataset.choose(index)
+    notes = [f"sample {broken} is broken: {reason}" for broken, reason in choice.found.items()]
+    if choice.replaced:
+        notes.append(f"sample {index} ({choice.replaced.replace('_', ' ')}) is replaced by sample {choice.index}")
+    if choice.dropped_frames:
+        notes.append(f"{choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={dataset.seq_length}")
+    shown = describe(choice.document, dataset.encoder.tokenizer)
+    return "\n".join([f"number {index}:", *(f"({note})" for note in notes), shown])
+
+
+def describe_start(config: Config) -> str:
+    """What the run would start or go on from. Raises ``CheckpointError`` if that is damaged or of another model."""
+    resumed = latest_checkpoint(config.train.output) if config.checkpoint.resume else None
+    if resumed is None and not config.checkpoint.load:
+        return "Start: random weights (checkpoint.load is empty)."
+    folder = resumed or resolve_checkpoint(Path(config.checkpoint.load))
+    try:
+        check_files(folder)
+        stored = {name: tuple(entry.size) for name, entry in read_stored_tensors(folder).items()}
+        problems = misfits(entries(config.model), stored)
+        if problems:
+            more = f" and {len(problems) - 3} more tensors" if len(problems) > 3 else ""
+            raise CheckpointError(f"it is of another model than this configuration: {'; '.join(problems[:3])}{more}")
+        if not config.model.lora.rank and any(name.endswith(FACTORS) for name in stored):
+            raise CheckpointError("it holds LoRA updates; set model.lora as in the run that saved them, or export and import it")
+        if resumed is not None and not any(name.startswith("optimizer.") for name in stored):
+            raise CheckpointError("it holds weights only, a run cannot go on from it: choose another train.output")
+    except (CheckpointError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
+    step = read_info(folder)["step"]
+    if resumed is None:
+        return f"Start: weights of {folder}."
+    left = max(0, config.train.steps - step)
+    return f"Start: goes on from {folder} after step {step}; {left} of train.steps={config.train.steps} are left."
+
+
+def _parse(text: str, config: Config) -> tuple[str, int]:
+    """``7`` or ``eval:7``."""
+    name, colon, number = text.rpartition(":")
+    name = name if colon else "train"
+    if name not in SETS or not number.isdecimal() or len(number) > 18:
+        raise ConfigError(
+            f"command line: --show {text} must be the number of a sample of data.train, e.g. 7, or of data.eval, e.g. eval:7"
+        )
+    if not getattr(config.data, name):
+        raise ConfigError(f"command line: --show {text}, but data.{name} is empty")
+    return name, int(number)

@@ -1,0 +1,183 @@
+"""``python -m megatron_vila.launch --nproc-per-node N CONFIG [key=value ...] [--dry-run]``: one node's ranks of a run.
+
+A thin layer over torchrun's agent, made to lead the task of a batch system, which sends its signals to the leader:
+
+* SIGTERM, SIGUSR1 and Ctrl-C ("save and stop", ``training/stop.py``) go on to every rank, also to one that is still starting, and
+  the ranks are waited for. They never end the leader, however often and to whom they are sent.
+* One line says how a run failed, without torchrun's own report.
+* ``--dry-run`` starts no rank: this process checks the run for the whole world.
+
+The exit status is that of the ranks (``exit_codes.py``). A SIGTERM that comes before this file runs ends Python by itself (143):
+nothing has begun then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that ask a run to stop; a rank takes SIGTERM for all of them."""
+
+Worker = Callable[[list[str]], int]
+
+
+@dataclass(frozen=True)
+class World:
+    """The nodes of a run and this one's place among them; ``address`` is node 0's."""
+
+    nodes: int = 1
+    node_rank: int = 0
+    address: str = "localhost"
+    port: int = 29500
+    ranks_per_node: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the ranks of this node; returns the exit status."""
+    hold_back_signals()
+    parser = argparse.ArgumentParser(prog="python -m megatron_vila.launch", description="Start the ranks of this node.")
+    parser.add_argument("--nnodes", type=int, default=1, help="nodes of the run (default 1)")
+    parser.add_argument("--node-rank", type=int, default=0, help="number of this node, from 0")
+    parser.add_argument("--master-addr", default="localhost", help="host name or address of node 0")
+    parser.add_argument("--master-port", type=int, default=29500, help="a free port of node 0; one node needs none")
+    parser.add_argument("--nproc-per-node", type=int, required=True, help="ranks of this node, one for each GPU")
+    options, rest = parser.parse_known_args(arguments)
+    if options.nnodes < 1 or options.nproc_per_node < 1 or not 0 <= options.node_rank < options.nnodes:
+        parser.error(
+            f"--nnodes {options.nnodes} --node-rank {options.node_rank} --nproc-per-node {options.nproc_per_node} describe no "
+            "node of a run; sizes are at least 1, nodes are numbered from 0"
+        )
+    world = World(options.nnodes, options.node_rank, options.master_addr, options.master_port, options.nproc_per_node)
+    # Each rank would take all cores for its operators on the CPU.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // world.ranks_per_node))))
+    # Megatron-Core: kernels must start in the order of their calls for tensor-parallel communication to overlap.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "--dry-run" in rest:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        from megatron_vila import train
+
+        planned = [] if any(text.startswith("--world-size") for text in rest) else ["--world-size", str(world.size)]
+        return train.main([*rest, *planned])
+    return launch(world, train_rank, rest)
+
+
+def hold_back_signals() -> None:
+    """Block ``ASKING`` in this thread, and so in all threads and processes that it starts: what comes stays pending until someone
+    is there to act on it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+
+
+def train_rank(arguments: list[str]) -> int:
+    """One rank: the exit status of ``megatron_vila.train``, which lets SIGTERM through when it can act on it."""
+    # Ctrl-C ends a rank that is still importing.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        from megatron_vila import train
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    status = train.main(arguments)
+    if status not in (FINISHED, STOPPED):
+        train.leave(status)  # torchrun's agent ends the other ranks
+    return status
+
+
+def launch(world: World, rank: Worker, arguments: list[str], start_method: str = "spawn") -> int:
+    """Run ``rank(arguments)`` in every rank of this node; returns the exit status. ``ASKING`` must be blocked.
+
+    ``rank`` returns FINISHED or STOPPED, or ends its process with another status: the other ranks then have 30 s to end.
+    """
+    forwarder = _Forwarder()
+    forwarder.start()
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent reports a failed rank with tracebacks of its own; `_reason` says the same in a line.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch.distributed.elastic") and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.CRITICAL)
+    alone = world.nodes == 1
+    config = LaunchConfig(
+        min_nodes=world.nodes,
+        max_nodes=world.nodes,
+        nproc_per_node=world.ranks_per_node,
+        run_id=str(uuid.uuid4()) if alone else "megatron_vila",
+        rdzv_backend="c10d" if alone else "static",
+        # One node takes any free port, so that two runs do not meet.
+        rdzv_endpoint="localhost:0" if alone else f"{world.address}:{world.port}",
+        rdzv_configs={"timeout": 900} if alone else {"timeout": 900, "rank": world.node_rank},
+        local_addr="localhost" if alone else None,
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method=start_method,
+        shutdown_timeout=30,
+    )
+    try:
+        outcome = set(elastic_launch(config, rank)(arguments).values())
+    except ChildFailedError as error:
+        return _failed(error.failures)
+    except SignalException as error:
+        print(f"megatron_vila: ended by {error.sigval.name}; what was saved before is intact", file=sys.stderr, flush=True)
+        return 128 + error.sigval
+    except Exception as error:
+        print(f"megatron_vila: the ranks could not be started: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    return STOPPED if STOPPED in outcome else FINISHED
+
+
+class _Forwarder(threading.Thread):
+    """Takes the signals of this process and hands one SIGTERM on to each rank, also to those that start later."""
+
+    def __init__(self) -> None:
+        super().__init__(name="signals", daemon=True)
+
+    def run(self) -> None:
+        signal.sigwait(ASKING)
+        told: set[int | None] = set()
+        while True:
+            for process in multiprocessing.active_children():
+                if process.pid not in told:
+                    told.add(process.pid)
+                    os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.1)
+
+
+def _failed(failures: dict) -> int:
+    """Says why the first rank failed, unless it did so itself; returns the exit status."""
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    code = failure.exitcode
+    if code in (USER_ERROR, INTERRUPTED):
+        return code
+    how = f"ended with status {code}; its error stands above"
+    if code < 0:
+        name = signal.Signals(-code).name
+        how = f"was killed by {name}"
+        if -code == signal.SIGKILL:
+            how += " (often for want of host memory: see dmesg or the batch system's report)"
+    print(
+        f"megatron_vila: rank {rank} on {os.uname().nodename} {how}; the run ends, and the same command goes on from the last "
+        "checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
