@@ -12,7 +12,9 @@ import signal
 import pytest
 
 from megatron_vila import platform
+from megatron_vila.config.bounds import MOST
 from megatron_vila.config.load import load_config
+from megatron_vila.data.chat import describe
 from megatron_vila.train import main
 from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.feed import open_dataset
@@ -29,6 +31,8 @@ def _main(rank: int, world: int, arguments: list[str]) -> tuple[int, str, str]:
     level = logging.getLogger("megatron_vila").level
     handlers = {asking: signal.getsignal(asking) for asking in ASKING}
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    # Rates that give numbers which are not finite are refused: here it is tested what guards a run when they come all the same.
+    MOST.update({"optim.lr": 1e300, "optim.vision.lr": 1e300})
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main(arguments)
@@ -92,13 +96,61 @@ def test_a_folder_without_a_checkpoint_cannot_be_loaded(videos, tmp_path):
     _refused(Layout(2), arguments, str(tmp_path / "empty"), "no finished checkpoint")
 
 
+def _dry_run(arguments, *options):
+    return pool.run(1, _main, 1, ["tiny", *arguments, "--dry-run", *options])[0]
+
+
 def test_a_dry_run_says_what_it_checked_and_starts_nothing(videos, tmp_path):
-    arguments = overrides(videos, tmp_path / "run", "parallel.ulysses=2")
-    status, out, err = pool.run(1, _main, 1, ["tiny", *arguments, "--dry-run", "--world-size", "4"])[0]
+    held_out = f"data.eval=[{videos / 'eval_3.json'}]"
+    arguments = overrides(videos, tmp_path / "run", "parallel.ulysses=2", "train.precision=auto", held_out)
+    status, out, err = _dry_run(arguments, "--world-size", "4", "--gpu", "h200")
     assert (status, err) == (0, "")
     assert "24 samples in" in out and "train_3.json" in out
-    assert "dry run: everything fits together for 4 ranks" in out
+    assert "data.eval: 8 samples in" in out
+    assert "on an H200 with 139.8 GiB (planned for; --gpu names another)" in out
+    assert "Start: random weights" in out
+    assert "dry run for 4 ranks: everything fits together" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_any_sample_of_either_set_as_the_model_sees_it(videos, tmp_path):
+    held_out = f"data.eval=[{videos / 'eval_3.json'}]"
+    arguments = overrides(videos, tmp_path / "run", held_out)
+    status, out, err = _dry_run(arguments, "--show", "9", "--show", "eval:7")
+    assert (status, err) == (0, "")
+    config = load_config("tiny", arguments)
+    for name, files, index in (("train", config.data.train, 9), ("eval", config.data.eval, 7)):
+        dataset = open_dataset(config, files)
+        assert f"number {index}:\n{describe(dataset.document(index), dataset.encoder.tokenizer)}\n" in out, name
+    assert out.count("number ") == 2
+    for show, words in (
+        ("24", "--show 24 is not in data.train, which has samples 0 to 23"),
+        ("eval:8", "--show 8 is not in data.eval, which has samples 0 to 7"),
+        ("test:1", "--show test:1 must be the number of a sample"),
+        ("-1", "--show -1 must be the number of a sample"),
+        ("9" * 30, "must be the number of a sample"),
+    ):
+        status, _, err = _dry_run(arguments, f"--show={show}")
+        assert status == 2 and words in err, err
+
+
+def test_a_dry_run_looks_at_the_checkpoint_that_the_run_would_take(videos, tmp_path):
+    one = overrides(videos, tmp_path / "one", "train.steps=1")
+    assert _run(Layout(), one)[0] == 0
+    _, out, err = _dry_run([*one, "train.steps=5"])
+    assert "step-00000001 after step 1; 4 of train.steps=5 are left" in out, err
+    load = f"checkpoint.load={tmp_path / 'one'}"
+    _, out, err = _dry_run(overrides(videos, tmp_path / "two", load))
+    assert f"Start: weights of {latest_checkpoint(tmp_path / 'one')}" in out, err
+    status, _, err = _dry_run(overrides(videos, tmp_path / "two", load, "model.llm.ffn_hidden_size=64"))
+    assert status == 2
+    assert "it is of another model than this configuration" in err and "linear_fc1.weight is [4, 64, 32]" in err
+    # Frozen parts and the layout are no part of the model.
+    other = ["optim.vision.trainable=false", "parallel.tp=2"]
+    assert _dry_run(overrides(videos, tmp_path / "two", load, *other), "--world-size=2")[0] == 0
+    (latest_checkpoint(tmp_path / "one") / ".metadata").unlink()
+    status, _, err = _dry_run(overrides(videos, tmp_path / "two", load))
+    assert status == 2 and "cannot load checkpoint" in err and ".metadata" in err
 
 
 def test_a_dry_run_with_bad_input_ends_with_status_2(videos, tmp_path):
