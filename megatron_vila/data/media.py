@@ -9,6 +9,7 @@ other program.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import stat
 from collections.abc import Iterator
@@ -24,11 +25,26 @@ MAX_SIDE = 65_535
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif")
 """FFmpeg's names of the containers that are read. ``mov`` is also mp4 and 3gp, ``matroska`` also WebM, ``asf`` also wmv."""
 
+LARGEST_BLOCK = 2**28 + 2**24
+"""Bytes of the largest block of memory that FFmpeg may ask for: a plane of four bytes a pixel, and an index of 12 million frames.
+A file of 2 KB may claim to hold more frames than memory has room for, in the index, which is built when the file is opened."""
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the formats that are read."""
 
 TIME_LIMIT_S = 60.0
 """Seconds that opening a video, or reading one packet of it, may take. A read that hangs inside the kernel is not ended by it."""
+
+
+def _limit_blocks() -> None:
+    """Tell FFmpeg, which PyAV has loaded, the size of the largest block. PyAV has no call for it."""
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split(maxsplit=5)[-1].strip() for line in maps if "/libavutil" in line}
+    for library in libraries:
+        ctypes.CDLL(library).av_max_alloc(ctypes.c_size_t(LARGEST_BLOCK))
+
+
+_limit_blocks()
 
 
 class MediaError(Exception):

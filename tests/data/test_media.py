@@ -250,6 +250,25 @@ def test_a_video_over_the_budget_is_refused_when_it_is_opened(film, monkeypatch)
         probe_video(film)
 
 
+def test_an_index_that_claims_more_frames_than_memory_holds_is_not_built(film, tmp_path):
+    data, claimed = bytearray(film.read_bytes()), (60_000_000).to_bytes(4, "big")
+    for box, place, value in (
+        (b"stsz", 8, (1).to_bytes(4, "big") + claimed),  # samples of one byte each
+        (b"stsc", 16, claimed),  # all in the first chunk
+        (b"stts", 12, claimed),
+    ):
+        start = data.find(box)
+        data[start + place : start + place + len(value)] = value
+    path = tmp_path / "claims.mp4"
+    path.write_bytes(data)
+
+    def read():
+        with pytest.raises(MediaError):
+            probe_video(path)
+
+    assert peak_growth_mib(read) < 200  # FFmpeg by itself takes 4 GiB
+
+
 def test_any_exception_of_a_library_names_the_file_and_an_interrupt_passes():
     for error in (
         MemoryError(),
