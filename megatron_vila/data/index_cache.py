@@ -112,7 +112,7 @@ def _alone(lock: Path) -> Iterator[None]:
             except OSError:
                 break
         yield
+    finally:
         with contextlib.suppress(OSError):
             os.unlink(lock)
-    finally:
         os.close(descriptor)

@@ -71,7 +71,7 @@ def uneven_seconds(video: VideoInfo | tuple[int, float]) -> np.ndarray | None:
 
 def shown_at(seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
     """The frames that are shown at ``times`` (float64, not before the first frame) if frame i is shown from ``seconds[i]`` on."""
-    return np.searchsorted(seconds, times, side="right") - 1
+    return np.maximum(np.searchsorted(seconds, times, side="right") - 1, 0)
 
 
 def thin_out(indices: np.ndarray, count: int, seconds: np.ndarray | None = None) -> np.ndarray:

@@ -155,6 +155,12 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, monkeyp
         use("x.mp4")
 
 
+def test_a_file_that_takes_too_long_to_read_is_refused(film, monkeypatch):
+    monkeypatch.setattr(media, "TIME_LIMIT_S", 1e-9)
+    with pytest.raises(MediaError, match="not a video that can be read: it took longer than 0 s"):
+        probe_video(film)
+
+
 def test_a_link_to_a_file_is_followed(film, tmp_path):
     (tmp_path / "link.mp4").symlink_to(film)
     assert probe_video(tmp_path / "link.mp4").num_frames == 8

@@ -218,6 +218,17 @@ def test_a_table_of_a_file_that_has_changed_or_of_rubbish_is_made_anew(tmp_path,
     assert len(readings) == 5
 
 
+def test_a_file_that_cannot_be_used_leaves_nothing_behind(tmp_path, cache, readings):
+    path = Path(write(tmp_path / "v.ts", 20))
+    data = bytearray(path.read_bytes())
+    data[188 * 10 : 188 * 14] = bytes(188 * 4)
+    path.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(MediaError, match="cut off or corrupt"):
+            probe_video(path)
+    assert len(readings) == 2 and not list(cache.iterdir())
+
+
 def test_objects_in_a_kept_table_are_not_unpickled(tmp_path, cache, readings):
     path = write(tmp_path / "v.mkv", 20)
     probe_video(path)
