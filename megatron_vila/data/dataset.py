@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.schema import DataConfig, ModelConfig
 from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
+from megatron_vila.data.media import MediaError, errors_of
 from megatron_vila.data.records import Media, Record
 from megatron_vila.data.row import IGNORE, Document, FrameRef
 from megatron_vila.data.sampling import sample_frame_indices, thin_out, uneven_seconds
-from megatron_vila.data.video import MediaError, probe_video
+from megatron_vila.data.video import probe_video
 from megatron_vila.errors import SettingError, UserError
 from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
 
@@ -160,10 +161,8 @@ class VilaDataset:
         if medium.is_video:
             video = self.probe(medium.path)
             return sample_frame_indices(video, self.data.num_frames, self.data.fps, self.data.fps_rule)
-        try:
+        with errors_of(medium.path, "cannot be read"):
             size = os.stat(medium.path).st_size
-        except OSError as error:
-            raise MediaError(medium.path, error.strerror or "cannot be read") from error
         if not size:
             raise MediaError(medium.path, "the file is empty (0 bytes)")
         return np.zeros(1, dtype=np.int64)

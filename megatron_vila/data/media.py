@@ -56,7 +56,8 @@ class MediaError(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        # Half a surrogate pair in a name or a tag cannot be written to a log.
+        return f"{self.path}: {self.reason}".encode("utf-8", "backslashreplace").decode()
 
 
 @contextlib.contextmanager

@@ -138,6 +138,14 @@ def a_socket(path):
 
 
 @pytest.mark.parametrize("use", [probe_video, load_image])
+@pytest.mark.parametrize("name", ["zero\0byte.mp4", "half \ud83d.mp4", "x" * 5000, "not/there.mp4", ""])
+def test_a_name_that_no_file_can_have_is_a_media_error_that_can_be_written(use, name):
+    with pytest.raises(MediaError) as caught:
+        use(name)
+    assert str(caught.value).encode() and caught.value.path == name
+
+
+@pytest.mark.parametrize("use", [probe_video, load_image])
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
