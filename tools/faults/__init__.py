@@ -1,5 +1,5 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import models, parallel, runs
+from . import inputs, models, parallel, runs, steps, weights
 
-FAULTS = [*parallel.FAULTS, *models.FAULTS, *runs.FAULTS]
+FAULTS = [*parallel.FAULTS, *models.FAULTS, *runs.FAULTS, *inputs.FAULTS, *weights.FAULTS, *steps.FAULTS]

@@ -106,7 +106,7 @@ FAULTS = [
     Fault(
         "what a run kept is never collected",
         "megatron_vila/training/trainer.py",
-        "            gc.unfreeze()\n",
+        "            undo.callback(gc.unfreeze)\n",
         "",
         ("tests/training/test_trainer.py", "-k", "collections"),
     ),
