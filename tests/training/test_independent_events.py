@@ -100,7 +100,7 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
         files.record("broken", "<video>Day?", video="cut.mp4"),
         files.record("also right", "<image>Day?", "No.", image="turned.jpg"),
         files.record("half right", "<image>Day?", "Now", image="wide.jpg"),
-        files.record("wrong", "<video>Which?", "Now", video="short.mp4"),
+        files.record("wrong", "<video>Which?", "Never", video="short.mp4"),
     ]
     pictures = Pictures()
     taught = model.randomised(model.QWEN2, seed=6)
@@ -117,7 +117,7 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
     for _ in range(recipe.steps):
         truth.step()
     good = Rows([held_out[0], *held_out[2:]], world.folder, pictures, LONGEST, seed=0).samples
-    wanted = evaluation(truth.model, good, ["No.", "No.", "Now", "Now"])
+    wanted = evaluation(truth.model, good, ["No.", "No.", "Now", "Never"])
     assert wanted["eval_accuracy"] == 0.5
     (found,) = read_metrics(tmp_path / "run")[1]
     assert found == pytest.approx({"step": 2, **wanted}, rel=1e-8)

@@ -69,7 +69,13 @@ CASES = {
         2,
         ("parallel.ulysses=2",),
     ),
-    "packed": ("qwen2", Recipe(rows=2, seed=11), Pictures(num_frames=3), 1, ("data.packing=true",)),
+    "packed": (
+        "qwen2",
+        Recipe(rows=2, seed=11),
+        Pictures(num_frames=3, fps=3.0, rule="first"),
+        1,
+        ("data.packing=true",),
+    ),
     "packed dp ring": (
         "llama",
         Recipe(rows=4, seed=31, frozen=("projector",), rates={"llm": 0.008}),

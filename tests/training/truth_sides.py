@@ -56,6 +56,7 @@ class World:
             f"data.train={train}",
             f"data.num_frames={pictures.num_frames}",
             f"data.fps={pictures.fps}",
+            f"data.fps_rule={pictures.rule}",
             f"data.image_aspect={pictures.aspect}",
             f"data.frame_separator_ids={list(pictures.frame_separator)}",
             f"data.image_separator_ids={list(pictures.image_separator)}",

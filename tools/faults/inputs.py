@@ -2,6 +2,7 @@
 
 from .fault import EVENTS, LEGACY, LLAMA, QWEN2, RING, TRUTH, Fault
 
+PACKED = (TRUTH, "-k", "packed and not ring")
 ODD = (EVENTS, "-k", "not_work and straight")
 
 FAULTS = [
@@ -59,23 +60,30 @@ FAULTS = [
     ),
     Fault(
         "places of frames are cut down where they are to be rounded",
-        "megatron_vila/data/video.py",
+        "megatron_vila/data/sampling.py",
         "np.round(np.linspace(0, total - 1, min(num_frames, total)))",
         "np.floor(np.linspace(0, total - 1, min(num_frames, total)))",
         QWEN2,
     ),
     Fault(
         "a rate of frames takes one more",
-        "megatron_vila/data/video.py",
+        "megatron_vila/data/sampling.py",
         "max(2, int(duration_s * fps))",
         "max(2, 1 + int(duration_s * fps))",
         LEGACY,
     ),
     Fault(
+        "the other rule for a rate is ignored",
+        "megatron_vila/data/sampling.py",
+        'if rule == "first":',
+        "if False:",
+        PACKED,
+    ),
+    Fault(
         "a sample that is too long loses its last frames",
-        "megatron_vila/data/dataset.py",
-        "    return np.round(np.linspace(indices[0], indices[-1], count)).astype(np.int64)",
-        "    return indices[:count]",
+        "megatron_vila/data/sampling.py",
+        "        return np.round(np.linspace(indices[0], indices[-1], count)).astype(np.int64)",
+        "        return indices[:count]",
         ODD,
     ),
     Fault(
@@ -176,6 +184,6 @@ FAULTS = [
         "megatron_vila/data/order.py",
         'used + seq_length, side="right"',
         'used + seq_length - 16, side="right"',
-        (TRUTH, "-k", "packed and not ring"),
+        PACKED,
     ),
 ]

@@ -35,7 +35,13 @@ FAULTS = [
     Fault("beta2 is not passed on", OPTIMIZER, "adam_beta2=optim.beta2,", "", QWEN2),
     Fault("epsilon is not passed on", OPTIMIZER, "adam_eps=optim.eps,", "", QWEN2),
     Fault("norms and biases decay", OPTIMIZER, "**get_standard_config_overrides(config), ", "", QWEN2),
-    Fault("nothing decays", OPTIMIZER, "        weight_decay=optim.weight_decay,\n", "", QWEN2),
+    Fault(
+        "nothing decays",
+        OPTIMIZER,
+        "start_wd=optim.weight_decay,\n        end_wd=optim.weight_decay,",
+        "start_wd=0.0,\n        end_wd=0.0,",
+        QWEN2,
+    ),
     Fault("the rate of a part is ignored", OPTIMIZER, '"max_lr": part.lr,', '"max_lr": optim.lr,', QWEN2),
     Fault(
         "a part with a rate of its own ends at zero",
@@ -168,7 +174,7 @@ FAULTS = [
         "Adam forgets its means at a resume",
         CHECKPOINT,
         'target.copy_(loaded["optimizer"][name].view_as(target))',
-        "pass",
+        "target.zero_()",
         RESUMED,
     ),
     Fault(

@@ -29,6 +29,7 @@ class Pictures:
 
     num_frames: int = 5
     fps: float = 0.0
+    rule: str = "spread"
     aspect: str = "resize"
     frame_separator: tuple[int, ...] = (FIRST_BYTE + 10, FIRST_BYTE + 45)
     image_separator: tuple[int, ...] = (FIRST_BYTE + 42,)
@@ -135,8 +136,11 @@ def _chosen(path: Path, pictures: Pictures) -> list[int]:
         stream = container.streams.video[0]
         total, rate = stream.frames, float(stream.average_rate)
     count = min(pictures.num_frames, total)
+    if pictures.fps and pictures.rule == "first":
+        # VILA's main branch: one after the other from the start.
+        return [index for k in range(count) if (index := int(k / pictures.fps * rate)) < total]
     if pictures.fps:
-        # VILA's training rule: as many as the rate allows, at least two, cut down to whole places.
+        # LongVILA: as many as the rate allows, at least two, over the whole video, cut down to whole places.
         count = min(count, max(2, int(total / rate * pictures.fps)))
         return [int(k * (total - 1) / (count - 1)) for k in range(count)]
     return [round(k * (total - 1) / (count - 1)) for k in range(count)]
