@@ -162,6 +162,16 @@ class DataConfig:
         "where media stand: vila (before the first human turn; markers are taken out with their line break and turns are "
         "stripped, as in VILA's own training) or verbatim (at their markers, the text as it is)",
     )
+    bad_records: str = key(
+        "skip",
+        "records that break the format: skip (told at the start, then they count as broken samples) or stop (the run ends)",
+    )
+    max_broken: float = key(
+        0.05,
+        "largest share of the samples drawn that may be broken, judged from the 500th on and at the end; above it the run "
+        "saves and ends; 1: never",
+    )
+    ignore_fields: list[str] = key([], "fields of a record that are not looked at, though they look like media")
     frame_separator_ids: list[int] = key([], "token ids written after each video frame")
     image_separator_ids: list[int] = key([], "token ids written after each image")
     packing: bool = key(False, "pack several samples into one row of at most train.seq_length tokens")

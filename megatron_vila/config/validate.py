@@ -34,6 +34,7 @@ CHOICES = {
     "data.media_format": ("vila", "verbatim"),
     "data.fps_rule": ("spread", "first"),
     "data.over_long": ("truncate", "drop"),
+    "data.bad_records": ("skip", "stop"),
     "optim.schedule": ("cosine", "constant"),
     "train.precision": ("auto", "bf16", "fp32", "fp64"),
     "train.on_nan": ("stop", "skip"),
@@ -136,6 +137,8 @@ def _value_problems(config: Config) -> Iterable[str]:
     for name in ("optim.beta1", "optim.beta2"):
         if value_of(config, name) < 0 or value_of(config, name) >= 1:
             yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
+    if not 0 <= config.data.max_broken <= 1:
+        yield f"data.max_broken={config.data.max_broken} is a share; use 0 (no sample may be broken) to 1 (any number may)"
     fraction = config.optim.offload_fraction
     if fraction < 0 or fraction > 1:
         yield f"optim.offload_fraction={fraction} is a share of the optimizer state; use 0 (none) to 1 (all of it)"

@@ -2,7 +2,8 @@
 
 A document is made from metadata alone (text, the frame table of a video), so every rank of a model-parallel block makes the same
 one without talking to the others. A sample that cannot be used is replaced by the next good one in the order of the records:
-a pure function of the index and of which samples are bad, whenever and wherever that was found out.
+a pure function of the index and of which samples are bad, whenever and wherever that was found out. Whatever one sample raises
+makes that sample broken and nothing else.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.schema import DataConfig, ModelConfig
 from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
+from megatron_vila.data.clips import picture_files, take_frames
+from megatron_vila.data.failures import FailureReasons, MachineError
+from megatron_vila.data.fields import Media
 from megatron_vila.data.media import MediaError, errors_of
-from megatron_vila.data.records import Media, Record
+from megatron_vila.data.records import Record, RecordFiles
 from megatron_vila.data.row import IGNORE, Document, FrameRef
-from megatron_vila.data.sampling import sample_frame_indices, thin_out, uneven_seconds
+from megatron_vila.data.sampling import thin_out, uneven_seconds
 from megatron_vila.data.video import probe_video
 from megatron_vila.errors import SettingError, UserError
 from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
@@ -36,6 +40,10 @@ class NoUsableSampleError(UserError, RuntimeError):
 
 class TooLongError(Exception):
     """A sample does not fit train.seq_length, and data.over_long does not let it be cut, or not far enough."""
+
+
+class BrokenSampleError(Exception):
+    """A sample cannot be read or rendered; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class VilaDataset:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: RecordFiles,
         tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
         model: ModelConfig,
@@ -81,6 +89,8 @@ class VilaDataset:
         self.frame_tokens = tokens_per_frame(model.vision, model.projector)
         self.frame_cost = patches_per_side(model.vision) ** 2
         self.probe = functools.lru_cache(maxsize=64)(probe_video)
+        self.list_folder = functools.lru_cache(maxsize=64)(picture_files)
+        self.failures = FailureReasons()
         for name in ("frame_separator_ids", "image_separator_ids"):
             self._check_vocabulary(np.array(getattr(data, name), dtype=np.int64), f"data.{name}")
 
@@ -103,18 +113,18 @@ class VilaDataset:
         ``broken`` maps records that are known to fail to the reason. A packed row passes ``limit``, the tokens that it has
         room for, with ``lengths``, the table it was packed by, which spares making documents that will not fit.
 
-        Raises ``NoUsableSampleError`` if there is none, ``ValueError`` for token ids outside the model's vocabulary.
+        Raises ``NoUsableSampleError`` if there is none, ``MachineError`` where the machine is at its end.
         """
         broken, found, too_long, replaced = broken or {}, {}, 0, ""
         for candidate in ((index + step) % len(self) for step in range(len(self))):
-            if candidate in broken:
+            if candidate in broken or candidate in self.records.bad:
                 replaced = replaced or "broken"
                 continue
             if lengths is not None and lengths[candidate] > limit:
                 continue
             try:
-                document, dropped_frames = self._build(self.records[candidate])
-            except (MediaError, RenderError) as error:
+                document, dropped_frames = self.build(candidate)
+            except BrokenSampleError as error:
                 found[candidate] = str(error)
                 replaced = replaced or "broken"
             except TooLongError:
@@ -123,53 +133,85 @@ class VilaDataset:
             else:
                 if limit is None or len(document) <= limit:
                     return Choice(candidate, document, replaced, found, dropped_frames)
-        problems = [*broken.values(), *found.values()]
+        problems = [*(self.records.bad | dict(broken) | found).values()]
         raise NoUsableSampleError(
             f"none of the {len(self)} samples can be used: {len(problems)} are broken, {too_long} do not fit "
             f"train.seq_length={self.seq_length}" + "".join(f"\n  {reason}" for reason in problems[:3]),
             found,
         )
 
+    def build(self, index: int) -> tuple[Document, int]:
+        """The document of record ``index`` itself and the number of frames left out to make it fit.
+
+        Raises ``BrokenSampleError`` or ``TooLongError`` that say why it cannot be used, and ``MachineError``.
+        """
+        try:
+            return self._build(self.records[index])
+        except (TooLongError, MachineError):
+            raise
+        except Exception as error:
+            raise BrokenSampleError(self.failures.reason(error, self.name(index))) from error
+
+    def name(self, index: int) -> str:
+        """The sample's id, or file and number of a record that cannot be read."""
+        try:
+            return self.records[index].sample_id
+        except (ValueError, OSError):
+            return self.records.name(index)
+
     def _build(self, record: Record) -> tuple[Document, int]:
         """The document of a record and the number of frames left out to make it fit."""
         segments = self.encoder.encode(record.turns)
-        chosen = [self._frame_indices(medium) for medium in record.media]
+        chosen, files = zip(*map(self._choose_frames, record.media), strict=True) if record.media else ((), ())
         is_video = [medium.is_video for medium in record.media]
         image_tokens = self.frame_tokens + len(self.data.image_separator_ids)
         frame_tokens = self.frame_tokens + len(self.data.frame_separator_ids)
         room = self.seq_length - sum(len(s.token_ids) for s in segments) - is_video.count(False) * image_tokens
         counts = [len(indices) for indices, video in zip(chosen, is_video, strict=True) if video]
-        if room < 0 or (self.data.over_long == "drop" and sum(counts) * frame_tokens > room):
-            raise TooLongError
+        if room < 0:
+            raise TooLongError(
+                f"text and images alone have {self.seq_length - room} tokens, train.seq_length={self.seq_length}"
+            )
+        if self.data.over_long == "drop" and sum(counts) * frame_tokens > room:
+            raise TooLongError(
+                f"its {self.seq_length - room + sum(counts) * frame_tokens} tokens do not fit "
+                f"train.seq_length={self.seq_length} and data.over_long=drop"
+            )
         kept = iter(share_frames(counts, room // frame_tokens))
         taken = [
-            self._thin_out(m, i, next(kept)) if m.is_video else i for m, i in zip(record.media, chosen, strict=True)
+            self._thin_out(medium, indices, next(kept), bool(names)) if medium.is_video else indices
+            for medium, indices, names in zip(record.media, chosen, files, strict=True)
         ]
+        tokens, cost = self.frame_tokens, self.frame_cost
         pictures = [
-            tuple(FrameRef(m.path, int(i), self.frame_tokens, self.frame_cost, m.is_video) for i in indices)
-            for m, indices in zip(record.media, taken, strict=True)
+            tuple(FrameRef(m.path, int(i), tokens, cost, m.is_video, names[i] if names else "") for i in indices)
+            for m, indices, names in zip(record.media, taken, files, strict=True)
         ]
         document = assemble(
             segments, pictures, self.data.image_separator_ids, self.data.frame_separator_ids, record.sample_id
         )
         if not len(document):
             raise RenderError(f"sample {record.sample_id} renders to no token")
-        self._check_vocabulary(document.token_ids, f"sample {record.sample_id}")
+        try:
+            self._check_vocabulary(document.token_ids, f"sample {record.sample_id}")
+        except ValueError as error:
+            raise RenderError(str(error)) from error
         return document, sum(map(len, chosen)) - len(document.frames)
 
-    def _frame_indices(self, medium: Media) -> np.ndarray:
+    def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The frames to take of a medium, and the files of all its frames where each has its own."""
         if medium.is_video:
-            video = self.probe(medium.path)
-            return sample_frame_indices(video, self.data.num_frames, self.data.fps, self.data.fps_rule)
+            return take_frames(medium, self.data, self.probe, self.list_folder)
         with errors_of(medium.path, "cannot be read"):
             size = os.stat(medium.path).st_size
         if not size:
             raise MediaError(medium.path, "the file is empty (0 bytes)")
-        return np.zeros(1, dtype=np.int64)
+        return np.zeros(1, dtype=np.int64), ()
 
-    def _thin_out(self, medium: Media, indices: np.ndarray, count: int) -> np.ndarray:
+    def _thin_out(self, medium: Media, indices: np.ndarray, count: int, of_pictures: bool) -> np.ndarray:
         """At most ``count`` of the frames ``indices``: evenly in time where a rate is asked for, else evenly by number."""
-        seconds = uneven_seconds(self.probe(medium.path)) if self.data.fps and count < len(indices) else None
+        in_time = self.data.fps and count < len(indices) and not of_pictures
+        seconds = uneven_seconds(self.probe(medium.path)) if in_time else None
         return thin_out(indices, count, seconds)
 
     def _check_vocabulary(self, token_ids: np.ndarray, what: str) -> None:
@@ -190,7 +232,7 @@ def share_frames(counts: Sequence[int], room: int) -> list[int]:
     if sum(counts) <= room:
         return list(counts)
     if len(counts) > room:
-        raise TooLongError
+        raise TooLongError(f"there is room for {room} frames, not for one of each of its {len(counts)} videos")
     beyond_one = np.array(counts) - 1
     exact = beyond_one * (room - len(counts)) / beyond_one.sum()
     kept = 1 + np.floor(exact).astype(np.int64)

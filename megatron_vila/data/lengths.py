@@ -43,7 +43,10 @@ def length_table(dataset: VilaDataset, cache: str, workers: int) -> np.ndarray:
 
 def _fingerprint(dataset: VilaDataset) -> str:
     settings = asdict(dataset.data)
-    for key in ("train", "eval", "media_dir", "tokenizer", "packing", "shuffle", "workers", "prefetch", "image_aspect"):
+    for key in (
+        *("train", "eval", "media_dir", "tokenizer", "packing", "shuffle", "workers", "prefetch", "image_aspect"),
+        *("bad_records", "max_broken", "ignore_fields"),
+    ):
         del settings[key]
     settings |= {
         "seq_length": dataset.seq_length,
@@ -52,8 +55,12 @@ def _fingerprint(dataset: VilaDataset) -> str:
         "rules": RULES_VERSION,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for record in dataset.records:
-        media = [(medium.path, medium.is_video, *_state(medium.path)) for medium in record.media]
+    for index in range(len(dataset)):
+        if index in dataset.records.bad:
+            digest.update(b"bad")
+            continue
+        record = dataset.records[index]
+        media = [(medium, *_state(medium.path)) for medium in record.media]
         digest.update(repr((record.sample_id, record.turns, media)).encode())
     return digest.hexdigest()
 

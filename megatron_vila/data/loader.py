@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from PIL import Image
 
-from megatron_vila.data.dataset import Choice, NoUsableSampleError, VilaDataset
+from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSampleError, TooLongError, VilaDataset
 from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.row import FrameRef, Row, pack
-from megatron_vila.data.video import MediaError, VideoReader
+from megatron_vila.data.video import VideoReader
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ class RowStats:
     """What it took to load a row.
 
     The counts of documents are the same on all ranks of a block: ``replaced_broken`` and ``replaced_too_long`` stand in for
-    another sample, ``truncated`` lost frames to fit, ``unsupervised`` train nothing, ``left_out`` had no replacement that fits
-    a packed row. ``decoded_frames``, ``decode_s`` (seconds of a thread) and ``wait_s`` (seconds that the training loop stood
-    still for this row) belong to this rank.
+    another sample, ``truncated`` lost frames to fit, ``unsupervised`` train nothing, ``left_out`` cannot be used and have no
+    replacement (in a packed row none fits; held-out samples get none). ``decoded_frames``, ``decode_s`` (seconds of a thread)
+    and ``wait_s`` (seconds that the training loop stood still for this row) belong to this rank.
     """
 
     documents: int
@@ -53,16 +53,34 @@ class RowStats:
     decode_s: float
     wait_s: float
 
+    @property
+    def drawn(self) -> int:
+        """Samples that the order of rows asked for."""
+        return self.documents + self.left_out
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample without a place in its row: ``kind`` is "broken" or "too_long", ``reason`` says what is wrong in words."""
+
+    index: int
+    kind: str
+    reason: str
+
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """Row ``number`` of the run with ``pixels`` float32 [F, 3, H, W] of the frames ``row.frames[frames]`` of this rank."""
+    """Row ``number`` of the run with ``pixels`` float32 [F, 3, H, W] of the frames ``row.frames[frames]`` of this rank.
+
+    ``row`` is None if all of its samples are ``left_out``, which only happens where bad samples are not replaced.
+    """
 
     number: int
-    row: Row
+    row: Row | None
     frames: range
     pixels: torch.Tensor
     stats: RowStats
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,7 @@ class _Attempt:
     """A row built with the broken samples known at a time, and the samples found broken on this rank while building it."""
 
     choices: tuple[Choice, ...] = ()
-    left_out: int = 0
+    left_out: tuple[LeftOut, ...] = ()
     found: dict[int, str] = field(default_factory=dict)
     row: Row | None = None
     frames: range = range(0)
@@ -81,7 +99,9 @@ class _Attempt:
     def reports(self) -> list[str]:
         """What the other ranks of the block must know, as text."""
         if self.error is not None:
-            return [json.dumps(["error", f"{type(self.error).__name__}: {self.error}"])]
+            samples = ", ".join(choice.document.sample_id for choice in self.choices)
+            told = f"{type(self.error).__name__}: {self.error}"
+            return [json.dumps(["error", f"{told} (samples of the row: {samples})" if samples else told])]
         return sorted(json.dumps(["broken", index, reason]) for index, reason in self.found.items())
 
 
@@ -94,6 +114,8 @@ class RowLoader:
     * ``agree(reports)``: the union, in one order, of the reports of all ranks of the model-parallel block. A collective: it is
       called in the thread of the caller, once per row and round, in the same order on every rank of the block.
     * ``workers`` threads decode up to ``prefetch`` rows ahead.
+    * ``replace_bad``: whether another sample takes the place of one that cannot be used, as in training. Held-out samples are
+      left out instead, each in a row of its own.
 
     What the loader gives depends on the step alone: a run resumed at any step gets the same rows.
     """
@@ -114,6 +136,7 @@ class RowLoader:
         aspect: str,
         workers: int,
         prefetch: int,
+        replace_bad: bool = True,
     ) -> None:
         if global_batch_size % dp_size:
             raise ValueError(
@@ -127,11 +150,11 @@ class RowLoader:
         self._multiples = (document_multiple, row_multiple)
         self._local_frames, self._agree = local_frames, agree
         self._image_size, self._aspect = image_size, aspect
-        self._prefetch = max(0, prefetch)
+        self._prefetch, self._replace_bad = max(0, prefetch), replace_bad
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
         self._closing = threading.Event()
         self._jobs: dict[int, tuple[list[int], Future[_Attempt]]] = {}
-        self._broken: dict[int, str] = {}
+        self._broken: dict[int, str] = dict(dataset.records.bad)
         self._warned: set[int] = set()
 
     def __enter__(self) -> RowLoader:
@@ -148,7 +171,7 @@ class RowLoader:
 
     @property
     def broken(self) -> Mapping[int, str]:
-        """The broken samples met so far by this block: record index to reason."""
+        """The bad records, and the broken samples met so far by this block: record index to reason."""
         return dict(self._broken)
 
     def rows(self, step: int) -> list[LoadedRow]:
@@ -176,9 +199,9 @@ class RowLoader:
         while reports := self._agree(attempt.reports()):
             self._learn(reports, attempt.error)
             attempt = self._attempt(slots, dict(self._broken), attempt)
-        self._warn_unsupervised(attempt.choices)
+        self._warn(attempt)
         stats = _stats(attempt, wait_s=time.perf_counter() - started_s)
-        return LoadedRow(self._number(place), attempt.row, attempt.frames, attempt.pixels, stats)
+        return LoadedRow(self._number(place), attempt.row, attempt.frames, attempt.pixels, stats, attempt.left_out)
 
     def _number(self, place: int) -> int:
         step, micro_batch = divmod(place, self._global_batch_size // self._dp_size)
@@ -192,20 +215,28 @@ class RowLoader:
             index, reason = report
             if index not in self._broken:
                 self._broken[index] = reason
-                name = self._dataset.records[index].sample_id
-                logger.warning("sample %s is broken and replaced by the next good one: %s", name, reason)
+                fate = "replaced by the next good one" if self._replace_bad else "left out"
+                logger.warning("sample %s is broken and %s: %s", self._dataset.name(index), fate, reason)
 
-    def _warn_unsupervised(self, choices: Sequence[Choice]) -> None:
-        for choice in choices:
+    def _warn(self, attempt: _Attempt) -> None:
+        """Name samples that train nothing, each once."""
+        for left in attempt.left_out if self._replace_bad else ():
+            if left.index not in self._warned:
+                self._warned.add(left.index)
+                name = self._dataset.name(left.index)
+                logger.warning("sample %s is left out, no other fits its place in a packed row: %s", name, left.reason)
+        for choice in attempt.choices:
             if not choice.supervised and choice.index not in self._warned:
                 self._warned.add(choice.index)
                 logger.warning("sample %s has no answer to learn: it trains nothing", choice.document.sample_id)
 
     def _attempt(self, slots: Sequence[int], broken: Mapping[int, str], previous: _Attempt | None = None) -> _Attempt:
         """Build the row of the samples ``slots`` and decode this rank's frames; runs in a thread. Errors are returned."""
+        choices: Sequence[Choice] = ()
         try:
-            choices, found = self._choose(slots, broken)
-            left_out = len(slots) - len(choices)
+            choices, left_out, found = self._choose(slots, broken)
+            if not choices:
+                return _Attempt((), left_out, found, pixels=self._no_pixels(0))
             if previous is not None and [c.index for c in choices] == [c.index for c in previous.choices]:
                 return replace(previous, choices=choices, left_out=left_out, found=found)
             row = pack([choice.document for choice in choices], *self._multiples)
@@ -216,23 +247,44 @@ class RowLoader:
                 choices, left_out, found | undecodable, row, frames, pixels, time.perf_counter() - started_s
             )
         except Exception as error:
-            return _Attempt(error=error)
+            return _Attempt(choices=tuple(choices), error=error)
 
-    def _choose(self, slots: Sequence[int], broken: Mapping[int, str]) -> tuple[tuple[Choice, ...], dict[int, str]]:
-        """The samples of a row and the broken ones met; a sample that nothing can replace in a packed row is left out."""
-        choices, found, lengths = [], {}, self._order.lengths
+    def _choose(
+        self, slots: Sequence[int], broken: Mapping[int, str]
+    ) -> tuple[tuple[Choice, ...], tuple[LeftOut, ...], dict[int, str]]:
+        """The samples of a row, those left out, and the broken ones met; what nothing can replace in a packed row is left out."""
+        if not self._replace_bad:
+            return self._choose_asked(slots[0], broken)
+        choices, left_out, found, lengths = [], [], {}, self._order.lengths
         for slot in slots if len(slots) > 1 else ():
             try:
                 choices.append(self._dataset.choose(slot, broken, int(lengths[slot]), lengths))
             except NoUsableSampleError as error:
                 found |= error.found
+                reason = (broken | error.found).get(slot)
+                left_out.append(LeftOut(slot, "broken" if reason else "too_long", reason or str(error)))
         if not choices:
             choices.append(self._dataset.choose(slots[0], broken))
-        return tuple(choices), found | {k: v for choice in choices for k, v in choice.found.items()}
+            left_out = [left for left in left_out if left.index != slots[0]]
+        return tuple(choices), tuple(left_out), found | {k: v for choice in choices for k, v in choice.found.items()}
+
+    def _choose_asked(
+        self, index: int, broken: Mapping[int, str]
+    ) -> tuple[tuple[Choice, ...], tuple[LeftOut, ...], dict[int, str]]:
+        """Sample ``index`` itself, or nothing."""
+        if index in broken:
+            return (), (LeftOut(index, "broken", broken[index]),), {}
+        try:
+            document, dropped_frames = self._dataset.build(index)
+        except BrokenSampleError as error:
+            return (), (LeftOut(index, "broken", str(error)),), {index: str(error)}
+        except TooLongError as error:
+            return (), (LeftOut(index, "too_long", str(error)),), {}
+        return (Choice(index, document, "", {}, dropped_frames),), (), {}
 
     def _decode(self, choices: Sequence[Choice], local: range) -> tuple[torch.Tensor, dict[int, str]]:
         """Pixels of the frames ``local`` of the row, and the samples whose frames could not be decoded."""
-        pixels = torch.zeros(len(local), 3, self._image_size, self._image_size)
+        pixels = self._no_pixels(len(local))
         undecodable, first = {}, 0
         for choice in choices:
             frames = choice.document.frames
@@ -242,19 +294,24 @@ class RowLoader:
                     self._decode_frames(
                         frames[begin - first : end - first], pixels[begin - local.start : end - local.start]
                     )
-                except MediaError as error:
-                    undecodable[choice.index] = str(error)
+                except LoaderError:
+                    raise
+                except Exception as error:
+                    undecodable[choice.index] = self._dataset.failures.reason(error, choice.document.sample_id)
             first += len(frames)
         return pixels, undecodable
+
+    def _no_pixels(self, frames: int) -> torch.Tensor:
+        return torch.zeros(frames, 3, self._image_size, self._image_size)
 
     def _decode_frames(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
         """Decode and preprocess picture by picture, so that no more than one picture of full size is held."""
         done = 0
         while done < len(frames):
-            if frames[done].is_video:
+            if frames[done].is_video and not frames[done].picture:
                 done += self._decode_video(frames[done:], out_F3HW[done:])
             else:
-                self._put(load_image(frames[done].source), out_F3HW[done])
+                self._put(load_image(frames[done].picture or frames[done].source), out_F3HW[done])
                 done += 1
 
     def _decode_video(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> int:
@@ -284,7 +341,7 @@ def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
         replaced_too_long=sum(c.replaced == "too_long" for c in choices),
         truncated=sum(c.dropped_frames > 0 for c in choices),
         unsupervised=sum(not c.supervised for c in choices),
-        left_out=attempt.left_out,
+        left_out=len(attempt.left_out),
         decoded_frames=len(attempt.frames),
         decode_s=attempt.decode_s,
         wait_s=wait_s,

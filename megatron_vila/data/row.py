@@ -27,7 +27,8 @@ class FrameRef:
     """One picture to decode: an image file, or one frame of a video.
 
     ``index`` counts the frames of a video in presentation order from 0; it is 0 for an image. ``tokens`` is the number of
-    LLM tokens the picture becomes; ``cost`` its encoding cost (patches), by which frames are dealt to ranks.
+    LLM tokens the picture becomes; ``cost`` its encoding cost (patches), by which frames are dealt to ranks. ``picture`` is the
+    frame's own file where the video is a folder or a list of pictures.
     """
 
     source: str
@@ -35,6 +36,7 @@ class FrameRef:
     tokens: int
     cost: int
     is_video: bool
+    picture: str = ""
 
 
 @dataclass(frozen=True)

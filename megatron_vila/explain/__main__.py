@@ -105,9 +105,9 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
     from transformers import AutoTokenizer
 
     from megatron_vila.data.dataset import VilaDataset
-    from megatron_vila.data.records import RecordFiles
+    from megatron_vila.data.records import open_records
 
-    records = RecordFiles(data.train, data.media_dir, data.media_format)
+    records = open_records(data, data.train)
     if index >= len(records):
         raise ConfigError(
             f"command line: sample={index} is not in data.train, which has samples 0 to {len(records) - 1}"

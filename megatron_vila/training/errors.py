@@ -13,5 +13,9 @@ class NoMemoryError(UserError, RuntimeError):
     """The GPU has too little memory for the run; the text names the part that is largest and the setting that shrinks it."""
 
 
+class TooManyBrokenError(UserError, RuntimeError):
+    """A larger share of the samples was broken than data.max_broken allows; the run is saved."""
+
+
 class NothingToLearnError(UserError, RuntimeError):
     """No step of a whole epoch held a supervised token."""

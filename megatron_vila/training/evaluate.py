@@ -1,19 +1,37 @@
-"""Exact-match accuracy on held-out samples by one sharded forward pass each: is every token of the answers the arg-max?"""
+"""Exact-match accuracy on held-out samples by one sharded forward pass each: is every token of the answers the arg-max?
+
+A held-out sample that cannot be used has no stand-in: it is left out of every number, and said to be.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron_vila.config.schema import Config
+from megatron_vila.data.loader import LoadedRow
+from megatron_vila.data.records import RecordFiles
 from megatron_vila.training.feed import chance_level, evaluation_loader
 from megatron_vila.training.step import MicroBatch, Pass, exact_matches
 
+LEFT_OUT = {
+    "broken": "broken (the log names them)",
+    "too_long": "do not fit train.seq_length",
+    "unanswered": "have no answer",
+}
+"""Why a held-out sample does not count; ``left_out_<key>`` of an evaluation says how many."""
+
 
 def evaluate(config: Config, forward: Pass) -> dict[str, float]:
-    """``accuracy``, ``loss`` (mean per supervised token), ``chance`` and ``samples`` of ``data.eval``, equal on all ranks.
+    """Numbers of ``data.eval``, equal on all ranks.
+
+    ``samples`` were tested, of which ``videos`` with frames of a video and ``truncated`` with fewer of them than
+    asked for; ``accuracy``, ``loss`` (mean per supervised token) and ``chance`` are of these samples alone and missing if there
+    are none. ``left_out_broken``, ``left_out_too_long`` and ``left_out_unanswered`` samples count in nothing,
+    ``left_out_videos`` of them have a video.
 
     Teacher-forced, like the needle test of LongVILA section 4.3: no token is generated. Collective over all ranks: the
     model's own, sums over dp and cp, a broadcast over pp.
@@ -21,32 +39,89 @@ def evaluate(config: Config, forward: Pass) -> dict[str, float]:
     topology, device = forward.topology, forward.device
     training = forward.model.training
     forward.model.eval()
-    matched, losses = (torch.zeros(2, dtype=torch.float64, device=device) for _ in range(2))
-    loader, samples = evaluation_loader(config, topology)
+    right, losses = torch.zeros(1, device=device, dtype=torch.float64), torch.zeros(2, device=device, dtype=torch.float64)
+    loader, dataset = evaluation_loader(config, topology)
+    states = torch.full((len(dataset),), _UNSEEN, dtype=torch.int64, device=device)
     with loader, torch.no_grad():
-        for step in range(math.ceil(samples / topology.grid.dp)):
-            rows = loader.rows(step)
-            reports = forward.run([MicroBatch(r.row, r.pixels) for r in rows], forward_only=True)
+        for step in range(math.ceil(len(dataset) / topology.grid.dp)):
+            (row,) = loader.rows(step)
+            # In the last step some replicas begin the held-out samples again: these do not count.
+            counted = row.number < len(dataset)
+            if counted:
+                states[row.number] = _state(row, dataset.records)
+            if row.row is None:
+                continue
+            reports = forward.run([MicroBatch(row.row, row.pixels)], forward_only=True)
             if not topology.is_last_stage:
                 continue
-            # In the last step some replicas hold samples of a second round; a broken sample's replacement is no second try.
-            counts = [row.number < samples and not row.stats.replaced_broken for row in rows]
-            for match, report, counted in zip(exact_matches(reports, topology, device), reports, counts, strict=True):
-                if counted:
-                    losses += torch.stack([report["loss_sum"].double(), losses.new_tensor(report["supervised"])])
-                if counted and match is not None:
-                    matched += matched.new_tensor([match, 1])
+            (match,) = exact_matches(reports, topology, device)
+            if counted and match is not None:
+                right += match
+                losses += torch.stack([reports[0]["loss_sum"].double(), losses.new_tensor(reports[0]["supervised"])])
+    dist.all_reduce(states, op=dist.ReduceOp.MAX, group=topology.dp)
     if topology.is_last_stage:
-        dist.all_reduce(matched, group=topology.dp)
+        dist.all_reduce(right, group=topology.dp)
         dist.all_reduce(losses, group=topology.dp_cp)
-    results = torch.cat([matched, losses])
+    results = torch.cat([right, losses])
     if topology.grid.pp > 1:
         dist.broadcast(results, group=topology.pp, group_src=topology.grid.pp - 1)
     forward.model.train(training)
-    right, counted, loss, tokens = results.tolist()
-    return {
-        "accuracy": right / max(counted, 1),
-        "chance": chance_level(config.data.eval, config.data.media_dir, config.data.media_format),
-        "loss": loss / max(tokens, 1),
-        "samples": counted,
+    return _results(results.tolist(), states.tolist(), dataset.records)
+
+
+def remarks(results: Mapping[str, float]) -> list[str]:
+    """What a reader of an evaluation's numbers must know, in sentences."""
+    lines = []
+    left_out = {why: int(results[f"left_out_{why}"]) for why in LEFT_OUT if results[f"left_out_{why}"]}
+    if left_out:
+        total = sum(left_out.values())
+        reasons = ", ".join(f"{count} {LEFT_OUT[why]}" for why, count in left_out.items())
+        lines.append(f"{total} of {total + int(results['samples'])} held-out samples are left out of all numbers: {reasons}")
+    if results["left_out_videos"] and not results["videos"]:
+        lines.append(f"no held-out video was tested: all {results['left_out_videos']} were left out")
+    if not results["samples"]:
+        lines.append("no held-out sample was tested: there is no accuracy and no loss")
+    if results["truncated"]:
+        cut = results["truncated"]
+        lines.append(f"{cut} held-out samples were tested with fewer frames than asked for, to fit train.seq_length")
+    return lines
+
+
+_UNSEEN, _TESTED, _TRUNCATED, _UNANSWERED, _TOO_LONG, _BROKEN = range(6)
+_VIDEO = 8  # added where the sample has a video
+
+
+def _state(row: LoadedRow, records: RecordFiles) -> int:
+    """What became of a held-out sample, as a number that ranks can exchange."""
+    if row.row is None:
+        (left,) = row.left_out
+        return (_BROKEN if left.kind == "broken" else _TOO_LONG) + _VIDEO * _has_video(records, left.index)
+    state = _TRUNCATED if row.stats.truncated else _TESTED
+    if not row.row.supervised_tokens:
+        state = _UNANSWERED
+    return state + _VIDEO * any(frame.is_video for frame in row.row.frames)
+
+
+def _has_video(records: RecordFiles, index: int) -> bool:
+    return index not in records.bad and any(medium.is_video for medium in records[index].media)
+
+
+def _results(sums: list[float], states: list[int], records: RecordFiles) -> dict[str, float]:
+    right, loss, tokens = sums
+    kinds = [state % _VIDEO for state in states]
+    tested = [index for index, kind in enumerate(kinds) if kind in (_TESTED, _TRUNCATED)]
+    with_video = [index for index, state in enumerate(states) if state >= _VIDEO]
+    videos = len(set(tested) & set(with_video))
+    results: dict[str, float] = {}
+    if tested:
+        chance = chance_level(records, tested)
+        results = {"accuracy": right / len(tested), "chance": chance, "loss": loss / max(tokens, 1)}
+    return results | {
+        "samples": len(tested),
+        "videos": videos,
+        "truncated": kinds.count(_TRUNCATED),
+        "left_out_broken": kinds.count(_BROKEN),
+        "left_out_too_long": kinds.count(_TOO_LONG),
+        "left_out_unanswered": kinds.count(_UNANSWERED),
+        "left_out_videos": len(with_video) - videos,
     }

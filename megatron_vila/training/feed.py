@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,30 +17,78 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.records import RecordError, RecordFiles
+from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer
 from megatron_vila.models.shard import local_frames
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.agreement import from_rank_zero
+from megatron_vila.training.report_files import Reporting, replace_file
 
 SHOWN_FILES = 4
 """most missing files that are named"""
+
+logger = logging.getLogger(__name__)
+
+BAD_RECORDS_FILE = "bad_records.txt"
+JUDGED_FROM = 500
+"""Samples from which on the share of broken ones is judged by data.max_broken."""
 
 
 def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
     """The samples of ``files`` as documents. Reads text only. Raises ``ConfigError`` that names file, place and cure."""
     try:
-        records = RecordFiles(files, config.data.media_dir, config.data.media_format)
+        records = open_records(config.data, files)
         tokenizer = load_tokenizer(config.data.tokenizer)
         return VilaDataset(records, tokenizer, config.data, config.model, config.train.seq_length)
+    except BadRecordsError as error:
+        cure = "mend them"
+        if config.data.bad_records == "stop":
+            cure += ", or leave them out with data.bad_records=skip"
+        raise ConfigError(f"{error}\n{cure}; `python -m megatron_vila.data check` lists all of them") from error
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
 
+def tell_bad_records(config: Config) -> None:
+    """Log what is wrong with the records of the run's files, in one report, and keep the whole of it in ``bad_records.txt``
+    in the output folder. Errors are left to those who open the files."""
+    bad: list[str] = []
+    for files in filter(None, (config.data.train, config.data.eval)):
+        try:
+            records = open_records(config.data, files)
+        except BadRecordsError as error:
+            bad += error.bad.values()
+        except ValueError:
+            continue
+        else:
+            bad += records.bad.values()
+            if records.bad:
+                logger.warning("%s", report_bad_records(records.bad, len(records)))
+    path = Path(config.train.output) / BAD_RECORDS_FILE
+    text = "".join(f"{reason}\n" for reason in bad)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    if bad:
+        Reporting().attempt(str(path), lambda: replace_file(path, write))
+        logger.warning("all bad records are listed in %s", path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
     """The training rows of this rank, and the rows of an epoch. With packing, rank 0 measures the samples and broadcasts
-    their lengths to all ranks, or what is wrong, which all of them raise then (``UserError``)."""
+    their lengths to all ranks, or what is wrong, which all of them raise then (``UserError``).
+
+    Raises ``ConfigError`` if so many records are bad that the run would end by data.max_broken anyway."""
     dataset = open_dataset(config, config.data.train)
+    bad, samples = len(dataset.records.bad), len(dataset)
+    if samples >= JUDGED_FROM and bad > config.data.max_broken * samples:
+        raise ConfigError(
+            f"{report_bad_records(dataset.records.bad, samples)}\nthat is more than data.max_broken={config.data.max_broken} "
+            "allows; mend them, or raise it"
+        )
     lengths = None
     if config.data.packing:
         # One rank measures for all: tables made by several could differ where their copies of the files do.
@@ -49,21 +98,20 @@ def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoad
     return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
 
 
-def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:
-    """The held-out samples, one per row in their order, and their number; a step is one row on each replica."""
+def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, VilaDataset]:
+    """The held-out samples, one per row in their order, and the data set; a step is one row on each replica. A sample that
+    cannot be used is left out."""
     dataset = open_dataset(config, config.data.eval)
     order = RowOrder(len(dataset), config.train.seed, shuffle=False)
-    return _loader(config, topology, dataset, order, topology.grid.dp), len(dataset)
+    return _loader(config, topology, dataset, order, topology.grid.dp, replace_bad=False), dataset
 
 
 def held_out_gaps(config: Config) -> str:
     """A line about files that the records of ``data.eval`` name and that are not there; empty if all are. Raises ``ConfigError``
     as ``open_dataset``. Called on one rank."""
-    try:
-        records = list(open_dataset(config, config.data.eval).records)
-    except RecordError as error:
-        raise ConfigError(str(error)) from error
-    paths = dict.fromkeys(medium.path for record in records for medium in record.media)
+    records = open_dataset(config, config.data.eval).records
+    media = [medium for record in records.good() for medium in record.media]
+    paths = dict.fromkeys(path for medium in media for path in medium.pictures or (medium.path,))
     missing = [path for path in paths if not os.path.exists(path)]
     if not missing:
         return ""
@@ -75,11 +123,11 @@ def held_out_gaps(config: Config) -> str:
     )
 
 
-def chance_level(files: Sequence[str], media_dir: str, media_format: str = "vila") -> float:
-    """Accuracy of always giving the most frequent answers of ``files``; records without an answer do not count."""
+def chance_level(records: RecordFiles, indices: Iterable[int]) -> float:
+    """Accuracy of always giving the most frequent answers of the records ``indices``; all answers of a record, taken together,
+    count as one, and records without an answer do not count."""
     answers = Counter(
-        tuple(turn.text for turn in record.turns if turn.role == "assistant")
-        for record in RecordFiles(files, media_dir, media_format)
+        tuple(turn.text for turn in records[index].turns if turn.role == "assistant") for index in indices
     )
     del answers[()]
     return max(answers.values(), default=0) / max(answers.total(), 1)
@@ -101,7 +149,14 @@ def agreement(group: dist.ProcessGroup) -> Callable[[list[str]], list[str]]:
     return agree
 
 
-def _loader(config: Config, topology: ParallelTopology, dataset: VilaDataset, order: RowOrder, batch: int) -> RowLoader:
+def _loader(
+    config: Config,
+    topology: ParallelTopology,
+    dataset: VilaDataset,
+    order: RowOrder,
+    batch: int,
+    replace_bad: bool = True,
+) -> RowLoader:
     return RowLoader(
         dataset,
         order,
@@ -116,4 +171,5 @@ def _loader(config: Config, topology: ParallelTopology, dataset: VilaDataset, or
         aspect=config.data.image_aspect,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        replace_bad=replace_bad,
     )

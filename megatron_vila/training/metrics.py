@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class StepMetrics:
     """largest memory of a rank since the start"""
     skipped: int
     """updates skipped so far"""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """what became of the samples so far, over all replicas: counts of ``RowStats`` by name"""
 
 
 class MetricsLogger:
@@ -134,7 +136,9 @@ class MetricsLogger:
         record = {f"eval_{name}": value for name, value in results.items()}
         self._write_line({"step": step} | record)
         self._write_scalars({f"eval/{name}": value for name, value in results.items()}, step)
-        self.message(f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in results.items()))
+        # That nothing was left out or cut needs no word.
+        told = {n: v for n, v in results.items() if v or not n.startswith(("left_out", "truncated"))}
+        self.message(f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in told.items()))
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -184,7 +188,8 @@ class MetricsLogger:
             "data_wait_s": sum(m.data_wait_s for m in window) / len(window),
             "step_s": seconds / len(window),
         }
-        return last | {f"lr_{part}": lr for part, lr in last.pop("lr").items()} | rates
+        rates |= {f"lr_{part}": lr for part, lr in last.pop("lr").items()} | last.pop("counts")
+        return last | rates
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"

@@ -51,6 +51,8 @@ def describe(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{record['peak_memory_gib']:.1f}GiB"),
         ("skipped", str(record["skipped"])),
     ]
+    if "replaced_broken" in record:
+        fields.append(("broken", str(record["replaced_broken"] + record["left_out"])))
     return fields
 
 

@@ -32,9 +32,9 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.agreement import from_rank_zero
 from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, read_info, save_checkpoint
 from megatron_vila.training.checkpoint_io import on_all_ranks, on_rank_zero
-from megatron_vila.training.errors import NonFiniteError, NothingToLearnError
-from megatron_vila.training.evaluate import evaluate
-from megatron_vila.training.feed import held_out_gaps, open_dataset, training_loader
+from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
+from megatron_vila.training.evaluate import evaluate, remarks
+from megatron_vila.training.feed import JUDGED_FROM, held_out_gaps, open_dataset, tell_bad_records, training_loader
 from megatron_vila.training.flops import model_flops, peak_flops
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
@@ -47,7 +47,7 @@ from megatron_vila.training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
-DATA_COUNTS = ("replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out")
+DATA_COUNTS = ("drawn", "replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out")
 """Counts of ``RowStats`` that are summed over the run and reported."""
 
 
@@ -103,8 +103,8 @@ class Trainer:
         """Train to ``train.steps``, save, evaluate; returns the run's summary on the writer rank, {} elsewhere.
 
         After a signal to any rank (``stop.py``) the step in work is finished and saved, ``stopped_by`` is set, and the method
-        returns. Raises ``NonFiniteError`` as ``train.on_nan`` says and ``NothingToLearnError`` if an epoch holds no label, on all
-        ranks at once.
+        returns. Raises ``NonFiniteError`` as ``train.on_nan`` says, ``NothingToLearnError`` if an epoch holds no label and
+        ``TooManyBrokenError`` by ``data.max_broken`` once all is saved, on all ranks at once.
         """
         train = self.config.train
         peak = _peak_of_device(self.dtype)
@@ -126,7 +126,10 @@ class Trainer:
                     metrics.message(comparison)
                 if self.stopped_by:
                     metrics.message(self._stop_line())
-                return metrics.finish({"stopped": bool(self.stopped_by), **self.counts, **results})
+                summary = metrics.finish({"stopped": bool(self.stopped_by), **self.counts, **results})
+            if not self.stopped_by:
+                self._refuse_broken(at_least=1)
+            return summary
 
     def _loop(self, metrics: MetricsLogger) -> dict[str, float]:
         """All steps that are left; returns the last evaluation, nothing if a signal ended the loop (``stopped_by``).
@@ -157,17 +160,19 @@ class Trainer:
                 skips_in_a_row = 0 if outcome.updated or not outcome.supervised else skips_in_a_row + 1
                 self._guard(outcome, skips_in_a_row, barren_rows >= rows_per_epoch, metrics)
                 finished = self.step == train.steps
-                if saving.save and (finished or self.stopped_by or _due(self.step, saving.save_every)):
+                too_broken = self._too_broken(JUDGED_FROM)
+                if saving.save and (finished or self.stopped_by or too_broken or _due(self.step, saving.save_every)):
                     self._save()
+                if too_broken and not finished:
+                    self._refuse_broken(JUDGED_FROM)
                 if data.eval and not self.stopped_by and _due(self.step, train.eval_every) and not finished:
-                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
+                    self._evaluate(metrics)
         if self.step == train.steps and not data.eval:
             self.stopped_by = 0  # the signal came with the last step: nothing is left to go on with
         if self.stopped_by or not data.eval:
             return {}
-        found = evaluate(self.config, self.forward)
-        metrics.evaluation(self.step, found)
-        return {"held_out_accuracy": found["accuracy"], "chance": found["chance"]}
+        found = self._evaluate(metrics)
+        return {"held_out_accuracy": found["accuracy"], "chance": found["chance"]} if "accuracy" in found else {}
 
     def _agreed_signal(self) -> int:
         """The signal that any rank was sent, 0 without one. A maximum over all ranks."""
@@ -180,6 +185,13 @@ class Trainer:
         if not saving.save:
             return f"stopped by {name} after step {self.step}; nothing is saved, because checkpoint.save=false"
         return f"stopped by {name} after step {self.step}; the same command goes on from there"
+
+    def _evaluate(self, metrics: MetricsLogger) -> dict[str, float]:
+        found = evaluate(self.config, self.forward)
+        metrics.evaluation(self.step, found)
+        for line in remarks(found):
+            metrics.message(line)
+        return found
 
     def _train_step(self, rows: Sequence[LoadedRow]) -> Outcome:
         """Forward, backward and update. No weight changes if the step has no label or anything is not finite."""
@@ -224,6 +236,7 @@ class Trainer:
             data_wait_s=wait_s,
             peak_memory_gib=peak_gib,
             skipped=self.skipped,
+            counts=dict(self.counts),
         )
 
     def _guard(self, outcome: Outcome, skips_in_a_row: int, barren_epoch: bool, metrics: MetricsLogger) -> None:
@@ -256,9 +269,25 @@ class Trainer:
                 f"{what}: {skips_in_a_row} updates skipped in a row, more than train.max_skips={train.max_skips}; {cure}"
             )
 
+    def _too_broken(self, at_least: int) -> bool:
+        """Whether ``data.max_broken`` is exceeded, once ``at_least`` samples were drawn; equal on all ranks."""
+        broken, drawn = self.counts["replaced_broken"] + self.counts["left_out"], self.counts["drawn"]
+        return drawn >= at_least and broken > self.config.data.max_broken * drawn
+
+    def _refuse_broken(self, at_least: int) -> None:
+        """End the run on all ranks if too many samples were broken; what was trained is saved."""
+        if not self._too_broken(at_least):
+            return
+        broken, drawn = self.counts["replaced_broken"] + self.counts["left_out"], self.counts["drawn"]
+        raise TooManyBrokenError(
+            f"{broken} of the {drawn} samples drawn in {self.step} steps were broken ({100 * broken / drawn:.1f} %), more than "
+            f"data.max_broken={self.config.data.max_broken} allows; the log names them, and `python -m megatron_vila.data check` "
+            "finds all. Every step so far counts: mend the files and go on with a higher data.max_broken, or start anew"
+        )
+
     def _resume(self, checkpoint: Path) -> None:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler)
-        self.step, self.skipped, self.counts = extra["step"], extra["skipped"], extra["counts"]
+        self.step, self.skipped, self.counts = extra["step"], extra["skipped"], self.counts | extra["counts"]
         changed = on_all_ranks(
             lambda: changes(kept_settings(extra), self.settings), f"cannot go on from {checkpoint}"
         )
@@ -290,6 +319,7 @@ class Trainer:
         path = Path(self.config.train.output) / "config.yaml"
         text = dump_config(self.config)
         Reporting().attempt(str(path), lambda: replace_file(path, lambda temporary: temporary.write_text(text)))
+        tell_bad_records(self.config)
         dataset = open_dataset(self.config, self.config.data.train)
         for line in slower_parts(self.config, attention_kernel(self.model.module.llm.decoder), self.dtype, self.device):
             self._say(line)

@@ -185,7 +185,7 @@ def test_every_number_of_the_schema_has_a_bound_or_a_rule_of_its_own():
         f"{s}.{leaf}" for table in (AT_LEAST_ONE, AT_LEAST_ZERO, ABOVE_ZERO) for s, ls in table.items() for leaf in ls
     }
     own_rule = {"model.vision.select_layer", "model.llm.head_dim"}
-    own_rule |= {"optim.beta1", "optim.beta2", "optim.offload_fraction"}
+    own_rule |= {"optim.beta1", "optim.beta2", "optim.offload_fraction", "data.max_broken"}
     own_rule |= {f"optim.{part}.lr" for part in ("vision", "projector", "llm")}
     numbers = {k.name for k in config_keys() if k.type in (int, float, int | None, float | None)}
     assert numbers == bounded | own_rule
@@ -277,7 +277,9 @@ def test_memory_settings_that_do_not_go_together_are_refused():
 
 
 @pytest.mark.parametrize("fraction", ["-0.1", "1.5"])
-def test_a_share_of_optimizer_state_that_is_none_is_refused(fraction):
+def test_a_share_that_is_none_is_refused(fraction):
+    (message,) = refused(1, f"data.max_broken={fraction}")
+    assert "is a share; use 0 (no sample may be broken) to 1" in message
     (message,) = refused(1, f"optim.offload_fraction={fraction}")
     assert "is a share of the optimizer state; use 0 (none) to 1 (all of it)" in message
 

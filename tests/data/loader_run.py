@@ -62,15 +62,15 @@ def no_other_rank(reports):
 class Data:
     """The samples of a run, read anew by every rank."""
 
-    def __init__(self, tmp_path, folder, records, packing=False, **options):
+    def __init__(self, tmp_path, folder, records, packing=False, skip_bad=False, **options):
         self.files = write_jsonl(tmp_path / "train.jsonl", records)
-        self.folder, self.packing = str(folder), packing
+        self.folder, self.packing, self.skip_bad = str(folder), packing, skip_bad
         self.options = {"num_frames": 8, **options}
         self.cache = str(tmp_path / "lengths.json")
 
     def loader(self, rank=0, ranks=1, agree=no_other_rank, *, batch=2, dp_rank=0, dp_size=1, seed=5, **more):
         dataset = VilaDataset(
-            RecordFiles([self.files], more.pop("folder", self.folder)),
+            RecordFiles([self.files], more.pop("folder", self.folder), skip_bad=self.skip_bad),
             TOKENIZER,
             DataConfig(**self.options),
             MODEL,

@@ -123,13 +123,13 @@ def write_video(path: Path, frames: int, fps: int = 8, gop: int = 4) -> Path:
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
         for index in range(frames):
-            picture = av.VideoFrame.from_ndarray(_stamp(index), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(stamp(index), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return path
 
 
-def _stamp(index: int) -> np.ndarray:
+def stamp(index: int) -> np.ndarray:
     side = SIZE // 4
     bits = np.array([index >> bit & 1 for bit in range(BITS)], dtype=np.uint8).reshape(4, 4) * 255
     return np.repeat(np.repeat(np.repeat(bits[..., None], 3, axis=2), side, axis=0), side, axis=1)

@@ -1,6 +1,9 @@
 """Documents from records: token counts, the over-long policy, replacement of bad samples, the order of rows, the length table."""
 
+import contextlib
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, share_frames
+from megatron_vila.data.failures import MachineError
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
 from megatron_vila.data.records import RecordFiles
@@ -202,6 +206,54 @@ def test_the_error_when_no_sample_is_left_tells_the_reasons(media, tmp_path):
         make(media, tmp_path, records, seq_length=64).document(0)
 
 
+def test_whatever_a_template_raises_makes_one_sample_broken_and_is_traced_once(media, tmp_path, caplog):
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = "{{ 1 % 0 if 'zero' in messages[0]['content'] else '' }}" + tokenizer.chat_template
+    records = [{"id": f"zero {n}", "conversations": conversation("zero")} for n in range(2)] + [TEXT]
+    files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", records)])
+    choice = VilaDataset(files, tokenizer, DataConfig(), MODEL, 512).choose(0)
+    assert (choice.index, choice.replaced, sorted(choice.found)) == (2, "broken", [0, 1])
+    assert choice.found[0] == "ZeroDivisionError: integer modulo by zero"
+    (told,) = [record for record in caplog.records if record.exc_info]
+    assert told.getMessage() == "sample zero 0 fails in a way that nobody foresaw:"
+
+
+def test_a_record_that_changed_since_the_start_is_broken_and_named_by_its_place(media, tmp_path):
+    dataset = make(media, tmp_path, [{"id": "first", "conversations": conversation()}, TEXT])
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    choice = dataset.choose(0)
+    assert (choice.index, dataset.name(0)) == (1, f"{path}, line 1")
+    assert f"{path}, line 1: not JSON" in choice.found[0]
+
+
+def test_bad_records_are_replaced_from_the_start_and_counted_as_broken(media, tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"id": "bad"}, TEXT, {"id": "bad too"}])
+    dataset = VilaDataset(RecordFiles([path], skip_bad=True), TOKENIZER, DataConfig(), MODEL, 512)
+    assert [(dataset.choose(i).index, dataset.choose(i).replaced) for i in range(3)] == [
+        (1, "broken"), (1, ""), (1, "broken"),
+    ]  # fmt: skip
+    assert dataset.choose(0).found == {}, "known already"
+    assert length_table(dataset, str(tmp_path / "lengths.json"), 1).tolist() == [len(dataset.document(1))] * 3
+
+
+def test_too_many_open_files_are_no_fault_of_a_sample(media, tmp_path):
+    dataset = make(media, tmp_path, [video("long.mp4"), TEXT])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(open(os.devnull))  # noqa: SIM115
+        with pytest.raises(MachineError, match="at sample .*line 1: OSError.*Too many open files"):
+            dataset.choose(0)
+    finally:
+        for file in held:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_sample_without_an_answer_is_not_supervised(media, tmp_path):
     dataset = make(media, tmp_path, [{"conversations": conversation()[:1]}, TEXT])
     assert [dataset.choose(i).supervised for i in range(2)] == [False, True]
@@ -211,7 +263,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(media, tmp_path):
     small = ModelConfig(vision=MODEL.vision, projector=MODEL.projector, llm=LanguageConfig(vocab_size=20))
     with pytest.raises(ValueError, match=r"data.frame_separator_ids holds token id 25, but model.llm.vocab_size=20"):
         make(media, tmp_path, [TEXT], model=small, frame_separator_ids=[25])
-    with pytest.raises(ValueError, match=r"sample text holds token id \d+, but model.llm.vocab_size=20"):
+    with pytest.raises(NoUsableSampleError, match=r"sample text holds token id \d+, but model.llm.vocab_size=20"):
         make(media, tmp_path, [TEXT], model=small).document(0)
 
 

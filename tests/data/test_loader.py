@@ -153,6 +153,37 @@ def test_when_every_sample_is_broken_all_ranks_end_with_the_reasons(tmp_path, fo
             assert "middle.mp4" in message and "empty.mp4" in message
 
 
+def test_an_error_that_nobody_foresaw_on_one_rank_replaces_the_sample_on_all_ranks(tmp_path, folder):
+    data = Data(tmp_path, folder, [sample("white.png"), sample("a.mp4")])
+    agreement = Agreement(2)
+
+    def run(rank):
+        with data.loader(rank, 2, lambda reports: agreement(rank, reports), batch=1, shuffle=False, prefetch=0) as loader:
+            if rank:
+                loader._dataset.probe = None  # this rank has lost what it looks at videos with
+            (row,) = loader.rows(1)
+            return row.row.sample_ids, loader.broken
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(run, range(2))
+    assert first == second == (("white.png",), {1: "TypeError: 'NoneType' object is not callable"})
+
+
+def test_held_out_samples_that_cannot_be_used_have_no_stand_in(tmp_path, folder):
+    long_text = {"id": "long", "conversations": conversation("word " * 400)}
+    bad = {"id": "bad", "conversations": conversation("\ud83d")}
+    data = Data(tmp_path, folder, [sample("middle.mp4"), long_text, bad, sample("a.mp4")], skip_bad=True)
+    rows_of_ranks = data.block(4, steps=4, batch=1, shuffle=False, replace_bad=False)
+    for rows in rows_of_ranks:
+        kinds = [[(left.index, left.kind) for left in row.left_out] for row in rows]
+        assert kinds == [[(0, "broken")], [(1, "too_long")], [(2, "broken")], []]
+        assert [row.row is None for row in rows] == [True, True, True, False]
+        assert [row.stats.drawn for row in rows] == [1] * 4
+    assert "middle.mp4: " in rows_of_ranks[0][0].left_out[0].reason
+    assert "text and images alone have" in rows_of_ranks[0][1].left_out[0].reason
+    assert "is half of a character" in rows_of_ranks[0][2].left_out[0].reason
+
+
 def test_an_unexpected_error_on_one_rank_ends_all_ranks(tmp_path, folder):
     data = Data(tmp_path, folder, GOOD)
     agreement = Agreement(2)
@@ -163,7 +194,7 @@ def test_an_unexpected_error_on_one_rank_ends_all_ranks(tmp_path, folder):
     def run(rank):
         more = {"local_frames": no_memory} if rank else {}
         with data.loader(rank, 2, lambda reports: agreement(rank, reports), **more) as loader:
-            with pytest.raises(LoaderError, match="MemoryError: out of memory") as error:
+            with pytest.raises(LoaderError, match=r"MemoryError: out of memory \(samples of the row: ") as error:
                 loader.rows(0)
             return error.value.__cause__
 

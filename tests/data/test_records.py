@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-from megatron_vila.data.records import Media, RecordError, RecordFiles, Turn
+from megatron_vila.data.fields import Media
+from megatron_vila.data.places import RecordError
+from megatron_vila.data.records import BadRecordsError, RecordFiles, Turn
 from tests.data.material import conversation, write_jsonl
 
 
@@ -93,7 +95,18 @@ GOOD = {"conversations": conversation()}
         ({"video": 3, **GOOD}, "field 'video': must be a path or a list of paths, found 3"),
         ({"images": ["a.png", ""], **GOOD}, "field 'images': must be a path"),
         ({"image": "a.png", "images": ["b.png"], **GOOD}, "field 'images': the record has 'image' as well"),
-        ({"id": ["x"], **GOOD}, "field 'id': must be text or a number"),
+        ({"id": ["x"], **GOOD}, "field 'id': must be text or a whole number, found ['x']"),
+        ({"id": 1.5, **GOOD}, "field 'id': must be text or a whole number, found 1.5"),
+        ({"id": float("nan"), **GOOD}, "field 'id': must be text or a whole number, found nan"),
+        ({"id": True, **GOOD}, "field 'id': must be text or a whole number, found True"),
+        ({"id": "\ud83d", **GOOD}, r"field 'id': \ud83d is half of a character"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "turn 1: 'from' must be one of system, human, gpt, found []"),
+        ({"conversations": ["x"]}, "turn 1: must be an object with 'from' and 'value', found 'x'"),
+        ({"conversations": {"from": "human"}}, "line 2, field 'conversations': must be a list of turns"),
+        ({"conversations": conversation("What? \ud83d")}, r"turn 1: \ud83d is half of a character"),
+        ({"video": "a\0.mp4", **GOOD}, "field 'video': the path 'a\\x00.mp4' holds a zero byte"),
+        ({"video": "\udc00.mp4", **GOOD}, r"field 'video': \udc00 is half of a character"),
+        ({"video": {"path": "a.mp4"}, **GOOD}, "field 'video': must be a path or a list of paths, found {'path': 'a.mp4'}"),
         ({"image": "a.png", "conversations": conversation("Is <image> <image>?")}, "2 markers for 1 files"),
         ({"conversations": conversation("<video>")}, "a marker stands for a file, and none is given"),
         ({"video": "a.mp4", "conversations": [{"from": "gpt", "value": "x"}]}, "no human turn to put them before"),
@@ -118,7 +131,8 @@ def test_a_bad_record_is_named_by_file_record_and_field(tmp_path, record, compla
         ("a.json", b"", "must hold one list of records"),
         ("a.json", b'{"a": 1}', "must hold one list of records"),
         ("a.json", b'[{"a": 1}, {"a" 2}]', "a.json, record 2: not JSON"),
-        ("a.json", b'[{"a": 1}, {"a": 2}', "the list breaks off"),
+        ("a.json", b'[{"a": 1}, {"a": 2}', "a.json, record 2: the list breaks off"),
+        ("a.json", b'[{"a": 1}]}, {"a": 2}]', "a.json, record 2: text follows the end of the list"),
         ("a.json", b"[\xff]", "not UTF-8"),
         ("a.txt", b"[]", "must end in .json"),
     ],
@@ -128,6 +142,62 @@ def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, name, content, c
     with pytest.raises(RecordError, match="a.") as error:
         RecordFiles([str(tmp_path / name)])
     assert complaint in str(error.value)
+
+
+HOSTILE = [
+    ("half of an emoji", '{"conversations": [{"from": "human", "value": "\\ud83d"}]}', "half of a character"),
+    ("too deep", '{"id": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ("too many digits", '{"id": ' + "9" * 5000 + "}", "Exceeds the limit"),
+    ("beyond all numbers", '{"id": 1e999, "conversations": []}', "field 'conversations'"),
+    ("a field twice", '{"id": 1, "id": 2}', "the field 'id' stands twice"),
+    ("a field twice in a turn", '{"conversations": [{"from": "human", "value": "a", "value": "b"}]}', "stands twice"),
+    ("no JSON", '{"id" 1}', "not JSON"),
+    ("control character", '{"id": "\t"}', "not JSON"),
+    ("nothing", "null", "must be a JSON object, found NoneType"),
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_every_bad_record_is_told_at_once_and_the_others_are_read(tmp_path, indent):
+    good = json.dumps({"id": "good", "conversations": conversation('Is "[" or }] in it?', "\\")}, indent=indent)
+    texts = [good, *(text for _, text, _ in HOSTILE), good]
+    (tmp_path / "a.json").write_text("[" + ",\n".join(texts) + "]")
+    files = RecordFiles([str(tmp_path / "a.json")], skip_bad=True)
+    assert len(files) == len(texts) and sorted(files.bad) == list(range(1, len(texts) - 1))
+    for number, (what, _, reason) in enumerate(HOSTILE, start=2):
+        assert f"a.json, record {number}" in files.bad[number - 1] and reason in files.bad[number - 1], what
+        assert files.name(number - 1) in files.bad[number - 1]
+    assert files[0] == files[len(texts) - 1]
+    with pytest.raises(RecordError, match="record 2"):
+        files[1]
+    with pytest.raises(BadRecordsError, match=f"{len(HOSTILE)} of {len(texts)} records cannot be used") as error:
+        RecordFiles([str(tmp_path / "a.json")])
+    assert error.value.bad == files.bad
+
+
+def test_a_lost_quotation_mark_spoils_no_record_on_another_line(tmp_path):
+    lines = ['{"id": 1, "conversations": []}', '{"id": 2", "conversations": []}', json.dumps({"id": 3, **GOOD})]
+    (tmp_path / "a.json").write_text("[\n" + ",\n".join(lines) + "\n]")
+    files = RecordFiles([str(tmp_path / "a.json")], skip_bad=True)
+    assert (len(files), sorted(files.bad), files[2].sample_id) == (3, [0, 1], "3")
+
+
+def test_the_report_shows_the_first_bad_records_and_the_number_of_the_others(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [GOOD, *[{"id": n} for n in range(12)]])
+    with pytest.raises(BadRecordsError, match=r"(?s)12 of 13 records.*line 11, field .*\n  ... and 2 more") as error:
+        RecordFiles([path])
+    assert "line 12" not in str(error.value)
+
+
+def test_a_set_without_a_good_record_is_refused_though_bad_ones_are_skipped(tmp_path):
+    with pytest.raises(BadRecordsError, match="1 of 1 records cannot be used"):
+        RecordFiles([write_jsonl(tmp_path / "a.jsonl", [{}])], skip_bad=True)
+
+
+def test_ids_may_be_whole_numbers_written_as_floats_and_empty_media_are_none(tmp_path):
+    record = {"id": 7.0, "image": "", "video": None, "images": [], **GOOD}
+    found = read_one(tmp_path, record)
+    assert (found.sample_id, found.media) == ("7", ())
 
 
 def test_a_missing_file_and_an_empty_list_of_files_are_refused(tmp_path):

@@ -188,7 +188,7 @@ def broken_alone(broken, tmp_path_factory):
 
 
 def _broken_arguments(broken, output):
-    return overrides(broken, output, "data.shuffle=false", "train.steps=2", train=["6"])
+    return overrides(broken, output, "data.shuffle=false", "train.steps=2", "data.max_broken=1", train=["6"])
 
 
 @pytest.mark.parametrize("layout", [Layout(2, ulysses=2), Layout(2), Layout(4, tp=2, pp=2)], ids=str)
@@ -216,6 +216,47 @@ def test_nothing_but_broken_videos_ends_all_ranks_with_one_message(videos, tmp_p
     path = write_jsonl(tmp_path / "broken.jsonl", records)
     arguments = overrides(videos, tmp_path / "run", f"data.train=[{path}]", f"data.packing={packing}")
     _refused(Layout(2, ulysses=2), arguments, "none of the 2 samples can be used", str(tmp_path / "0.mp4"))
+
+
+def test_bad_records_are_told_in_one_report_and_left_out_or_end_the_run_as_the_setting_says(videos, tmp_path):
+    good = json.loads((videos / "train_3.json").read_text())
+    for record in good:
+        record["video"] = str(videos / record["video"])
+    bad = [{"id": "emoji", "conversations": conversation("\ud83d")}, *[{"id": n} for n in range(12)]]
+    path = write_jsonl(tmp_path / "mixed.jsonl", [*good[:4], *bad])
+    arguments = overrides(videos, tmp_path / "run", f"data.train=[{path}]", "train.steps=2", "data.max_broken=1")
+    status, said, err = _run(Layout(2), [*arguments, "data.shuffle=false"])
+    assert (status, err) == (0, "")
+    assert said.count("13 of 17 records cannot be used:") == 1
+    assert f"{path}, line 5, field 'conversations', turn 1:" in said and "... and 3 more" in said
+    report = (tmp_path / "run/bad_records.txt").read_text().splitlines()
+    assert len(report) == 13 and all(f"{path}, line {n}, " in line for n, line in enumerate(report, start=5))
+    assert json.loads((tmp_path / "run/summary.json").read_text())["replaced_broken"] == 4
+    assert read_metrics(tmp_path / "run")[0][-1]["replaced_broken"] == 4
+    arguments = overrides(videos, tmp_path / "stop", f"data.train=[{path}]", "data.bad_records=stop")
+    _refused(Layout(2), arguments, "13 of 17 records cannot be used:", "... and 3 more", "data.bad_records=skip")
+    assert len((tmp_path / "stop/bad_records.txt").read_text().splitlines()) == 13
+
+
+def test_too_many_broken_samples_end_the_run_when_all_is_saved(videos, tmp_path):
+    records = [{"id": f"talk {i}", "conversations": conversation()} for i in range(3)]
+    missing = [{"id": f"gone {i}", "video": "gone.mp4", "conversations": conversation()} for i in range(3)]
+    path = write_jsonl(tmp_path / "mixed.jsonl", [*records, *missing])
+    run = tmp_path / "run"
+    arguments = overrides(
+        videos, run, f"data.train=[{path}]", f"data.eval=[{path}]", "data.shuffle=false", "train.global_batch_size=6",
+        "optim.schedule=constant",
+    )  # fmt: skip
+    # At the end: 6 of 12, counted over both replicas and over a resume.
+    assert _run(Layout(2), [*arguments, "train.steps=1", "data.max_broken=0.5"])[0] == 0
+    words = ("6 of the 12 samples drawn in 2 steps were broken (50.0 %)", "data.max_broken=0.4", "check")
+    _refused(Layout(2), [*arguments, "train.steps=2", "data.max_broken=0.4"], *words)
+    assert latest_checkpoint(run).name == "step-00000002" and (run / "summary.json").exists()
+    # On the way: from the 500th sample on, which is the 84th step.
+    fast = [*arguments, "train.steps=120", "data.max_broken=0.4", "checkpoint.save_every=0"]
+    _refused(Layout(2), fast, "252 of the 504 samples drawn in 84 steps were broken")
+    assert latest_checkpoint(run).name == "step-00000084"
+    assert _run(Layout(2), [*fast, "data.max_broken=1", "train.steps=85"])[0] == 0
 
 
 def _lengths(settings):
@@ -315,21 +356,15 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(videos, tmp_path):
 
 
 def test_what_only_one_replica_meets_is_told_once_and_ends_all_processes(videos, tmp_path):
-    """The second replica's first sample holds a token that the model does not know."""
-    settings = overrides(videos, tmp_path / "run")
-    dataset = open_dataset(load_config("tiny", settings), load_config("tiny", settings).data.train)
-    tokenizer = dataset.encoder.tokenizer
-    last = len(tokenizer) - 1
-    records = [{"id": "good", "conversations": conversation("a", "a")}] * 4
-    records[1] = {"id": "strange", "conversations": conversation("a", tokenizer.decode([last]))}
-    assert tokenizer.encode(tokenizer.decode([last]), add_special_tokens=False)[-1] == last
-    path = write_jsonl(tmp_path / "samples.jsonl", records)
-    status, said = launch(
-        "tiny", *settings, f"data.train=[{path}]", "data.shuffle=false", "train.global_batch_size=2",
-        f"model.llm.vocab_size={last}", processes=2,
-    )  # fmt: skip
+    """The second replica reads another file than the first one, without a good record."""
+    write_jsonl(tmp_path / "samples_0.jsonl", [{"id": "good", "conversations": conversation("a", "a")}] * 4)
+    path = write_jsonl(tmp_path / "samples_1.jsonl", [{"id": "strange"}])
+    own = tmp_path / "own.yaml"
+    own.write_text(f"include: [tiny]\ndata:\n  train: ['{tmp_path}/samples_${{oc.env:RANK}}.jsonl']\n")
+    settings = [text for text in overrides(videos, tmp_path / "run") if not text.startswith("data.train")]
+    status, said = launch(str(own), *settings, "train.global_batch_size=2", processes=2)
     assert status != 0
     assert said.count("megatron_vila: ") == 1, said
-    assert f"sample strange holds token id {last}, but model.llm.vocab_size={last}" in said
+    assert f"1 of 1 records cannot be used:\n  {path}, line 1, field 'conversations'" in said
     # The launcher shows its own traceback, the processes none.
     assert str(REPOSITORY / "megatron_vila") not in said, said

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from megatron_vila.data.records import RecordFiles
 from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.training.evaluate import remarks
 from megatron_vila.training.feed import chance_level
 from megatron_vila.training.summary import read_metrics
 from tests.data.material import conversation, write_jsonl
@@ -21,6 +23,7 @@ LAYOUTS = [
     Layout(4, tp=2, pp=2),
 ]
 STEPS = 25
+ZEROS = ("truncated", "left_out_broken", "left_out_too_long", "left_out_unanswered", "left_out_videos", "videos", "samples")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,56 @@ def test_every_layout_gives_the_accuracy_and_loss_of_one_process(learnt, tmp_pat
     assert latest_checkpoint(output).name == f"step-{STEPS:08d}"
 
 
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, pp=2)], ids=str)
+def test_only_samples_that_were_tested_count_and_the_others_are_told(learnt, videos, tmp_path, layout):
+    """The model says red: one of the two tested samples is right, and no replacement is scored in the place of the others."""
+    output, settings, _ = learnt
+    (tmp_path / "checkpoints").symlink_to(output / "checkpoints")
+    held_out = [json.loads(line) for line in (output / "held_out.jsonl").read_text().splitlines()]
+    red, blue = held_out[0], held_out[3]
+    records = [
+        {**red, "conversations": conversation("<video>\n" + "word " * 300, "red")},
+        red,
+        {**red, "video": "missing.mp4"},
+        {**red, "video": "missing.mp4"},
+        {**red, "conversations": "bad"},
+        {**red, "conversations": conversation()[:1]},
+        blue,
+    ]
+    path = write_jsonl(tmp_path / "mixed.jsonl", records)
+    pool.run(layout.world, train, [*settings, f"train.output={tmp_path}", f"data.eval=[{path}]", *layout.overrides()])
+    (found,) = read_metrics(tmp_path)[1]
+    numbers = {name.removeprefix("eval_"): value for name, value in found.items()}
+    assert (numbers["accuracy"], numbers["samples"], numbers["videos"], numbers["chance"]) == (0.5, 2, 2, 0.5)
+    left_out = {name: numbers[f"left_out_{name}"] for name in ("too_long", "broken", "unanswered", "videos")}
+    assert left_out == {"too_long": 1, "broken": 3, "unanswered": 1, "videos": 4}
+    (line,) = remarks(numbers)
+    assert "5 of 7 held-out samples are left out of all numbers: 3 broken (the log names them), 1 do not fit" in line
+    # The loss is that of the two tested samples alone.
+    path = write_jsonl(tmp_path / "two.jsonl", [red, blue])
+    pool.run(1, train, [*settings, f"train.output={tmp_path}", f"data.eval=[{path}]"])
+    assert read_metrics(tmp_path)[1][-1]["eval_loss"] == pytest.approx(numbers["loss"], rel=1e-9)
+
+
+def test_an_evaluation_in_which_nothing_could_be_tested_has_no_accuracy_and_ends_nothing(learnt, tmp_path):
+    output, settings, _ = learnt
+    (tmp_path / "checkpoints").symlink_to(output / "checkpoints")
+    missing = [{"id": str(n), "video": "no.mp4", "conversations": conversation()} for n in range(3)]
+    path = write_jsonl(tmp_path / "missing.jsonl", missing)
+    (summary,) = pool.run(1, train, [*settings, f"train.output={tmp_path}", f"data.eval=[{path}]"])
+    (found,) = read_metrics(tmp_path)[1]
+    assert "eval_accuracy" not in found and "held_out_accuracy" not in summary
+    numbers = {name.removeprefix("eval_"): value for name, value in found.items()}
+    assert (numbers["samples"], numbers["left_out_broken"], numbers["left_out_videos"]) == (0, 3, 3)
+    said = " ".join(remarks(numbers))
+    assert "no held-out video was tested: all 3 were left out" in said and "no held-out sample was tested" in said
+
+
+def test_samples_tested_with_fewer_frames_are_told():
+    (line,) = remarks(dict.fromkeys(ZEROS, 0) | {"samples": 5, "truncated": 2})
+    assert line == "2 held-out samples were tested with fewer frames than asked for, to fit train.seq_length"
+
+
 def test_chance_is_that_of_giving_the_most_frequent_answers_whatever_else_a_record_says(tmp_path):
     def record(*turns):
         return {"id": "r", "conversations": [{"from": who, "value": text} for who, text in turns]}
@@ -71,5 +124,7 @@ def test_chance_is_that_of_giving_the_most_frequent_answers_whatever_else_a_reco
         record(("human", "A colour?"), ("gpt", "blue")),
         record(("human", "Nobody answers.")),
     ]
-    assert chance_level([write_jsonl(tmp_path / "four.jsonl", records)], "") == 2 / 3
-    assert chance_level([write_jsonl(tmp_path / "none.jsonl", records[3:])], "") == 0
+    files = RecordFiles([write_jsonl(tmp_path / "four.jsonl", records)])
+    assert chance_level(files, range(4)) == 2 / 3
+    assert chance_level(files, [1, 2]) == 1 / 2, "of the samples that were tested"
+    assert chance_level(files, [3]) == 0

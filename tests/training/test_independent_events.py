@@ -32,7 +32,7 @@ ODD = [
 def test_samples_that_do_not_work_are_replaced_and_counted_also_over_a_resume(world, tmp_path, resumed_after):
     recipe, pictures = Recipe(seed=88), Pictures()
     imported = world.random("qwen2")
-    more = ("checkpoint.save_every=2", "checkpoint.keep=0")
+    more = ("checkpoint.save_every=2", "checkpoint.keep=0", "data.max_broken=1")
     settings = world.settings(recipe, pictures, world.write("odd", ODD), tmp_path / "run", *more)
     (summary,) = pool.run(1, trained, imported / "config.yaml", settings)
     if resumed_after:
@@ -58,7 +58,7 @@ def test_a_sample_that_nothing_can_replace_is_left_out_of_its_packed_row(world, 
     recipe, pictures = Recipe(seed=2), Pictures(num_frames=2)
     imported = world.random("qwen2")
     settings = world.settings(
-        recipe, pictures, world.write("wreck", records), tmp_path / "run", "data.packing=true"
+        recipe, pictures, world.write("wreck", records), tmp_path / "run", "data.packing=true", "data.max_broken=1"
     )
     (summary,) = pool.run(1, trained, imported / "config.yaml", settings)
     rows = Rows(records, world.folder, pictures, LONGEST, recipe.seed, packed=True)
@@ -120,4 +120,6 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
     wanted = evaluation(truth.model, good, ["No.", "No.", "Now", "Never"])
     assert wanted["eval_accuracy"] == 0.5
     (found,) = read_metrics(tmp_path / "run")[1]
+    wanted |= dict.fromkeys(("eval_videos", "eval_left_out_broken", "eval_left_out_videos"), 1)
+    wanted |= dict.fromkeys(("eval_truncated", "eval_left_out_too_long", "eval_left_out_unanswered"), 0)
     assert found == pytest.approx({"step": 2, **wanted}, rel=1e-8)

@@ -1,0 +1,52 @@
+"""Whose fault an error is: that of a sample, which is then broken and replaced, or the machine's, which ends the run."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import traceback
+from collections.abc import Iterator
+
+import jinja2
+
+from megatron_vila.data.chat import ChatTemplateError, RenderError
+from megatron_vila.data.media import MediaError
+from megatron_vila.data.places import RecordError
+
+logger = logging.getLogger(__name__)
+
+_FORESEEN = (MediaError, RenderError, RecordError, ChatTemplateError, jinja2.TemplateError)
+_NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
+
+
+class MachineError(RuntimeError):
+    """The machine has run out of memory or of open files while it worked at a sample: no other sample would fare better."""
+
+
+class FailureReasons:
+    """Puts errors of samples into words; the traceback of an error that nobody foresaw is logged once for each place."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[type, str, int | None]] = set()
+
+    def reason(self, error: Exception, sample: str) -> str:
+        """What is wrong with ``sample``. Raises ``MachineError`` that names it if the error is none of the sample's."""
+        for cause in _chain(error):
+            # A file can ask for more memory than there is: that is its own fault.
+            memory = isinstance(cause, MemoryError) and not isinstance(error, MediaError)
+            if memory or (isinstance(cause, OSError) and cause.errno in _NO_MORE_FILES):
+                raise MachineError(f"at sample {sample}: {type(cause).__name__}: {cause}") from error
+        if isinstance(error, _FORESEEN):
+            return str(error)
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        place = (type(error), last[0].filename if last else "", last[0].lineno if last else None)
+        if place not in self._told:
+            self._told.add(place)
+            logger.error("sample %s fails in a way that nobody foresaw:", sample, exc_info=error)
+        return f"{type(error).__name__}: {error}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,252 @@
+"""The fields of a record that name media: many spellings, clips of videos, videos given as pictures; and what looks like one.
+
+Public sets write the same thing in many ways. A field is known by its name without case, ``_`` and ``-``: ``video``, ``Videos``
+and ``video_path`` are one. A field that is not known and looks like media is refused, because a sample whose video is
+overlooked would train as text.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vila.data.places import RecordError
+
+PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+VIDEO_ENDINGS = frozenset(
+    {".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".3gp", ".ogv"}
+)
+_MEDIA_ENDINGS = PICTURE_ENDINGS | VIDEO_ENDINGS | {".gif", ".wav", ".mp3", ".flac", ".m4a", ".ogg"}
+
+_IMAGE_NAMES = frozenset({"image", "images", "imagepath", "imagepaths", "imagefile", "imagefiles"})
+_VIDEO_NAMES = frozenset({"video", "videos", "videopath", "videopaths", "videofile", "videofiles"})
+_FRAMES_NAMES = frozenset({"frames", "videoframes", "framepaths", "framefiles"})
+_CLIP_NAMES = tuple(
+    frozenset(before + word + unit for before in ("", "video", "clip") for unit in ("", "s", "sec", "seconds", "time"))
+    for word in ("start", "end")
+)
+_FPS_NAMES = frozenset({"fps", "videofps"})
+_SYSTEM_NAMES = frozenset({"system", "systemprompt", "systemmessage"})
+_TEXT_NAMES = frozenset({"id", "conversations"})
+
+_MEDIA_WORD = re.compile("video|image|frame|audio|clip|picture")
+_CLIP_WORD = re.compile("clip|start|end|begin|range|span|segment")
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image or video.
+
+    ``start_s`` and ``end_s`` cut a clip out of a video, in seconds from its first frame, both ends included. ``pictures`` are
+    the files of a video that was given as a list of pictures; ``path`` is then their folder. (A ``path`` that is a folder is
+    such a video too; its files are looked up when they are needed.) ``fps`` is the rate at which such pictures were taken.
+    """
+
+    path: str
+    is_video: bool
+    start_s: float | None = None
+    end_s: float | None = None
+    fps: float | None = None
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the fields of a record beside its conversation say."""
+
+    images: list[Media]
+    videos: list[Media]
+    system: str | None
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message: one line of limited length, whatever it is."""
+    return _SHORT.repr(value)
+
+
+def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Fields:
+    """The media and the system text of a record; relative paths start at ``media_dir``.
+
+    Raises ``RecordError`` that begins with ``where`` and names the field.
+    """
+    def take(known: frozenset[str]) -> tuple[str, Any]:
+        """Name and value of the one field of ``known`` that says anything."""
+        given = [name for name in content if _plain(name) in known and not _is_empty(content[name])]
+        if len(given) > 1:
+            raise RecordError(f"{where}, field '{given[1]}': the record has '{given[0]}' as well; keep one of the two")
+        return (given[0], content[given[0]]) if given else ("", None)
+
+    name, value = take(_IMAGE_NAMES)
+    images = [Media(path, False) for path in _image_paths(value, f"{where}, field '{name}'", media_dir)]
+    name, value = take(_VIDEO_NAMES)
+    videos = _videos(value, f"{where}, field '{name}'", media_dir)
+    name, value = take(_FRAMES_NAMES)
+    if value is not None and not isinstance(value, int | float):  # a number says how many there are
+        if videos:
+            raise RecordError(f"{where}, field '{name}': the record has a video as well; keep one of the two")
+        videos = [_frames(value, f"{where}, field '{name}'", media_dir)]
+    clips = [_seconds(*take(known), len(videos), where) for known in (*_CLIP_NAMES, _FPS_NAMES)]
+    videos = [
+        _cut(video, start_s, end_s, fps, where) for video, start_s, end_s, fps in zip(videos, *clips, strict=True)
+    ]
+    name, system = take(_SYSTEM_NAMES)
+    if system is not None and not isinstance(system, str):
+        raise RecordError(f"{where}, field '{name}': must be text, found {shown(system)}")
+    _refuse_unknown(content, where, _KNOWN)
+    return Fields(images, videos, system)
+
+
+def refuse_media(content: Mapping[str, Any], where: str) -> None:
+    """Raise ``RecordError`` for a field that looks like media, where none belongs (in a turn)."""
+    _refuse_unknown(content, where, frozenset({"from", "value"}))
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise ``RecordError`` for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise RecordError(f"{where}: {half} is half of a character (a surrogate without its other half)") from None
+
+
+_KNOWN = frozenset().union(
+    _IMAGE_NAMES, _VIDEO_NAMES, _FRAMES_NAMES, *_CLIP_NAMES, _FPS_NAMES, _SYSTEM_NAMES, _TEXT_NAMES
+)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == "" or value == []
+
+
+def _path(value: Any, where: str, media_dir: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise RecordError(f"{where}: must be a path or a list of paths, found {shown(value)}")
+    check_text(value, where)
+    if "\0" in value:
+        raise RecordError(f"{where}: the path {shown(value)} holds a zero byte")
+    return os.path.join(media_dir, value)
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _image_paths(value: Any, where: str, media_dir: str) -> list[str]:
+    if value is None:
+        return []
+    paths = [_path(v, where, media_dir) for v in (value if isinstance(value, list) else [value])]
+    for path in paths:
+        if _ending(path) in VIDEO_ENDINGS:
+            raise RecordError(f"{where}: {shown(path)} is a video by its name; give it in the field 'video'")
+    return paths
+
+
+def _videos(value: Any, where: str, media_dir: str) -> list[Media]:
+    """The videos of a field: a path (of a file, or of a folder of pictures), a list of them, or a list of pictures, which are
+    the frames of one video. A list in a list is a video of pictures too."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        value = [value]
+    are_pictures = [isinstance(v, str) and _ending(v) in PICTURE_ENDINGS for v in value]
+    if all(are_pictures):
+        return [_frames(value, where, media_dir)]
+    if any(are_pictures):
+        raise RecordError(f"{where}: pictures and videos in one list; write the pictures of one video as a list of their own")
+    return [
+        _frames(v, where, media_dir) if isinstance(v, list) else Media(_path(v, where, media_dir), True) for v in value
+    ]
+
+
+def _frames(value: Any, where: str, media_dir: str) -> Media:
+    """One video from the path of a folder, or from the list of its pictures in the order of time."""
+    if isinstance(value, str) and _ending(value) not in PICTURE_ENDINGS:
+        return Media(_path(value, where, media_dir), True)
+    pictures = tuple(_path(v, where, media_dir) for v in (value if isinstance(value, list) else [value]))
+    for path in pictures:
+        if _ending(path) not in PICTURE_ENDINGS:
+            raise RecordError(f"{where}: {shown(path)} is no picture by its name; the frames of a video must be pictures")
+    if not pictures:
+        raise RecordError(f"{where}: a video of pictures needs at least one")
+    return Media(os.path.dirname(pictures[0]), True, pictures=pictures)
+
+
+def _seconds(name: str, value: Any, videos: int, where: str) -> list[float | None]:
+    """One number for each video; a single one may stand without a list."""
+    where = f"{where}, field '{name}'"
+    if value is None:
+        return [None] * videos
+    if not videos:
+        if _plain(name) in _FPS_NAMES:
+            return []
+        raise RecordError(f"{where}: the record has no video to take a clip of")
+    values = value if isinstance(value, list) else [value]
+    if len(values) != videos:
+        raise RecordError(f"{where}: {len(values)} values for {videos} videos; give a list with one for each video")
+    for number in values:
+        if number is None:
+            continue
+        # A whole number of a thousand digits is no float, and comparing it with one raises.
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1e12:
+            raise RecordError(f"{where}: must be a number of 0 or more, found {shown(number)}")
+    return [None if number is None else float(number) for number in values]
+
+
+def _cut(video: Media, start_s: float | None, end_s: float | None, fps: float | None, where: str) -> Media:
+    if start_s is not None and end_s is not None and start_s >= end_s:
+        raise RecordError(f"{where}: the clip of {shown(video.path)} starts at {start_s:g} s and ends at {end_s:g} s")
+    if fps == 0:
+        raise RecordError(f"{where}, field 'fps': must be above 0")
+    return Media(video.path, True, start_s, end_s, fps, video.pictures)
+
+
+def _refuse_unknown(content: Mapping[str, Any], where: str, known: frozenset[str]) -> None:
+    for name, value in content.items():
+        plain = _plain(name)
+        if plain in known or _is_empty(value):
+            continue
+        file = next((text for text in _texts(value) if _ending(text) in _MEDIA_ENDINGS), None)
+        if file is not None:
+            found = f"holds the media file {shown(file)}"
+        elif _MEDIA_WORD.search(plain) and _says_media(plain, value):
+            found = f"looks like media and is not known, found {shown(value)}"
+        else:
+            continue
+        raise RecordError(
+            f"{where}, field '{name}': {found}; media belong in 'image', 'video' or 'frames' of the record, clips in "
+            f"'start' and 'end' (seconds). If it is none, list it in data.ignore_fields"
+        )
+
+
+def _says_media(plain: str, value: Any) -> bool:
+    """Whether a field with a name such as *video* can be more than a note: numbers are notes, unless they cut a clip."""
+    if isinstance(value, bool) or plain.endswith(("id", "ids", "idx", "index")):
+        return False
+    numbers = value if isinstance(value, list) else [value]
+    return not all(isinstance(number, int | float) for number in numbers) or bool(_CLIP_WORD.search(plain))
+
+
+def _texts(value: Any, depth: int = 3) -> Iterator[str]:
+    """The texts in ``value``, at most ``depth`` lists or objects deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict) and depth:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part, depth - 1)
+
+
+def whole_number(value: float) -> bool:
+    return math.isfinite(value) and value == int(value)
