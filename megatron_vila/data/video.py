@@ -141,11 +141,11 @@ class VideoReader:
         """The frames from the start of the file, each with the part that it lies in."""
         counter = PartCounter(self._stream)
         for packet in self._container.demux(self._stream):
-            if packet.size and counter.starts_part(packet) and self.info.has_pts:
+            if packet.size and counter.starts_part(packet):
                 # What the decoder still holds belongs to the part before; nothing of it may serve as a reference.
                 yield from ((counter.part - 1, frame) for frame in self._decode(None))
                 self._stream.codec_context.flush_buffers()
-            if not packet.size or counter.place >= self.info.skipped[counter.part if self.info.has_pts else 0]:
+            if not packet.size or counter.place >= self.info.skipped[counter.part]:
                 yield from ((counter.part, frame) for frame in self._decode(packet))
 
     def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:

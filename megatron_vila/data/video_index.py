@@ -36,6 +36,13 @@ JUMP_S = 10.0
 BACKWARDS_S = 1.0
 """Seconds by which time stamps run backwards at a joint that does not begin with a key frame."""
 
+COUNTED_FORMATS = ("avi", "mpeg")
+"""Containers whose presentation times are not those of the file: AVI holds none, a program stream holds some of them, and what
+FFmpeg puts in their place depends on where it begins to read."""
+
+HEAD_PACKETS = 64
+"""Packets at the start of a part without times that are decoded to see how many frames come out."""
+
 CHECKED_ENTRIES, CHECKED_PACKETS = 64, 16
 """How much of an index read here is compared with FFmpeg's: entries spread over the file, and packets at its start."""
 
@@ -142,17 +149,19 @@ def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
     indexed = sum(entry.size > 0 for entry in stream.index_entries)
     skipped = [next((place for place, stamp in enumerate(part) if stamp.key), 0) for part in parts]
     _refuse_damage(path, parts, skipped, indexed)
-    if container.format.name == "avi" or not all(map(_is_timed, parts, skipped)):
-        shown = [stamp for part in parts for stamp in part][skipped[0] :]
-        return _counted(path, stream, sum(not stamp.discarded for stamp in shown), skipped[0])
     parts = [part[first:] for part, first in zip(parts, skipped, strict=True)]
+    if container.format.name in COUNTED_FORMATS or not all(map(_is_timed, parts)):
+        return _counted(path, stream, parts, skipped)
     lost = _undecodable(path, parts, skipped)
-    shown_pts = [
-        np.unique(np.array([s.pts for i, s in enumerate(part) if not s.discarded and i not in gone], dtype=np.int64))
+    shown = [
+        np.array([s.pts for i, s in enumerate(part) if not s.discarded and i not in gone], dtype=np.int64)
         for part, gone in zip(parts, lost, strict=True)
     ]
+    times = list(map(np.unique, shown))
+    if container.format.name in BROADCAST_FORMATS and sum(map(len, times)) < sum(map(len, shown)):
+        return _counted(path, stream, parts, skipped)
     keys = [stamp.pts for part in parts for stamp in part if stamp.key]
-    return make_info(path, stream, shown_pts, keys, skipped)
+    return make_info(path, stream, times, keys, skipped)
 
 
 def make_info(
@@ -174,12 +183,22 @@ def make_info(
     return _info(path, stream, pts, key_pts, bounds, skipped, fps, has_pts=True)
 
 
-def _counted(path: str | os.PathLike, stream: av.VideoStream, frames: int, skipped: int) -> VideoInfo:
-    """The table of ``frames`` frames of a container that keeps no presentation times."""
+def _counted(
+    path: str | os.PathLike, stream: av.VideoStream, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]
+) -> VideoInfo:
+    """The table of a file whose frames are told by their number only, as the decoder gives them."""
+    lost = [0] * len(parts)
+    if stream.container.format.name != "avi":  # there a packet may hold two frames, and the next one none
+        groups = [next((i for i, s in enumerate(part) if i and s.key), len(part)) for part in parts]
+        heads = [min(group, HEAD_PACKETS) for group in groups]
+        given = _decode_heads(path, list(zip(skipped, heads, strict=True)))
+        lost = [max(0, head - len(frames)) for head, frames in zip(heads, given, strict=True)]
+    lengths = [sum(not s.discarded for s in part) - gone for part, gone in zip(parts, lost, strict=True)]
+    frames = sum(lengths)
     if not frames:
         raise MediaError(path, "the video stream holds no frame")
     pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or 1)
-    return _info(path, stream, pts, np.zeros(1, dtype=np.int64), [0, frames], [skipped], fps, has_pts=False)
+    return _info(path, stream, pts, pts[:1], np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
 
 
 def _info(
@@ -227,10 +246,10 @@ def _refuse_damage(
         raise MediaError(path, f"cut off or corrupt: {found} of {max(indexed, stamps)} frames can be read")
 
 
-def _is_timed(part: Sequence[Stamp], first: int) -> bool:
-    """Whether the packets of ``part`` from ``first`` on have a PTS, but for leading pictures right after the first."""
-    rest = [stamp.pts is not None for stamp in part[first + 1 :]]
-    return not part or (part[first].pts is not None and all(rest[rest.index(True) if True in rest else 0 :]))
+def _is_timed(part: Sequence[Stamp]) -> bool:
+    """Whether the packets of ``part`` have a PTS, but for leading pictures right after the first."""
+    rest = [stamp.pts is not None for stamp in part[1:]]
+    return not part or (part[0].pts is not None and all(rest[rest.index(True) if True in rest else 0 :]))
 
 
 def _leading(part: Sequence[Stamp]) -> list[int]:
@@ -246,16 +265,17 @@ def _undecodable(path: str | os.PathLike, parts: Sequence[Sequence[Stamp]], skip
         return [set() for _ in parts]
     counts = [places[-1] + 1 if places else 0 for places in leading]
     given = _decode_heads(path, list(zip(skipped, counts, strict=True)))
+    whole = [{pts for pts, corrupt in frames if not corrupt} - {None} for frames in given]
     return [
-        {place for place in places if part[place].pts not in whole}
-        for part, places, whole in zip(parts, leading, given, strict=True)
+        {place for place in places if part[place].pts not in known}
+        for part, places, known in zip(parts, leading, whole, strict=True)
     ]
 
 
-def _decode_heads(path: str | os.PathLike, heads: Sequence[tuple[int, int]]) -> list[set[int]]:
-    """PTS of the whole frames that come out of the first packets of each part; ``heads`` are (packets to skip, packets)."""
+def _decode_heads(path: str | os.PathLike, heads: Sequence[tuple[int, int]]) -> list[list[tuple[int | None, bool]]]:
+    """(PTS, is corrupt) of the frames of the first packets of each part; ``heads`` are (packets to skip, packets)."""
     container, stream = open_video(path)
-    given: list[set[int]] = [set() for _ in heads]
+    given: list[list[tuple[int | None, bool]]] = [[] for _ in heads]
     left, counter, decoder = sum(count > 0 for _, count in heads), PartCounter(stream), stream.codec_context
     with container:
         for packet in container.demux(stream):
@@ -269,7 +289,7 @@ def _decode_heads(path: str | os.PathLike, heads: Sequence[tuple[int, int]]) -> 
                     frames += decoder.decode(None)
                     decoder.flush_buffers()
                     left -= 1
-                given[counter.part].update(f.pts for f in frames if f.pts is not None and not f.is_corrupt)
+                given[counter.part] += [(frame.pts, frame.is_corrupt) for frame in frames]
                 if not left:
                     break
     return given

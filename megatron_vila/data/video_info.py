@@ -19,7 +19,7 @@ class VideoInfo:
     [P + 1] are the places in ``pts`` where the parts begin, and N; ``skipped`` int64 [P] are the packets of each part before its
     first key frame, which are not decoded. ``fps`` is the mean rate, in frames per second, and
     ``duration_s = num_frames / fps``. ``width`` and ``height`` are pixels as stored, before the rotation that the file may ask
-    for. ``has_pts`` is false where the container keeps no presentation times (AVI): ``pts`` then counts frames, and decoding
+    for. ``has_pts`` is false where the container keeps no or not all presentation times: ``pts`` then counts frames, and decoding
     goes through the file from its start.
     """
 

@@ -1,5 +1,6 @@
 """Videos joined byte by byte, or cut out of longer ones without encoding: each frame that can be shown, in order."""
 
+import itertools
 from pathlib import Path
 
 import av
@@ -50,6 +51,18 @@ def test_time_stamps_that_jump_do_not_change_rate_and_frames(tmp_path, begins_s)
     info = probe_video(path)
     assert info.num_frames == 100 and info.fps == pytest.approx(24)
     assert numbers(path, [0, 30, 59, 60, 80, 99], info) == [0, 30, 59, 60, 80, 99]
+
+
+@pytest.mark.parametrize("suffix", ["mpg", "vob"])
+@pytest.mark.parametrize(
+    "settings", [MPEG2, {"codec": "mpeg1video", "b_frames": 2}, {}], ids=["MPEG-2", "MPEG-1", "H.264"]
+)
+def test_each_index_of_a_program_stream_gives_its_own_frame(tmp_path, settings, suffix):
+    path = write(tmp_path / f"v.{suffix}", 100, gop=12, **settings)
+    info = probe_video(path)
+    assert info.num_frames == 100 and info.fps == pytest.approx(24)
+    for wanted in ([0], [50], [99], [13, 47, 48, 80]):
+        assert numbers(path, wanted, info) == wanted
 
 
 def test_time_stamps_that_wrap_at_33_bits_go_on(tmp_path):
@@ -103,8 +116,9 @@ OPEN = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
-@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*itertools.product(OPEN, ["mkv", "mp4"]), ("MPEG-2", "vob"), ("MPEG-2", "ts")]
+)
 def test_pictures_at_the_start_that_cannot_be_decoded_are_no_frames(tmp_path, name, suffix):
     settings, gop = OPEN[name]
     whole = write(tmp_path / f"whole.{suffix}", 72, gop=gop, **settings)

@@ -250,7 +250,7 @@ SKIPPED = {
     "H.264 with a pyramid": ("mkv", {"params": "b-pyramid=normal:b-adapt=0"}),
     "H.264 without marks of reordering": ("ts", {"params": "b-pyramid=none"}),
     "MPEG-4": ("mp4", {"codec": "mpeg4", "b_frames": 2}),
-    "MPEG-2": ("vob", {"codec": "mpeg2video", "b_frames": 2}),
+    "MPEG-2": ("ts", {"codec": "mpeg2video", "b_frames": 2}),
     "HEVC": ("mp4", {"codec": "libx265", "params": "bframes=3"}),
 }
 
