@@ -38,7 +38,8 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
-        # pre-release: pinned here, because pip takes one only when asked for it by its exact version
+        # pre-release: pinned here, because pip takes one only when asked for it by its exact version; the constraints files pin
+        # what it brings
         "gpu": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels>=0.6.5"],
         "te": ["transformer-engine[pytorch]>=2.13"],
     },

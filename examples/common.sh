@@ -7,10 +7,12 @@
 #   1. the active virtual environment (VIRTUAL_ENV) or conda environment (CONDA_PREFIX, not its "base");
 #   2. a container's Python that has its own torch (NVIDIA's PyTorch images), or torch and megatron.core;
 #   3. .venv in the repository, made with Python 3.11 or later.
-# In 1 and 2 what is installed already stays; only what is missing is added. A second call finds its mark and is instant; an
-# installation that was interrupted leaves no mark and is taken up again.
+# In 1 and 2 what is installed already stays; only what is missing is added. Where nothing is missing nothing is installed, and the
+# package is used from this checkout. A second call finds its mark and is instant; an installation that was interrupted leaves no
+# mark and is taken up again.
 #
-# WITH_GPU=1 or 0: install the GPU packages too (default: if nvidia-smi finds a GPU).
+# WITH_GPU=1 or 0: ask for the GPU packages too (default: if nvidia-smi finds a GPU).
+# EXTRAS: further extras of setup.py that must be there, such as test (installed they are in any case).
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -73,9 +75,24 @@ make_venv() {
   fi
 }
 
+usable_gpus() { # how many GPUs torch can use; asks it only where there are any
+  local count
+  count=$(gpu_count)
+  if ((count > 0)); then
+    count=$("$PYTHON" -W ignore -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+  fi
+  echo "$count"
+}
+
+is_complete() { # whether the environment holds all that is asked for
+  local wanted=(${EXTRAS:-})
+  ((!WITH_GPU)) || wanted+=(gpu)
+  "$PYTHON" "$REPO/tools/environment.py" missing "${wanted[@]}" >/dev/null
+}
+
 install_package() { # CONSTRAINTS: install with these pins
-  "$PYTHON" -m pip install -qq --no-compile -c "$1" -e "${REPO}[test]" || return 1
-  if ((WITH_GPU)) && ! "$PYTHON" -m pip install -qq --no-compile -c "$1" -e "${REPO}[test,gpu]"; then
+  "$PYTHON" "$REPO/tools/environment.py" install "$1" test || return 1
+  if ((WITH_GPU)) && ! "$PYTHON" "$REPO/tools/environment.py" install "$1" test,gpu; then
     echo "note: flash-attn-4 could not be installed; attention runs on cuDNN or torch's FlashAttention-2 instead."
   fi
 }
@@ -101,24 +118,28 @@ set_up() {
   if "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
     pins=$REPO/constraints-py312.txt
   fi
+  if ((!own_venv)) && is_complete; then
+    export PYTHON PATH="${PYTHON%/*}:$PATH" PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    return
+  fi
   prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
   mark=$prefix/.megatron_vila-installed
   stamp="$REPO gpu=$WITH_GPU $(cat "$REPO/setup.py" "$REPO/pyproject.toml" "$pins" | cksum)"
   if [[ ! -e $mark || $(<"$mark") != "$stamp" ]]; then
-    say "installing megatron_vila into $prefix (some minutes the first time)"
+    say "installing megatron_vila into $prefix (the first time: two minutes or more, most of it for torch)"
     rm -f "$mark"
     if ((own_venv)); then
       touch "$prefix/.installing"
       install_package "$pins" || fail "the installation failed; see pip's message above."
     else
       merged=$(mktemp)
-      "$PYTHON" "$REPO/tools/environment_constraints.py" "$pins" >"$merged"
+      "$PYTHON" "$REPO/tools/environment.py" pins "$pins" >"$merged"
       install_package "$merged" ||
         fail "the installation into the active environment failed; see pip's message above. What is installed there was to" \
           "stay: update the packages that pip names, or deactivate the environment to let this script make .venv."
       rm -f "$merged"
     fi
-    "$PYTHON" -W ignore -c 'import torch, megatron.core, transformers, av, megatron_vila' ||
+    "$PYTHON" "$REPO/tools/environment.py" check ||
       fail "the installation into $prefix is not usable; see the message above."
     printf '%s\n' "$stamp" >"$mark"
     rm -f "$prefix/.installing"

@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_vila import exit_codes, platform
+from megatron_vila import exit_codes
+from megatron_vila.busy import CurrentStdout, busy
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
@@ -33,16 +34,24 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     # Other packages' warnings concern their developers; ours go through logging.
     warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|transformers|cutlass|nvidia_cutlass_dsl)\b")
-    platform.prepare()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[CurrentStdout()])
     logging.getLogger("megatron_vila").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    # Imported late: Megatron-Core must find the platform prepared.
-    from megatron_vila.training import failures
+    with _busy("starting: torch, Megatron-Core and transformers"):
+        from megatron_vila import platform
+
+        platform.prepare()
+        # Imported late: Megatron-Core must find the platform prepared.
+        from megatron_vila.training import failures
 
     try:
         return _run(options, rank)
     except BaseException as error:
         return failures.report(error)
+
+
+def _busy(text: str) -> contextlib.AbstractContextManager:
+    """Shows ``text`` while the block takes long; nothing but on rank 0."""
+    return busy(text) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext()
 
 
 def _run(options: argparse.Namespace, rank: int) -> int:
@@ -51,6 +60,7 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     import torch
     import torch.distributed as dist
 
+    from megatron_vila import platform
     from megatron_vila.config.load import load_config
     from megatron_vila.config.validate import validate
     from megatron_vila.training.errors import NoMemoryError
@@ -75,9 +85,10 @@ def _run(options: argparse.Namespace, rank: int) -> int:
 
 
 def _train(config: Config, stop: StopRequest) -> int:
-    from megatron_vila.training.trainer import Trainer
+    with _busy("starting: the model and its weights"):
+        from megatron_vila.training.trainer import Trainer
 
-    trainer = Trainer(config, stop)
+        trainer = Trainer(config, stop)
     if trainer.topology.block_cpu.rank() == 0:
         # Each replica names the broken samples that it meets.
         level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests; arguments go to pytest: bash tests/run.sh -k reshard
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
+EXTRAS=test source "$(dirname "${BASH_SOURCE[0]}")/../examples/common.sh"
 
 cd "$REPO"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -156,34 +156,36 @@ def test_installed_packages_keep_their_version_and_missing_ones_are_pinned(tmp_p
     pins = tmp_path / "pins.txt"
     pins.write_text("# a comment\nnumpy==0.0.1\nnot-installed-anywhere==1.2.3\n")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/environment_constraints.py"), str(pins)],
+        [sys.executable, str(ROOT / "tools/environment.py"), "pins", str(pins)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.split() == [f"numpy=={numpy.__version__}", "not-installed-anywhere==1.2.3"]
 
 
 def set_up(home, **environment):
-    """Sources a copy of common.sh in ``home`` with an environment that records pip's calls."""
+    """Sources a copy of common.sh in ``home``: in the environments of these tests installations are recorded, not carried out."""
     (home / "examples").mkdir(parents=True, exist_ok=True)
     (home / "tools").mkdir(exist_ok=True)
-    for name in ("examples/common.sh", "tools/environment_constraints.py", "setup.py", "pyproject.toml"):
+    for name in ("examples/common.sh", "tools/environment.py", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, home / name)
     for name in ("constraints.txt", "constraints-py312.txt"):
         shutil.copy(ROOT / name, home / name)
     return subprocess.run(
-        ["bash", "-c", f'set -euo pipefail; source {home}/examples/common.sh; echo "python=$PYTHON"; command -v python'],
+        ["bash", "-c", f'set -euo pipefail; source {home}/examples/common.sh; echo "python=$PYTHON"; command -v python; '
+         'echo "path=${PYTHONPATH:-}"'],
         env={"PATH": os.environ["PATH"], "HOME": str(home)} | environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
-def recording_environment(folder, home, pip_status=0):
-    """A virtual environment whose Python notes pip's arguments and otherwise is this one."""
+def recording_environment(folder, home, pip_status=0, complete=False):
+    """A virtual environment whose Python notes what is to be installed and otherwise is this one. ``complete``: lacks nothing."""
     (folder / "bin").mkdir(parents=True)
     program = folder / "bin/python"
     answers = {
         "-m pip --version": ":",
-        "-m pip install": f'echo "$*" >> {home}/pip; exit {pip_status}',
-        "import torch, megatron.core": ":",
+        "environment.py missing": f"exit {0 if complete else 1}",
+        "environment.py install": f'echo "$*" >> {home}/pip; exit {pip_status}',
+        "environment.py check": ":",
         "sys.prefix": f"echo {folder}",
     }
     cases = "".join(f'*"{part}"*) {answer} ;;\n' for part, answer in answers.items())
@@ -200,6 +202,14 @@ def test_the_active_environment_is_used_and_installed_into_once(tmp_path):
     assert "installing" in first.stdout and "installing" not in second.stdout
     assert len((tmp_path / "pip").read_text().splitlines()) == 1
     assert not (tmp_path / ".venv").exists()
+
+
+def test_into_an_environment_that_lacks_nothing_nothing_is_installed(tmp_path):
+    active = recording_environment(tmp_path / "env", tmp_path, complete=True)
+    done = set_up(tmp_path, PYTHONPATH="/somewhere", **active)
+    assert done.returncode == 0, done.stderr
+    assert f"path={tmp_path}:/somewhere\n" in done.stdout
+    assert "installing" not in done.stdout and not (tmp_path / "pip").exists()
 
 
 def test_changed_requirements_are_installed_again(tmp_path):

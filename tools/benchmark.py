@@ -27,9 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vila.benchmark.max_length import search
-from megatron_vila.benchmark.table import plot_table, write_table
-from megatron_vila.benchmark.worker import launch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 TRIAL = ("config", "overrides", "lengths", "video", "supervised", "short_warmup", "partial", "without_attention")
 SETTINGS = {
@@ -49,6 +47,11 @@ ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORC
 
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
+    # Imported late: --help needs no torch.
+    from megatron_vila.benchmark.max_length import search
+    from megatron_vila.benchmark.table import plot_table, write_table
+    from megatron_vila.benchmark.worker import launch
+
     # As Ctrl-C does, so that the job is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     environment = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]

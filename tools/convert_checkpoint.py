@@ -13,23 +13,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vila import platform
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from megatron_vila.busy import CurrentStdout, busy
 from megatron_vila.checkpoint.token_order import ORDERS
 
 
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
-    platform.prepare()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[CurrentStdout()])
     logging.getLogger("megatron_vila").setLevel(logging.INFO)
-    # Imported late: Megatron-Core must find the platform prepared.
-    from megatron_vila.checkpoint.errors import ConversionError
+    with busy(options.doing):
+        # Imported late: --help needs no torch.
+        from megatron_vila import platform
 
-    try:
-        return options.run(options)
-    except ConversionError as error:
-        print(error, file=sys.stderr)
-        return 2
+        platform.prepare()
+        # Imported late: Megatron-Core must find the platform prepared.
+        from megatron_vila.checkpoint.errors import ConversionError
+
+        try:
+            return options.run(options)
+        except ConversionError as error:
+            print(error, file=sys.stderr)
+            return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--token-order", choices=ORDERS, help="order of mlp_downsample's tokens, where it cannot be told"
     )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a converted model")
-    command.set_defaults(run=_import)
+    command.set_defaults(run=_import, doing="importing")
 
     command = commands.add_parser("export", help="distributed checkpoint to a Hugging Face folder")
     command.add_argument("checkpoint", type=Path, help="folder of a run, of one of its steps, or of an import")
@@ -59,12 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", action="store_true", help="write the LoRA alone, as a PEFT adapter")
     command.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the run's data.tokenizer)")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a converted model")
-    command.set_defaults(run=_export)
+    command.set_defaults(run=_export, doing="exporting")
 
     command = commands.add_parser("verify", help="compare two models bit by bit; exit status 1 if they differ")
     command.add_argument("a", type=Path, help="Hugging Face folder or distributed checkpoint")
     command.add_argument("b", type=Path, help="Hugging Face folder or distributed checkpoint")
-    command.set_defaults(run=_verify)
+    command.set_defaults(run=_verify, doing="comparing")
     return parser
 
 

@@ -6,10 +6,13 @@ Example: python tools/make_synthetic_videos.py data/synthetic --frames 1 4 16 32
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from megatron_vila.busy import busy, counted
 from megatron_vila.data.synthetic import ANSWERS, corpus, write_synthetic_set
-from megatron_vila.data.tokenizer import train_tokenizer
 
 
 def main() -> None:
@@ -31,21 +34,28 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=512, help="largest vocabulary of the tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
     args = parser.parse_args()
+    total = (len(args.frames) + args.images) * (args.train + args.eval)
     try:
-        written = write_synthetic_set(
-            args.out,
-            args.frames,
-            args.train,
-            args.eval,
-            kinds=args.kinds,
-            images=args.images,
-            size=args.size,
-            fps=args.fps,
-            hold=args.hold,
-            codec=args.codec,
-            seed=args.seed,
-        )
-        tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size)
+        with counted("videos and pictures" if args.images else "videos", total) as on_sample:
+            written = write_synthetic_set(
+                args.out,
+                args.frames,
+                args.train,
+                args.eval,
+                kinds=args.kinds,
+                images=args.images,
+                size=args.size,
+                fps=args.fps,
+                hold=args.hold,
+                codec=args.codec,
+                seed=args.seed,
+                on_sample=on_sample,
+            )
+        with busy("a tokenizer for the questions"):
+            # Imported late: --help needs no transformers.
+            from megatron_vila.data.tokenizer import train_tokenizer
+
+            tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size)
     except ValueError as error:
         parser.error(str(error))
     for path in written:

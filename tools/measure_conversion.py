@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_vila import platform
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 
 def main() -> None:
@@ -112,6 +112,8 @@ def _in_a_process(step: Callable[..., None], *arguments: object) -> tuple[float,
 
 
 def _measured(pipe: Connection, step: Callable[..., None], *arguments: object) -> None:
+    from megatron_vila import platform
+
     platform.prepare()
     import megatron_vila.checkpoint.importer  # noqa: F401
 

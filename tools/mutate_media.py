@@ -26,6 +26,8 @@ import av
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
 from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.media import MediaError
 from megatron_vila.data.sampling import sample_frame_indices

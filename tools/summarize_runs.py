@@ -4,12 +4,14 @@ python tools/summarize_runs.py runs/quickstart runs/quickstart/stage_1 runs/quic
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
 from megatron_vila.errors import UserError
-from megatron_vila.training.plots import plot_runs
 from megatron_vila.training.summary import SUMMARY_FILE, combine, print_summary, write_json
 
 
@@ -27,6 +29,9 @@ def main() -> None:
         summary = combine(args.runs, args.wall_s)
     except UserError as error:
         parser.error(str(error))
+    # Imported late: --help needs no matplotlib.
+    from megatron_vila.training.plots import plot_runs
+
     write_json(args.out / SUMMARY_FILE, summary)
     plot_runs(args.runs, args.out / "loss.png", labels)
     print_summary(summary, labels, Console())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -111,7 +112,12 @@ def launch(
         command += ["-m", "megatron_vila.benchmark.worker", kind, json.dumps(settings), str(rows_file)]
         end_s = time.monotonic() + timeout_s
         with output_file.open("w") as output, rows_file.open() as lines:
-            job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            # The ranks take the package from where this process has it.
+            place = str(Path(__file__).resolve().parents[2])
+            path = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH")]))
+            job = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path}
+            )
             try:
                 running = True
                 while running and time.monotonic() < end_s:

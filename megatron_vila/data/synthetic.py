@@ -11,8 +11,11 @@ Legend: T frames of a clip, H = W side in pixels, n steps of a video.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -75,6 +78,7 @@ def write_synthetic_set(
     hold: int = 1,
     codec: str = "libx264",
     seed: int = 0,
+    on_sample: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Write videos and LLaVA-format questions, and return the paths of the JSON files.
 
@@ -83,7 +87,7 @@ def write_synthetic_set(
     with single pictures: ``train_image.json``, ``eval_image.json``, ``images/*.png``. Each sample has its own video, so the two
     splits share none. ``kinds`` are the kinds of questions, taken in turn. ``size`` is the side in pixels, ``fps`` frames per
     second of the file, ``hold`` frames per step. Each record also says in which frame of the file the needle begins
-    (``needle_frame``). The same arguments give the same files.
+    (``needle_frame``). The same arguments give the same files. ``on_sample`` is called after each sample.
 
     Raises ``ValueError`` for arguments that cannot be drawn.
     """
@@ -103,19 +107,14 @@ def write_synthetic_set(
         for split, count in (("train", train), ("eval", evaluation)):
             if not count:
                 continue
-            plan_rng = np.random.default_rng([seed, steps, split == "eval"])
-            records = []
-            for index, (kind, answer) in enumerate(_plan(count, kinds, plan_rng)):
-                rng = np.random.default_rng([seed, steps, split == "eval", index])
-                needle = _draw_needle(kind, answer, max(steps, 1), rng)
-                frames = render(max(steps, 1), size, needle, hold if steps else 1, rng)
-                path = f"videos/{split}_{steps}_{index:05d}.mp4" if steps else f"images/{split}_{index:05d}.png"
-                (out / path).parent.mkdir(parents=True, exist_ok=True)
-                if steps:
-                    write_video(out / path, frames, size, fps, codec)
-                else:
-                    Image.fromarray(next(frames)[0]).save(out / path)
-                records.append(_record(path, kind, answer, needle.step * hold if steps else None, rng))
+            (out / ("videos" if steps else "images")).mkdir(parents=True, exist_ok=True)
+            write = partial(_write_sample, out, split, steps, size, fps, hold, codec, seed)
+            plan, records = _plan(count, kinds, np.random.default_rng([seed, steps, split == "eval"])), []
+            # The encoder and numpy leave the interpreter to other threads meanwhile.
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
+                for record in threads.map(write, range(count), *zip(*plan, strict=True)):
+                    records.append(record)
+                    on_sample()
             written.append(out / f"{split}_{steps or 'image'}.json")
             written[-1].write_text(json.dumps(records, indent=1) + "\n")
     return written
@@ -195,6 +194,21 @@ def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: i
             for picture in clip:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+
+
+def _write_sample(
+    out: Path, split: str, steps: int, size: int, fps: int, hold: int, codec: str, seed: int, index: int, kind: str, answer: str
+) -> dict:
+    """Write the picture (``steps`` = 0) or video of one sample; returns its record. What is random follows from the arguments."""
+    rng = np.random.default_rng([seed, steps, split == "eval", index])
+    needle = _draw_needle(kind, answer, max(steps, 1), rng)
+    frames = render(max(steps, 1), size, needle, hold if steps else 1, rng)
+    path = f"videos/{split}_{steps}_{index:05d}.mp4" if steps else f"images/{split}_{index:05d}.png"
+    if steps:
+        write_video(out / path, frames, size, fps, codec)
+    else:
+        Image.fromarray(next(frames)[0]).save(out / path)
+    return _record(path, kind, answer, needle.step * hold if steps else None, rng)
 
 
 def _plan(count: int, kinds: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:

@@ -325,10 +325,14 @@ def test_the_command_finds_the_longest_row_and_leaves_a_table_and_a_plot(tmp_pat
     out = tmp_path / "max_length.csv"
     arguments = ["max-length", "tiny", "memory.recompute=attention_output", "--gpus", "1", "--start", "64", "--unit", "64"]
     arguments += ["--most", "64", "--supervised", "8", "--video", "--partial", "1", "--without-attention", "--out", str(out)]
-    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    # Tool and ranks take the package from the checkout, wherever they are started and whatever is installed.
+    (tmp_path / "installed/megatron_vila").mkdir(parents=True)
+    (tmp_path / "installed/megatron_vila/__init__.py").write_text("raise ImportError('not this checkout')\n")
+    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(
-        [sys.executable, "tools/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
+        [sys.executable, str(ROOT / "tools/benchmark.py"), *arguments],
+        cwd=tmp_path, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader(out.open())
     command = "python tools/benchmark.py max-length tiny memory.recompute=attention_output --gpus 1 "
