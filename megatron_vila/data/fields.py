@@ -74,6 +74,7 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
 
     Raises ``RecordError`` that begins with ``where`` and names the field.
     """
+
     def take(known: frozenset[str]) -> tuple[str, Any]:
         """Name and value of the one field of ``known`` that says anything."""
         given = [name for name in content if _plain(name) in known and not _is_empty(content[name])]
@@ -165,7 +166,9 @@ def _videos(value: Any, where: str, media_dir: str) -> list[Media]:
     if all(are_pictures):
         return [_frames(value, where, media_dir)]
     if any(are_pictures):
-        raise RecordError(f"{where}: pictures and videos in one list; write the pictures of one video as a list of their own")
+        raise RecordError(
+            f"{where}: pictures and videos in one list; write the pictures of one video as a list of their own"
+        )
     return [
         _frames(v, where, media_dir) if isinstance(v, list) else Media(_path(v, where, media_dir), True) for v in value
     ]
@@ -178,7 +181,9 @@ def _frames(value: Any, where: str, media_dir: str) -> Media:
     pictures = tuple(_path(v, where, media_dir) for v in (value if isinstance(value, list) else [value]))
     for path in pictures:
         if _ending(path) not in PICTURE_ENDINGS:
-            raise RecordError(f"{where}: {shown(path)} is no picture by its name; the frames of a video must be pictures")
+            raise RecordError(
+                f"{where}: {shown(path)} is no picture by its name; the frames of a video must be pictures"
+            )
     if not pictures:
         raise RecordError(f"{where}: a video of pictures needs at least one")
     return Media(os.path.dirname(pictures[0]), True, pictures=pictures)

@@ -159,7 +159,9 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str, medi
     turns = _turns(content.get("conversations"), f"{where}, field 'conversations'")
     if fields.system is not None:
         if turns[0].role == "system":
-            raise RecordError(f"{where}, field 'system': the conversation begins with a system turn; keep one of the two")
+            raise RecordError(
+                f"{where}, field 'system': the conversation begins with a system turn; keep one of the two"
+            )
         check_text(fields.system, f"{where}, field 'system'")
         turns = (Turn("system", fields.system), *turns)
     turns, media = _place_media(turns, fields.images, fields.videos, media_format, f"{where}, field 'conversations'")

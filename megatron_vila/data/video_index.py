@@ -36,9 +36,9 @@ JUMP_S = 10.0
 BACKWARDS_S = 1.0
 """Seconds by which time stamps run backwards at a joint that does not begin with a key frame."""
 
-COUNTED_FORMATS = ("avi", "mpeg")
-"""Containers whose presentation times are not those of the file: AVI holds none, a program stream holds some of them, and what
-FFmpeg puts in their place depends on where it begins to read."""
+COUNTED_FORMATS = ("avi", "asf", "mpeg")
+"""Containers whose presentation times are not those of the file: AVI and asf hold none, a program stream holds some of them, and
+what FFmpeg puts in their place depends on where it begins to read."""
 
 HEAD_PACKETS = 64
 """Packets at the start of a part without times that are decoded to see how many frames come out."""
@@ -197,8 +197,15 @@ def _counted(
     frames = sum(lengths)
     if not frames:
         raise MediaError(path, "the video stream holds no frame")
-    pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or 1)
+    pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or _rate_of(parts) / stream.time_base or 1)
     return _info(path, stream, pts, pts[:1], np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
+
+
+def _rate_of(parts: Sequence[Sequence[Stamp]]) -> Fraction:
+    """Packets per unit of the time base, as far as they have times; 0 if that tells nothing."""
+    known = [[stamp.pts for stamp in part if stamp.pts is not None] for part in parts]
+    span = sum(max(times) - min(times) for times in known if times)
+    return Fraction(sum(len(times) - 1 for times in known if times), span) if span else Fraction(0)
 
 
 def _info(

@@ -53,14 +53,14 @@ def test_time_stamps_that_jump_do_not_change_rate_and_frames(tmp_path, begins_s)
     assert numbers(path, [0, 30, 59, 60, 80, 99], info) == [0, 30, 59, 60, 80, 99]
 
 
-@pytest.mark.parametrize("suffix", ["mpg", "vob"])
+@pytest.mark.parametrize("suffix", ["mpg", "vob", "wmv"])
 @pytest.mark.parametrize(
     "settings", [MPEG2, {"codec": "mpeg1video", "b_frames": 2}, {}], ids=["MPEG-2", "MPEG-1", "H.264"]
 )
-def test_each_index_of_a_program_stream_gives_its_own_frame(tmp_path, settings, suffix):
+def test_each_index_of_a_container_without_all_times_gives_its_own_frame(tmp_path, settings, suffix):
     path = write(tmp_path / f"v.{suffix}", 100, gop=12, **settings)
     info = probe_video(path)
-    assert info.num_frames == 100 and info.fps == pytest.approx(24)
+    assert info.num_frames == 100 and info.fps == pytest.approx(24, rel=0.05)
     for wanted in ([0], [50], [99], [13, 47, 48, 80]):
         assert numbers(path, wanted, info) == wanted
 
