@@ -29,8 +29,8 @@ SMALLEST_FILE = 2**22
 WAIT_S = 120.0
 """Seconds that a process waits for another one to make a table, before it makes it itself."""
 
-_ARRAYS = ("pts", "key_pts", "parts", "skipped")
-_FORMAT = 1
+_ARRAYS = ("pts", "key_pts", "key_parts", "key_places", "parts", "skipped")
+_FORMAT = 2
 
 
 def cached(path: str | os.PathLike, make: Callable[[], VideoInfo]) -> VideoInfo:

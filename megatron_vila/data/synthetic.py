@@ -197,7 +197,17 @@ def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: i
 
 
 def _write_sample(
-    out: Path, split: str, steps: int, size: int, fps: int, hold: int, codec: str, seed: int, index: int, kind: str, answer: str
+    out: Path,
+    split: str,
+    steps: int,
+    size: int,
+    fps: int,
+    hold: int,
+    codec: str,
+    seed: int,
+    index: int,
+    kind: str,
+    answer: str,
 ) -> dict:
     """Write the picture (``steps`` = 0) or video of one sample; returns its record. What is random follows from the arguments."""
     rng = np.random.default_rng([seed, steps, split == "eval", index])

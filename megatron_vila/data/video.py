@@ -2,8 +2,8 @@
 
 ``probe_video`` makes the table of the frames (``video_index``). ``decode_video_frames`` seeks to the key frame before the first
 wanted frame and goes forward; it seeks again only if a key frame lies between what has been read and the next wanted frame,
-because a seek per frame decodes the same group of pictures again and again. A video that was joined from several is read from
-its start.
+because a seek per frame decodes the same group of pictures again and again. A file that was joined from several is entered by
+byte, if it is a transport stream, or read from its start.
 
 Legend: N frames of the file, n wanted frames.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -58,8 +58,7 @@ class VideoReader:
 
     def __init__(self, info: VideoInfo, wanted: Sequence[int] | None = None) -> None:
         self.info = info
-        by_time = info.has_pts and len(info.skipped) == 1
-        self._wanted = {int(info.pts[i]) for i in wanted} if wanted is not None and by_time else None
+        self._wanted = {int(info.pts[i]) for i in wanted} if wanted is not None and info.has_pts else None
         self.frames_decoded = 0
         self.seeks = 0
         # One converter for all frames: VideoFrame.to_image builds tables and starts threads for each.
@@ -87,24 +86,32 @@ class VideoReader:
         if not self.info.has_pts:
             return next((frame for place, (_, frame) in self._counted if place == index), None)
         part, target = int(np.searchsorted(self.info.parts, index, side="right")) - 1, int(self.info.pts[index])
-        # A time names one place only in a file of one part: a joined file is read from its start.
-        return self._seek_to(target) if len(self.info.skipped) == 1 else self._forward_to(part, target)
-
-    def _seek_to(self, target: int) -> av.VideoFrame | None:
-        key = int(self.info.key_pts[max(0, np.searchsorted(self.info.key_pts, target, side="right") - 1)])
-        plain = self._wanted is None
-        if key > self._read_key:
-            self._seek(key, target)
-            plain = False
-        frame = self._forward_to(0, target)
-        if not plain and (frame is None or frame.is_corrupt):
+        sought = self._enter(part, target)
+        frame = self._forward_to(part, target)
+        if (frame is None or frame.is_corrupt) and (sought or self._wanted is not None):
             # Some streams mark pictures as keys that need earlier ones (gradual refresh), and some do not say how far a decoder
             # must reorder, so that leaving out frames misleads it: only the start and every frame are safe.
             self._wanted = None
             self._container.close()
             self._open()
-            frame = self._forward_to(0, target)
+            frame = self._forward_to(part, target)
         return frame
+
+    def _enter(self, part: int, target: int) -> bool:
+        """Go to the key frame before ``target`` if it lies ahead; whether that was done."""
+        first, last = np.searchsorted(self.info.key_parts, (part, part + 1))
+        if first == last:
+            return False
+        before = np.searchsorted(self.info.key_pts[first:last], target, side="right") - 1
+        place = int(first + max(0, before))
+        key = int(self.info.key_pts[place])
+        if (part, key) <= self._read_key:
+            return False
+        if len(self.info.skipped) == 1:
+            self._seek(key, target)
+            return True
+        # A time names one place only in a file of one part.
+        return self.info.key_places[place] >= 0 and self._seek_to_byte(part, key, int(self.info.key_places[place]))
 
     def _forward_to(self, part: int, target: int) -> av.VideoFrame | None:
         for lies_in, frame in self._frames:
@@ -117,8 +124,8 @@ class VideoReader:
     def _open(self) -> None:
         self._container, self._stream = open_video(self.info.path)
         self._leaves_out = self._wanted is not None and _marks_references(self._stream.codec_context)
-        self._read_key = int(self.info.key_pts[0])
-        self._frames = self._decode_parts()
+        self._read_key = (int(self.info.key_parts[0]), int(self.info.key_pts[0]))
+        self._frames = self._decode_parts(self._container.demux(self._stream), PartCounter(self._stream))
         self._counted = enumerate(self._frames)
 
     def _seek(self, key: int, target: int) -> None:
@@ -131,26 +138,41 @@ class VideoReader:
             first = next((p for p in packets if p.is_keyframe and p.pts is not None), None)
             # Containers that seek by decoding time may land behind the key frame: then its group would lack a reference.
             if first is not None and first.pts <= key:
-                self._read_key = first.pts
-                self._frames = ((0, f) for p in itertools.chain([first], packets) for f in self._decode(p))
+                self._read_key = (0, first.pts)
+                self._frames = ((0, f) for p in itertools.chain([first], packets) for f in self._decode(p, 0))
                 return
         self._container.close()
         self._open()
 
-    def _decode_parts(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """The frames from the start of the file, each with the part that it lies in."""
-        counter = PartCounter(self._stream)
-        for packet in self._container.demux(self._stream):
+    def _seek_to_byte(self, part: int, key: int, place: int) -> bool:
+        """Stand on the key frame ``key`` of ``part``, which begins at byte ``place``; whether it was found there."""
+        self.seeks += 1
+        self._container.seek(place, unsupported_byte_offset=True, stream=self._stream)
+        packets = self._container.demux(self._stream)
+        first = next((p for p in packets if p.is_keyframe), None)
+        found = first is not None and first.pts == key and first.pos == place
+        if found:
+            self._read_key = (part, key)
+            counter = PartCounter(self._stream, part, int(self.info.skipped[part]))
+            self._frames = self._decode_parts(itertools.chain([first], packets), counter)
+        else:
+            self._container.close()
+            self._open()
+        return found
+
+    def _decode_parts(self, packets: Iterable[av.Packet], counter: PartCounter) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The frames of ``packets``, each with the part that it lies in."""
+        for packet in packets:
             if packet.size and counter.starts_part(packet):
                 # What the decoder still holds belongs to the part before; nothing of it may serve as a reference.
-                yield from ((counter.part - 1, frame) for frame in self._decode(None))
+                yield from ((counter.part - 1, frame) for frame in self._decode(None, counter.part - 1))
                 self._stream.codec_context.flush_buffers()
             if not packet.size or counter.place >= self.info.skipped[counter.part]:
-                yield from ((counter.part, frame) for frame in self._decode(packet))
+                yield from ((counter.part, frame) for frame in self._decode(packet, counter.part))
 
-    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+    def _decode(self, packet: av.Packet | None, part: int) -> list[av.VideoFrame]:
         if packet is not None and packet.is_keyframe and packet.pts is not None:
-            self._read_key = max(self._read_key, packet.pts)
+            self._read_key = max(self._read_key, (part, packet.pts))
         if self._leaves_out:
             needed = self._wanted is None or packet is None or packet.pts is None or packet.pts in self._wanted
             self._stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"

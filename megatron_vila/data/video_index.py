@@ -48,9 +48,10 @@ CHECKED_ENTRIES, CHECKED_PACKETS = 64, 16
 
 
 class Stamp(NamedTuple):
-    """What is kept of a packet: its time in units of the stream's time base, and its marks."""
+    """What is kept of a packet: its time in units of the stream's time base, its place in the file in bytes, and its marks."""
 
     pts: int | None
+    place: int | None
     key: bool
     discarded: bool
     corrupt: bool
@@ -59,11 +60,12 @@ class Stamp(NamedTuple):
 class PartCounter:
     """Tells in which part of a joined stream a packet lies; packets are shown to it in the order of the file.
 
-    ``part`` is the part of the last packet, ``place`` its place in that part, both from 0.
+    ``part`` is the part of the last packet, ``place`` its place in that part, both from 0. Reading may begin before packet
+    ``place`` of a later ``part``.
     """
 
-    def __init__(self, stream: av.VideoStream) -> None:
-        self.part, self.place = 0, -1
+    def __init__(self, stream: av.VideoStream, part: int = 0, place: int = 0) -> None:
+        self.part, self.place = part, place - 1
         self._second = 1 / stream.time_base
         self._jumps = stream.container.format.name in BROADCAST_FORMATS
         self._last: int | None = None
@@ -113,7 +115,7 @@ def from_index(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo | N
     first_group = table.pts[: keys[1] if len(keys) > 1 else None]
     if (first_group < table.pts[0]).any():
         return None  # leading pictures
-    return make_info(path, stream, [np.unique(table.pts)], table.pts[keys], [0])
+    return make_info(path, stream, [np.unique(table.pts)], [(0, int(pts), -1) for pts in table.pts[keys]], [0])
 
 
 def _agrees(table: SampleTable, stream: av.VideoStream) -> bool:
@@ -145,7 +147,7 @@ def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
             if counter.starts_part(packet):
                 parts.append([])
             # Stamps, not packets: a film's packets would fill the memory.
-            parts[-1].append(Stamp(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+            parts[-1].append(Stamp(packet.pts, packet.pos, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
     indexed = sum(entry.size > 0 for entry in stream.index_entries)
     skipped = [next((place for place, stamp in enumerate(part) if stamp.key), 0) for part in parts]
     _refuse_damage(path, parts, skipped, indexed)
@@ -160,7 +162,14 @@ def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
     times = list(map(np.unique, shown))
     if container.format.name in BROADCAST_FORMATS and sum(map(len, times)) < sum(map(len, shown)):
         return _counted(path, stream, parts, skipped)
-    keys = [stamp.pts for part in parts for stamp in part if stamp.key]
+    # Only transport streams can be entered at any byte.
+    by_place = container.format.name == "mpegts"
+    keys = [
+        (number, stamp.pts, stamp.place if by_place and stamp.place is not None else -1)
+        for number, part in enumerate(parts)
+        for stamp in part
+        if stamp.key
+    ]
     return make_info(path, stream, times, keys, skipped)
 
 
@@ -168,10 +177,10 @@ def make_info(
     path: str | os.PathLike,
     stream: av.VideoStream,
     parts: Sequence[np.ndarray],
-    keys: Sequence[int] | np.ndarray,
+    keys: Sequence[tuple[int, int, int]],
     skipped: Sequence[int],
 ) -> VideoInfo:
-    """The table of the frames ``parts`` (ascending int64 PTS of each part) with key frames at ``keys``."""
+    """The table of the frames ``parts`` (ascending int64 PTS of each part) with the key frames ``keys`` (part, PTS, place)."""
     pts, bounds = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
     if not len(pts):
         raise MediaError(path, "the video stream holds no frame")
@@ -179,8 +188,8 @@ def make_info(
     gaps, span_s = len(pts) - len(spans), float(sum(map(int, spans)) * stream.time_base)
     fps = gaps / span_s if span_s > 0 else float(stream.average_rate or 1)
     # A stream refreshed bit by bit may mark no key frame at all.
-    key_pts = np.unique(np.array(keys if len(keys) else [pts[0]], dtype=np.int64))
-    return _info(path, stream, pts, key_pts, bounds, skipped, fps, has_pts=True)
+    key_table = np.unique(np.array(keys or [(0, pts[0], -1)], dtype=np.int64), axis=0)
+    return _info(path, stream, pts, key_table, bounds, skipped, fps, has_pts=True)
 
 
 def _counted(
@@ -198,7 +207,7 @@ def _counted(
     if not frames:
         raise MediaError(path, "the video stream holds no frame")
     pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or _rate_of(parts) / stream.time_base or 1)
-    return _info(path, stream, pts, pts[:1], np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
+    return _info(path, stream, pts, np.array([[0, 0, -1]]), np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
 
 
 def _rate_of(parts: Sequence[Sequence[Stamp]]) -> Fraction:
@@ -212,7 +221,7 @@ def _info(
     path: str | os.PathLike,
     stream: av.VideoStream,
     pts: np.ndarray,
-    key_pts: np.ndarray,
+    keys: np.ndarray,
     parts: Sequence[int] | np.ndarray,
     skipped: Sequence[int],
     fps: float,
@@ -227,8 +236,10 @@ def _info(
         height=stream.codec_context.height,
         time_base=stream.time_base,
         pts=pts,
-        key_pts=key_pts,
+        key_pts=keys[:, 1],
         has_pts=has_pts,
+        key_parts=keys[:, 0],
+        key_places=keys[:, 2],
         parts=np.array(parts, dtype=np.int64),
         skipped=np.array(skipped, dtype=np.int64),
     )

@@ -15,7 +15,8 @@ import numpy as np
 class VideoInfo:
     """The frame table of a video and its size.
 
-    ``pts`` int64 [N], ascending within a part, and ``key_pts`` int64 [K] ascending count ``time_base`` seconds. ``parts`` int64
+    ``pts`` int64 [N] and ``key_pts`` int64 [K], ascending within a part, count ``time_base`` seconds. ``key_parts`` int64 [K] are
+    the parts of the key frames, ``key_places`` int64 [K] the bytes of the file where they begin (-1: not known). ``parts`` int64
     [P + 1] are the places in ``pts`` where the parts begin, and N; ``skipped`` int64 [P] are the packets of each part before its
     first key frame, which are not decoded. ``fps`` is the mean rate, in frames per second, and
     ``duration_s = num_frames / fps``. ``width`` and ``height`` are pixels as stored, before the rotation that the file may ask
@@ -33,6 +34,8 @@ class VideoInfo:
     pts: np.ndarray
     key_pts: np.ndarray
     has_pts: bool
+    key_parts: np.ndarray
+    key_places: np.ndarray
     parts: np.ndarray
     skipped: np.ndarray
 

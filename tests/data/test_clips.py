@@ -92,7 +92,9 @@ def test_the_rate_of_pictures_serves_clips_and_sampling(folder):
 @pytest.mark.parametrize("video", ["clip", [f"clip/f{n}.png" for n in range(12)]], ids=["folder", "list"])
 def test_the_frames_of_a_video_made_of_pictures_are_decoded(tmp_path, folder, video):
     record = {"id": "pictures", "video": video, "conversations": conversation("<video> What?")}
-    data = Data(tmp_path, folder, [record, {**record, "id": "clip", "video": "a.mp4", "start": 1, "end": 2}], num_frames=4)
+    data = Data(
+        tmp_path, folder, [record, {**record, "id": "clip", "video": "a.mp4", "start": 1, "end": 2}], num_frames=4
+    )
     with data.loader(batch=2, shuffle=False) as loader:
         first, second = loader.rows(0)
     assert read_stamps(first.pixels) == [f.index for f in first.row.frames] == [0, 4, 7, 11]
@@ -101,7 +103,10 @@ def test_the_frames_of_a_video_made_of_pictures_are_decoded(tmp_path, folder, vi
 
 
 def test_a_picture_that_is_missing_makes_its_sample_broken(tmp_path, folder):
-    records = [{"id": "gap", "video": ["clip/f0.png", "clip/gone.png"], **TALK}, {"id": "good", "video": "clip", **TALK}]
+    records = [
+        {"id": "gap", "video": ["clip/f0.png", "clip/gone.png"], **TALK},
+        {"id": "good", "video": "clip", **TALK},
+    ]
     with Data(tmp_path, folder, records).loader(batch=1, shuffle=False) as loader:
         (row,) = loader.rows(0)
     assert row.row.sample_ids == ("good",) and np.isfinite(row.pixels).all()

@@ -23,7 +23,18 @@ def refused(**fields):
 
 @pytest.mark.parametrize(
     "name",
-    ["video", "videos", "Video", "VIDEOS", "video_path", "video-path", "videoPath", "video_paths", "video_file", "videoFiles"],
+    [
+        "video",
+        "videos",
+        "Video",
+        "VIDEOS",
+        "video_path",
+        "video-path",
+        "videoPath",
+        "video_paths",
+        "video_file",
+        "videoFiles",
+    ],
 )
 @pytest.mark.parametrize("value", ["a.mp4", ["a.mp4"]])
 def test_every_usual_spelling_of_a_video_is_read(name, value):
@@ -40,7 +51,9 @@ def test_one_thing_said_by_two_fields_is_refused_but_an_empty_one_says_nothing()
     assert "field 'videos': the record has 'video' as well" in refused(video="a.mp4", videos=["a.mp4"])
     assert "field 'Video': the record has 'video' as well" in refused(video="a.mp4", Video="b.mp4")
     assert "the record has a video as well" in refused(video="a.mp4", frames=["0.png"])
-    assert read(video="a.mp4", videos=[], image="", images=None, start=None, system="").media == (Media("/m/a.mp4", True),)
+    assert read(video="a.mp4", videos=[], image="", images=None, start=None, system="").media == (
+        Media("/m/a.mp4", True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +103,9 @@ def test_pictures_in_a_list_are_the_frames_of_one_video_in_their_order():
     assert read(frames=["f/10.jpg", "f/9.PNG"], fps=2).media == (one,)
     assert read(video=[["f/10.jpg", "f/9.PNG"]], fps=[2]).media == (one,)
     assert read(video="f/10.jpg").media == (Media("/m/f", True, pictures=("/m/f/10.jpg",)),)
-    assert read(video="f", frames=32).media == read(frames="f").media == (Media("/m/f", True),), "a folder; 32 is a note"
+    assert read(video="f", frames=32).media == read(frames="f").media == (Media("/m/f", True),), (
+        "a folder; 32 is a note"
+    )
     both = read(video=[["f/1.jpg"], "b.mp4"]).media
     assert both == (Media("/m/f", True, pictures=("/m/f/1.jpg",)), Media("/m/b.mp4", True))
     assert "pictures and videos in one list" in refused(video=["f/1.jpg", "b.mp4"])
@@ -110,7 +125,9 @@ def test_a_system_text_beside_the_conversation_is_its_first_turn():
         assert read(**{name: "Be brief."}).turns[0] == Turn("system", "Be brief.")
     assert "field 'system': must be text, found 3" in refused(system=3)
     with pytest.raises(RecordError, match="field 'system': the conversation begins with a system turn"):
-        parse_record({"system": "a", "conversations": [{"from": "system", "value": "b"}, *conversation()]}, "x", "1", "")
+        parse_record(
+            {"system": "a", "conversations": [{"from": "system", "value": "b"}, *conversation()]}, "x", "1", ""
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_vila.data import media
-from megatron_vila.data.video import MediaError, decode_video_frames, probe_video
-from tests.data.stamped import numbers, write
+from megatron_vila.data.video import MediaError, VideoReader, decode_video_frames, probe_video
+from tests.data.stamped import number_of, numbers, write
 
 MPEG2 = {"codec": "mpeg2video", "b_frames": 2}
 JOINED = {
@@ -51,6 +51,16 @@ def test_time_stamps_that_jump_do_not_change_rate_and_frames(tmp_path, begins_s)
     info = probe_video(path)
     assert info.num_frames == 100 and info.fps == pytest.approx(24)
     assert numbers(path, [0, 30, 59, 60, 80, 99], info) == [0, 30, 59, 60, 80, 99]
+
+
+@pytest.mark.parametrize("begins_s", [(0, 0), (3600, 0), (0, 3600)])
+def test_a_joined_transport_stream_is_entered_at_its_key_frames(tmp_path, begins_s):
+    path = join(tmp_path / "joined", *parts(tmp_path, "ts", {}, begins_s, frames=(100, 150)))
+    info = probe_video(path)
+    for wanted in ([30], [99], [100], [130], [249], [50, 51, 120, 240], [99, 100]):
+        with VideoReader(info) as reader:
+            assert [number_of(reader.frame(i)) for i in wanted] == wanted
+            assert reader.frames_decoded <= 40 * len(wanted)
 
 
 @pytest.mark.parametrize("suffix", ["mpg", "vob", "wmv"])

@@ -158,7 +158,9 @@ def test_an_error_that_nobody_foresaw_on_one_rank_replaces_the_sample_on_all_ran
     agreement = Agreement(2)
 
     def run(rank):
-        with data.loader(rank, 2, lambda reports: agreement(rank, reports), batch=1, shuffle=False, prefetch=0) as loader:
+        with data.loader(
+            rank, 2, lambda reports: agreement(rank, reports), batch=1, shuffle=False, prefetch=0
+        ) as loader:
             if rank:
                 loader._dataset.probe = None  # this rank has lost what it looks at videos with
             (row,) = loader.rows(1)

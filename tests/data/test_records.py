@@ -106,7 +106,10 @@ GOOD = {"conversations": conversation()}
         ({"conversations": conversation("What? \ud83d")}, r"turn 1: \ud83d is half of a character"),
         ({"video": "a\0.mp4", **GOOD}, "field 'video': the path 'a\\x00.mp4' holds a zero byte"),
         ({"video": "\udc00.mp4", **GOOD}, r"field 'video': \udc00 is half of a character"),
-        ({"video": {"path": "a.mp4"}, **GOOD}, "field 'video': must be a path or a list of paths, found {'path': 'a.mp4'}"),
+        (
+            {"video": {"path": "a.mp4"}, **GOOD},
+            "field 'video': must be a path or a list of paths, found {'path': 'a.mp4'}",
+        ),
         ({"image": "a.png", "conversations": conversation("Is <image> <image>?")}, "2 markers for 1 files"),
         ({"conversations": conversation("<video>")}, "a marker stands for a file, and none is given"),
         ({"video": "a.mp4", "conversations": [{"from": "gpt", "value": "x"}]}, "no human turn to put them before"),

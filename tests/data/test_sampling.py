@@ -57,19 +57,22 @@ def timed(seconds, per_second=90000) -> VideoInfo:
     """A table of frames at ``seconds``."""
     pts = np.round(np.asarray(seconds) * per_second).astype(np.int64)
     fps = (len(pts) - 1) / (pts[-1] - pts[0]) * per_second
+    none = np.zeros(1, dtype=np.int64)
     return VideoInfo(
-        "v",
-        len(pts),
-        fps,
-        len(pts) / fps,
-        64,
-        64,
-        Fraction(1, per_second),
-        pts,
-        pts[:1],
-        True,
-        np.array([0, len(pts)]),
-        np.zeros(1),
+        path="v",
+        num_frames=len(pts),
+        fps=fps,
+        duration_s=len(pts) / fps,
+        width=64,
+        height=64,
+        time_base=Fraction(1, per_second),
+        pts=pts,
+        key_pts=pts[:1],
+        has_pts=True,
+        key_parts=none,
+        key_places=none,
+        parts=np.array([0, len(pts)]),
+        skipped=none,
     )
 
 

@@ -44,7 +44,7 @@ def indexed(path):
 def assert_equal(one, other):
     for name in ("num_frames", "fps", "duration_s", "width", "height", "time_base", "has_pts"):
         assert getattr(one, name) == getattr(other, name), name
-    for name in ("pts", "key_pts", "parts", "skipped"):
+    for name in ("pts", "key_pts", "key_parts", "key_places", "parts", "skipped"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
