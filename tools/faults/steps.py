@@ -12,6 +12,7 @@ TRAINER = "megatron_vila/training/trainer.py"
 OPTIMIZER = "megatron_vila/training/optimizer.py"
 CHECKPOINT = "megatron_vila/training/checkpoint.py"
 EVALUATE = "megatron_vila/training/evaluate.py"
+FEED = "megatron_vila/training/feed.py"
 FLOPS = "megatron_vila/training/flops.py"
 
 FAULTS = [
@@ -138,14 +139,14 @@ FAULTS = [
     Fault(
         "skipped updates are not counted over a resume",
         TRAINER,
-        'extra["step"], extra["skipped"], extra["counts"]',
-        'extra["step"], 0, extra["counts"]',
+        'extra["step"], extra["skipped"], self.counts | extra["counts"]',
+        'extra["step"], 0, self.counts | extra["counts"]',
         SKIPPED_RESUMED,
     ),
     Fault(
         "counts are not kept over a resume",
         TRAINER,
-        'extra["step"], extra["skipped"], extra["counts"]',
+        'extra["step"], extra["skipped"], self.counts | extra["counts"]',
         'extra["step"], extra["skipped"], self.counts',
         RESUMED,
     ),
@@ -179,9 +180,9 @@ FAULTS = [
     ),
     Fault(
         "a broken held-out sample is judged by its replacement",
-        EVALUATE,
-        " and not row.stats.replaced_broken",
-        "",
+        FEED,
+        "topology.grid.dp, replace_bad=False), dataset",
+        "topology.grid.dp, replace_bad=True), dataset",
         EVALUATION,
     ),
     Fault(

@@ -1,0 +1,146 @@
+"""Reads all samples of some files as the trainer would, and says which of them it could not use, and why.
+
+Samples go through the loader that training has, each alone: the record is parsed, its text rendered, its frames are chosen and
+decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_vila.config.schema import Config
+from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.loader import LoadedRow, RowLoader
+from megatron_vila.data.order import RowOrder
+from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records
+from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
+
+PIXELS = 14
+"""Side of the pictures that decoded frames are scaled to: they are only looked at by the decoder."""
+
+KINDS = ("bad_record", "missing", "broken", "too_long")
+"""Why a sample cannot be used: its record breaks the format, a file is not there, something else fails, it does not fit."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sample that cannot be used: ``place`` is its file and number, ``kind`` one of ``KINDS``."""
+
+    place: str
+    sample_id: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What was found so far. ``tokens`` and ``longest`` (tokens of the longest sample) stay None where no tokenizer is known."""
+
+    files: list[str]
+    samples: int
+    checked: int = 0
+    frames: int = 0
+    tokens: int | None = None
+    longest: int | None = None
+    truncated: int = 0
+    unanswered: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def usable(self) -> int:
+        return self.checked - len(self.problems)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The problems by kind."""
+        found = Counter(problem.kind for problem in self.problems)
+        return {kind: found[kind] for kind in KINDS}
+
+
+def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report]:
+    """The same report after each sample of ``files``, first with nothing checked; ``threads`` read at once.
+
+    Without ``data.tokenizer`` texts are rendered with a tokenizer of single bytes and nothing is said of lengths. Raises
+    ``RecordError`` for a file that holds no list of records, ``ValueError`` or ``FileNotFoundError`` for settings.
+    """
+    data = replace(config.data, bad_records="skip")
+    try:
+        records = open_records(data, files)
+    except BadRecordsError as error:
+        yield _nothing_good(files, error)
+        return
+    dataset = _dataset(replace(config, data=data), records)
+    report = Report(list(files), len(records))
+    if data.tokenizer:
+        report.tokens = report.longest = 0
+    yield report
+    with _loader(dataset, data.image_aspect, threads) as loader:
+        for index in range(len(dataset)):
+            (row,) = loader.rows(index)
+            _add(report, row, dataset, index)
+            yield report
+
+
+def _nothing_good(files: Sequence[str], error: BadRecordsError) -> Report:
+    problems = [_bad_record(reason) for reason in error.bad.values()]
+    return Report(list(files), len(problems), len(problems), problems=problems)
+
+
+def _bad_record(reason: str) -> Problem:
+    return Problem("", "", "bad_record", reason)
+
+
+def _dataset(config: Config, records: RecordFiles) -> VilaDataset:
+    if config.data.tokenizer:
+        tokenizer, length = load_tokenizer(config.data.tokenizer), config.train.seq_length
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer, length = train_tokenizer(["text"], folder, 400), 2**40
+    return VilaDataset(records, tokenizer, config.data, config.model, length)
+
+
+def _loader(dataset: VilaDataset, aspect: str, threads: int) -> RowLoader:
+    return RowLoader(
+        dataset,
+        RowOrder(len(dataset), seed=0, shuffle=False),
+        global_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        document_multiple=1,
+        row_multiple=1,
+        local_frames=lambda row: range(len(row.frames)),
+        agree=lambda reports: reports,
+        image_size=PIXELS,
+        aspect=aspect,
+        workers=threads,
+        prefetch=4 * threads,
+        replace_bad=False,
+    )
+
+
+def _add(report: Report, row: LoadedRow, dataset: VilaDataset, index: int) -> None:
+    report.checked += 1
+    for left in row.left_out:
+        report.problems.append(_problem(dataset, index, left.kind, left.reason))
+    if row.row is None:
+        return
+    report.frames += len(row.row.frames)
+    report.truncated += row.stats.truncated
+    report.unanswered += row.stats.unsupervised
+    if report.tokens is not None:
+        report.tokens += row.row.length
+        report.longest = max(report.longest, row.row.length)
+
+
+def _problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Problem:
+    if index in dataset.records.bad:
+        return _bad_record(reason)
+    if kind == "broken":
+        media = dataset.records[index].media
+        paths = [path for medium in media for path in medium.pictures or (medium.path,)]
+        kind = "broken" if all(map(os.path.exists, paths)) else "missing"
+    return Problem(dataset.records.name(index), dataset.name(index), kind, reason)

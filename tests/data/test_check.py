@@ -1,0 +1,96 @@
+"""``python -m megatron_vila.data check``: what it reads, what it says, and its exit status."""
+
+import json
+
+import pytest
+
+from megatron_vila.data.__main__ import main
+from tests.data.material import byte_level_tokenizer, conversation, destroy_frames, write_jsonl, write_video
+
+SMALL = ["--config", "tiny", "--set", "data.num_frames=4", "model.llm.vocab_size=1000"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "good.mp4", 32)
+    destroy_frames(write_video(folder / "bad.mp4", 32), 14, 18)
+    (folder / "empty.mp4").touch()
+    byte_level_tokenizer("qwen2").save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def video(name, **more):
+    return {"id": name, "video": name, "conversations": conversation("What?", "A cat."), **more}
+
+
+def report(folder, records, capsys, *arguments):
+    path = write_jsonl(folder / "samples.jsonl", records)
+    status = main(["check", path, "--json", str(folder / "report.json"), *arguments])
+    said = capsys.readouterr()
+    assert status != 2, said.err
+    return status, json.loads((folder / "report.json").read_text()), said.out, said.err
+
+
+def test_a_set_without_a_fault_is_counted_and_ends_with_status_0(folder, capsys):
+    records = [video("good.mp4"), video("good.mp4", start=1, end=1), {"conversations": conversation()[:1]}]
+    records[1]["end"] = 1.2
+    status, found, out, err = report(folder, records, capsys, *SMALL, "--tokenizer", str(folder / "tokenizer"))
+    assert status == 0
+    assert (found["samples"], found["usable"], found["frames"], found["unanswered"]) == (3, 3, 4 + 2, 1)
+    assert found["tokens"] > found["longest"] > 4 * 4 and found["truncated"] == 0 and found["problems"] == []
+    assert "3 of 3 samples can be used, with 6 frames" in out and "1 have no answer to learn" in out
+    assert "checked 3 of 3, 0 bad" in err
+
+
+def test_everything_that_cannot_be_used_is_found_named_and_counted_by_its_kind(folder, capsys):
+    records = [
+        video("good.mp4"),
+        video("gone.mp4"),
+        video("bad.mp4"),
+        video("empty.mp4"),
+        {"id": "no conversation"},
+        {"id": "long", "conversations": conversation("word " * 400)},
+        video("good.mp4", id="cut", conversations=conversation("word " * 30)),
+    ]
+    more = ("--tokenizer", str(folder / "tokenizer"), *SMALL, "train.seq_length=180", "data.num_frames=32")
+    status, found, out, _ = report(folder, records, capsys, *more)
+    assert status == 1
+    assert found["counts"] == {"bad_record": 1, "missing": 1, "broken": 2, "too_long": 1}
+    assert (found["usable"], found["truncated"], found["truncated_share"]) == (2, 1, 0.5)
+    kinds = {problem["sample_id"]: (problem["kind"], problem["place"]) for problem in found["problems"]}
+    path = str(folder / "samples.jsonl")
+    assert kinds["gone.mp4"] == ("missing", f"{path}, line 2") and kinds["bad.mp4"] == ("broken", f"{path}, line 3")
+    assert "5 cannot be used: 1 bad record, 1 missing, 2 broken, 1 too long" in out
+    assert f"broken: {path}, line 4, sample empty.mp4: {folder}/empty.mp4: the file is empty" in out
+    assert f"bad record: {path}, line 5, field 'conversations'" in out
+    assert "1 (50.0%) lose frames to fit train.seq_length" in out
+
+
+def test_without_a_tokenizer_media_are_read_and_nothing_is_said_of_tokens(folder, capsys):
+    status, found, out, _ = report(folder, [video("good.mp4"), video("gone.mp4")], capsys, "--threads", "1")
+    assert (status, found["frames"], found["tokens"]) == (1, 8, None)
+    assert "tokens" not in out
+
+
+def test_the_files_and_settings_of_a_run_are_those_of_its_configuration(folder, capsys):
+    path = write_jsonl(folder / "run.jsonl", [video("good.mp4"), {}])
+    config = folder / "run.yaml"
+    config.write_text(f"include: [tiny]\ndata: {{train: ['{path}'], num_frames: 3, bad_records: stop}}\n")
+    assert main(["check", "--config", str(config)]) == 1
+    assert "1 of 2 samples can be used, with 3 frames" in capsys.readouterr().out
+
+
+def test_where_nothing_is_good_all_records_are_listed_as_json(folder, capsys):
+    path = write_jsonl(folder / "none.jsonl", [{}] * 30)
+    assert main(["check", path, "--json", "-"]) == 1
+    assert json.loads(capsys.readouterr().out)["counts"]["bad_record"] == 30
+    assert main(["check", path]) == 1
+    assert "... and 10 more" in capsys.readouterr().out
+
+
+def test_what_cannot_be_checked_ends_with_status_2(folder, capsys):
+    assert main(["check", str(folder / "nowhere.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["check", str(folder / "run.jsonl"), "--config", "nowhere"]) == 2
+    assert main(["check", str(folder / "run.jsonl"), "--tokenizer", str(folder)]) == 2
