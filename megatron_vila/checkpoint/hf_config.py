@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_vila.checkpoint.hf_folder import HfFolder
@@ -17,9 +17,10 @@ from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config, DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.sizes import PROJECTOR_TYPES
 from megatron_vila.config.validate import validate
+from megatron_vila.data.text_rules import TextRules
 
 METADATA_FORMAT = 2
-"""Format of the section ``megatron_vila`` in a root configuration. Format 1 has no ``media_format``: it was verbatim then."""
+"""Format of the section ``megatron_vila`` in a root configuration."""
 
 ROOT_TYPES = ("llava_llama", "vila", "nvila_lite")
 LANGUAGE_TYPES = ("llama", "qwen2")
@@ -214,7 +215,8 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
         return
     data, read = description.data, _Reader(root, where, problems)
     if own:
-        data.media_format = own.get("media_format", "verbatim")
+        for name, value in asdict(stored_text_rules(own)).items():
+            setattr(data, name, value)
     data.num_frames = own.get("num_frames", read.whole("num_video_frames", data.num_frames))
     data.fps = own.get("fps", read.number("fps", 0.0))
     data.fps_rule = own.get("fps_rule", "spread")
@@ -237,6 +239,13 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
         )
     else:
         (description.separator,) = separators
+
+
+def stored_text_rules(own: Mapping[str, Any]) -> TextRules:
+    """The rules in the section ``megatron_vila``, where it is of format 1 completed by what was done then."""
+    early = {"media_format": "verbatim", "parse_control_tokens": True} if own.get("format") == 1 else {}
+    given = {field.name: own[field.name] for field in fields(TextRules) if field.name in own}
+    return TextRules(**{**early, **given})
 
 
 def _separator(root: Mapping[str, Any], key: str, where: str, problems: list[str]) -> str | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megatron_vila.checkpoint.hf_config import METADATA_FORMAT
 from megatron_vila.checkpoint.tokenizer import media_token_ids
 from megatron_vila.config.schema import Config, LanguageConfig, VisionConfig
 from megatron_vila.config.sizes import head_dim
+from megatron_vila.data.text_rules import TextRules
 
 Parts = Mapping[str, Mapping[str, Any]]
 
@@ -200,7 +202,7 @@ def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[
             "fps": data.fps,
             "fps_rule": data.fps_rule,
             "image_aspect": data.image_aspect,
-            "media_format": data.media_format,
+            **asdict(TextRules.of(data)),
             "max_positions": model.llm.max_positions,
         },
         "mm_hidden_size": model.vision.hidden_size,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_vila.data.text_rules import DEFAULT_CLOCK
+
 
 def key(default: Any, help: str) -> Any:
     """A dataclass field with its documentation."""
@@ -161,6 +163,18 @@ class DataConfig:
         "vila",
         "where media stand: vila (before the first human turn; markers are taken out with their line break and turns are "
         "stripped, as in VILA's own training) or verbatim (at their markers, the text as it is)",
+    )
+    template: str = key(
+        "",
+        "chat template: empty (the tokenizer's own), or a prompt of VILA's: llama_3 (Llama-3-LongVILA, VILA-1.5 8B), vicuna_v1 "
+        "(VILA-1.5 3B and 13B), hermes-2 (VILA-1.5 40B)",
+    )
+    template_clock: str = key(
+        DEFAULT_CLOCK, "date, or date and time, that a chat template sees as now (2024-07-26 or 2024-07-26T12:30)"
+    )
+    parse_control_tokens: bool = key(
+        False,
+        "read control tokens (such as <|im_end|>) that are written in turns of a conversation as tokens; false: they are text",
     )
     bad_records: str = key(
         "skip",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 
 from megatron_vila.config.bounds import MOST_RANKS, size_problems, text_problems, value_of
@@ -24,6 +25,7 @@ from megatron_vila.config.memory import (
 )
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import PROJECTOR_TYPES, tokens_per_frame
+from megatron_vila.data.text_rules import MEDIA_FORMATS, TEMPLATES
 
 CHOICES = {
     "model.projector.type": PROJECTOR_TYPES,
@@ -31,8 +33,9 @@ CHOICES = {
     "model.attention": ("auto", "fa4", "cudnn", "flash2", "cpu", "reference"),
     "memory.recompute": ("none", "attention_output", "full"),
     "data.image_aspect": ("resize", "pad"),
-    "data.media_format": ("vila", "verbatim"),
     "data.fps_rule": ("spread", "first"),
+    "data.media_format": MEDIA_FORMATS,
+    "data.template": ("", *TEMPLATES),
     "data.over_long": ("truncate", "drop"),
     "data.bad_records": ("skip", "stop"),
     "optim.schedule": ("cosine", "constant"),
@@ -146,6 +149,13 @@ def _value_problems(config: Config) -> Iterable[str]:
         lr = value_of(config, f"optim.{part}.lr")
         if lr is not None and lr <= 0:
             yield f"optim.{part}.lr={lr} must be above 0; to freeze the part set optim.{part}.trainable=false"
+    try:
+        datetime.fromisoformat(config.data.template_clock)
+    except ValueError:
+        yield (
+            f"data.template_clock={config.data.template_clock} is no date; write it as 2024-07-26, or with a time as "
+            "2024-07-26T12:30"
+        )
     if config.model.llm.head_dim is not None and config.model.llm.head_dim < 1:
         yield f"model.llm.head_dim={config.model.llm.head_dim} must be at least 1, or null for hidden_size / num_heads"
 

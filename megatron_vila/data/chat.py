@@ -1,10 +1,11 @@
-"""Conversations to tokens: the tokenizer's chat template, label spans of assistant turns, places of pictures.
+"""Conversations to tokens: the chat template, label spans of assistant turns, places of pictures.
 
-The template comes from the tokenizer. What the model is trained to write is found as spans of characters: a conversation is
-rendered up to each assistant turn, once as it is and once with another answer; what differs is the answer, what follows it is
-the stop token. So an answer of several lines is trained whole, and nothing is matched token by token (LongVILA's own masking
-loses the first line break of an answer). The text is cut at the markers of its human turns, which ``placement.py`` has put where
-the media stand, and each piece is tokenised on its own.
+The template comes from the tokenizer, or is one of VILA's by name. What the model is trained to write is found as spans of
+characters: a conversation is rendered up to each assistant turn, once as it is and once with another answer; what differs is the
+answer, what follows it is the stop token. So an answer of several lines is trained whole, and nothing is matched token by token
+(LongVILA's own masking loses the first line break of an answer). The text is cut at the markers of its human turns, which
+``placement.py`` has put where the media stand, and each piece is tokenised on its own; control tokens in the turns are text
+(``control_tokens.py``).
 
 Legend: L tokens, F frames, C characters.
 """
@@ -14,24 +15,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
 from megatron_vila.data.placement import RESERVED, Turn
 from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
 from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
+from megatron_vila.data.template import ChatTemplate, ChatTemplateError, RenderError
+from megatron_vila.data.text_rules import DEFAULT, TextRules
 
-
-class ChatTemplateError(ValueError):
-    """The tokenizer's chat template cannot be used for training."""
-
-
-class RenderError(ValueError):
-    """The chat template refuses one conversation, for example because its roles do not alternate."""
+_UNREADABLE = re.compile(f"{RESERVED.pattern}|[\ud800-\udfff\0]")
 
 
 @dataclass(frozen=True)
@@ -43,42 +41,43 @@ class Segment:
 
 
 class ChatEncoder:
-    """Encodes conversations with the chat template of ``tokenizer``.
+    """Encodes conversations with ``tokenizer`` by ``rules``, which also name the chat template.
 
-    No special token is added to what the template writes, so there is one BOS if the template writes one, else none.
+    No special token is added to what the tokenizer's template writes, so there is one BOS if the template writes one, else none.
+    Under a template of VILA's the tokenizer's own BOS comes first, as in VILA's code (with Llama 3 there are two).
 
     Raises ``ChatTemplateError`` if the tokenizer has no chat template or no character offsets, or if the template changes
     earlier turns when later ones follow (reasoning templates that drop old thoughts do): spans could not be found then.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self._name = tokenizer.name_or_path or type(tokenizer).__name__
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: TextRules = DEFAULT) -> None:
+        self.tokenizer, self.rules = tokenizer, rules
         if not tokenizer.is_fast:
             raise ChatTemplateError(
-                f"tokenizer {self._name} gives no character offsets; save its fast form (tokenizer.json)"
+                f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} gives no character offsets; save its fast form "
+                "(tokenizer.json)"
             )
-        if not tokenizer.chat_template:
-            raise ChatTemplateError(
-                f"tokenizer {self._name} has no chat template; put a chat_template.jinja into its folder"
-            )
+        self._template = ChatTemplate(tokenizer, rules.template, rules.template_clock)
+        self._control = ControlTokens(tokenizer)
+        self._start = own_start(tokenizer, rules)
         try:
-            self.spans([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")])
+            self.stops = self._stops()
         except RenderError as error:
-            raise ChatTemplateError(
-                f"the chat template of tokenizer {self._name} cannot be rendered: {error}"
-            ) from error
+            raise ChatTemplateError(f"{self._template.label} cannot be rendered: {error}") from error
 
     def encode(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
         """Tokens of a conversation, cut at the markers of its human turns: one segment more than there are markers (some may be
         empty). What is escaped there becomes the word.
 
-        Raises ``RenderError`` if the template refuses the conversation or does not show each marker once.
+        Raises ``RenderError`` for a text that no tokenizer can read, and if the template refuses the conversation or does not
+        show each marker once.
         """
         for turn in turns:
-            if found := RESERVED.search(turn.text):
-                raise RenderError(f"the text holds U+{ord(found[0]):04X}, which is no character; take it out")
+            if found := _UNREADABLE.search(turn.text):
+                raise RenderError(f"the text of a turn holds U+{ord(found[0]):04X}, which is no character; take it out")
         turns = [replace(turn, text=with_signs(turn.text)) if turn.role == "user" else turn for turn in turns]
+        if not self.rules.parse_control_tokens:
+            turns = [replace(turn, text=self._control.mark(turn.text)) for turn in turns]
         text, spans = self.spans(turns)
         wanted_C = np.zeros(len(text), dtype=bool)
         for start, end in spans:
@@ -88,12 +87,18 @@ class ChatEncoder:
         if len(markers) != asked:
             raise RenderError(f"the chat template shows {len(markers)} of {asked} media markers")
         cuts = [0, *(place for marker in markers for place in marker), len(text)]
-        return tuple(self._tokenise(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True))
+        segments = [self._tokenise(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
+        first = Segment(
+            np.concatenate([self._start, segments[0].token_ids]),
+            np.concatenate([np.zeros(len(self._start), dtype=bool), segments[0].supervised]),
+        )
+        return (first, *segments[1:])
 
     def spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and the (start, end) characters of each answer with its stop token.
 
         White space after the stop token is left out. Where a template ends an answer with white space alone, that is its stop.
+        A template may end the last answer with another control token than earlier ones.
         """
         text, spans, done = self._render(turns), [], 0
         for k, turn in enumerate(turns):
@@ -101,41 +106,61 @@ class ChatEncoder:
                 continue
             shown = self._render(turns[: k + 1])
             varied = self._render([*turns[:k], Turn("assistant", OTHER_TEXT)])
-            if not text.startswith(shown) or varied[:done] != text[:done]:
-                raise ChatTemplateError(
-                    f"the chat template of tokenizer {self._name} changes earlier turns when later ones follow, so the answers "
-                    "cannot be told from the rest; use a template that only appends"
-                )
             start = done + len(os.path.commonprefix([shown[done:], varied[done:]]))
             suffix = os.path.commonprefix([shown[start:][::-1], varied[start:][::-1]])[::-1]
+            answered = len(shown) - len(suffix)
             end = len(shown) - (len(suffix) - len(suffix.rstrip()) if suffix.strip() else 0)
+            behind = len(shown)
+            if not text.startswith(shown):
+                # shown ends with the stop of a last answer: among more turns another one may stand there.
+                end = behind = self._control.end_of_token(text, answered)
+            if text[:answered] != shown[:answered] or varied[:done] != text[:done] or behind < answered:
+                raise ChatTemplateError(
+                    f"{self._template.label} changes earlier turns when later ones follow, so the answers cannot be told from "
+                    "the rest; use a template that only appends"
+                )
             spans.append((start, end))
-            done = len(shown)
+            done = behind
         return text, spans
 
     def fingerprint(self) -> str:
-        """A hash of the vocabulary, the splitting rules and the template."""
-        content = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
+        """A hash of the vocabulary, the splitting rules, the template and the rules."""
+        content = self.tokenizer.backend_tokenizer.to_str() + self._template.text + repr(astuple(self.rules))
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def _stops(self) -> tuple[int, ...]:
+        """Ids of the control tokens that end an answer, in the middle of a conversation and at its end."""
+        text, spans = self.spans(
+            [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
+        )
+        found = [self._control.encode(text[start + 1 : end])[0] for start, end in spans]
+        return tuple(dict.fromkeys(int(ids[0]) for ids in found if len(ids) == 1))
+
     def _render(self, turns: Sequence[Turn]) -> str:
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except jinja2.TemplateError as error:
-            raise RenderError(str(error)) from error
+        return self._template.render([{"role": turn.role, "content": turn.text} for turn in turns])
 
     def _tokenise(self, text: str, wanted_C: np.ndarray) -> Segment:
         if not text:
             return Segment(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        try:
+            token_ids, places_L2 = self._control.encode(text)
+        except ControlTokenError as error:
+            raise RenderError(f"{error}; set data.parse_control_tokens=true, or take it out of the text") from error
+        starts, ends = places_L2.T
         # Byte-level tokenizers cut spaces off the offsets and give all pieces of one character the same ones.
         ends = np.maximum.accumulate(ends)
         previous = np.concatenate([[0], ends[:-1]])
         wanted_before = np.concatenate([[0], np.cumsum(wanted_C)])
         supervised = wanted_before[ends] > wanted_before[np.minimum(starts, previous)]
-        return Segment(np.array(encoded["input_ids"], dtype=np.int64), supervised)
+        return Segment(token_ids, supervised)
+
+
+def own_start(tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> np.ndarray:
+    """What stands before the text of a template of VILA's: the tokens that the tokenizer puts before any text, int64 [L]."""
+    if not rules.template:
+        return np.zeros(0, dtype=np.int64)
+    plain, full = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    return np.array(full[: full.index(plain[0])], dtype=np.int64)
 
 
 def assemble(

@@ -25,6 +25,7 @@ from megatron_vila.data.media import MediaError, errors_of
 from megatron_vila.data.records import Record, RecordFiles
 from megatron_vila.data.row import IGNORE, Document, FrameRef
 from megatron_vila.data.sampling import thin_out, uneven_seconds
+from megatron_vila.data.text_rules import TextRules
 from megatron_vila.data.video import probe_video
 from megatron_vila.errors import SettingError, UserError
 from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
@@ -84,7 +85,7 @@ class VilaDataset:
         if data.over_long not in ("truncate", "drop"):
             raise SettingError(f"data.over_long={data.over_long} is unknown; use truncate or drop")
         self.records, self.data, self.seq_length = records, data, seq_length
-        self.encoder = ChatEncoder(tokenizer)
+        self.encoder = ChatEncoder(tokenizer, TextRules.of(data))
         self.vocab_size = model.llm.vocab_size
         self.frame_tokens = tokens_per_frame(model.vision, model.projector)
         self.frame_cost = patches_per_side(model.vision) ** 2

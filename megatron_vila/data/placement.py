@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-RULES = ("vila", "verbatim")
 IMAGE, VIDEO = "<image>", "<video>"
 _WORD = re.compile("<(?:image|video)>")
 MARKER = re.compile(rf"(?<!\\){_WORD.pattern}")
@@ -45,8 +44,9 @@ class Turn:
 def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """Turns in which every unescaped marker of a human turn stands for one medium, and these markers in their order.
 
-    A conversation with so many ``images`` and ``videos``. Images keep their order among themselves, as videos do. Placing
-    twice changes nothing. Raises ``PlacementError`` for media that no human turn can take, and for markers that do not fit.
+    A conversation with so many ``images`` and ``videos``; ``rule`` is one of ``MEDIA_FORMATS``. Images keep their order among
+    themselves, as videos do. Placing twice changes nothing. Raises ``PlacementError`` for media that no human turn can take, and
+    for markers that do not fit.
     """
     for turn in turns:
         if found := RESERVED.search(turn.text):

@@ -12,18 +12,26 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from megatron_vila.checkpoint.hf_config import ENCODERS, LANGUAGE_TYPES, METADATA_FORMAT, UNSUPPORTED, decoded
+from megatron_vila.checkpoint.hf_config import (
+    ENCODERS,
+    LANGUAGE_TYPES,
+    METADATA_FORMAT,
+    UNSUPPORTED,
+    decoded,
+    stored_text_rules,
+)
 from megatron_vila.checkpoint.hf_config_out import flat_root, language_config, vision_config
 from megatron_vila.checkpoint.token_order import ORDERS, suggest_token_order
 from megatron_vila.config.schema import Config, DataConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.sizes import PROJECTOR_TYPES
-from megatron_vila.data.placement import RULES
 from megatron_vila.data.sampling import FPS_RULES
+from megatron_vila.data.text_rules import MEDIA_FORMATS, TEMPLATES
 from megatron_vila.models.geometry import tokens_per_frame
 
 _LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
@@ -44,7 +52,7 @@ class VilaConfig(PreTrainedConfig):
 
     ``megatron_vila`` holds ``format``, ``projector_token_order``, ``frame_separator_ids`` and ``image_separator_ids`` (null
     where the file does not say: the processor turns ``separator_text`` into ids), ``num_frames``, ``fps``, ``image_aspect``,
-    ``max_positions``, ``media_format`` and ``fps_rule``. ``image_token_id`` and ``video_token_id`` stand for the visual tokens
+    ``max_positions``, ``fps_rule`` and the ``TextRules``. ``image_token_id`` and ``video_token_id`` stand for the visual tokens
     of pictures and of video frames in ``input_ids``; they may lie beyond the embedding table and are never looked up.
 
     Raises ``VilaConfigError`` that lists everything about the file that the model cannot do, and one that asks for
@@ -78,10 +86,9 @@ class VilaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.hidden_size, self.mm_hidden_size = self.text_config.hidden_size, self.vision_config.hidden_size
         given = dict(self.megatron_vila or {})
-        # Exports of format 1 left media and text as they were; published files are VILA's.
-        early = given.get("format", METADATA_FORMAT) == 1
+        written = given.get("format", METADATA_FORMAT)
         self.megatron_vila = {
-            "format": METADATA_FORMAT if early else given.get("format", METADATA_FORMAT),
+            "format": METADATA_FORMAT if written == 1 else written,
             "projector_token_order": given.get("projector_token_order", "row_major"),
             "frame_separator_ids": given.get("frame_separator_ids"),
             "image_separator_ids": given.get("image_separator_ids"),
@@ -89,8 +96,8 @@ class VilaConfig(PreTrainedConfig):
             "fps": float(given.get("fps", self.fps)),
             "image_aspect": given.get("image_aspect", self.image_aspect_ratio),
             "max_positions": int(given.get("max_positions", self.text_config.max_position_embeddings)),
-            "media_format": given.get("media_format", "verbatim" if early else "vila"),
             "fps_rule": given.get("fps_rule", "spread"),
+            **asdict(stored_text_rules(given)),
         }
         if self.megatron_vila["image_aspect"] not in ("resize", "pad"):
             _logger.warning(
@@ -115,10 +122,10 @@ class VilaConfig(PreTrainedConfig):
             found.append(
                 f"megatron_vila.format={own['format']} is not {METADATA_FORMAT}; load it with the version that wrote it"
             )
-        if own["media_format"] not in RULES:
-            found.append(f"megatron_vila.media_format={own['media_format']} is unknown; use one of {', '.join(RULES)}")
-        if own["fps_rule"] not in FPS_RULES:
-            found.append(f"megatron_vila.fps_rule={own['fps_rule']} is unknown; use one of {', '.join(FPS_RULES)}")
+        known = {"media_format": MEDIA_FORMATS, "template": ("", *TEMPLATES), "fps_rule": FPS_RULES}
+        for key, choices in known.items():
+            if own[key] not in choices:
+                found.append(f"megatron_vila.{key}={own[key]} is unknown; use one of {', '.join(choices)}")
         if self.mm_vision_select_feature != "cls_patch":
             found.append(
                 f"mm_vision_select_feature={self.mm_vision_select_feature} would drop a patch of SigLIP; use cls_patch"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from megatron_vila.data.chat import Segment, assemble
+from megatron_vila.data.chat import Segment, assemble, own_start
+from megatron_vila.data.control_tokens import control_tokens
 from megatron_vila.data.images import as_rgb, load_image, preprocess
-from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, escape, place_media, unescape
+from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, escape, place_media
 from megatron_vila.data.row import Document, FrameRef
 from megatron_vila.data.sampling import sample_frame_indices
-from megatron_vila.data.signs import with_signs, without_signs
+from megatron_vila.data.signs import MEDIUM, markers_of, with_signs, without_signs
+from megatron_vila.data.template import NAMED, render, with_clock
+from megatron_vila.data.text_rules import DEFAULT_CLOCK, TextRules
 from megatron_vila.data.video import decode_video_frames, probe_video
 from megatron_vila.hf.configuration import VilaConfig
 from megatron_vila.hf.modeling import local_folder
@@ -34,12 +38,26 @@ from megatron_vila.hf.modeling import local_folder
 _logger = logging.getLogger(__name__)
 
 
+class ChatText(str):
+    """A rendered conversation that remembers, under ``signed``, which control tokens in it are only text. A copy of it that is a
+    plain ``str`` does not: the control tokens in one are read as tokens."""
+
+    signed: str
+
+    @classmethod
+    def of(cls, signed: str, shown: str) -> ChatText:
+        made = cls(shown)
+        made.signed = signed
+        return made
+
+
 class VilaProcessor(ProcessorMixin):
     """Makes ``input_ids``, ``attention_mask`` and ``pixel_values`` of texts with images and videos.
 
     The arguments are the model's settings (see ``VilaConfig``); ``from_pretrained`` reads them from a model's folder.
-    ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``fps_rule`` which ones (``sampling.py``),
-    ``media_format`` where media stand (``placement.py``; a processor that was saved without it leaves them at their markers).
+    ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``fps_rule`` which ones (``sampling.py``).
+    ``media_format``, ``template``, ``template_clock`` and ``parse_control_tokens`` are the ``TextRules`` of training, their
+    defaults those of processors that were saved without them.
     """
 
     def __init__(
@@ -56,16 +74,20 @@ class VilaProcessor(ProcessorMixin):
         image_aspect: str,
         max_positions: int,
         media_format: str = "verbatim",
+        template: str = "",
+        template_clock: str = DEFAULT_CLOCK,
+        parse_control_tokens: bool = True,
         fps_rule: str = "spread",
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        super().__init__(tokenizer, chat_template=chat_template or NAMED.get(template) or tokenizer.chat_template)
         self.image_size, self.tokens_per_frame = image_size, tokens_per_frame
         self.image_token_id, self.video_token_id = image_token_id, video_token_id
         self.image_separator_ids, self.frame_separator_ids = list(image_separator_ids), list(frame_separator_ids)
         self.num_frames, self.fps = num_frames, fps
         self.image_aspect, self.max_positions = image_aspect, max_positions
-        self.media_format, self.fps_rule = media_format, fps_rule
+        self.media_format, self.template, self.template_clock = media_format, template, template_clock
+        self.parse_control_tokens, self.fps_rule = parse_control_tokens, fps_rule
 
     @classmethod
     def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase) -> VilaProcessor:
@@ -87,8 +109,8 @@ class VilaProcessor(ProcessorMixin):
             fps=own["fps"],
             image_aspect=own["image_aspect"],
             max_positions=own["max_positions"],
-            media_format=own["media_format"],
             fps_rule=own["fps_rule"],
+            **{name: own[name] for name in asdict(TextRules())},
             **separators,
         )
 
@@ -144,10 +166,13 @@ class VilaProcessor(ProcessorMixin):
         """
         if return_tensors not in ("pt", None) or text is None:
             raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and pt for tensors")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [
+            one.signed if isinstance(one, ChatText) else with_signs(one)
+            for one in ([text] if isinstance(text, str) else text)
+        ]
         frames = (num_frames or self.num_frames, self.fps if fps is None else fps, self.fps_rule)
         only_videos = videos is not None and _is_empty(images)
-        kinds = [[VIDEO if only_videos else marker for marker in MARKER.findall(one)] for one in texts]
+        kinds = [[VIDEO if only_videos else marker for marker in markers_of(one)] for one in texts]
         images_of = _share(images, [markers.count(IMAGE) for markers in kinds], _is_image, IMAGE)
         videos_of = _share(videos, [markers.count(VIDEO) for markers in kinds], _is_video, VIDEO)
         rows, pictures = [], []
@@ -199,19 +224,24 @@ class VilaProcessor(ProcessorMixin):
             self._place(one, *own, known=tokenize or images is not None or videos is not None)
             for one, *own in zip(conversations, *given, strict=True)
         ]
-        texts = [
-            without_signs(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=chat_template or self.chat_template,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    tokenize=False,
-                    **template_arguments,
-                )
+        template = self.tokenizer.get_chat_template(chat_template or self.chat_template, template_arguments.get("tools"))
+        template = with_clock(template, self.template_clock)
+        control = control_tokens(self.tokenizer)
+        if not self.parse_control_tokens:
+            for name in template_arguments.keys() & {"tools", "documents"}:
+                template_arguments[name] = control.mark(template_arguments[name])
+        signed = [
+            render(
+                self.tokenizer,
+                template,
+                messages if self.parse_control_tokens else control.mark(messages),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **template_arguments,
             )
             for messages, _, _ in placed
         ]
+        texts = [ChatText.of(text, control.shown(without_signs(text))) for text in signed]
         if not tokenize:
             return texts if several else texts[0]
         inputs = self(
@@ -249,12 +279,11 @@ class VilaProcessor(ProcessorMixin):
         return rendered, images, videos
 
     def _token_ids(self, text: str, media: Sequence[tuple[bool, int]]) -> np.ndarray:
-        """Token ids of a text, with media ids at visual places; ``media`` are (is a video, pictures) of each marker."""
-        pieces = [
-            self.tokenizer(unescape(piece), add_special_tokens=False)["input_ids"] if piece else []
-            for piece in MARKER.split(text)
-        ]
-        segments = [Segment(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=bool)) for ids in pieces]
+        """Token ids of a signed text, with media ids at visual places; ``media`` are (is a video, pictures) of each marker."""
+        control = control_tokens(self.tokenizer)
+        pieces = [control.encode(piece)[0] if piece else np.zeros(0, dtype=np.int64) for piece in MEDIUM.split(text)]
+        pieces[0] = np.concatenate([own_start(self.tokenizer, TextRules.of(self)), pieces[0]])
+        segments = [Segment(ids, np.zeros(len(ids), dtype=bool)) for ids in pieces]
         pictures = [[FrameRef("", i, self.tokens_per_frame, 0, video) for i in range(count)] for video, count in media]
         document: Document = assemble(segments, pictures, self.image_separator_ids, self.frame_separator_ids, "")
         token_ids = document.token_ids

@@ -64,6 +64,13 @@ RULES = (
         f"set data.media_format to the rule of the saved run (verbatim, where the checkpoint names none), {_NEW_RUN}",
         before="verbatim",
     ),
+    Rule(
+        ("data.template",),
+        "conversations become other tokens than those that were learned",
+        f"set data.template to that of the saved run (empty, where the checkpoint names none), {_NEW_RUN}",
+        before="",
+    ),
+    Rule(("data.parse_control_tokens",), "control tokens in the turns of coming samples are read in another way", before=True),
     Rule(("tokenizer.chat_template",), "the text around the turns is another one from the next step on"),
     Rule(("model.attention", "train.precision", "train.deterministic"), "coming steps differ by rounding"),
     Rule(

@@ -5,7 +5,6 @@ import pytest
 from megatron_vila.data.chat import ChatEncoder, assemble
 from megatron_vila.data.placement import (
     MARKER,
-    RULES,
     PlacementError,
     Turn,
     escape,
@@ -14,10 +13,11 @@ from megatron_vila.data.placement import (
 )
 from megatron_vila.data.records import parse_record
 from megatron_vila.data.row import MEDIA_TOKEN, FrameRef
+from megatron_vila.data.text_rules import MEDIA_FORMATS
 from tests.data.material import byte_level_tokenizer
 from tests.data.placement_cases import RECORDS
 
-every_rule = pytest.mark.parametrize("rule", RULES)
+every_rule = pytest.mark.parametrize("rule", MEDIA_FORMATS)
 
 
 def official(record):

@@ -88,7 +88,7 @@ def test_the_folder_of_a_tokenizer_may_move_and_its_chat_template_is_watched(tok
 
 
 def test_checkpoints_of_older_versions_are_compared_in_what_they_keep(tokenizer):
-    now = settings(tokenizer, "data.media_format=verbatim")
+    now = settings(tokenizer, "data.media_format=verbatim", "data.parse_control_tokens=true")
     assert changes(kept_settings({}), now) == []
     (line,) = changes(kept_settings({"data": {"train.seed": 7, "data.packing": False}}), now)
     assert line.startswith("train.seed: 7 -> 1234")
