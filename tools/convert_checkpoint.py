@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from megatron_vila.busy import CurrentStdout, busy
 from megatron_vila.checkpoint.token_order import ORDERS
+from megatron_vila.data.text_rules import TEMPLATES
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--token-order", choices=ORDERS, help="order of mlp_downsample's tokens, where it cannot be told"
     )
+    command.add_argument(
+        "--template",
+        choices=("own", *TEMPLATES),
+        help="chat template: the tokenizer's own or a prompt of VILA's (default: as the time of the model suggests)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a converted model")
     command.set_defaults(run=_import, doing="importing")
 
@@ -78,7 +84,13 @@ def _import(options: argparse.Namespace) -> int:
     from megatron_vila.checkpoint.importer import import_checkpoint
 
     out = import_checkpoint(
-        options.source, options.out, options.vision, options.projector, options.token_order, options.overwrite
+        options.source,
+        options.out,
+        options.vision,
+        options.projector,
+        options.token_order,
+        options.overwrite,
+        "" if options.template == "own" else options.template,
     )
     print(
         f"imported into {out}; train it with: python -m megatron_vila.train {out / 'config.yaml'} data.train=[samples.json]"

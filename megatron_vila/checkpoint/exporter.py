@@ -22,6 +22,9 @@ from megatron_vila.checkpoint.output import appearing, output_problems
 from megatron_vila.checkpoint.stored_model import StoredModel
 from megatron_vila.checkpoint.tensor_files import SHARD_BYTES, TensorInfo, write_tensors
 from megatron_vila.checkpoint.tokenizer import copy_tokenizer, open_tokenizer
+from megatron_vila.data.chat import ChatEncoder
+from megatron_vila.data.template import NAMED, ChatTemplateError
+from megatron_vila.data.text_rules import TextRules
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,7 @@ def _write_model(
     tokenizer, why_not = open_tokenizer(tokenizer_folder)
     if tokenizer is None:
         logger.warning("%s: the export has no tokenizer", why_not)
+    rules = TextRules.of(model.config.data)
     parts = _part_configs(model, infos, tokenizer)
     vision, carried = model.config.model.vision, model.hugging_face
     # The root configuration of a model that came in parts is ours.
@@ -96,8 +100,9 @@ def _write_model(
     if tokenizer_folder is not None:
         # The VILA code looks into llm/, where transformers 5 would take the language model's usual tokenizer class.
         for place in {out, llm}:
-            copy_tokenizer(tokenizer_folder, place)
-    _write_json(llm / "generation_config.json", hf.generation_config(carried.get("generation") or {}, tokenizer))
+            copy_tokenizer(tokenizer_folder, place, NAMED.get(rules.template))
+    stops = () if tokenizer is None else _stops(tokenizer, rules)
+    _write_json(llm / "generation_config.json", hf.generation_config(carried.get("generation") or {}, tokenizer, stops))
     preprocessor = hf.preprocessor_config(vision, carried.get("preprocessor") or {})
     if layout == "flat":
         # At the root AutoProcessor would take SigLIP's processor, which this key names, for the whole model's.
@@ -124,6 +129,15 @@ def _part_configs(model: StoredModel, infos: Mapping[str, TensorInfo], tokenizer
         "vision_tower": hf.vision_config(ours.vision, carried.get("vision") or {}, dtypes["vision_tower"]),
         "mm_projector": hf.projector_config(ours.projector.type, dtypes["mm_projector"]),
     }
+
+
+def _stops(tokenizer: Any, rules: TextRules) -> tuple[int, ...]:
+    """Ids that end an answer under the run's chat template; none where there is no template that a run could train with."""
+    try:
+        return ChatEncoder(tokenizer, rules).stops
+    except ChatTemplateError as error:
+        logger.warning("the ids that end an answer are not known: %s", error)
+        return ()
 
 
 def _dtype_name(infos: Mapping[str, TensorInfo], part: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_vila.checkpoint.hf_folder import HfFolder
-from megatron_vila.checkpoint.token_order import projector_type, suggest_token_order
+from megatron_vila.checkpoint.token_order import is_legacy, projector_type, suggest_token_order
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config, DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.sizes import PROJECTOR_TYPES
@@ -46,12 +46,13 @@ UNSUPPORTED = {
 @dataclass
 class Description:
     """A model in our terms. ``separator`` is the text written after each frame or picture unless ``data`` has its ids;
-    ``notes`` are for the user."""
+    ``legacy_prompt``: VILA's code did not use the tokenizer's chat template then. ``notes`` are for the user."""
 
     model: ModelConfig
     data: DataConfig
     separator: str | None = "\n"
     has_separator_ids: bool = False
+    legacy_prompt: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -214,6 +215,7 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
         )
         return
     data, read = description.data, _Reader(root, where, problems)
+    description.legacy_prompt = not own and is_legacy(root)
     if own:
         for name, value in asdict(stored_text_rules(own)).items():
             setattr(data, name, value)

@@ -7,7 +7,7 @@ over them; else every key that the VILA code reads is written. Rotary base, scal
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_vila.data.text_rules import TextRules
 
 Parts = Mapping[str, Mapping[str, Any]]
 
+# A name at the root would win over resume_path in the VILA code; those of the parts are written anew by vila_root.
 _DROPPED = ("_name_or_path", "auto_map", "dtype", "rope_parameters", "llm_cfg", "vision_tower_cfg", "mm_projector_cfg")
 # The version whose code wrote each token order: what other readers guess the order from.
 _VERSIONS = {"row_major": "4.46.0", "legacy_column_major": "4.37.2"}
@@ -128,9 +129,16 @@ def preprocessor_config(vision: VisionConfig, carried: Mapping[str, Any]) -> dic
     }
 
 
-def generation_config(carried: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """``generation_config.json``: the carried one, else the ids that begin, end and pad a text."""
-    return dict(carried) or {"_from_model_config": True, **_special_ids(tokenizer)}
+def generation_config(carried: Mapping[str, Any], tokenizer: Any, stops: Sequence[int]) -> dict[str, Any]:
+    """``generation_config.json``: the carried one, else the ids that begin, end and pad a text.
+
+    ``stops`` are the ids that end an answer under the run's template; generation ends at each of them.
+    """
+    config = dict(carried) or {"_from_model_config": True, **_special_ids(tokenizer)}
+    known = config.get("eos_token_id")
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    ends = [*known, *(stop for stop in stops if stop not in known)]
+    return config | {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else config
 
 
 def vila_root(
@@ -158,14 +166,13 @@ def vila_root(
     }
     return _FIRST_ROOT | {"chat_template": None, **encoders, **tuned} | kept | (tuned if trained else {}) | {
         "architectures": ["LlavaLlamaModel"],
-        "llm_cfg": dict(llm),
-        "mm_projector_cfg": dict(parts["mm_projector"]),
+        # TensorRT-LLM finds the folder of a part by this name, the VILA code by the key.
+        **{f"{part}_cfg": {**config, "_name_or_path": part} for part, config in parts.items()},
         "mm_projector_type": model.projector.type,
         "model_dtype": f"torch.{llm['torch_dtype']}",
         "model_max_length": llm["model_max_length"],
         "model_type": "llava_llama",
         "resume_path": "./",
-        "vision_tower_cfg": dict(parts["vision_tower"]),
         **_common(config, carried, tokenizer),
     }  # fmt: skip
 

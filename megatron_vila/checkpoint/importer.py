@@ -22,7 +22,7 @@ from megatron_vila.checkpoint.hf_config import Description, describe_model
 from megatron_vila.checkpoint.hf_folder import HfFolder, open_folder
 from megatron_vila.checkpoint.output import appearing, output_problems
 from megatron_vila.checkpoint.tensor_files import MemoryTensor, SourceTensor, TensorInfo
-from megatron_vila.checkpoint.tokenizer import copy_tokenizer, open_tokenizer
+from megatron_vila.checkpoint.tokenizer import copy_tokenizer, open_tokenizer, suggest_template
 from megatron_vila.checkpoint.weight_map import Entry, entries
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config, ModelConfig
@@ -41,11 +41,13 @@ def import_checkpoint(
     projector: str | None = None,
     token_order: str | None = None,
     overwrite: bool = False,
+    template: str | None = None,
 ) -> Path:
     """Convert the Hugging Face folder ``source`` into the run's folder ``out``; returns ``out``.
 
     A plain language model needs ``vision``, a SigLIP folder, and gets a fresh ``projector`` (default mlp_downsample), drawn
-    as a new run with the default seed would draw it. ``token_order`` settles what ``source`` does not tell. Tensors keep
+    as a new run with the default seed would draw it. ``token_order`` settles what ``source`` does not tell, and so does
+    ``template``, the run's data.template (empty: the tokenizer's own; None: as the time of the model suggests). Tensors keep
     their dtype. Memory is that of a few tensors. Raises ``ConversionError`` with all problems before anything is written.
     """
     source, out = Path(source), Path(out)
@@ -68,7 +70,7 @@ def import_checkpoint(
     for note in (*description.notes, *(f"left out: {text}" for text in folder.ignored)):
         logger.info(note)
     with appearing(out) as partial:
-        config = _configuration(folder, description, out, partial)
+        config = _configuration(folder, description, out, partial, template)
         step = partial / "checkpoints" / STEP
         step.mkdir(parents=True)
         try:
@@ -137,7 +139,9 @@ def _piece(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig
     return Piece(entry.key, TensorInfo(dtype, entry.shape), entry.layer, entry.layers, make)
 
 
-def _configuration(folder: HfFolder, description: Description, out: Path, partial: Path) -> Config:
+def _configuration(
+    folder: HfFolder, description: Description, out: Path, partial: Path, template: str | None
+) -> Config:
     """What a run needs to go on from here; copies the tokenizer."""
     config = Config(model=description.model, data=description.data)
     config.checkpoint.load = str(out.resolve())
@@ -155,7 +159,15 @@ def _configuration(folder: HfFolder, description: Description, out: Path, partia
         ids = tokenizer.encode(text, add_special_tokens=False) if text else []
         config.data.frame_separator_ids = config.data.image_separator_ids = ids
         logger.info("after each frame and picture: %r, token ids %s", text, ids)
-    if tokenizer is not None and not tokenizer.chat_template:
+    if template is not None:
+        config.data.template = template
+    elif description.legacy_prompt and tokenizer is not None:
+        config.data.template = suggest_template(tokenizer)
+        logger.info(
+            "chat template: %s, VILA's own prompt at the time of this model (--template own takes the tokenizer's)",
+            config.data.template,
+        )
+    if tokenizer is not None and not tokenizer.chat_template and not config.data.template:
         logger.warning("the tokenizer has no chat template; add chat_template.jinja to %s", out / "tokenizer")
     return config
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ORDERS = ("row_major", "legacy_column_major")
+_LEGACY = (4, 37)
 
 
 def suggest_token_order(root: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -29,16 +30,26 @@ def suggest_token_order(root: Mapping[str, Any]) -> tuple[str | None, str]:
     kind = projector_type(root)
     if kind is not None and kind != "mlp_downsample":
         return "row_major", f"{kind} has no other"
-    recorded = root.get("transformers_version")
-    version = re.match(r"(\d+)\.(\d+)", recorded) if isinstance(recorded, str) else None
-    if version is None:
+    recorded, number = root.get("transformers_version"), _version(root)
+    if number is None:
         return None, "the root configuration records no transformers_version"
-    number = (int(version[1]), int(version[2]))
-    if number <= (4, 37):
+    if number <= _LEGACY:
         return "legacy_column_major", f"transformers {recorded} is of the time of VILA-1.5 and Llama-3-LongVILA"
     if number >= (4, 44):
         return "row_major", f"transformers {recorded} is of the time of NVILA and Qwen2-LongVILA"
     return None, f"transformers {recorded} lies between the two orders (up to 4.37 and from 4.44 on)"
+
+
+def is_legacy(root: Mapping[str, Any]) -> bool:
+    """Whether a root configuration is of the time of VILA-1.5 and Llama-3-LongVILA, as far as it says."""
+    number = _version(root)
+    return number is not None and number <= _LEGACY
+
+
+def _version(root: Mapping[str, Any]) -> tuple[int, int] | None:
+    recorded = root.get("transformers_version")
+    version = re.match(r"(\d+)\.(\d+)", recorded) if isinstance(recorded, str) else None
+    return version and (int(version[1]), int(version[2]))
 
 
 def projector_type(root: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,27 @@ from megatron_vila.checkpoint.hf_folder import TOKENIZER_FILES
 IMAGE, VIDEO = "<image>", "<vila/video>"
 
 
-def copy_tokenizer(source: Path, target: Path) -> Path:
-    """Copy the tokenizer's files into the folder ``target``; returns it."""
+def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None) -> Path:
+    """Copy the tokenizer's files into the folder ``target``, if asked for with another chat template; returns ``target``."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if chat_template is not None:
+        (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        # Where older readers look for it.
+        settings = target / "tokenizer_config.json"
+        content = json.loads(settings.read_text(encoding="utf-8")) | {"chat_template": chat_template}
+        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return target
+
+
+def suggest_template(tokenizer: Any) -> str:
+    """VILA's own prompt for a language model with this tokenizer, as its code chose it until transformers 4.37."""
+    known = tokenizer.get_vocab()
+    if "<|start_header_id|>" in known:
+        return "llama_3"
+    return "hermes-2" if "<|im_end|>" in known else "vicuna_v1"
 
 
 def open_tokenizer(folder: Path | None) -> tuple[Any, str]:

@@ -336,7 +336,7 @@ def _file_problems(config: Config) -> Iterable[str]:
                 yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
     if data.media_dir and not _is_folder(data.media_dir):
         yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
-    yield from tokenizer_problems(data.tokenizer)
+    yield from tokenizer_problems(data.tokenizer, data.template)
     load = config.checkpoint.load
     if load and not _is_folder(load):
         yield f"checkpoint.load='{load}' is not a folder; name a run's folder or the folder of one of its steps"
@@ -364,8 +364,8 @@ def _output_problems(folder: str) -> Iterable[str]:
         yield f"train.output='{output}' cannot be written: no permission in '{existing}'; choose another folder"
 
 
-def tokenizer_problems(folder: str) -> Iterable[str]:
-    """Why ``folder`` cannot be used as data.tokenizer; nothing is loaded."""
+def tokenizer_problems(folder: str, template: str) -> Iterable[str]:
+    """Why ``folder`` cannot be used as data.tokenizer beside data.template; nothing is loaded."""
     if not folder:
         yield "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
         return
@@ -373,12 +373,12 @@ def tokenizer_problems(folder: str) -> Iterable[str]:
     if not _is_file(path / "tokenizer_config.json"):
         found = "has no tokenizer_config.json" if _is_folder(path) else "is not a folder"
         yield f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
-    elif not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
+    elif not template and not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
         (path / "tokenizer_config.json").read_text(encoding="utf-8")
     ):
         yield (
-            f"data.tokenizer='{folder}' has no chat template; add chat_template.jinja to it, or use the tokenizer of an "
-            f"instruction-tuned model"
+            f"data.tokenizer='{folder}' has no chat template; add chat_template.jinja to it, use the tokenizer of an "
+            "instruction-tuned model, or set data.template"
         )
 
 

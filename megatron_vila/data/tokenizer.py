@@ -87,11 +87,11 @@ def train_tokenizer(texts: Iterable[str], out_dir: str | os.PathLike, vocab_size
     return tokenizer
 
 
-def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a local folder; nothing is downloaded and no code of the folder is run.
 
     Raises ``FileNotFoundError`` if there is no such folder, ``ValueError`` if it holds no tokenizer, no fast one (character
-    offsets are needed to mark the answers), or no chat template.
+    offsets are needed to mark the answers), or no chat template where ``template`` names none.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(
@@ -106,10 +106,10 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
             f"data.tokenizer={str(folder)!r} is a slow tokenizer without character offsets; save it again as a fast one "
             "(it needs a tokenizer.json file)"
         )
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and not template:
         raise ValueError(
             f"data.tokenizer={str(folder)!r} has no chat template; put chat_template.jinja into the folder, as the "
-            "tokenizers of instruction-tuned models have it"
+            "tokenizers of instruction-tuned models have it, or set data.template"
         )
     return tokenizer
 

@@ -98,7 +98,7 @@ def _document(config: Config, own: dict[str, int]) -> tuple[Document | None, str
 
 def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
     data = config.data
-    problems = list(tokenizer_problems(data.tokenizer))
+    problems = list(tokenizer_problems(data.tokenizer, data.template))
     if problems:
         raise ConfigError("\n".join(problems))
     # Slow to import and needed for real samples only.

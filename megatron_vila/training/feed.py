@@ -38,7 +38,7 @@ def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
     """The samples of ``files`` as documents. Reads text only. Raises ``ConfigError`` that names file, place and cure."""
     try:
         records = open_records(config.data, files)
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
         return VilaDataset(records, tokenizer, config.data, config.model, config.train.seq_length)
     except BadRecordsError as error:
         cure = "mend them"

@@ -131,7 +131,7 @@ def settings_of(config: Config) -> dict[str, Any]:
             settings[key.name] = values[key.name]
     settings["model.llm.head_dim"] = head_dim(config.model.llm)
     try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
     except (ValueError, FileNotFoundError):
         return settings
     # Where the folder lies does not matter.

@@ -1,6 +1,7 @@
 """What an export writes: files, configurations of either layout, element types, and what training changed."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,13 @@ from transformers import AutoTokenizer
 from megatron_vila.checkpoint.errors import ConversionError
 from megatron_vila.checkpoint.exporter import export_checkpoint
 from megatron_vila.checkpoint.importer import import_checkpoint
+from megatron_vila.config.load import load_config
+from megatron_vila.data.template import NAMED
+from megatron_vila.data.text_rules import TextRules
+from megatron_vila.hf import VilaConfig
 from megatron_vila.training.checkpoint import read_info, save_checkpoint
 from tests.checkpoint import material
+from tests.data.material import byte_level_tokenizer
 from tests.ranks import pool
 from tests.training.small_run import build
 
@@ -39,9 +45,12 @@ def test_the_folder_layout_is_what_the_vila_code_loads(tmp_path, imported):
     assert root["model_type"] == "llava_llama" and "llava" in root["architectures"][0].lower()
     assert root["resume_path"] and "_name_or_path" not in root
     for part in PARTS:
-        assert root[f"{part}_cfg"] == config_of(out, part)
+        # The rule of TensorRT-LLM; the VILA code takes the name of the key.
+        folder = os.path.basename(root[f"{part}_cfg"]["_name_or_path"].strip("/"))
+        assert folder == part
+        assert root[f"{part}_cfg"] == config_of(out, folder) | {"_name_or_path": part}
         assert "_name_or_path" not in config_of(out, part)
-        assert (out / part / "model.safetensors").is_file()
+        assert (out / folder / "model.safetensors").is_file()
     assert config_of(out, "llm")["architectures"] == ["Qwen2ForCausalLM"]
     assert config_of(out, "vision_tower")["architectures"] == ["SiglipVisionModel"]
     assert config_of(out, "mm_projector") == {
@@ -115,6 +124,57 @@ def test_media_tokens_that_the_tokenizer_knows_are_named(tmp_path, imported):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     root = config_of(export_checkpoint(imported, tmp_path / "out", tokenizer=tmp_path / "tokenizer"))
     assert (root["image_token_id"], root["video_token_id"]) == (len(tokenizer) - 1, len(tokenizer) - 2)
+
+
+def changed_import(imported, folder, **data):
+    """A copy of an import whose run has other settings of the data."""
+    shutil.copytree(imported, folder)
+    info = folder / "checkpoints" / "step-00000000" / "info.json"
+    content = json.loads(info.read_text())
+    content["config"]["data"] |= data
+    info.write_text(json.dumps(content))
+    return folder
+
+
+def test_the_rules_of_texts_travel_with_an_export_and_back(tmp_path, imported):
+    rules = {
+        "media_format": "verbatim",
+        "template": "hermes-2",
+        "template_clock": "2031-02-03",
+        "parse_control_tokens": True,
+    }
+    out = export_checkpoint(changed_import(imported, tmp_path / "run", **rules), tmp_path / "out")
+    own = config_of(out)["megatron_vila"]
+    assert own["format"] == 2 and own | rules == own
+    again = load_config(str(import_checkpoint(out, tmp_path / "again") / "config.yaml"))
+    assert asdict(TextRules.of(again.data)) == rules
+    # Where other readers look for the prompt.
+    for place in (out, out / "llm"):
+        assert AutoTokenizer.from_pretrained(place).chat_template == NAMED["hermes-2"]
+        assert json.loads((place / "tokenizer_config.json").read_text())["chat_template"] == NAMED["hermes-2"]
+
+
+def test_an_export_from_before_the_rules_keeps_what_was_done_then(tmp_path, imported):
+    out = export_checkpoint(imported, tmp_path / "out")
+    root = config_of(out)
+    root["megatron_vila"] = {"format": 1, **{k: v for k, v in root["megatron_vila"].items() if k in ("frame_separator_ids",)}}
+    (out / "config.json").write_text(json.dumps(root))
+    data = load_config(str(import_checkpoint(out, tmp_path / "again") / "config.yaml")).data
+    assert TextRules.of(data) == TextRules(media_format="verbatim", parse_control_tokens=True)
+    assert VilaConfig.from_pretrained(out).megatron_vila["media_format"] == "verbatim"
+
+
+def test_generation_ends_at_every_stop_of_the_template(tmp_path, imported):
+    out = export_checkpoint(imported, tmp_path / "carried")
+    end = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|im_end|>")
+    assert json.loads((out / "llm/generation_config.json").read_text())["eos_token_id"] == [3, 0] and end == 3
+    tokenizer = byte_level_tokenizer("llama3")
+    tokenizer.save_pretrained(tmp_path / "llama3")
+    out = export_checkpoint(
+        changed_import(imported, tmp_path / "run", template="llama_3"), tmp_path / "out", tokenizer=tmp_path / "llama3"
+    )
+    stops = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
+    assert set(stops) <= set(json.loads((out / "llm/generation_config.json").read_text())["eos_token_id"])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

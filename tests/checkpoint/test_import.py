@@ -21,8 +21,12 @@ from megatron_vila.checkpoint.importer import import_checkpoint
 from megatron_vila.checkpoint.stored_model import StoredModel
 from megatron_vila.checkpoint.token_order import suggest_token_order
 from megatron_vila.config.load import load_config
+from megatron_vila.data.chat import ChatEncoder
+from megatron_vila.data.text_rules import TextRules
+from megatron_vila.data.tokenizer import load_tokenizer
 from tests.checkpoint import material
 from tests.checkpoint.test_bad_input import edit
+from tests.data.material import byte_level_tokenizer, metaspace_tokenizer
 
 LANGUAGE = {
     "hidden_size": 32,
@@ -192,6 +196,27 @@ def test_the_token_order_is_logged_stored_and_comes_back(tmp_path, caplog):
     assert suggest_token_order(root)[0] == "legacy_column_major"
     given = import_checkpoint(source, tmp_path / "given", token_order="row_major")
     assert load_config(str(given / "config.yaml"), []).model.projector.token_order == "row_major"
+
+
+def test_the_prompt_of_early_models_is_suggested_and_can_be_chosen(tmp_path, caplog):
+    tokenizers = {"hermes-2": material.write_tokenizer(tmp_path / "own")}
+    for name, tokenizer in (("llama_3", byte_level_tokenizer("llama3")), ("vicuna_v1", metaspace_tokenizer())):
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(tmp_path / name)
+        tokenizers[name] = tmp_path / name
+    for name, tokenizer in tokenizers.items():
+        source = material.write_vila(tmp_path / f"source-{name}", "vila-1.5", tokenizer=tokenizer)
+        with caplog.at_level(logging.INFO, "megatron_vila"):
+            data = load_config(str(import_checkpoint(source, tmp_path / f"out-{name}") / "config.yaml"), []).data
+        assert data.template == name and f"chat template: {name}" in caplog.text
+        assert ChatEncoder(load_tokenizer(data.tokenizer, data.template), TextRules.of(data)).stops
+    assert "has no chat template" not in caplog.text
+    for template in ("", "llama_3"):
+        chosen = import_checkpoint(source, tmp_path / f"chosen-{template}", template=template)
+        assert load_config(str(chosen / "config.yaml"), []).data.template == template
+    later = import_checkpoint(material.write_vila(tmp_path / "later", "longvila-7b"), tmp_path / "out-later")
+    data = load_config(str(later / "config.yaml"), []).data
+    assert TextRules.of(data) == TextRules(), "published files are VILA's"
 
 
 @pytest.mark.parametrize(

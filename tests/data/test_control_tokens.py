@@ -73,7 +73,7 @@ def test_what_is_text_is_tokenised_as_a_text_of_its_own(name):
 @given(data=st.data())
 def test_turns_without_control_tokens_give_the_ids_of_the_tokenizer_itself(name, data):
     tokenizer = TOKENIZERS[name]
-    texts = st.one_of(st.sampled_from(TEXTS), st.text(st.sampled_from("ab 1.\n'é猫,-<|>_im startend"), max_size=20))
+    texts = st.one_of(st.sampled_from(TEXTS), st.text(st.sampled_from("ab 1.\n'é猫,-|>_im startend"), max_size=20))
     turns = [Turn("user", data.draw(texts)), Turn("assistant", data.draw(texts))]
     rendered = tokenizer.apply_chat_template([{"role": t.role, "content": t.text} for t in turns], tokenize=False)
     assert ids_of(ENCODERS[name], turns) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
