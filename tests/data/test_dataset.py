@@ -1,6 +1,7 @@
 """Documents from records: token counts, the over-long policy, replacement of bad samples, the order of rows, the length table."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDa
 from megatron_vila.data.failures import MachineError
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
+from megatron_vila.data.placement import Turn
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.data.row import MEDIA_TOKEN
 from tests.data.material import byte_level_tokenizer, conversation, cut_off, write_jsonl, write_video
@@ -206,16 +208,32 @@ def test_the_error_when_no_sample_is_left_tells_the_reasons(media, tmp_path):
         make(media, tmp_path, records, seq_length=64).document(0)
 
 
-def test_whatever_a_template_raises_makes_one_sample_broken_and_is_traced_once(media, tmp_path, caplog):
+def test_whatever_a_template_raises_makes_one_sample_broken(media, tmp_path):
     tokenizer = byte_level_tokenizer("qwen2")
     tokenizer.chat_template = "{{ 1 % 0 if 'zero' in messages[0]['content'] else '' }}" + tokenizer.chat_template
     records = [{"id": f"zero {n}", "conversations": conversation("zero")} for n in range(2)] + [TEXT]
     files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", records)])
     choice = VilaDataset(files, tokenizer, DataConfig(), MODEL, 512).choose(0)
     assert (choice.index, choice.replaced, sorted(choice.found)) == (2, "broken", [0, 1])
-    assert choice.found[0] == "ZeroDivisionError: integer modulo by zero"
+    assert choice.found[0] == "the chat template raises ZeroDivisionError: integer modulo by zero"
+
+
+class WithNumbers(RecordFiles):
+    """Records 0 and 1 have a number for a text, which no reading of a file lets through."""
+
+    def __getitem__(self, index):
+        record = super().__getitem__(index)
+        return dataclasses.replace(record, turns=(Turn("user", 3), *record.turns[1:])) if index < 2 else record
+
+
+def test_an_error_that_nobody_foresaw_makes_one_sample_broken_and_is_traced_once(media, tmp_path, caplog):
+    records = [{"id": f"odd {n}", "conversations": conversation()} for n in range(2)] + [TEXT]
+    files = WithNumbers([write_jsonl(tmp_path / "train.jsonl", records)])
+    choice = VilaDataset(files, TOKENIZER, DataConfig(), MODEL, 512).choose(0)
+    assert (choice.index, choice.replaced, sorted(choice.found)) == (2, "broken", [0, 1])
+    assert choice.found[0].startswith("TypeError: ")
     (told,) = [record for record in caplog.records if record.exc_info]
-    assert told.getMessage() == "sample zero 0 fails in a way that nobody foresaw:"
+    assert told.getMessage() == "sample odd 0 fails in a way that nobody foresaw:"
 
 
 def test_a_record_that_changed_since_the_start_is_broken_and_named_by_its_place(media, tmp_path):
