@@ -47,6 +47,10 @@ def _limit_blocks() -> None:
 _limit_blocks()
 
 
+_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""Tags that are not UTF-8 make PyAV 18 refuse a file unless it is told to replace them; later versions take them as they are."""
+
+
 class MediaError(Exception):
     """An image or video that cannot be used: ``path`` names the file, ``reason`` says what is wrong with it."""
 
@@ -128,7 +132,7 @@ def open_video(path: str | os.PathLike) -> tuple[av.container.InputContainer, av
                 },
                 # Streams are looked at with this; a decoder gets it again when it is opened.
                 options={"max_pixels": str(MAX_PIXELS)},
-                metadata_errors="replace",
+                **_TAGS,
                 timeout=(TIME_LIMIT_S, TIME_LIMIT_S),
             )
     finally:
