@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 
@@ -104,13 +105,19 @@ def launch(world: World, rank: Worker, arguments: list[str], start_method: str =
     """
     forwarder = _Forwarder()
     forwarder.start()
+    for asking in ASKING:
+        # Threads from before this program may have a signal unblocked: then Python gets it, and hands it on.
+        signal.signal(asking, lambda number, _: signal.pthread_kill(forwarder.ident, number))
+    # Python's tracker of shared memory lets signals through in the thread that starts it: before the ranks, not between them.
+    resource_tracker.ensure_running()
+    hold_back_signals()
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The agent reports a failed rank with tracebacks of its own; `_reason` says the same in a line.
     for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("torch.distributed.elastic") and isinstance(logger, logging.Logger):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")) and isinstance(logger, logging.Logger):
             logger.setLevel(logging.CRITICAL)
     alone = world.nodes == 1
     config = LaunchConfig(
@@ -127,6 +134,7 @@ def launch(world: World, rank: Worker, arguments: list[str], start_method: str =
         monitor_interval=0.1,
         start_method=start_method,
         shutdown_timeout=30,
+        signals_to_handle="SIGHUP,SIGQUIT",
     )
     try:
         outcome = set(elastic_launch(config, rank)(arguments).values())

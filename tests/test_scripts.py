@@ -4,6 +4,7 @@ The launcher is replaced by a program that records its arguments, ``srun`` by on
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,9 @@ from packaging.utils import canonicalize_name
 
 from megatron_vila.config.load import load_config
 from megatron_vila.config.validate import validate
+from megatron_vila.data.synthetic import corpus
+from megatron_vila.data.tokenizer import train_tokenizer
+from megatron_vila.launch import main as launcher
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted(ROOT.glob("examples/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
@@ -102,6 +106,48 @@ def test_each_context_of_stage_4_sets_its_rotary_base(start, context, nodes, rin
     assert validate(config, ranks, check_files=False) == []
     assert config.train.seq_length == config.model.llm.max_positions == context
     assert config.model.llm.rope_theta > 1.5e7
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    """What a stage script asks for: a text sample and a tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    turns = [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Red."}]
+    (folder / "train.json").write_text(json.dumps([{"id": "text", "conversations": turns}]))
+    train_tokenizer(corpus(), folder / "tokenizer", 400)
+    return {"DATA": str(folder / "train.json"), "TOKENIZER": str(folder / "tokenizer")}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, 5])
+def test_a_dry_run_of_each_stage_checks_for_the_world_that_the_script_would_start(
+    start, small_data, capsys, tmp_path, stage, monkeypatch
+):
+    """The arguments are the script's, the launcher runs here: a dry run starts nothing else."""
+    monkeypatch.chdir(tmp_path)
+    # A small vocabulary, as the small tokenizer has.
+    settings = ["--dry-run", "--gpu", "h200", "model.llm.vocab_size=512", "checkpoint.load="]
+    _, output, calls = start(f"examples/train_stage{stage}.sh", *settings, NNODES="4", GPUS_PER_NODE="8", **small_data)
+    assert launcher(calls[0][2:]) == 0, output
+    said = capsys.readouterr().out
+    assert "data.train: 1 samples in" in said and "[[Red." in said
+    assert "dry run for 32 ranks: " in said
+    assert launcher([*calls[0][2:], "--world-size", "31"]) == 2
+    assert "world size 31 is not a multiple of" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_with_a_mistake_ends_a_stage_script_with_2_and_one_message(tmp_path):
+    """The whole of it: shell, launcher and checks, in one process."""
+    environment = {"DATA": str(tmp_path / "nowhere.json"), "TOKENIZER": str(tmp_path), "NNODES": "4"}
+    python = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples/train_stage5.sh"), "--dry-run", "train.stepz=3"], capture_output=True, text=True,
+        env={"PATH": f"{python}:{os.environ['PATH']}", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""} | environment,
+        cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("megatron_vila: command line: unknown key 'train.stepz'; did you mean 'train.steps'?")
+    assert "Traceback" not in done.stderr and "torch.distributed" not in done.stderr
 
 
 def test_stage_4_refuses_a_context_without_a_known_base(start):
