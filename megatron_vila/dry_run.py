@@ -7,6 +7,7 @@ opened as the trainer opens them, with samples as the model sees them.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import validate
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.explain.text import console
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training.checkpoint import latest_checkpoint, read_info, resolve_checkpoint
 from megatron_vila.training.checkpoint_io import CheckpointError, check_files, read_stored_tensors
@@ -38,14 +40,14 @@ def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str]
     warnings = validate(config, world_size, device=device)
     for warning in warnings:
         logger.warning("warning: %s", warning)
-    print(describe_memory(config, world_size, device))
-    print(describe_start(config))
+    _say(describe_memory(config, world_size, device))
+    _say(describe_start(config))
     for name in SETS:
         files = getattr(config.data, name)
         indices = [index for set_name, index in wanted if set_name == name] if wanted else [0]
         if files:
             dataset = open_dataset(config, files)
-            print(f"data.{name}: {len(dataset)} samples in {', '.join(files)}")
+            _say(f"data.{name}: {len(dataset)} samples in {', '.join(files)}")
             for index in indices:
                 print(describe_sample(dataset, name, index))
     found = "everything fits together" if not warnings else f"it can start; see the {len(warnings)} warning(s) above"
@@ -91,6 +93,11 @@ def describe_start(config: Config) -> str:
         return f"Start: weights of {folder}."
     left = max(0, config.train.steps - step)
     return f"Start: goes on from {folder} after step {step}; {left} of train.steps={config.train.steps} are left."
+
+
+def _say(text: str) -> None:
+    """Broken between words on a terminal, in one line elsewhere."""
+    console(sys.stdout).print(text, soft_wrap=not sys.stdout.isatty())
 
 
 def _parse(text: str, config: Config) -> tuple[str, int]:

@@ -187,7 +187,7 @@ def test_many_ranks_are_listed_in_short_unless_all_are_asked_for(capsys):
 def test_the_planned_gpu_decides_what_is_said_of_memory(capsys):
     arguments = ["models/qwen2-7b", "train.seq_length=8192", "parallel.tp=2", "world_size=2"]
     text = prose(explained(capsys, *arguments, "--gpu", "h100"))
-    assert "on an H100 with 79.1 GiB (planned for; --gpu names another)." in text
+    assert "on an H100 with 79.1 GiB (planned for; --gpu names another): weights " in text
     assert "warning: a rank needs about" in text and "but an H100 has 79.1 GiB" in text
     assert "warning: a rank needs" not in prose(explained(capsys, *arguments, "--gpu=b200"))
 

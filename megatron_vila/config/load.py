@@ -316,7 +316,7 @@ Every key of a run, printed by `python -m megatron_vila.config` from `megatron_v
 A run is described by a YAML file or preset and dotted overrides, which win over the file:
 
 ```bash
-torchrun --nproc-per-node 8 -m megatron_vila.train my_run.yaml parallel.tp=2 parallel.ring=4 train.steps=100
+python -m megatron_vila.launch --nproc-per-node 8 my_run.yaml parallel.tp=2 parallel.ring=4 train.steps=100
 ```
 
 ```yaml
@@ -331,7 +331,9 @@ data:
 Paths are relative to the folder the run starts in (only `include` is relative to its file). `${{oc.env:NAME}}` in a value
 is replaced by the environment variable NAME. On the command line a list is written `data.train=[a.json,b.json]`. Every run
 writes the whole configuration it used to `config.yaml` in its output folder. `--dry-run` checks everything and exits;
-`python -m megatron_vila.explain my_run.yaml world_size=256` shows what the layout means, with no process started.
+`python -m megatron_vila.explain my_run.yaml world_size=256` shows what the layout means, with no process started
+([launching](launching.md#before)). Each number has a largest value, far above what is trained, so that a slip of the keyboard is
+refused at the start (`megatron_vila/config/bounds.py`).
 
 ## Presets
 

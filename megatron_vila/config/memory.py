@@ -48,9 +48,13 @@ class MemoryEstimate:
         """What tensors take, as ``torch.cuda.max_memory_allocated`` counts."""
         return self.total - self.slack
 
+    @property
+    def parts(self) -> str:
+        """Each part in GiB."""
+        return ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in vars(self).items())
+
     def __str__(self) -> str:
-        parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in vars(self).items())
-        return f"{self.total / GIB:.1f} GiB ({parts})"
+        return f"{self.total / GIB:.1f} GiB ({self.parts})"
 
 
 def element_bytes(precision: str, on_gpu: bool) -> int:
@@ -148,7 +152,10 @@ def describe_memory(config: Config, world_size: int, device: Device) -> str:
     """The estimate for the fullest rank beside what ``device`` has, as ``explain`` and a dry run print it."""
     estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
     where = "of this machine" if device.is_here else "planned for; --gpu names another"
-    text = f"Memory of the fullest rank, estimated: {estimate}, on {device} with {device.bytes / GIB:.1f} GiB ({where})."
+    text = (
+        f"Memory of the fullest rank, estimated: {estimate.total / GIB:.1f} GiB on {device} with {device.bytes / GIB:.1f} GiB "
+        f"({where}): {estimate.parts}."
+    )
     ranks = min(world_size, config.parallel.gpus_per_node)
     on_host = ranks * (config.memory.offload_gib + state_on_host(config, world_size, device.is_gpu) / GIB)
     return text + (f" Offloading takes {on_host:.1f} GiB of the host memory of a node." if on_host else "")
