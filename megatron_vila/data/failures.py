@@ -36,14 +36,15 @@ class FailureReasons:
             memory = isinstance(cause, MemoryError) and not isinstance(error, MediaError)
             if memory or (isinstance(cause, OSError) and cause.errno in _NO_MORE_FILES):
                 raise MachineError(f"at sample {sample}: {type(cause).__name__}: {cause}") from error
+        text = " ".join(str(error).split("\n"))  # a line of a log belongs to one sample
         if isinstance(error, _FORESEEN):
-            return str(error)
+            return text
         last = traceback.extract_tb(error.__traceback__)[-1:]
         place = (type(error), last[0].filename if last else "", last[0].lineno if last else None)
         if place not in self._told:
             self._told.add(place)
             logger.error("sample %s fails in a way that nobody foresaw:", sample, exc_info=error)
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {text}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
