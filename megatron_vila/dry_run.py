@@ -19,6 +19,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import validate
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.records import report_bad_records
 from megatron_vila.explain.text import console
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training.checkpoint import latest_checkpoint, read_info, resolve_checkpoint
@@ -48,6 +49,8 @@ def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str]
         if files:
             dataset = open_dataset(config, files)
             _say(f"data.{name}: {len(dataset)} samples in {', '.join(files)}")
+            if dataset.records.bad:
+                print(report_bad_records(dataset.records.bad, len(dataset)))
             for index in indices:
                 print(describe_sample(dataset, name, index))
     found = "everything fits together" if not warnings else f"it can start; see the {len(warnings)} warning(s) above"

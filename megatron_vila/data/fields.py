@@ -7,6 +7,7 @@ overlooked would train as text.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -75,9 +76,11 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
     Raises ``RecordError`` that begins with ``where`` and names the field.
     """
 
+    names = {name: _plain(name) for name, value in content.items() if not _is_empty(value)}
+
     def take(known: frozenset[str]) -> tuple[str, Any]:
         """Name and value of the one field of ``known`` that says anything."""
-        given = [name for name in content if _plain(name) in known and not _is_empty(content[name])]
+        given = [name for name, plain in names.items() if plain in known]
         if len(given) > 1:
             raise RecordError(f"{where}, field '{given[1]}': the record has '{given[0]}' as well; keep one of the two")
         return (given[0], content[given[0]]) if given else ("", None)
@@ -124,6 +127,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
+@functools.lru_cache(maxsize=4096)
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name.lower())
 

@@ -233,6 +233,8 @@ def test_bad_records_are_told_in_one_report_and_left_out_or_end_the_run_as_the_s
     assert len(report) == 13 and all(f"{path}, line {n}, " in line for n, line in enumerate(report, start=5))
     assert json.loads((tmp_path / "run/summary.json").read_text())["replaced_broken"] == 4
     assert read_metrics(tmp_path / "run")[0][-1]["replaced_broken"] == 4
+    status, said, err = pool.run(1, _main, 1, ["tiny", *arguments, "--dry-run"])[0]
+    assert (status, err) == (0, "") and "13 of 17 records cannot be used:" in said
     arguments = overrides(videos, tmp_path / "stop", f"data.train=[{path}]", "data.bad_records=stop")
     _refused(Layout(2), arguments, "13 of 17 records cannot be used:", "... and 3 more", "data.bad_records=skip")
     assert len((tmp_path / "stop/bad_records.txt").read_text().splitlines()) == 13
