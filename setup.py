@@ -25,6 +25,7 @@ REQUIRED = [
     "tensorboard>=2.18",
     "rich>=13.9",
     "matplotlib>=3.9",
+    "xxhash>=3.4",
 ]
 
 setup(

@@ -23,7 +23,9 @@ from megatron_vila.data.records import report_bad_records
 from megatron_vila.explain.text import console
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training.checkpoint import latest_checkpoint, read_info, resolve_checkpoint
-from megatron_vila.training.checkpoint_io import CheckpointError, check_files, read_stored_tensors
+from megatron_vila.training.checkpoint_files import check_files
+from megatron_vila.training.checkpoint_io import CheckpointError
+from megatron_vila.training.checkpoint_tensors import StoredTensors
 from megatron_vila.training.feed import open_dataset
 
 SETS = ("train", "eval")
@@ -79,8 +81,9 @@ def describe_start(config: Config) -> str:
         return "Start: random weights (checkpoint.load is empty)."
     folder = resumed or resolve_checkpoint(Path(config.checkpoint.load))
     try:
-        check_files(folder)
-        stored = {name: tuple(entry.size) for name, entry in read_stored_tensors(folder).items()}
+        info = read_info(folder)
+        check_files(folder, info)
+        stored = {name: tensor.shape for name, tensor in StoredTensors(folder, info["files"]).items()}
         problems = misfits(entries(config.model), stored)
         if problems:
             more = f" and {len(problems) - 3} more tensors" if len(problems) > 3 else ""
@@ -91,7 +94,7 @@ def describe_start(config: Config) -> str:
             raise CheckpointError("it holds weights only, a run cannot go on from it: choose another train.output")
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
-    step = read_info(folder)["step"]
+    step = info["step"]
     if resumed is None:
         return f"Start: weights of {folder}."
     left = max(0, config.train.steps - step)

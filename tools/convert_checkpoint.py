@@ -2,6 +2,7 @@
 
 python tools/convert_checkpoint.py import VILA_OR_HF_FOLDER OUT
 python tools/convert_checkpoint.py export CHECKPOINT OUT
+python tools/convert_checkpoint.py verify CHECKPOINT
 python tools/convert_checkpoint.py verify A B
 """
 
@@ -73,10 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it holds a converted model")
     command.set_defaults(run=_export, doing="exporting")
 
-    command = commands.add_parser("verify", help="compare two models bit by bit; exit status 1 if they differ")
-    command.add_argument("a", type=Path, help="Hugging Face folder or distributed checkpoint")
-    command.add_argument("b", type=Path, help="Hugging Face folder or distributed checkpoint")
-    command.set_defaults(run=_verify, doing="comparing")
+    command = commands.add_parser(
+        "verify",
+        help="check the files of one checkpoint, or compare two models bit by bit; exit status 1 if damaged or different",
+    )
+    command.add_argument("a", type=Path, help="distributed checkpoint; beside B also a Hugging Face folder")
+    command.add_argument("b", type=Path, nargs="?", help="Hugging Face folder or distributed checkpoint to compare with")
+    command.set_defaults(run=_verify, doing="verifying")
     return parser
 
 
@@ -115,8 +119,12 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megatron_vila.checkpoint.verify import verify
+    from megatron_vila.checkpoint.verify import verify, verify_files
 
+    if options.b is None:
+        files = verify_files(options.a)
+        print(files)
+        return 0 if files.whole else 1
     report = verify(options.a, options.b)
     print(report)
     return 0 if report.equal else 1

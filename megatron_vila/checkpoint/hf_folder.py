@@ -183,11 +183,13 @@ def _flat_name(name: str, part: str) -> str | None:
 def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in ``path``, or {} and a problem."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no plain file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path} is missing")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path} cannot be read as JSON: {error}")
         return {}
     if not isinstance(value, dict):

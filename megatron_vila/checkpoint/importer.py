@@ -6,17 +6,16 @@ info.json and from there into every checkpoint of a run that starts from it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
-from megatron_vila.checkpoint.distributed import Piece, write_pieces
+from megatron_vila.checkpoint.distributed import Part, write_checkpoint
 from megatron_vila.checkpoint.errors import ConversionError
 from megatron_vila.checkpoint.hf_config import Description, describe_model
 from megatron_vila.checkpoint.hf_folder import HfFolder, open_folder
@@ -27,7 +26,6 @@ from megatron_vila.checkpoint.weight_map import Entry, entries
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config, ModelConfig
 from megatron_vila.models.projector import Projector
-from megatron_vila.training import checkpoint_io as io
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +71,7 @@ def import_checkpoint(
         config = _configuration(folder, description, out, partial, template)
         step = partial / "checkpoints" / STEP
         step.mkdir(parents=True)
-        try:
-            write_pieces(step, [_piece(entry, tensors, model) for entry in expected])
-        except dcp.CheckpointException as error:
-            raise OSError(next(iter(error.failures.values()))[0]) from error
-        _finish(step, config, folder)
+        write_checkpoint(step, [_part(entry, tensors, model) for entry in expected], _info(config, folder))
         (partial / "checkpoints" / "latest").write_text(STEP + "\n")
         (partial / "config.yaml").write_text(dump_config(config))
     return out
@@ -129,14 +123,14 @@ def _fresh_projector(model: ModelConfig, tensors: Mapping[str, SourceTensor]) ->
     return {f"mm_projector.{name}": MemoryTensor.of(p.detach().to(dtype)) for name, p in made.named_parameters()}
 
 
-def _piece(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig) -> Piece:
+def _part(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig) -> Part:
     sources = [tensors[name] for name in entry.tensors]
     dtype = reduce(torch.promote_types, (source.dtype for source in sources))
 
     def make() -> torch.Tensor:
         return entry.how.join([source.read().to(dtype) for source in sources], model.llm.num_kv_heads)
 
-    return Piece(entry.key, TensorInfo(dtype, entry.shape), entry.layer, entry.layers, make)
+    return Part(entry.key, TensorInfo(dtype, entry.shape), entry.layer, entry.layers, make)
 
 
 def _configuration(
@@ -172,12 +166,9 @@ def _configuration(
     return config
 
 
-def _finish(step: Path, config: Config, folder: HfFolder) -> None:
-    """The files beside the tensors; info.json is the last, as in any checkpoint."""
-    torch.save({"adam_step": None, "scheduler_steps": None, "extra": {}}, step / "state.pt")
-    # Megatron-Core 0.16.1 wants this file.
-    torch.save({}, step / "common.pt")
-    info = {
+def _info(config: Config, folder: HfFolder) -> dict[str, Any]:
+    """What info.json tells beside the files."""
+    return {
         "model": config.model.name,
         "config": asdict(config),
         "hugging_face": {
@@ -189,5 +180,3 @@ def _finish(step: Path, config: Config, folder: HfFolder) -> None:
             "preprocessor": folder.preprocessor,
         },
     }
-    sizes = {file.name: file.stat().st_size for file in sorted(step.iterdir())}
-    (step / "info.json").write_text(json.dumps(io.describe(0, info, sizes, world_size=1), indent=2) + "\n")

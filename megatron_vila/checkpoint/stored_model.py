@@ -5,7 +5,7 @@ The checkpoint's info.json holds the run's configuration and the Hugging Face fi
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 
-from megatron_vila.checkpoint.distributed import StoredTensors
 from megatron_vila.checkpoint.errors import ConversionError
 from megatron_vila.checkpoint.tensor_files import TensorInfo
 from megatron_vila.checkpoint.weight_map import Entry, entries
 from megatron_vila.config.load import ConfigError, config_from_dict
 from megatron_vila.config.schema import Config
 from megatron_vila.models.lora import FACTORS
-from megatron_vila.training.checkpoint import resolve_checkpoint
-from megatron_vila.training.checkpoint_io import CheckpointError, check_files
+from megatron_vila.training.checkpoint_files import UNCHECKED, check_alone, is_summed
+from megatron_vila.training.checkpoint_folder import resolve_checkpoint
+from megatron_vila.training.checkpoint_io import CheckpointError
+from megatron_vila.training.checkpoint_tensors import StoredTensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,18 @@ class StoredModel:
 
     LoRA updates are merged in, unless ``merge`` is false. With ``main`` the float32 copies that Adam updates are read where
     the checkpoint has them. Raises ``ConversionError`` that lists every tensor missing from the checkpoint, superfluous or of
-    another shape.
+    another shape, and if a file is damaged.
     """
 
     def __init__(self, path: Path, merge: bool = True, main: bool = False) -> None:
         try:
             self.folder = resolve_checkpoint(path)
-            check_files(self.folder)
-            self._stored = StoredTensors(self.folder)
-        except CheckpointError as error:
+            info = check_alone(self.folder)
+            self._stored = StoredTensors(self.folder, info["files"])
+        except (CheckpointError, OSError) as error:
             raise ConversionError(f"{path} cannot be read", [str(error)]) from error
-        info = json.loads((self.folder / "info.json").read_text())
+        if not is_summed(info):
+            logger.warning(UNCHECKED, self.folder)
         self.config = _config_of(info, self.folder)
         self.step: int = info["step"]
         self.hugging_face: Mapping[str, Any] = info.get("hugging_face") or {}
@@ -60,7 +64,7 @@ class StoredModel:
         self._entry_of = {name: entry for entry in self.entries for name in entry.tensors}
         self._last: tuple[Entry | None, list[torch.Tensor]] = (None, [])
         self.infos = {
-            name: TensorInfo(self._stored.infos[self._key(entry.key)].dtype, shape)
+            name: TensorInfo(self._stored[self._key(entry.key)].dtype, shape)
             for entry in self.entries
             for name, shape in entry.tensors.items()
         }
@@ -88,7 +92,7 @@ class StoredModel:
         return entry.how.split(tensor, rows, self.config.model.llm.num_kv_heads)
 
     def _merged(self, entry: Entry) -> torch.Tensor:
-        weight_RI = self._stored.read(self._key(entry.key), entry.layer)
+        weight_RI = self._tensor(entry.key, entry.layer)
         factors = self._factors(entry) if self._scale else None
         if factors is None:
             return weight_RI
@@ -99,17 +103,23 @@ class StoredModel:
     def _factors(self, entry: Entry) -> LowRank | None:
         linear, _, leaf = entry.key.rpartition(".")
         a, b = f"{linear}.{FACTORS[0]}", f"{linear}.{FACTORS[1]}"
-        if leaf != "weight" or a not in self._stored.infos:
+        if leaf != "weight" or a not in self._stored:
             return None
-        return LowRank(entry, *(self._stored.read(self._key(key), entry.layer) for key in (a, b)))
+        return LowRank(entry, *(self._tensor(key, entry.layer) for key in (a, b)))
+
+    def _tensor(self, key: str, layer: int | None) -> torch.Tensor:
+        try:
+            return self._stored.read(self._key(key), layer)
+        except CheckpointError as error:
+            raise ConversionError(f"{self.folder} cannot be read", [str(error)]) from error
 
     def _key(self, key: str) -> str:
         main = f"optimizer.main.{key}"
-        return main if self._main and main in self._stored.infos else key
+        return main if self._main and main in self._stored else key
 
     def _check(self) -> None:
         wanted = {entry.key: entry for entry in self.entries}
-        stored = {key: info.shape for key, info in self._stored.infos.items() if not key.startswith("optimizer.")}
+        stored = {key: info.shape for key, info in self._stored.items() if not key.startswith("optimizer.")}
         problems = misfits(self.entries, stored)
         linears = {key.rpartition(".")[0] for key in wanted}
         for key in sorted(stored.keys() - wanted.keys()):

@@ -90,6 +90,10 @@ def find_tensors(folder: Path, problems: list[str]) -> dict[str, FileTensor]:
     found: dict[str, FileTensor] = {}
     damaged: set[str] = set()
     for path in files:
+        if not path.is_file():
+            damaged.add(path.name)
+            problems.append(f"{path} is no plain file; copy the file itself")
+            continue
         try:
             _read_header(path, found, problems)
         except SafetensorError as error:
@@ -125,10 +129,16 @@ def _read_header(path: Path, found: dict[str, FileTensor], problems: list[str]) 
 
 def _check_index(index: Path, found: Mapping[str, FileTensor], damaged: set[str], problems: list[str]) -> None:
     try:
+        if not index.is_file():
+            raise ValueError("it is no plain file")
         places = json.loads(index.read_text())["weight_map"]
         wanted = sorted(set(places.values()) - damaged)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{index} is no index of safetensors files ({type(error).__name__}: {error})")
+        return
+    outside = [name for name in wanted if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        problems.append(f"{index} names files outside of its folder: {some(list(map(repr, outside)))}; none was opened")
         return
     missing = [name for name in wanted if not (index.parent / name).is_file()]
     if missing:

@@ -1,10 +1,12 @@
-"""Whether two models are the same: Hugging Face folders of any layout, distributed checkpoints of any layout, or one of each."""
+"""Whether a checkpoint is whole, and whether two models are the same: Hugging Face folders of any layout, distributed checkpoints
+of any layout, or one of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,10 @@ from megatron_vila.checkpoint.stored_model import StoredModel
 from megatron_vila.checkpoint.tensor_files import TensorInfo, some
 from megatron_vila.checkpoint.weight_map import shapes
 from megatron_vila.config.schema import ModelConfig
+from megatron_vila.training import checkpoint_files as files
+from megatron_vila.training.checkpoint_folder import resolve_checkpoint
+from megatron_vila.training.checkpoint_io import CheckpointError
+from megatron_vila.training.checkpoint_tensors import StoredTensors
 
 SHOWN = 20
 _BLOCK = 1 << 24
@@ -54,6 +60,66 @@ class Report:
         if len(self.differences) > SHOWN:
             shown.append(f"- and {len(self.differences) - SHOWN} more")
         return "\n".join([f"different: A={self.a}, B={self.b} ({counted})", *shown])
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A check of one checkpoint's files. ``problems`` name what is damaged; ``checked``: there were checksums to check."""
+
+    folder: Path
+    files: int
+    size_bytes: int
+    checked: bool
+    problems: list[str]
+
+    @property
+    def whole(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        counted = f"{self.files} files, {self.size_bytes / 1e9:.2f} GB"
+        if not self.whole:
+            return "\n".join([f"damaged: {self.folder} ({counted})", *(f"- {problem}" for problem in self.problems)])
+        if not self.checked:
+            return f"unchecked: {self.folder} ({counted}) is from a version without checksums; files and sizes are complete"
+        return f"whole: {self.folder} ({counted}, every byte as it was written)"
+
+
+def verify_files(path: str | Path) -> FileReport:
+    """Check all files of a checkpoint (the folder of a step, or the newest one of a run) against what was written.
+
+    Raises ``ConversionError`` if there is no checkpoint.
+    """
+    try:
+        folder = resolve_checkpoint(Path(path))
+    except CheckpointError as error:
+        raise ConversionError(f"{path} cannot be verified", [str(error)]) from error
+    problems: list[str] = []
+    info: Mapping[str, Any] = {"files": {}}
+    checks = (
+        lambda: files.check_files(folder, info),
+        lambda: files.raise_damage(files.damage(folder, info, _blocks_of_whole_files(folder, info))),
+        lambda: StoredTensors(folder, info["files"]),
+        lambda: files.read_state(folder),
+    )
+    try:
+        info = files.read_info(folder)
+    except (CheckpointError, OSError) as error:
+        problems, checks = [str(error)], ()
+    for check in checks:
+        try:
+            check()
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+    return FileReport(folder, len(info["files"]), sum(info["files"].values()), files.is_summed(info), problems)
+
+
+def _blocks_of_whole_files(folder: Path, info: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What is missing or cut is named already."""
+    if not files.is_summed(info):
+        return []
+    wrong = set(files.wrong_files(folder, info))
+    return [(name, block) for name, block in files.blocks_to_check(info) if name not in wrong]
 
 
 def verify(a: str | Path, b: str | Path) -> Report:

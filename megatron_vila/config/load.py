@@ -269,6 +269,8 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 
 def _type_name(wanted: Any) -> str:
+    if wanted == bool | str:
+        return "true, false or text"
     if isinstance(wanted, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(wanted))
     if typing.get_origin(wanted) is list:

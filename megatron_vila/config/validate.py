@@ -41,6 +41,7 @@ CHOICES = {
     "optim.schedule": ("cosine", "constant"),
     "train.precision": ("auto", "bf16", "fp32", "fp64"),
     "train.on_nan": ("stop", "skip"),
+    "checkpoint.resume": (True, False, "newest_whole"),
 }
 """Keys with a fixed set of values."""
 
@@ -126,7 +127,8 @@ def _value_problems(config: Config) -> Iterable[str]:
     yield from text_problems(config)
     for name, choices in CHOICES.items():
         if value_of(config, name) not in choices:
-            yield f"{name}={value_of(config, name)} is not known; choose one of {', '.join(choices)}"
+            known = (str(choice).lower() if isinstance(choice, bool) else choice for choice in choices)
+            yield f"{name}={value_of(config, name)} is not known; choose one of {', '.join(known)}"
     for bounds, text in ((AT_LEAST_ONE, "at least 1"), (AT_LEAST_ZERO, "at least 0"), (ABOVE_ZERO, "above 0")):
         for name in (f"{section}.{leaf}" for section, leaves in bounds.items() for leaf in leaves):
             value = value_of(config, name)

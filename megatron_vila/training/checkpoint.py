@@ -1,49 +1,77 @@
-"""Distributed checkpoints that survive a crash at any moment and load under any layout.
+"""Distributed checkpoints that survive a crash or a full disk at any moment and load under any layout.
 
-A run's folder holds::
+A run's folder holds ``checkpoints/step-00000100/`` (``checkpoint_folder`` tells which names are ours), one checkpoint::
 
-    checkpoints/step-00000100/    one checkpoint: Megatron-Core's torch_dist files, state.pt, info.json (the last one written)
-    checkpoints/latest            the name of the newest finished one
-    checkpoints/.step-...         being written or deleted; ignored by loading, removed by the next save
+    __0_0.distcp, ...   the tensors that a rank wrote (checkpoint_tensors)
+    .metadata           which pieces a tensor consists of
+    state.pt            Adam's step count, place on the schedule, what the trainer counts
+    info.json           step, layout, configuration, size and checksums of every file (checkpoint_files); the last one written
 
 A checkpoint is written under a hidden name, its files are flushed to disk, then it is renamed, then ``latest`` is replaced.
 Weights and Adam's state are stored by global name and place, so (tp, pp, ulysses, ring, dp) may differ when it is loaded.
+
+Who writes what is agreed on first, from metadata alone. Then every rank writes, or reads, by itself, and all agree on the
+outcome: a rank that fails leaves nobody waiting.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensorFactory,
+    apply_factory_merges,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vila.models.lora import FACTORS
-from megatron_vila.training import checkpoint_io as io
-from megatron_vila.training.checkpoint_io import CheckpointError
+from megatron_vila.training import checkpoint_files as files
+from megatron_vila.training import checkpoint_folder as folders
+from megatron_vila.training.checkpoint_folder import latest_checkpoint, resolve_checkpoint
+from megatron_vila.training.checkpoint_io import CheckpointError, on_all_ranks, on_rank_zero, require_plain, some
+from megatron_vila.training.checkpoint_tensors import (
+    METADATA,
+    Piece,
+    PieceWriter,
+    StoredTensor,
+    StoredTensors,
+    Target,
+    write_metadata,
+)
 from megatron_vila.training.offload import reload_main_weights
 from megatron_vila.training.optimizer_shards import ensure_state, get_step, set_step, state_shards
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "CheckpointError",
     "latest_checkpoint",
     "load_checkpoint",
+    "newest_whole",
     "read_info",
     "resolve_checkpoint",
     "save_checkpoint",
+    "set_aside",
 ]
+
+GIB = 2**30
 
 
 def save_checkpoint(
@@ -61,45 +89,37 @@ def save_checkpoint(
     ``extra`` (dicts, lists, strings, numbers, tensors) comes back from ``load_checkpoint``; ``info`` (JSON values: the
     model's name, the layout, the configuration) goes into info.json; both are rank 0's. ``keep`` newest checkpoints up to this
     step stay, 0 keeps all. Without ``optimizer`` only weights are saved. Raises ``TypeError`` for other types in ``extra``
-    and, on every rank, ``CheckpointError`` if writing fails; earlier checkpoints are intact then.
+    and, on every rank at once, ``CheckpointError`` if anything fails on any of them; earlier checkpoints are intact then.
     """
-    io.require_plain(extra or {}, "extra")
+    require_plain(extra or {}, "extra")
     root = Path(run_folder) / "checkpoints"
-    partial = root / f".step-{step:08d}.partial"
     failed = f"checkpoint of step {step} not saved in {root}"
-    cure = "earlier checkpoints are intact; free space or set train.output to a folder that can be written"
+    try:
+        partial, final = on_rank_zero(lambda: folders.make_room(root, step), failed)
+        shards = on_all_ranks(lambda: _what_to_save(model_chunks, optimizer), failed)
+        state = {"adam_step": None, "scheduler_steps": None, "extra": extra or {}}
+        if optimizer is not None:
+            state["adam_step"] = get_step(optimizer)
+        if scheduler is not None:
+            state["scheduler_steps"] = scheduler.num_steps
+        if isinstance(model_chunks[0], DistributedDataParallel):
+            # Replicas share the writing of the weights; of Adam's state each has its own part anyway.
+            _share_writing(shards, model_chunks[0].dp_cp_group)
+        pieces, written = on_all_ranks(lambda: _write_own(partial, shards), failed)
+        gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((pieces, written), gathered)
 
-    final = io.on_rank_zero(lambda: _make_room(root, partial, step), failed, cure)
-    model_state = _model_state(model_chunks)
-    state: dict[str, Any] = {"model": model_state}
-    counters: dict[str, Any] = {"adam_step": None, "scheduler_steps": None}
-    if optimizer is not None:
-        ensure_state(optimizer)
-        counters["adam_step"] = get_step(optimizer)
-        state["optimizer"] = state_shards(optimizer, model_state)
-    if scheduler is not None:
-        counters["scheduler_steps"] = scheduler.num_steps
-    writer = io.InProcessSave("torch_dist", 1)
-    if isinstance(model_chunks[0], DistributedDataParallel):
-        # Replicas share the writing of the weights; of Adam's state each has its own part anyway.
-        writer = FullyParallelSaveStrategyWrapper(writer, model_chunks[0].dp_cp_group)
+        def finish() -> None:
+            all_files = {name: file for _, of_rank in gathered for name, file in of_rank.items()}
+            all_files[METADATA] = write_metadata(partial, (piece for of_rank, _ in gathered for piece in of_rank))
+            files.write_rest(partial, step, state, info or {}, all_files, dist.get_world_size())
+            folders.publish(partial, final)
 
-    def write_tensors() -> None:
-        dist_checkpointing.save(state, str(partial), sharded_strategy=writer, validate_access_integrity=False)
-
-    def finish() -> None:
-        torch.save({**counters, "extra": extra or {}}, partial / "state.pt")
-        if not (partial / "common.pt").exists():
-            # Megatron-Core 0.16.1 wants this file; 0.19.2 no longer writes it.
-            torch.save({}, partial / "common.pt")
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        described = io.describe(step, info or {}, sizes, dist.get_world_size())
-        (partial / "info.json").write_text(json.dumps(described, indent=2) + "\n")
-        _publish(root, partial, final)
-        _delete_older(root, final, keep)
-
-    io.on_all_ranks(write_tensors, failed, cure)
-    io.on_rank_zero(finish, failed, cure)
+        on_rank_zero(finish, failed)
+    except CheckpointError as error:
+        advice = on_rank_zero(lambda: _after_failure(Path(run_folder)), failed)
+        raise CheckpointError(f"{error}; {advice}") from None
+    on_rank_zero(lambda: folders.delete_older(final, keep), failed)
     return final
 
 
@@ -108,20 +128,24 @@ def load_checkpoint(
     model_chunks: Sequence[torch.nn.Module],
     optimizer: DistributedOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Load a checkpoint's folder, or the newest one of a run's folder, into the model and what else is given.
 
     Returns ``extra`` of the save. Without ``optimizer`` only weights are loaded: do it before ``build_optimizer``, which
-    copies 16-bit weights. Collective over all ranks. Raises ``CheckpointError`` on every rank if there is no finished
-    checkpoint, a file is missing or damaged, or tensors are missing or differ in shape (they are named). LoRA factors that a
-    checkpoint without them lacks keep their initial values; those that the model has no place for are an error.
+    copies 16-bit weights. ``check=False`` if the content of its files was checked just now (``newest_whole``). Collective over
+    all ranks. Raises ``CheckpointError`` on every rank if there is no finished checkpoint, a file is missing or damaged, or
+    tensors are missing or differ in shape (they are named). LoRA factors that a checkpoint without them lacks keep their
+    initial values; those that the model has no place for are an error.
     """
     # Rank 0 alone looks: a network file system may show ranks different moments of a folder.
-    folder = io.on_rank_zero(lambda: resolve_checkpoint(Path(path)), f"nothing to load at {path}")
+    folder = on_rank_zero(lambda: resolve_checkpoint(Path(path)), f"nothing to load at {path}")
     failed = f"cannot load checkpoint {folder}"
-    io.on_all_ranks(lambda: io.check_files(folder), failed)
-    stored = io.on_all_ranks(lambda: io.read_stored_tensors(folder), failed)
-    saved = io.on_all_ranks(lambda: torch.load(folder / "state.pt", weights_only=True, map_location="cpu"), failed)
+    try:
+        stored, saved = _open(folder, failed, check)
+    except CheckpointError as error:
+        advice = on_rank_zero(lambda: _other_way(folder, optimizer is not None), failed)
+        raise CheckpointError(f"{error}; {advice}") from None
     if optimizer is not None and saved["adam_step"] is None:
         raise CheckpointError(f"{failed}: it holds weights only; start a new run from it with checkpoint.load={folder}")
 
@@ -138,10 +162,10 @@ def load_checkpoint(
         if not has_main:
             shards = {name: shard for name, shard in shards.items() if not shard.key.startswith("optimizer.main.")}
         state["optimizer"] = shards
-    io.on_all_ranks(lambda: io.compare(_tensors(state), stored), failed)
+    on_all_ranks(lambda: _compare(_tensors(state), stored), failed)
 
     targets = {name: shard.data for name, shard in shards.items()}
-    loaded = io.on_all_ranks(lambda: io.load_sharded(state, folder), failed, "restore its files or load another one")
+    loaded = on_all_ranks(lambda: _read(state, stored), failed)
     for index, chunk in enumerate(model_chunks):
         _unwrap(chunk).load_state_dict(loaded["model"][str(index)], strict=False)
     if optimizer is not None:
@@ -158,90 +182,175 @@ def load_checkpoint(
     return saved["extra"]
 
 
-def latest_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest finished checkpoint of a run's folder (the one that ``latest`` names, if it is there), or None."""
-    root = Path(run_folder) / "checkpoints"
-    finished = _finished(root)
-    pointer = root / "latest"
-    named = root / pointer.read_text().strip() if pointer.is_file() else None
-    if named in finished:
-        return named
-    return finished[-1] if finished else None
+def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of a run whose files are all as they were written, and what is wrong with newer ones, by folder.
 
-
-def resolve_checkpoint(path: Path) -> Path:
-    """The folder of a finished checkpoint: ``path`` itself, or the newest of a run's folder. Raises ``CheckpointError``."""
-    if (path / "info.json").is_file():
-        return path
-    newest = latest_checkpoint(path)
-    if newest is None:
+    None if the run has no checkpoint yet. Collective over all ranks, which share the reading. Raises ``CheckpointError`` if
+    there are checkpoints and none is whole.
+    """
+    candidates = on_rank_zero(lambda: folders.newest_first(run_folder), f"nothing to resume in {run_folder}")
+    passed_over: dict[Path, str] = {}
+    for folder in candidates:
+        try:
+            _open(folder, folder.name, check=True)
+        except CheckpointError as error:
+            passed_over[folder] = str(error)
+        else:
+            return folder, passed_over
+    if passed_over:
         raise CheckpointError(
-            "no finished checkpoint there; give the folder of a step (step-...) or the folder of a run"
+            f"no checkpoint of {run_folder} is whole: {'; '.join(passed_over.values())}; restore one from a copy, or start a new "
+            "run in another train.output"
         )
-    return newest
+    return None, {}
+
+
+def set_aside(damaged: Iterable[Path], whole: Path) -> list[Path]:
+    """As ``checkpoint_folder.set_aside``, collective over all ranks. Raises ``CheckpointError``."""
+    return on_rank_zero(
+        lambda: folders.set_aside(damaged, whole), "damaged checkpoints cannot be renamed", "rename or delete them yourself"
+    )
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
     """info.json of a checkpoint's folder, or of the newest one of a run's folder. Raises ``CheckpointError``."""
-    return json.loads((resolve_checkpoint(Path(path)) / "info.json").read_text())
+    return files.read_info(resolve_checkpoint(Path(path)))
 
 
-def _order(folder: Path) -> tuple[int, int]:
-    """(step, number of the save at that step) of ``step-00000010`` or, saved again, ``step-00000010-1``."""
-    _, step, *again = folder.name.split("-")
-    return int(step), int(again[0]) if again else 0
+# ---------------------------------------------------------------------------------------------------------------------
+# saving
 
 
-def _finished(root: Path) -> list[Path]:
-    """Finished checkpoints, the oldest step first."""
-    return sorted((folder for folder in root.glob("step-*") if (folder / "info.json").is_file()), key=_order)
+def _what_to_save(
+    model_chunks: Sequence[torch.nn.Module], optimizer: DistributedOptimizer | None
+) -> list[ShardedTensor]:
+    """This rank's view of everything that is saved, before it is decided who writes what."""
+    model_state = _model_state(model_chunks)
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        ensure_state(optimizer)
+        state["optimizer"] = state_shards(optimizer, model_state)
+    sharded, _ = save_preprocess(state, validate_access_integrity=False)
+    return list(nested_values(sharded))
 
 
-def _make_room(root: Path, partial: Path, step: int) -> Path:
-    """Make the folder to write into; returns the place where it will go."""
-    root.mkdir(parents=True, exist_ok=True)
-    for left_over in root.glob(".step-*"):
-        shutil.rmtree(left_over)
-    partial.mkdir()
-    return _free_place(root, step)
+def _share_writing(shards: list[ShardedTensor], group: dist.ProcessGroup) -> None:
+    """Choose for each tensor that several ranks of ``group`` hold the one that writes it (an exchange of metadata)."""
+    state = {"shards": shards}
+    choice = determine_main_replica_uniform_distribution(state, group)
+    distribute_main_replicas_with_precomputed_distribution(state, group, choice)
 
 
-def _free_place(root: Path, step: int) -> Path:
-    """A checkpoint of the same step is not overwritten: there would be a moment without any."""
-    saved = [_order(folder)[1] for folder in root.glob(f"step-{step:08d}*")]
-    return root / (f"step-{step:08d}-{max(saved) + 1}" if saved else f"step-{step:08d}")
+def _write_own(folder: Path, shards: Sequence[ShardedTensor]) -> tuple[list[Piece], dict[str, files.Written]]:
+    """Write the tensors that are this rank's to write; no communication."""
+    with PieceWriter(folder, dist.get_rank()) as writer:
+        for shard in shards:
+            if is_main_replica(shard.replica_id):
+                data = shard.data.view((1,) * shard.prepend_axis_num + tuple(shard.local_shape))
+                writer.add(shard.key, data, shard.global_shape, shard.global_offset)
+    return writer.pieces, writer.files
 
 
-def _publish(root: Path, partial: Path, final: Path) -> None:
-    """Make a complete hidden folder the newest checkpoint. A crash between any two lines leaves a loadable one."""
-    for file in partial.iterdir():
-        io.flush(file)
-    io.flush(partial)
-    partial.rename(final)
-    io.flush(root)
-    pointer = root / ".latest"
-    pointer.write_text(final.name + "\n")
-    io.flush(pointer)
-    os.replace(pointer, root / "latest")
-    io.flush(root)
+def _after_failure(run_folder: Path) -> str:
+    """Remove what a failed save has written, so that it does not fill the disk, and tell what is intact and what to do."""
+    root = run_folder / "checkpoints"
+    newest, free = None, ""
+    if root.is_dir():
+        folders.clean(root)
+        newest = latest_checkpoint(run_folder)
+        free = f" ({shutil.disk_usage(root).free / GIB:.1f} GiB are free there)"
+    if newest is None:
+        return (
+            f"there is no earlier checkpoint; free space{free} or set train.output to a folder that can be written, and start "
+            "again"
+        )
+    return (
+        f"earlier checkpoints are intact; free space{free} or make the folder writable, and give the same command again: it goes "
+        f"on from {newest.name}"
+    )
 
 
-def _delete_older(root: Path, final: Path, keep: int) -> None:
-    """Later steps, left by a run that was set back by hand, are nobody's to delete."""
-    older = [folder for folder in _finished(root) if _order(folder) < _order(final)]
-    for folder in older:
-        if _order(folder)[0] == _order(final)[0]:
-            _delete(folder)
-    if keep > 0:
-        for folder in [folder for folder in older if folder.exists()][: 1 - keep or None]:
-            _delete(folder)
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
 
 
-def _delete(folder: Path) -> None:
-    """Hidden first, so that a half-deleted checkpoint is never taken for a finished one."""
-    hidden = folder.with_name(f".{folder.name}.deleted")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[str, Any]]:
+    """What a checkpoint holds, after a check of all its files whose reading the ranks share."""
+    info = on_rank_zero(lambda: _structure(folder), failed)
+    if check and files.is_summed(info):
+        blocks = on_rank_zero(lambda: files.blocks_to_check(info), failed)[dist.get_rank() :: dist.get_world_size()]
+        found = on_all_ranks(lambda: files.damage(folder, info, blocks), failed)
+        everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everywhere, found)
+        on_all_ranks(lambda: files.raise_damage(sum(everywhere, [])), failed)
+    elif check and dist.get_rank() == 0:
+        logger.warning(files.UNCHECKED, folder)
+    return on_all_ranks(lambda: (StoredTensors(folder, info["files"]), files.read_state(folder)), failed)
+
+
+def _structure(folder: Path) -> dict[str, Any]:
+    info = files.read_info(folder)
+    files.check_files(folder, info)
+    return info
+
+
+def _other_way(folder: Path, resuming: bool) -> str:
+    """How to go on without a damaged checkpoint."""
+    earlier: list[Path] = []
+    if folders.is_ours(folder):
+        earlier = [other for other in folders.finished(folder.parent) if folders.order(other) < folders.order(folder)]
+    if not earlier:
+        return "restore its files from a copy, or load another checkpoint"
+    if not resuming:
+        return f"restore its files from a copy, or load the one before it: checkpoint.load={earlier[-1]}"
+    return (
+        f"restore its files from a copy, or go on from the newest whole checkpoint before it, with its optimizer state, by "
+        f"checkpoint.resume=newest_whole (the next one is {earlier[-1].name})"
+    )
+
+
+def _read(state: dict[str, Any], stored: StoredTensors) -> dict[str, Any]:
+    """Fill the tensors of ``state`` in place; returns it as plain tensors, those of factories put together again."""
+    sharded, _, factories = load_preprocess(state)
+    targets = []
+    for shard in nested_values(sharded):
+        shard.init_data("cpu", torch.zeros if shard.allow_shape_mismatch else torch.empty)
+        data = shard.data.detach()
+        if shard.allow_shape_mismatch:
+            data.zero_()
+        for _ in range(shard.prepend_axis_num):
+            data = data.unsqueeze(0)
+        targets.append(Target(shard.key, data, shard.global_offset, shard.allow_shape_mismatch))
+    stored.read_into(targets)
+    dict_list_map_inplace(lambda shard: shard.data.detach(), sharded)
+    return apply_factory_merges(sharded, factories)
+
+
+def _compare(wanted: Iterable[ShardedTensor], stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ``CheckpointError`` naming the tensors that a checkpoint does not have, or has in another shape, and the LoRA factors
+    that would be lost."""
+    missing, different, known = set(), set(), set()
+    for tensor in wanted:
+        known.add(tensor.key)
+        if tensor.key not in stored:
+            missing.add(tensor.key)
+        elif not tensor.allow_shape_mismatch and tuple(stored[tensor.key].shape) != tuple(tensor.global_shape):
+            different.add(f"{tensor.key} {list(stored[tensor.key].shape)} instead of {list(tensor.global_shape)}")
+    problems = []
+    lost = [key for key in stored.keys() - known if key.endswith(FACTORS) and not key.startswith("optimizer.")]
+    if lost:
+        problems.append(f"{len(lost)} LoRA tensors that the model has no place for: {some(sorted(lost))}")
+    if different:
+        problems.append(f"{len(different)} tensors of another shape: {some(sorted(different))}")
+    if missing:
+        problems.append(f"{len(missing)} tensors missing: {some(sorted(missing))}")
+    if problems:
+        cure = "load it with the model configuration that it was saved with"
+        if lost and not different and not missing:
+            cure = "set model.lora as in the run that saved them, or merge them (tools/convert_checkpoint.py export, then import)"
+        elif not different and all(key.startswith("optimizer.") for key in missing):
+            cure = "parts that were frozen then have no optimizer state; start a new run from the weights with checkpoint.load"
+        raise CheckpointError(f"{'; '.join(problems)}; {cure}")
 
 
 def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
@@ -255,7 +364,7 @@ def _model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return tensors
 
 
-def _leave_out_new_updates(model_state: dict[str, Any], stored: dict[str, Any]) -> None:
+def _leave_out_new_updates(model_state: dict[str, Any], stored: Mapping[str, StoredTensor]) -> None:
     """Take out the LoRA factors of linear layers that have none in the checkpoint: an update that begins is no lost one."""
     for chunk in model_state.values():
         for name, entry in list(chunk.items()):

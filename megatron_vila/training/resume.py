@@ -1,5 +1,5 @@
-"""What a run that goes on must have in common with the run that was saved: settings kept in the checkpoint, and what it
-means that one has changed.
+"""Where a run goes on, and what it must have in common with the run that was saved: settings kept in the checkpoint, and what
+it means that one has changed.
 
 ``settings_of`` gives the settings as a flat dict, key -> plain value; the trainer keeps it in the checkpoint's ``extra``.
 ``changes`` compares two of them: each difference becomes a line, or an error where going on makes no sense. To watch one more
@@ -12,15 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from megatron_vila.config.load import config_keys
 from megatron_vila.config.schema import Config
 from megatron_vila.config.sizes import head_dim
 from megatron_vila.data.tokenizer import load_tokenizer
-from megatron_vila.training.checkpoint_io import CheckpointError
+from megatron_vila.training.checkpoint import newest_whole
+from megatron_vila.training.checkpoint_folder import newest_first
+from megatron_vila.training.checkpoint_io import CheckpointError, on_rank_zero
 
 _NEW_RUN = "or start a new run from the weights (checkpoint.load, and another train.output)"
 _OTHER_MODEL = "the weights mean something else then"
@@ -120,6 +123,25 @@ UNWATCHED = (
     "model.lora.targets",
 )
 """Settings on which the numbers of coming steps do not depend, or whose change is noticed elsewhere."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run goes on from, None for a new run, and the newer ones that are damaged, with the reason."""
+
+    checkpoint: Path | None = None
+    passed_over: Mapping[Path, str] = field(default_factory=dict)
+    checked: bool = False
+
+
+def resume_point(config: Config) -> ResumePoint:
+    """Where ``checkpoint.resume`` lets the run go on. Collective over all ranks. Raises ``CheckpointError``."""
+    if config.checkpoint.resume == "newest_whole":
+        return ResumePoint(*newest_whole(config.train.output), checked=True)
+    if not config.checkpoint.resume:
+        return ResumePoint()
+    known = on_rank_zero(lambda: newest_first(config.train.output), f"nothing to resume in {config.train.output}")
+    return ResumePoint(known[0] if known else None)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

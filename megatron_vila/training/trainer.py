@@ -30,8 +30,8 @@ from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.agreement import from_rank_zero
-from megatron_vila.training.checkpoint import latest_checkpoint, load_checkpoint, read_info, save_checkpoint
-from megatron_vila.training.checkpoint_io import on_all_ranks, on_rank_zero
+from megatron_vila.training.checkpoint import load_checkpoint, read_info, save_checkpoint, set_aside
+from megatron_vila.training.checkpoint_io import CheckpointError, on_all_ranks, on_rank_zero
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
 from megatron_vila.training.evaluate import evaluate, remarks
 from megatron_vila.training.feed import JUDGED_FROM, held_out_gaps, open_dataset, tell_bad_records, training_loader
@@ -41,7 +41,7 @@ from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
-from megatron_vila.training.resume import changes, kept_settings, settings_of
+from megatron_vila.training.resume import ResumePoint, changes, kept_settings, resume_point, settings_of
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
 
@@ -79,19 +79,17 @@ class Trainer:
         self.is_writer = self.topology.rank == 0
         model_parallel_cuda_manual_seed(config.train.seed)
         model = VilaModel(config, self.topology, self.dtype, self.device)
-        resumed = None
-        if config.checkpoint.resume:
-            resumed = on_rank_zero(lambda: latest_checkpoint(config.train.output), f"nothing to resume in {config.train.output}")
-        if resumed is None and config.checkpoint.load:
+        found = resume_point(config)
+        if found.checkpoint is None and config.checkpoint.load:
             load_checkpoint(config.checkpoint.load, [model])
             self._say(f"weights of {config.checkpoint.load}")
         self.model = wrap_ddp(model, config.optim, model.config)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
         self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
         self.settings = on_rank_zero(lambda: settings_of(config), "the settings that a checkpoint keeps")
-        if resumed is not None:
-            self._resume(resumed)
-        origin = resumed or config.checkpoint.load
+        if found.checkpoint is not None:
+            self._resume(found)
+        origin = found.checkpoint or config.checkpoint.load
         # An export needs the files that the weights once came with.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
         self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
@@ -285,12 +283,21 @@ class Trainer:
             "finds all. Every step so far counts: mend the files and go on with a higher data.max_broken, or start anew"
         )
 
-    def _resume(self, checkpoint: Path) -> None:
-        extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler)
+    def _resume(self, found: ResumePoint) -> None:
+        checkpoint = found.checkpoint
+        extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler, check=not found.checked)
+        if not {"step", "skipped", "counts"} <= extra.keys():
+            raise CheckpointError(
+                f"cannot go on from {checkpoint}: no run of this package saved it; start one from it with checkpoint.load"
+            )
         self.step, self.skipped, self.counts = extra["step"], extra["skipped"], self.counts | extra["counts"]
         changed = on_all_ranks(
             lambda: changes(kept_settings(extra), self.settings), f"cannot go on from {checkpoint}"
         )
+        if found.passed_over:
+            places = set_aside(found.passed_over, checkpoint)
+            for place, problem in zip(places, found.passed_over.values(), strict=True):
+                self._say(f"damaged and passed over, now called {place}, delete it when you like: {problem}")
         self._say(f"going on from {checkpoint} after step {self.step}")
         for line in changed:
             self._say(f"changed since the checkpoint: {line}")

@@ -21,6 +21,7 @@ from megatron_vila.training.checkpoint import read_info, save_checkpoint
 from tests.checkpoint import material
 from tests.data.material import byte_level_tokenizer
 from tests.ranks import pool
+from tests.training.damage import seal_info
 from tests.training.small_run import build
 
 PARTS = ("llm", "vision_tower", "mm_projector")
@@ -84,7 +85,7 @@ def test_the_context_that_training_extended_is_written_everywhere(tmp_path, impo
     longer.mkdir(parents=True)
     for file in step.iterdir():
         (longer / file.name).write_bytes(file.read_bytes())
-    (longer / "info.json").write_text(json.dumps(info))
+    seal_info(longer, info)
     out = export_checkpoint(tmp_path / "longer", tmp_path / "out")
     llm = config_of(out, "llm")
     assert (llm["rope_theta"], llm["rope_scaling"], llm["max_position_embeddings"]) == (5.0, None, 99)
@@ -224,13 +225,13 @@ def test_a_model_that_never_was_a_folder_gets_every_configuration(tmp_path):
 def test_a_checkpoint_without_a_usable_configuration_is_refused_with_the_reason(tmp_path, imported):
     older = tmp_path / "older"
     shutil.copytree(imported, older)
-    info = older / "checkpoints" / "step-00000000" / "info.json"
+    step = older / "checkpoints" / "step-00000000"
     content = read_info(older)
-    info.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
+    seal_info(step, {key: value for key, value in content.items() if key != "config"})
     with pytest.raises(ConversionError, match="holds no configuration, as older versions wrote it; let the run take a step"):
         export_checkpoint(older, tmp_path / "out")
     content["config"]["model"]["recompute"] = "full"
-    info.write_text(json.dumps(content))
+    seal_info(step, content)
     with pytest.raises(ConversionError, match="no usable configuration: .*unknown key 'model.recompute'"):
         export_checkpoint(older, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -62,6 +62,6 @@ def test_a_table_padded_for_three_tensor_parallel_ranks_is_cut_to_its_rows(tmp_p
     imported = import_checkpoint(material.write_vila(tmp_path / "source", "three"), tmp_path / "imported")
     pool.run(3, load_and_save, str(imported), (3, 1, 1, 1), str(tmp_path / "run"))
     stored = StoredModel(tmp_path / "run")
-    assert stored._stored.infos["llm.output_layer.weight"].shape[0] == 192
+    assert stored._stored["llm.output_layer.weight"].shape[0] == 192
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert material.same_bits(material.model_tensors("three"), material.read_tensors(out))

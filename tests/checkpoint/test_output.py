@@ -14,6 +14,7 @@ from megatron_vila.checkpoint.errors import ConversionError
 from megatron_vila.checkpoint.exporter import export_checkpoint
 from megatron_vila.checkpoint.importer import import_checkpoint
 from tests.checkpoint import material
+from tests.training.damage import seal_info
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -114,7 +115,7 @@ def test_a_distributed_checkpoint_that_does_not_fit_its_configuration_is_refused
     info = json.loads((step / "info.json").read_text())
     llm = info["config"]["model"]["llm"]
     llm["ffn_hidden_size"], llm["qkv_bias"], llm["tie_embeddings"] = 64, False, True
-    (step / "info.json").write_text(json.dumps(info))
+    seal_info(step, info)
     with pytest.raises(ConversionError) as error:
         export_checkpoint(imported, tmp_path / "out")
     text = str(error.value)
@@ -122,7 +123,7 @@ def test_a_distributed_checkpoint_that_does_not_fit_its_configuration_is_refused
     assert "llm.decoder.layers.mlp.linear_fc1.weight is [4, 96, 32]; it should be [4, 128, 32]" in text
     assert "llm.decoder.layers.self_attention.linear_qkv.bias [4, 64] belongs to no part of the model" in text
     llm["qkv_bias"] = "yes"
-    (step / "info.json").write_text(json.dumps(info))
+    seal_info(step, info)
     with pytest.raises(ConversionError, match="model.llm.qkv_bias is 'yes', but must be true or false"):
         export_checkpoint(imported, tmp_path / "out")
 

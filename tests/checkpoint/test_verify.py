@@ -104,6 +104,6 @@ def test_what_cannot_be_read_cannot_be_compared(tmp_path, four):
         verify(four[0], tmp_path)
     info = tmp_path / "step" / "info.json"
     info.parent.mkdir()
-    info.write_text(json.dumps({"format": 1, "files": {"x": 1}}))
+    info.write_text(json.dumps({"format": 1, "step": 1, "files": {"x": 1}}))
     with pytest.raises(ConversionError, match="missing or truncated files: x"):
         verify(info.parent, four[0])

@@ -27,7 +27,7 @@ FAULTS = [
         """            self._say(f"weights of {config.checkpoint.load}")
         self.model = wrap_ddp(model, config.optim, model.config)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
-        if resumed is None and config.checkpoint.load:
+        if found.checkpoint is None and config.checkpoint.load:
             load_checkpoint(config.checkpoint.load, [model])
 """,
         BF16,
