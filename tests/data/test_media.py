@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from megatron_vila.data import media
 from megatron_vila.data.images import load_image, preprocess
@@ -120,12 +120,18 @@ def test_a_path_is_a_path_and_neither_a_pattern_nor_an_address(film, tmp_path, n
     assert not other.seen
 
 
-def test_postscript_under_another_name_starts_no_interpreter(tmp_path):
+def test_postscript_under_another_name_starts_no_interpreter(tmp_path, monkeypatch):
+    interpreter, started = tmp_path / "gs", tmp_path / "started"
+    interpreter.write_text(f"#!/bin/sh\ntouch {started}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     path = tmp_path / "picture.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
     assert Image.open(path).format == "EPS"  # Pillow by itself would run Ghostscript on it
     with pytest.raises(MediaError, match="not an image that can be read"):
         load_image(path)
+    assert not started.exists()
 
 
 def pipe(path):
