@@ -18,6 +18,7 @@ from megatron_vila.exit_codes import FAILED, FINISHED, STOPPED, USER_ERROR
 from megatron_vila.training.stop import StopRequest
 
 SAVE_S = 0.3
+PATIENCE_S = 100
 
 
 def trains(arguments: list[str]) -> int:
@@ -58,6 +59,18 @@ def _note(folder: str, what: str) -> None:
     (Path(folder) / f"{what}-{os.environ['RANK']}").write_text(str(os.getpid()))
 
 
+def _status(leader: int) -> int:
+    """How the leader ended; one that hangs is killed, with all its ranks."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        ended, status = os.waitpid(leader, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            os.killpg(leader, signal.SIGKILL)
+        time.sleep(0.02)
+
+
 def _lead(job: dict) -> int:
     os.setsid()
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -77,7 +90,7 @@ def _serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:
-            print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+            print(_status(job["wait"]), flush=True)
             continue
         pid = os.fork()
         if not pid:

@@ -16,11 +16,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_vila.config.files import tokenizer_problems
 from megatron_vila.config.layouts import Layout
 from megatron_vila.config.load import ConfigError, load_config
 from megatron_vila.config.memory import planned_device
 from megatron_vila.config.schema import Config
-from megatron_vila.config.validate import tokenizer_problems, validate
+from megatron_vila.config.validate import validate
 from megatron_vila.data.row import Document
 from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
 from megatron_vila.explain.sample import explain_sample, made_up_document

@@ -4,9 +4,10 @@ import os
 
 import pytest
 
+from megatron_vila.config.files import tokenizer_problems
 from megatron_vila.config.load import ConfigError, load_config
 from megatron_vila.config.schema import Config
-from megatron_vila.config.validate import tokenizer_problems, validate
+from megatron_vila.config.validate import validate
 
 
 def files_refused(overrides: list[str], *changes: str) -> list[str]:
@@ -45,10 +46,10 @@ def test_an_empty_sample_file_and_a_folder_in_its_place_are_refused(data_folder,
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    (message,) = tokenizer_problems(str(tmp_path))
+    (message,) = tokenizer_problems(str(tmp_path), "")
     assert "has no chat template" in message
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert list(tokenizer_problems(str(tmp_path))) == []
+    assert list(tokenizer_problems(str(tmp_path), "")) == []
 
 
 def test_an_output_below_a_file_is_refused(data_folder, tmp_path):

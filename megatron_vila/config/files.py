@@ -1,0 +1,91 @@
+"""The files and folders that a configuration names: there, readable, and of the kind that is meant. Nothing is made.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_vila.config.schema import Config
+
+
+def file_problems(config: Config) -> Iterable[str]:
+    """Every file or folder of ``config`` that is missing, closed or of another kind, with the setting and the cure."""
+    data = config.data
+    if not data.train:
+        yield "data.train is empty: there is nothing to train on; set data.train=[samples.json] (docs/configuration.md)"
+    for name in ("train", "eval"):
+        for path in getattr(data, name):
+            if problem := _unreadable(path):
+                yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
+    if data.media_dir and not _is_folder(data.media_dir):
+        yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
+    yield from tokenizer_problems(data.tokenizer, data.template)
+    load = config.checkpoint.load
+    if load and not _is_folder(load):
+        yield f"checkpoint.load='{load}' is not a folder; name a run's folder or the folder of one of its steps"
+    elif load and not (_is_file(Path(load) / "info.json") or any(Path(load).glob("checkpoints/step-*/info.json"))):
+        yield (
+            f"checkpoint.load='{load}' holds no finished checkpoint; give the folder of a step (step-...) or of a run that saved "
+            "one (tools/convert_checkpoint.py import makes one of a Hugging Face folder)"
+        )
+    yield from _output_problems(config.train.output)
+
+
+def _output_problems(folder: str) -> Iterable[str]:
+    if not folder.strip():
+        yield "train.output is empty; name the folder that checkpoints, metrics and plots go to"
+        return
+    output = Path(folder)
+    try:
+        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    except OSError as error:
+        yield f"train.output='{folder}' cannot be made: {error.strerror}; choose another folder"
+        return
+    if not existing.is_dir():
+        yield f"train.output='{output}' cannot be made: '{existing}' is a file; choose another folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"train.output='{output}' cannot be written: no permission in '{existing}'; choose another folder"
+
+
+def tokenizer_problems(folder: str, template: str) -> Iterable[str]:
+    """Why ``folder`` cannot be used as data.tokenizer beside data.template; nothing is loaded."""
+    if not folder:
+        yield "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
+        return
+    path = Path(folder)
+    if not _is_file(path / "tokenizer_config.json"):
+        found = "has no tokenizer_config.json" if _is_folder(path) else "is not a folder"
+        yield f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
+    elif not template and not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
+        (path / "tokenizer_config.json").read_text(encoding="utf-8", errors="replace")
+    ):
+        yield (
+            f"data.tokenizer='{folder}' has no chat template; add chat_template.jinja to it, use the tokenizer of an "
+            "instruction-tuned model, or set data.template"
+        )
+
+
+def _unreadable(path: str) -> str:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return "which does not exist"
+    except OSError as error:
+        return f"which cannot be looked at ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode):
+        return "which is not a file"
+    if not os.access(path, os.R_OK):
+        return "which cannot be read (no permission)"
+    return "which is empty" if found.st_size == 0 else ""
+
+
+def _is_folder(path: str | Path) -> bool:
+    """``os.path``, unlike pathlib, takes a name that is too long for the file system as one that is not there."""
+    return os.path.isdir(path)
+
+
+def _is_file(path: str | Path) -> bool:
+    return os.path.isfile(path)
