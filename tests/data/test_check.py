@@ -1,6 +1,7 @@
 """``python -m megatron_vila.data check``: what it reads, what it says, and its exit status."""
 
 import json
+import logging
 
 import pytest
 
@@ -8,6 +9,15 @@ from megatron_vila.data.__main__ import main
 from tests.data.material import byte_level_tokenizer, conversation, destroy_frames, write_jsonl, write_video
 
 SMALL = ["--config", "tiny", "--set", "data.num_frames=4", "model.llm.vocab_size=1000"]
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """The command quiets a logger of the process, which later tests listen to."""
+    logger = logging.getLogger("megatron_vila.data")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
