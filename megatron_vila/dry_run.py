@@ -26,7 +26,7 @@ from megatron_vila.training.checkpoint import latest_checkpoint, read_info, reso
 from megatron_vila.training.checkpoint_files import check_files
 from megatron_vila.training.checkpoint_io import CheckpointError
 from megatron_vila.training.checkpoint_tensors import StoredTensors
-from megatron_vila.training.feed import open_dataset
+from megatron_vila.training.feed import open_dataset, tokenizer_warnings
 
 SETS = ("train", "eval")
 
@@ -50,6 +50,10 @@ def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str]
         indices = [index for set_name, index in wanted if set_name == name] if wanted else [0]
         if files:
             dataset = open_dataset(config, files)
+            if name == "train":
+                for warning in tokenizer_warnings(config, dataset.encoder.tokenizer):
+                    warnings.append(warning)
+                    logger.warning("warning: %s", warning)
             _say(f"data.{name}: {len(dataset)} samples in {', '.join(files)}")
             if dataset.records.bad:
                 print(report_bad_records(dataset.records.bad, len(dataset)))

@@ -25,11 +25,11 @@ class Part:
     make: Callable[[], torch.Tensor]
 
 
-def write_checkpoint(folder: Path, parts: Sequence[Part], info: Mapping[str, Any]) -> None:
+def write_checkpoint(folder: Path, parts: Sequence[Part], info: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Write the weights ``parts`` as the checkpoint of step 0 into the new ``folder``, as one rank of a run would.
 
-    ``info`` are JSON values for info.json. One tensor is in memory at a time. Raises ``OSError`` if writing fails and
-    ``ValueError`` if a tensor has another shape than its info.
+    ``info`` are JSON values for info.json, ``extra`` plain values as a run keeps them. One tensor is in memory at a time. Raises
+    ``OSError`` if writing fails and ``ValueError`` if a tensor has another shape than its info.
     """
     with PieceWriter(folder, rank=0) as writer:
         for part in parts:
@@ -41,6 +41,6 @@ def write_checkpoint(folder: Path, parts: Sequence[Part], info: Mapping[str, Any
                 writer.add(part.key, tensor, tensor.shape, origin)
             else:
                 writer.add(part.key, tensor.unsqueeze(0), (part.layers, *tensor.shape), (part.layer, *origin))
-    state = {"adam_step": None, "scheduler_steps": None, "extra": {}}
+    state = {"adam_step": None, "scheduler_steps": None, "extra": dict(extra)}
     files = writer.files | {METADATA: write_metadata(folder, writer.pieces)}
     write_rest(folder, 0, state, info, files, world_size=1)

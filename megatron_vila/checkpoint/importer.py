@@ -25,7 +25,9 @@ from megatron_vila.checkpoint.tokenizer import copy_tokenizer, open_tokenizer, s
 from megatron_vila.checkpoint.weight_map import Entry, entries
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config, ModelConfig
+from megatron_vila.data.text_rules import TextRules
 from megatron_vila.models.projector import Projector
+from megatron_vila.training.resume import tokenizer_settings
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,11 @@ def import_checkpoint(
     for note in (*description.notes, *(f"left out: {text}" for text in folder.ignored)):
         logger.info(note)
     with appearing(out) as partial:
-        config = _configuration(folder, description, out, partial, template)
+        config, tokenizer = _configuration(folder, description, out, partial, template)
         step = partial / "checkpoints" / STEP
         step.mkdir(parents=True)
-        write_checkpoint(step, [_part(entry, tensors, model) for entry in expected], _info(config, folder))
+        parts = [_part(entry, tensors, model) for entry in expected]
+        write_checkpoint(step, parts, _info(config, folder), {"settings": _settings(config, tokenizer)})
         (partial / "checkpoints" / "latest").write_text(STEP + "\n")
         (partial / "config.yaml").write_text(dump_config(config))
     return out
@@ -135,8 +138,8 @@ def _part(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig)
 
 def _configuration(
     folder: HfFolder, description: Description, out: Path, partial: Path, template: str | None
-) -> Config:
-    """What a run needs to go on from here; copies the tokenizer."""
+) -> tuple[Config, Any]:
+    """What a run needs to go on from here, and the tokenizer, which is copied, if there is one."""
     config = Config(model=description.model, data=description.data)
     config.checkpoint.load = str(out.resolve())
     config.train.output = str(out.resolve() / "run")
@@ -163,7 +166,14 @@ def _configuration(
         )
     if tokenizer is not None and not tokenizer.chat_template and not config.data.template:
         logger.warning("the tokenizer has no chat template; add chat_template.jinja to %s", out / "tokenizer")
-    return config
+    return config, tokenizer
+
+
+def _settings(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What a run that starts from the weights is compared with."""
+    names = ("frame_separator_ids", "image_separator_ids", *asdict(TextRules()))
+    settings = {f"data.{name}": getattr(config.data, name) for name in names}
+    return settings if tokenizer is None else settings | tokenizer_settings(tokenizer, config)
 
 
 def _info(config: Config, folder: HfFolder) -> dict[str, Any]:

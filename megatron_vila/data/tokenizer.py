@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_vila.data.control_tokens import MEDIA_NAMES
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
@@ -27,6 +29,8 @@ CHAT_TEMPLATE = (
 )
 
 _SPACE = "▁"
+# Embeddings that models have beyond their tokenizer: Qwen2 400, to be a multiple of 512.
+_PADDING = 1024
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: str | os.PathLike, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -112,6 +116,37 @@ def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedT
             "tokenizers of instruction-tuned models have it, or set data.template"
         )
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: Mapping[str, Sequence[int]]) -> list[str]:
+    """Whether ``tokenizer`` can be that of a model with ``rows`` embeddings, with ``separators``, ids by the name of their key.
+
+    Returns warnings. Raises ``ValueError`` for pieces beyond the table, for a table of which more than half would never be used,
+    and for separators that are no tokens. Control tokens may lie beyond the table: VILA's media tokens do.
+    """
+    size, added = len(tokenizer), tokenizer.added_tokens_decoder
+    own = f"data.tokenizer={str(tokenizer.name_or_path)!r}"
+    cure = "use the tokenizer that belongs to the model"
+    beyond = [text for text, id_ in tokenizer.get_vocab().items() if id_ >= rows and not (id_ in added and added[id_].special)]
+    beyond = [text for text in beyond if text not in MEDIA_NAMES]
+    if beyond:
+        raise ValueError(
+            f"{own} has {len(beyond)} tokens beyond model.llm.vocab_size={rows}, such as {beyond[0]!r}; {cure}, or a larger "
+            "vocabulary"
+        )
+    if rows > 2 * size + _PADDING:
+        raise ValueError(f"{own} has {size} tokens, but model.llm.vocab_size={rows}: it is that of another model; {cure}")
+    warnings = []
+    if rows - size > max(_PADDING, rows // 20):
+        warnings.append(f"{own} uses {size} of the model's {rows} embeddings; is it the tokenizer of this model?")
+    for name, ids in separators.items():
+        strange = [id_ for id_ in ids if tokenizer.convert_ids_to_tokens(id_) is None]
+        if strange:
+            raise ValueError(f"{name} holds id {strange[0]}, which is no token of {own}; {cure}, or other separators")
+        text = tokenizer.decode(ids)
+        if text.strip() and not all(id_ in added for id_ in ids):
+            warnings.append(f"{name}={list(ids)} is the text {text!r} in {own}; VILA writes line breaks or nothing")
+    return warnings
 
 
 def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:

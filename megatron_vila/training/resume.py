@@ -74,7 +74,7 @@ RULES = (
         before="",
     ),
     Rule(("data.parse_control_tokens",), "control tokens in the turns of coming samples are read in another way", before=True),
-    Rule(("tokenizer.chat_template",), "the text around the turns is another one from the next step on"),
+    Rule(("tokenizer.chat_template", "tokenizer.separators"), "the text around the turns is another one from the next step on"),
     Rule(("model.attention", "train.precision", "train.deterministic"), "coming steps differ by rounding"),
     Rule(
         ("train.seed", "train.global_batch_size", "data.train", "data.shuffle", "data.packing"),
@@ -158,10 +158,38 @@ def settings_of(config: Config) -> dict[str, Any]:
         return settings
     # Where the folder lies does not matter.
     del settings["data.tokenizer"]
+    return settings | tokenizer_settings(tokenizer, config)
+
+
+def tokenizer_settings(tokenizer: Any, config: Config) -> dict[str, Any]:
+    """What is kept of a tokenizer: its vocabulary, its template, and what the separators of ``config`` say in it."""
     vocabulary = sorted(tokenizer.get_vocab().items())
-    settings["tokenizer.vocabulary"] = f"{len(vocabulary)} pieces, {_digest(vocabulary)}"
-    settings["tokenizer.chat_template"] = _digest(tokenizer.chat_template)
-    return settings
+    data = config.data
+    return {
+        "tokenizer.vocabulary": f"{len(vocabulary)} pieces, {_digest(vocabulary)}",
+        "tokenizer.chat_template": _digest(tokenizer.chat_template),
+        "tokenizer.separators": [tokenizer.decode(ids) for ids in (data.frame_separator_ids, data.image_separator_ids)],
+    }
+
+
+def other_text(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a new run reads in another way than the run that its weights come from: one line each.
+
+    Raises ``CheckpointError`` where the ids of the separators are the same and mean another text: that is another tokenizer.
+    """
+    ids = ("data.frame_separator_ids", "data.image_separator_ids")
+    texts = [settings.get("tokenizer.separators") for settings in (saved, now)]
+    if None not in texts and texts[0] != texts[1] and all(saved.get(key) == now.get(key) for key in ids):
+        raise CheckpointError(
+            f"data.frame_separator_ids={now[ids[0]]} and data.image_separator_ids={now[ids[1]]} were the texts {texts[0]} and "
+            f"are {texts[1]} in this tokenizer; set data.tokenizer to the tokenizer of the weights"
+        )
+    keys = ("tokenizer.vocabulary", "tokenizer.chat_template", "data.media_format", "data.template")
+    return [
+        f"{key}: {_short(saved[key])} -> {_short(now[key])}"
+        for key in keys
+        if key in saved and key in now and saved[key] != now[key]
+    ]
 
 
 def kept_settings(extra: Mapping[str, Any]) -> dict[str, Any]:

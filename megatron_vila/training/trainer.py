@@ -34,14 +34,21 @@ from megatron_vila.training.checkpoint import load_checkpoint, read_info, save_c
 from megatron_vila.training.checkpoint_io import CheckpointError, on_all_ranks, on_rank_zero
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
 from megatron_vila.training.evaluate import evaluate, remarks
-from megatron_vila.training.feed import JUDGED_FROM, held_out_gaps, open_dataset, tell_bad_records, training_loader
+from megatron_vila.training.feed import (
+    JUDGED_FROM,
+    held_out_gaps,
+    open_dataset,
+    tell_bad_records,
+    tokenizer_warnings,
+    training_loader,
+)
 from megatron_vila.training.flops import model_flops, peak_flops
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
-from megatron_vila.training.resume import ResumePoint, changes, kept_settings, resume_point, settings_of
+from megatron_vila.training.resume import ResumePoint, changes, kept_settings, other_text, resume_point, settings_of
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
 
@@ -81,7 +88,7 @@ class Trainer:
         model = VilaModel(config, self.topology, self.dtype, self.device)
         found = resume_point(config)
         if found.checkpoint is None and config.checkpoint.load:
-            load_checkpoint(config.checkpoint.load, [model])
+            loaded = load_checkpoint(config.checkpoint.load, [model])
             self._say(f"weights of {config.checkpoint.load}")
         self.model = wrap_ddp(model, config.optim, model.config)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
@@ -89,6 +96,10 @@ class Trainer:
         self.settings = on_rank_zero(lambda: settings_of(config), "the settings that a checkpoint keeps")
         if found.checkpoint is not None:
             self._resume(found)
+        elif config.checkpoint.load:
+            failed = f"the weights of {config.checkpoint.load} do not fit this run"
+            for line in on_all_ranks(lambda: other_text(kept_settings(loaded), self.settings), failed):
+                self._say(f"warning: other than for the weights of {config.checkpoint.load}: {line}")
         origin = found.checkpoint or config.checkpoint.load
         # An export needs the files that the weights once came with.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
@@ -328,6 +339,8 @@ class Trainer:
         Reporting().attempt(str(path), lambda: replace_file(path, lambda temporary: temporary.write_text(text)))
         tell_bad_records(self.config)
         dataset = open_dataset(self.config, self.config.data.train)
+        for warning in tokenizer_warnings(self.config, dataset.encoder.tokenizer):
+            self._say(f"warning: {warning}")
         for line in slower_parts(self.config, attention_kernel(self.model.module.llm.decoder), self.dtype, self.device):
             self._say(line)
         # Where no sample can be used, the loader says so on all ranks at once.

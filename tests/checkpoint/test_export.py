@@ -130,10 +130,9 @@ def test_media_tokens_that_the_tokenizer_knows_are_named(tmp_path, imported):
 def changed_import(imported, folder, **data):
     """A copy of an import whose run has other settings of the data."""
     shutil.copytree(imported, folder)
-    info = folder / "checkpoints" / "step-00000000" / "info.json"
-    content = json.loads(info.read_text())
+    content = read_info(folder)
     content["config"]["data"] |= data
-    info.write_text(json.dumps(content))
+    seal_info(folder / "checkpoints" / "step-00000000", content)
     return folder
 
 

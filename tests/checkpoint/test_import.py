@@ -24,6 +24,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.data.chat import ChatEncoder
 from megatron_vila.data.text_rules import TextRules
 from megatron_vila.data.tokenizer import load_tokenizer
+from megatron_vila.training.resume import kept_settings, settings_of
 from tests.checkpoint import material
 from tests.checkpoint.test_bad_input import edit
 from tests.data.material import byte_level_tokenizer, metaspace_tokenizer
@@ -124,6 +125,11 @@ def test_the_configuration_of_a_published_folder_is_taken_over(tmp_path):
     newline = [4]
     assert (data.frame_separator_ids, data.image_separator_ids) == (newline, newline)
     assert data.tokenizer == str(tmp_path / "out" / "tokenizer")
+    # What a run that starts from these weights is compared with.
+    config = load_config(str(tmp_path / "out" / "config.yaml"), [])
+    state = torch.load(tmp_path / "out" / "checkpoints" / "step-00000000" / "state.pt", weights_only=True)
+    kept, now = kept_settings(state["extra"]), settings_of(config)
+    assert kept["tokenizer.separators"] and kept.items() <= now.items()
     assert sorted(p.name for p in (tmp_path / "out/tokenizer").iterdir()) == sorted(p.name for p in tokenizer.iterdir())
 
 

@@ -48,6 +48,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (message,) = tokenizer_problems(str(tmp_path), "")
     assert "has no chat template" in message
+    assert list(tokenizer_problems(str(tmp_path), "llama_3")) == []
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     assert list(tokenizer_problems(str(tmp_path), "")) == []
 

@@ -7,7 +7,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_vila.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from tests.data.material import byte_level_tokenizer
 
 TEXTS = [
     "Which colour flashed in the video?",
@@ -121,3 +122,32 @@ def test_loading_says_what_is_missing(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_the_models_is_refused(tokenizer):
+    size = len(tokenizer)
+    other = "it is that of another model"
+    for rows, reason in ((size - 1, "1 tokens beyond"), (2 * size + 1025, other), (152064, other)):
+        with pytest.raises(ValueError, match=f"{reason}.*use the tokenizer that belongs to the model"):
+            check_tokenizer(tokenizer, rows, {})
+    with pytest.raises(ValueError, match=rf"data.frame_separator_ids holds id {size}, which is no token of data.tokenizer="):
+        check_tokenizer(tokenizer, 512, {"data.frame_separator_ids": [size]})
+
+
+def test_padding_and_media_tokens_beyond_the_table_are_no_reason(tokenizer):
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    for rows in (len(tokenizer), 512, len(tokenizer) + 1024):
+        assert check_tokenizer(tokenizer, rows, {"data.frame_separator_ids": [newline, newline]}) == []
+    vila = byte_level_tokenizer("qwen2")
+    vila.add_tokens(["<vila/sentinel>", "<image>", "<vila/video>"])
+    assert check_tokenizer(vila, 400, {}) == []
+
+
+def test_what_may_be_wrong_with_a_tokenizer_is_told(tokenizer):
+    size = len(tokenizer)
+    (line,) = check_tokenizer(tokenizer, size + 1025, {})
+    assert f"uses {size} of the model's {size + 1025} embeddings" in line
+    word = tokenizer.convert_tokens_to_ids("colour") or size - 1
+    (line,) = check_tokenizer(tokenizer, 512, {"data.image_separator_ids": [word]})
+    assert line.startswith(f"data.image_separator_ids=[{word}] is the text {tokenizer.decode([word])!r} in data.tokenizer=")
+    assert check_tokenizer(tokenizer, 512, {"data.image_separator_ids": [tokenizer.eos_token_id]}) == []

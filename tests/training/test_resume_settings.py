@@ -11,7 +11,7 @@ from megatron_vila.config.load import config_keys, load_config
 from megatron_vila.data.synthetic import corpus
 from megatron_vila.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from megatron_vila.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from megatron_vila.training.resume import RULES, UNWATCHED, changes, kept_settings, settings_of
+from megatron_vila.training.resume import RULES, UNWATCHED, changes, kept_settings, other_text, settings_of
 from tests.ranks import pool
 from tests.training.real_run import overrides, train
 from tests.training.small_run import build
@@ -100,6 +100,18 @@ def test_conversations_in_another_format_are_refused_also_of_checkpoints_that_na
             changes(saved, settings(tokenizer))
 
 
+def test_a_new_run_with_the_ids_of_other_separators_is_refused_and_other_texts_are_told(tokenizer, tmp_path):
+    train_tokenizer([text[::-1] for text in corpus()], tmp_path, 400)
+    ids = "data.frame_separator_ids=[290,310,320,340]"
+    before = settings(tokenizer, ids)
+    now = settings(tmp_path, "data.media_format=verbatim")
+    with pytest.raises(CheckpointError, match=r"frame_separator_ids=.290, 310.*were the texts .*tokenizer of the weights"):
+        other_text(before, settings(tmp_path, ids))
+    lines = other_text(before, now)
+    assert [line.split(":")[0] for line in lines] == ["tokenizer.vocabulary", "data.media_format"]
+    assert other_text(before, before) == other_text({}, now) == []
+
+
 def resumed(rank, overrides_):
     """What the run says, or why it is refused."""
     said: list[str] = []
@@ -114,7 +126,7 @@ def resumed(rank, overrides_):
         return str(error)
     finally:
         logger.removeHandler(handler)
-    return [line for line in said if line.startswith("changed since")]
+    return [line for line in said if line.startswith(("changed since", "warning: other than"))]
 
 
 def test_a_run_that_goes_on_tells_what_changed_and_all_ranks_refuse_what_makes_no_sense(videos, tmp_path):
@@ -127,6 +139,10 @@ def test_a_run_that_goes_on_tells_what_changed_and_all_ranks_refuse_what_makes_n
     order = ("train.steps=3", "optim.beta1=0.5", "model.projector.token_order=legacy_column_major")
     for text in pool.run(2, resumed, overrides(videos, output, *order)):
         assert "cannot go on from" in text and "token_order: row_major -> legacy_column_major" in text
+    train_tokenizer(corpus(), tmp_path / "other", 380)
+    load = (f"checkpoint.load={output}", f"data.tokenizer={tmp_path / 'other'}", "train.steps=1", "checkpoint.save=false")
+    ((line,),) = pool.run(1, resumed, overrides(videos, tmp_path / "new", *load))
+    assert line.startswith(f"warning: other than for the weights of {output}: tokenizer.vocabulary: ")
 
 
 def save_as_older_versions_did(rank, folder):

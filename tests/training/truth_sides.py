@@ -43,7 +43,8 @@ class World:
     def imported(self, vila: model.Vila, name: str, dtype: torch.dtype = torch.float32) -> Path:
         """The run's folder of a model; the folder that it was imported from ends in .hf."""
         out = self.folder / name
-        import_checkpoint(model.write_folder(out.with_suffix(".hf"), vila, self.tokenizer, dtype), out)
+        folder = model.write_folder(out.with_suffix(".hf"), vila, self.tokenizer, dtype)
+        import_checkpoint(folder, out, template="")
         return out
 
     def random(self, shape: str) -> Path:

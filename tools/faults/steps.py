@@ -19,7 +19,7 @@ FAULTS = [
     Fault(
         "weights are loaded after the optimizer has copied others",
         TRAINER,
-        """            load_checkpoint(config.checkpoint.load, [model])
+        """            loaded = load_checkpoint(config.checkpoint.load, [model])
             self._say(f"weights of {config.checkpoint.load}")
         self.model = wrap_ddp(model, config.optim, model.config)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
@@ -28,7 +28,7 @@ FAULTS = [
         self.model = wrap_ddp(model, config.optim, model.config)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
         if found.checkpoint is None and config.checkpoint.load:
-            load_checkpoint(config.checkpoint.load, [model])
+            loaded = load_checkpoint(config.checkpoint.load, [model])
 """,
         BF16,
     ),
