@@ -21,3 +21,7 @@ class LaunchError(UserError, RuntimeError):
 
 class PeerError(RuntimeError):
     """Another rank failed, and says why; this one ends without a word."""
+
+
+class StallError(RuntimeError):
+    """Ranks waited ``train.timeout_minutes`` for others; the text names those that did not come, and where they stand."""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vila.errors import LaunchError, SettingError
+from megatron_vila.errors import LaunchError, PeerError, SettingError, StallError
 
 _MCORE = "megatron.core"
 _COMPILED_DEVICE = "cuda"  # a test counts versions on a CPU
@@ -81,7 +81,8 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, binds the process to its GPU, and does nothing when the
     group exists already. Collective over all processes when WORLD_SIZE is above 1.
-    Raises ``LaunchError`` when the environment is incomplete or names a GPU that does not exist.
+    Raises ``LaunchError`` when the environment is incomplete or names a GPU that does not exist. If ranks have not come within
+    ``timeout_minutes``, one of the others raises ``StallError`` with their numbers, the rest ``PeerError``.
     """
     import torch.distributed as dist
     import torch.distributed.nn.functional  # imported later, its default arguments would hold the group
@@ -97,14 +98,40 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         torch.cuda.set_device(local)
     if dist.is_initialized():
         return
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = collective_timeout(timeout_minutes)
     if world == 1:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise LaunchError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
-    dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    _meet(store, rank, world, timeout_minutes)
+    dist.init_process_group(backend(), store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world, timeout=timeout)
+
+
+def _meet(store, rank: int, world: int, timeout_minutes: float) -> None:
+    """Wait in the ``store`` until all ranks are there; torch would wait as well, and not say for whom."""
+    keys = [f"megatron_vila/started/{other}" for other in range(world)]
+    store.set(keys[rank], "yes")
+    try:
+        store.wait(keys, timedelta(minutes=timeout_minutes))
+    except RuntimeError as error:
+        there = [store.check([key]) for key in keys]
+        if rank != there.index(True):
+            raise PeerError("a rank has not come") from error
+        missing = [str(other) for other in range(world) if not there[other]]
+        shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
+        raise StallError(
+            f"rank {shown} has not come to the start within train.timeout_minutes={timeout_minutes:g}; look whether its process "
+            "was started, and whether it stands still"
+        ) from error
+
+
+def collective_timeout(minutes: float) -> timedelta:
+    """What a process group is given for ``train.timeout_minutes``. NCCL ends the process with a raw trace: on GPUs it is a minute
+    more, in which the run's ``Watch`` says which rank is missing."""
+    return timedelta(minutes=minutes + (1 if torch.cuda.is_available() else 0))
 
 
 def end_distributed() -> None:

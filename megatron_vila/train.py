@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_vila import exit_codes
+from megatron_vila import exit_codes, parent
 from megatron_vila.busy import CurrentStdout, busy
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
     from megatron_vila.training.stop import StopRequest
+    from megatron_vila.training.watch import Watch
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--show", action="append", metavar="N", help="sample N of data.train, or eval:N, to show in a dry run")
     options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", 0))
+    parent.end_with_parent()
     # Other packages' warnings concern their developers; ours go through logging.
     warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|transformers|cutlass|nvidia_cutlass_dsl)\b")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[CurrentStdout()])
@@ -66,34 +68,63 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     from megatron_vila.training.errors import NoMemoryError
     from megatron_vila.training.memory_report import out_of_memory_message
     from megatron_vila.training.stop import StopRequest
+    from megatron_vila.training.watch import Watch
 
     # First of all, so that what a single rank finds wrong is told and ends the others.
-    platform.init_distributed()
+    platform.init_distributed(_timeout_minutes(options))
     stop = StopRequest()
     stop.install()
     config = load_config(options.config, options.overrides)
     for warning in validate(config, dist.get_world_size()):
         logging.getLogger("megatron_vila").warning("warning: %s", warning)
     try:
-        status = _train(config, stop)
+        with Watch(config.train.timeout_minutes) as watch:
+            status = _train(config, stop, watch, [options.config, *options.overrides])
+            dist.barrier()  # a launcher ends all ranks when the first one is gone: the writer's last files come first
     except torch.OutOfMemoryError as error:
         raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
-    dist.barrier()  # a launcher ends all ranks when the first one is gone: the writer's last files come first
     stop.ignore_further()
     platform.end_distributed()
     return status
 
 
-def _train(config: Config, stop: StopRequest) -> int:
-    with _busy("starting: the model and its weights"):
-        from megatron_vila.training.trainer import Trainer
+def _timeout_minutes(options: argparse.Namespace) -> float:
+    """``train.timeout_minutes``, its default where the configuration is wrong: that is told when all ranks have met."""
+    from megatron_vila.config.bounds import MOST
+    from megatron_vila.config.load import ConfigError, load_config
+    from megatron_vila.config.schema import TrainConfig
 
-        trainer = Trainer(config, stop)
-    if trainer.topology.block_cpu.rank() == 0:
-        # Each replica names the broken samples that it meets.
-        level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING
-        logging.getLogger("megatron_vila.data").setLevel(level)
-    trainer.run()
+    with contextlib.suppress(ConfigError):
+        minutes = load_config(options.config, options.overrides).train.timeout_minutes
+        if 0 < minutes <= MOST["train.timeout_minutes"]:
+            return minutes
+    return TrainConfig().timeout_minutes
+
+
+def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[str]) -> int:
+    from megatron_vila.training.agreement import from_rank_zero
+    from megatron_vila.training.closing import closing_lines
+    from megatron_vila.training.lock import RunLock
+
+    lock = RunLock(config.train.output)
+    with contextlib.ExitStack() as held:
+        # The writer holds it for all ranks.
+        from_rank_zero(lambda: held.enter_context(lock.hold()) and None)
+        with _busy("starting: the model and its weights"):
+            from megatron_vila.training.trainer import Trainer
+
+            trainer = Trainer(config, stop, lock, watch)
+        if trainer.topology.block_cpu.rank() == 0:
+            # Each replica names the broken samples that it meets.
+            level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING
+            logging.getLogger("megatron_vila.data").setLevel(level)
+        trainer.run()
+        if trainer.is_writer:
+            stopped, saved = bool(trainer.stopped_by), trainer.saved
+            lines = closing_lines(
+                arguments, config.train.output, trainer.step, saved, stopped, trainer.skipped, trainer.counts
+            )
+            logging.getLogger("megatron_vila").info("%s", "\n".join(lines))
     if trainer.stopped_by:
         return exit_codes.STOPPED if config.checkpoint.save else exit_codes.FAILED
     return exit_codes.FINISHED

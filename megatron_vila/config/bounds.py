@@ -62,6 +62,7 @@ MOST: dict[str, float] = {
     "train.global_batch_size": 10**6,
     "train.seed": 2**32 - 1,
     "train.seq_length": 2**28,
+    "train.timeout_minutes": 1e5,
 }
 """Largest meaningful value by key."""
 

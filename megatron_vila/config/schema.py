@@ -244,6 +244,7 @@ class TrainConfig:
     max_skips: int = key(10, "skipped updates in a row after which the run stops all the same")
     log_every: int = key(1, "steps between progress lines")
     eval_every: int = key(0, "steps between evaluations on data.eval; 0: only at the end")
+    timeout_minutes: float = key(30.0, "how long ranks wait for one that does not come before the run ends and names it")
     output: str = key("runs/default", "folder of checkpoints, metrics.jsonl, TensorBoard files and plots")
 
 

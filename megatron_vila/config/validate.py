@@ -76,6 +76,7 @@ ABOVE_ZERO = {
     "model.vision": ("layer_norm_eps",),
     "model.llm": ("norm_eps", "rope_theta", "rope_scaling_factor"),
     "optim": ("lr", "eps"),
+    "train": ("timeout_minutes",),
 }
 
 LORA_NAMES = {"targets": ("qkv", "proj", "fc1", "fc2"), "also_train": ("embeddings", "norms")}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_vila import platform
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.grid import Coordinates, GridShape
 
@@ -45,21 +46,23 @@ class ParallelTopology:
     collection: ProcessGroupCollection
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, timeout_minutes: int = 30) -> ParallelTopology:
-        """Make Megatron's groups over the initialised default group (collective over all ranks).
+    def create(cls, parallel: ParallelConfig, timeout_minutes: float = 30.0) -> ParallelTopology:
+        """Make Megatron's groups over the initialised default group (collective over all ranks). Collectives of all of them
+        wait ``timeout_minutes`` for a rank.
 
         Raises ``ValueError`` on every rank, before any group is made, if the sizes do not divide the world size.
         """
         grid = GridShape.of(dist.get_world_size(), parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
+        timeout = platform.collective_timeout(timeout_minutes)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=grid.tp,
             pipeline_model_parallel_size=grid.pp,
             context_parallel_size=grid.cp,
             hierarchical_context_parallel_sizes=[grid.ulysses, grid.ring],
-            distributed_timeout_minutes=timeout_minutes,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
         rank = dist.get_rank()
-        block_cpu, _ = dist.new_subgroups_by_enumeration(grid.groups("block"), backend="gloo")
+        block_cpu, _ = dist.new_subgroups_by_enumeration(grid.groups("block"), timeout, backend="gloo")
         cp = parallel_state.get_context_parallel_group()
         ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
         tp_cp = parallel_state.get_tensor_and_context_parallel_group()

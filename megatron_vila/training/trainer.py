@@ -43,6 +43,7 @@ from megatron_vila.training.feed import (
     training_loader,
 )
 from megatron_vila.training.flops import model_flops, peak_flops
+from megatron_vila.training.lock import LockedError, RunLock
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
@@ -51,6 +52,7 @@ from megatron_vila.training.report_files import Reporting, replace_file
 from megatron_vila.training.resume import ResumePoint, changes, kept_settings, other_text, resume_point, settings_of
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
+from megatron_vila.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +77,21 @@ class Trainer:
     The order of construction matters: groups, seeds, model, weights of ``checkpoint.load``, DDP and optimizer (which copies
     16-bit weights), then the state of a run that goes on.
 
-    ``stop`` notes signals from its installation on; without one the run notes those that come while it runs.
+    ``stop`` notes signals from its installation on; without one the run notes those that come while it runs. ``lock`` is the
+    writer's lock of the folder and ``watch`` what the other ranks know of this one's progress; both are for runs of processes.
     """
 
-    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        stop: StopRequest | None = None,
+        lock: RunLock | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         self.config = config
         self.device, self.dtype = platform.device(), platform.dtype_of(config.train.precision)
         platform.set_deterministic(config.train.deterministic)
-        self.topology = ParallelTopology.create(config.parallel)
+        self.topology = ParallelTopology.create(config.parallel, config.train.timeout_minutes)
         self.is_writer = self.topology.rank == 0
         model_parallel_cuda_manual_seed(config.train.seed)
         model = VilaModel(config, self.topology, self.dtype, self.device)
@@ -104,9 +113,11 @@ class Trainer:
         # An export needs the files that the weights once came with.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
         self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
-        self._stop = stop or StopRequest()
+        self._stop, self._lock, self._watch = stop or StopRequest(), lock, watch
         self.stopped_by = 0
         """signal that ended the run before ``train.steps``, the same on all ranks; 0 without one"""
+        self.saved = found.checkpoint
+        """the newest checkpoint of this run, None before there is one"""
 
     def run(self) -> dict[str, Any]:
         """Train to ``train.steps``, save, evaluate; returns the run's summary on the writer rank, {} elsewhere.
@@ -128,6 +139,7 @@ class Trainer:
                 train.output, self.is_writer, train.steps, world, peak, train.log_every, self.step
             ) as metrics:
                 results = self._loop(metrics)
+                self._at("ending")
                 comparison = write_memory_report(
                     self.config, self.model, self.optimizer, self.model.module.host.peak_bytes
                 )
@@ -154,11 +166,14 @@ class Trainer:
                 self.stopped_by = self._agreed_signal()
             while self.step < train.steps and not self.stopped_by:
                 started_s = time.perf_counter()
+                self._at("reading samples", self.step + 1)
                 rows = loader.rows(self.step)
+                self._at("in the forward and backward pass or the update", self.step + 1)
                 with traced(self.config.profile, self.step + 1, self.topology.rank, train.output):
                     outcome = self._train_step(rows)
                 self.step += 1
                 self.skipped += not outcome.updated
+                self._at("adding up what was measured")
                 self.stopped_by, record = self._measure(rows, outcome, started_s)
                 metrics.step(record)
                 if self.step == first:
@@ -171,6 +186,7 @@ class Trainer:
                 finished = self.step == train.steps
                 too_broken = self._too_broken(JUDGED_FROM)
                 if saving.save and (finished or self.stopped_by or too_broken or _due(self.step, saving.save_every)):
+                    self._at("saving a checkpoint")
                     self._save()
                 if too_broken and not finished:
                     self._refuse_broken(JUDGED_FROM)
@@ -182,6 +198,18 @@ class Trainer:
             return {}
         found = self._evaluate(metrics)
         return {"held_out_accuracy": found["accuracy"], "chance": found["chance"]} if "accuracy" in found else {}
+
+    def _give_way(self) -> None:
+        """Raise ``LockedError`` on all ranks: what another run writes to the folder must not be mixed with this one's."""
+        owner = from_rank_zero(lambda: self._lock.lost)
+        raise LockedError(
+            f"train.output={self.config.train.output} was taken over by {owner}; this run ends after step {self.step} and saves "
+            "nothing there"
+        )
+
+    def _at(self, phase: str, step: int | None = None) -> None:
+        if self._watch is not None:
+            self._watch.at(self.step if step is None else step, phase)
 
     def _agreed_signal(self) -> int:
         """The signal that any rank was sent, 0 without one. A maximum over all ranks."""
@@ -196,6 +224,7 @@ class Trainer:
         return f"stopped by {name} after step {self.step}; the same command goes on from there"
 
     def _evaluate(self, metrics: MetricsLogger) -> dict[str, float]:
+        self._at("evaluating")
         found = evaluate(self.config, self.forward)
         metrics.evaluation(self.step, found)
         for line in remarks(found):
@@ -226,10 +255,13 @@ class Trainer:
         sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.topology.dp)
         wait_s, peak_gib = sum(r.stats.wait_s for r in rows), platform.peak_memory_bytes() / 2**30
-        largest = torch.tensor([self._stop.signal, wait_s, peak_gib], dtype=torch.float64, device=self.device)
+        lost = self.is_writer and self._lock is not None and bool(self._lock.lost)
+        largest = torch.tensor([self._stop.signal, lost, wait_s, peak_gib], dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         tokens, frames, flops, *counts = sums.tolist()
-        sent, wait_s, peak_gib = largest.tolist()
+        sent, lost, wait_s, peak_gib = largest.tolist()
+        if lost:
+            self._give_way()
         for name, count in zip(DATA_COUNTS, counts, strict=True):
             self.counts[name] += int(count)
         return int(sent), StepMetrics(
@@ -321,7 +353,7 @@ class Trainer:
             "config": asdict(self.config),
             "hugging_face": self.hugging_face,
         }
-        save_checkpoint(
+        self.saved = save_checkpoint(
             self.config.train.output,
             self.step,
             [self.model],

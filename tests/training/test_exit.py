@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vila.errors import SettingError
 from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
@@ -48,17 +50,28 @@ def test_a_stop_that_saved_nothing_is_not_called_saved(videos, tmp_path):
     assert status == 1 and "nothing is saved, because checkpoint.save=false" in out
 
 
+def _failing_evaluation(rank, world, arguments):
+    def fail(config, forward):
+        raise SettingError("nothing to evaluate")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_vila.training.trainer.evaluate", fail)
+        return _main(rank, world, arguments)
+
+
 @pytest.mark.parametrize("steps", [2, 3], ids=["at the end", "in between"])
-def test_a_checkpoint_due_at_the_step_of_an_evaluation_that_fails_is_there(videos, tmp_path, steps):
+def test_a_checkpoint_due_at_the_step_of_an_evaluation_that_fails_is_there_and_missing_files_were_told_at_the_start(
+    videos, tmp_path, steps
+):
     records = [{"id": str(i), "video": f"/nowhere/{i}.mp4", "conversations": conversation()} for i in range(5)]
     path = write_jsonl(tmp_path / "eval.jsonl", records)
     every = ("checkpoint.save_every=2", "train.eval_every=2", f"train.steps={steps}")
-    arguments = overrides(videos, tmp_path / "run", f"data.eval=[{path}]", *every)
-    status, said, err = _run(Layout(2, ulysses=2), arguments)
-    assert status == 2 and "none of the 5 samples can be used" in err
+    arguments = ["tiny", *overrides(videos, tmp_path / "run", f"data.eval=[{path}]", *every)]
+    ranks = pool.run(2, _failing_evaluation, 2, arguments)
+    assert [status for status, _, _ in ranks] == [2, 2] and "nothing to evaluate" in "".join(err for _, _, err in ranks)
     assert latest_checkpoint(tmp_path / "run").name == "step-00000002"
-    told = "data.eval names 5 media files, of which 5 are missing: /nowhere/0.mp4"
-    assert said.index(told) < said.index("step 1/")
+    said = ranks[0][1]
+    assert said.index("data.eval names 5 media files, of which 5 are missing: /nowhere/0.mp4") < said.index("step 1/")
 
 
 def _planted(rank, world, arguments, where, kind):
@@ -94,3 +107,24 @@ def test_a_length_table_that_cannot_be_made_ends_all_ranks(videos, tmp_path):
     status, said, err = _run(Layout(2), arguments)
     assert (status, err) == (0, "") and "cannot be written" in said
     _refused(Layout(2), [*arguments, "train.seq_length=4", "data.over_long=drop"], "train.seq_length=4")
+
+
+def test_a_finished_run_says_where_it_is_saved_what_became_of_its_samples_and_what_can_come_next(videos, tmp_path):
+    (tmp_path / "data").mkdir()
+    records = [{"id": "question", "conversations": conversation()[:1]}]
+    records += [{"id": str(i), "conversations": conversation("a", "b")} for i in range(3)]
+    path = write_jsonl(tmp_path / "data/samples.jsonl", records)
+    arguments = overrides(videos, tmp_path / "my run", f"data.train=[{path}]", "train.steps=2", "data.shuffle=false")
+    status, said, err = _run(Layout(), arguments)
+    assert (status, err) == (0, "")
+    saved = tmp_path / "my run/checkpoints/step-00000002"
+    closing = said[said.index("finished after step 2") :].splitlines()
+    assert closing[0] == f"finished after step 2: saved in {saved}"
+    assert "2 unsupervised" in closing[1] and closing[1].endswith("no update skipped")
+    commands = {line.strip().partition(": ")[0]: shlex.split(line.partition(": ")[2]) for line in closing[2:]}
+    assert commands["evaluate it"][:4] == ["python", "-m", "megatron_vila.train", "tiny"]
+    assert commands["evaluate it"][-1] == "data.eval=[HELD_OUT.json]"
+    assert commands["export it"][-2:] == [str(tmp_path / "my run"), "OUT"]
+    further, other = commands["train it further"][4:], commands["start another run from it"][4:]
+    assert _run(Layout(), further)[0] == 0 and len(read_metrics(tmp_path / "my run")[0]) == 4
+    assert _run(Layout(), [*other, f"train.output={tmp_path / 'other'}"])[0] == 0

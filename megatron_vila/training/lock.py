@@ -1,0 +1,262 @@
+"""One run writes to a folder at a time: a lock in ``train.output`` that a dead owner cannot hold.
+
+The lock is a file ``.lock-N`` that says who holds it. Only its exclusive creation decides, which network file systems have too.
+Nobody removes the file of a living owner: a start that finds the owner of ``.lock-N`` dead makes ``.lock-N+1``, which only one of
+several can, and then removes the dead ones.
+
+Whether an owner lives:
+
+* on the same machine (host, boot, process namespace) its process is looked for: number and start time;
+* elsewhere its heartbeat counts: a thread of the owner renews the file's time stamp every ``BEAT_S`` seconds. An owner whose time
+  stamp stands still for ``DEAD_AFTER_S`` is dead. A start waits that long at most, and compares time stamps of the file server
+  only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import random
+import shlex
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from megatron_vila.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 5.0
+DEAD_AFTER_S = 60.0
+_TRIES = 50
+_held: set[RunLock] = set()
+
+
+class LockedError(UserError):
+    """Another run writes to the folder; the text says who, since when, and what to do."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a lock says of the run that holds it; ``born`` is the start of the process (``_born``)."""
+
+    token: str
+    user: str
+    host: str
+    machine: str
+    pid: int
+    born: int
+    since: str
+    command: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        command = shlex.join([Path(sys.executable).name, *sys.argv])[:500]
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a container without an entry for the user
+            user = str(os.getuid())
+        born = _born(os.getpid())
+        return cls(uuid.uuid4().hex, user, socket.gethostname(), _machine(), os.getpid(), born, since, command)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of {self.user} on {self.host}, started {self.since}: {self.command}"
+
+
+class RunLock:
+    """The lock of ``folder``. ``hold()`` is a context manager that has it; ``lost`` says whether it was taken away meanwhile."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._owner = Owner.of_this_process()
+        self._path: Path | None = None
+        self._inode = 0
+        self._done = threading.Event()
+        self.lost = ""
+        """who has the lock instead, empty while it is held"""
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[RunLock]:
+        """Raises ``LockedError`` if another run holds the lock, ``UserError`` if the folder takes no file."""
+        try:
+            self._acquire()
+        except OSError as error:
+            raise UserError(
+                f"train.output={self._folder} takes no file ({error.strerror}); free space or choose another folder"
+            ) from error
+        thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
+        thread.start()
+        _held.add(self)
+        try:
+            yield self
+        finally:
+            self._done.set()
+            thread.join(timeout=2 * BEAT_S)  # a file server that does not answer must not keep the process
+            self.release()
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens where it is another one's by now."""
+        _held.discard(self)
+        with contextlib.suppress(OSError):
+            if self._path is not None and self._token_in(self._path) == self._owner.token:
+                self._path.unlink()
+
+    def _acquire(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(_TRIES):
+            found = self._locks()
+            for path in found:
+                self._require_dead(path)
+            mine = self._folder / f".lock-{_number(found[-1]) + 1 if found else 1}"
+            if not self._create(mine):
+                continue  # another start was faster
+            # A lock that this listing did not show yet (another number, an old view of the folder): both step back, one is first.
+            if set(self._locks()) - {mine} - set(found):
+                mine.unlink()
+                time.sleep(random.uniform(0.0, 0.3))
+                continue
+            self._path, self._inode = mine, self._folder.stat().st_ino
+            for path in found:
+                path.unlink(missing_ok=True)
+            return
+        raise LockedError(f"train.output={self._folder}: several runs start at once in this folder; start one of them")
+
+    def _locks(self) -> list[Path]:
+        return sorted((p for p in self._folder.glob(".lock-*") if p.name[6:].isdecimal()), key=_number)
+
+    def _create(self, path: Path) -> bool:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            os.write(descriptor, json.dumps(asdict(self._owner)).encode())
+            os.fsync(descriptor)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _require_dead(self, path: Path) -> None:
+        """Return if the owner of ``path`` is dead or has gone, else raise ``LockedError``."""
+        owner = self._owner_in(path)
+        if owner is not None and owner.machine == self._owner.machine:
+            alive = _born(owner.pid) == owner.born
+        else:
+            alive = self._beats(path, owner)
+        if not path.exists():
+            return
+        if alive:
+            owner = owner or self._owner_in(path)
+            raise LockedError(
+                f"train.output={self._folder} is in use by {owner or 'a run that is just starting'}; wait for it, end it, or "
+                "set another train.output"
+            )
+        logger.warning("%s was held by a run that is dead and is taken over: %s", self._folder, owner or "unknown")
+
+    def _beats(self, path: Path, owner: Owner | None) -> bool:
+        """Whether the time stamp of ``path`` moves, or its file goes, within ``DEAD_AFTER_S`` from its last move."""
+        first = self._stamp(path)
+        age = self._now() - (first or 0.0)
+        if first is not None and age < DEAD_AFTER_S:
+            logger.warning("%s was in use %.0f seconds ago by %s; waiting to see whether it lives", self._folder, age, owner)
+        while first is not None and age < DEAD_AFTER_S:
+            time.sleep(min(BEAT_S / 5, DEAD_AFTER_S / 20))
+            stamp = self._stamp(path)
+            if stamp is None:
+                return False
+            if stamp != first:
+                return True
+            age = self._now() - first
+        return False
+
+    def _stamp(self, path: Path) -> float | None:
+        """The time stamp that the file server has now: opening a file renews what the client knows of it."""
+        try:
+            with path.open("rb") as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return None
+
+    def _now(self) -> float:
+        """The time on the file server's clock."""
+        probe = self._folder / f".clock-{self._owner.token}"
+        try:
+            probe.write_bytes(b"x")
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _owner_in(self, path: Path) -> Owner | None:
+        """The owner that ``path`` names; None if it says nothing of the kind: just made, or damaged."""
+        for _ in range(5):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                return Owner(**json.loads(path.read_bytes()))
+            time.sleep(0.02)
+        return None
+
+    def _token_in(self, path: Path) -> str:
+        owner = self._owner_in(path)
+        return owner.token if owner else ""
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                self._renew()
+            if self.lost:
+                return
+
+    def _renew(self) -> None:
+        """Renew the time stamp, or note that another run has taken over. A folder that was removed gets its lock again."""
+        if self._path.exists():
+            os.utime(self._path)
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        others = self._locks()
+        if others:
+            self.lost = str(self._owner_in(others[-1]) or "a run that says nothing of itself")
+        elif self._folder.stat().st_ino == self._inode:
+            self.lost = "a run that has ended since, or someone who removed the lock's file by hand"
+        else:
+            self._create(self._path)
+            self._inode = self._folder.stat().st_ino
+
+
+def release_all() -> None:
+    """Give back what this process holds, where it ends without leaving its blocks."""
+    for lock in list(_held):
+        lock.release()
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix(".lock-"))
+
+
+def _machine() -> str:
+    """What must be the same for process numbers to mean the same; empty where the system does not say."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{socket.gethostname()} {uuid.uuid4().hex}"
+
+
+def _born(pid: int) -> int:
+    """Start of a process in clock ticks since the machine's start; 0 for one that has ended."""
+    try:
+        # the name in parentheses may hold anything
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in ("Z", "X") else int(fields[19])

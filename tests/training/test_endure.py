@@ -1,0 +1,111 @@
+"""Real processes that are killed, stopped and left by their launcher; and a few attacks of ``tools/endure.py``."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.training.summary import read_metrics
+from tests.endure.attack import HANG_S, KINDS, TIMEOUT_MINUTES, Attack, small_disk
+from tests.endure.forks import Zygote
+from tests.training.real_run import overrides
+
+SETTINGS = ("train.precision=fp32", "model.llm.num_layers=2")
+SHORT = f"train.timeout_minutes={TIMEOUT_MINUTES}"
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    with Zygote() as started:
+        yield started
+
+
+@pytest.fixture
+def run(zygote, videos, tmp_path, request):
+    """A run of two ranks without end, at its fourth step; a test's parameter may be one more setting of it."""
+    output = tmp_path / "run"
+    more = ["parallel.ulysses=2", "train.steps=100000", "checkpoint.save_every=2", *SETTINGS]
+    more += [request.param] if hasattr(request, "param") else []
+    arguments = ["tiny", *overrides(videos, output, *more)]
+    started = zygote.start(arguments, 2, tmp_path / "log")
+    try:
+        _wait_for_steps(started, output)
+        yield started, output, arguments
+    finally:
+        started.kill()
+
+
+def _wait_for_steps(started, output, steps=4):
+    while len(read_metrics(output)[0]) < steps:
+        assert started.alive(), started.log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("run", [SHORT], indirect=True)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_ends_the_run_and_is_named(zygote, run, rank):
+    started, output, _ = run
+    os.kill(started.ranks[rank], signal.SIGSTOP)
+    assert started.ends_within(HANG_S), started.log.read_text()
+    said = started.log.read_text()
+    assert zygote.status(started) == 1
+    named = rf"megatron_vila: rank {rank} \(process {started.ranks[rank]} on .*\) does not respond: it was at step \d+, "
+    assert len(re.findall(named, said)) == 1 and said.count("megatron_vila: ") == 1, said
+    assert SHORT in said and "Traceback" not in said
+    assert latest_checkpoint(output) is not None
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(run):
+    started, output, _ = run
+    os.kill(started.launcher, signal.SIGKILL)
+    assert started.ends_within(HANG_S), started.log.read_text()
+    last = len(read_metrics(output)[0])
+    assert f"stopped by SIGTERM after step {last}" in started.log.read_text()
+    assert latest_checkpoint(output).name == f"step-{last:08d}"
+
+
+def test_a_second_start_is_refused_while_the_first_lives_and_goes_on_after_it_was_killed(zygote, run, tmp_path):
+    started, output, arguments = run
+    second = zygote.start(arguments, 2, tmp_path / "second")
+    assert second.ends_within(HANG_S) and zygote.status(second) == 2
+    said = second.log.read_text()
+    assert said.count("megatron_vila: ") == 1 and f"in use by process {started.ranks[0]} of " in said
+    started.kill()
+    assert started.ends_within(HANG_S)
+    saved = latest_checkpoint(output)
+    third = zygote.start([*arguments, f"train.steps={int(saved.name[5:]) + 1}"], 2, tmp_path / "third")
+    assert third.ends_within(HANG_S) and zygote.status(third) == 0
+    said = third.log.read_text()
+    assert "was held by a run that is dead and is taken over" in said and f"going on from {saved}" in said
+
+
+def test_a_run_started_by_hand_outlives_its_shell(zygote, videos, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["tiny", *overrides(videos, output, "train.steps=100000", *SETTINGS)]
+    started = zygote.start(arguments, 1, tmp_path / "log", by_hand=True)
+    try:
+        _wait_for_steps(started, output)
+        os.kill(started.launcher, signal.SIGKILL)
+        _wait_for_steps(started, output, len(read_metrics(output)[0]) + 20)
+        os.kill(started.ranks[0], signal.SIGUSR1)
+        assert started.ends_within(HANG_S)
+    finally:
+        started.kill()
+    assert json.loads((output / "summary.json").read_text())["stopped"] is True
+
+
+def test_after_attacks_of_every_kind_nothing_hangs_no_saved_step_is_lost_and_all_losses_are_those_of_a_calm_run(
+    zygote, videos, tmp_path
+):
+    settings = overrides(videos, tmp_path, "train.steps=30", "checkpoint.save_every=2", "parallel.ulysses=2", SHORT, *SETTINGS)
+    with small_disk(tmp_path / "runs", 16) as has_disk:
+        attack = Attack(zygote, settings, 2, tmp_path, seed=1)
+        for kind in KINDS if has_disk else KINDS[:-1]:
+            attack.life(kind)
+        attack.finish()
+    assert not attack.score.faults(), attack.score.table()
+    assert attack.score.runs_finished and attack.score.steps
