@@ -323,7 +323,7 @@ class Trainer:
         raise TooManyBrokenError(
             f"{broken} of the {drawn} samples drawn in {self.step} steps were broken ({100 * broken / drawn:.1f} %), more than "
             f"data.max_broken={self.config.data.max_broken} allows; the log names them, and `python -m megatron_vila.data check` "
-            "finds all. Every step so far counts: mend the files and go on with a higher data.max_broken, or start anew"
+            "finds all. The counts stay with the run: after mending the files go on with a higher data.max_broken, or start anew"
         )
 
     def _resume(self, found: ResumePoint) -> None:

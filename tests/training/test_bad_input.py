@@ -254,11 +254,15 @@ def test_too_many_broken_samples_end_the_run_when_all_is_saved(videos, tmp_path)
     words = ("6 of the 12 samples drawn in 2 steps were broken (50.0 %)", "data.max_broken=0.4", "check")
     _refused(Layout(2), [*arguments, "train.steps=2", "data.max_broken=0.4"], *words)
     assert latest_checkpoint(run).name == "step-00000002" and (run / "summary.json").exists()
-    # On the way: from the 500th sample on, which is the 84th step.
-    fast = [*arguments, "train.steps=120", "data.max_broken=0.4", "checkpoint.save_every=0"]
-    _refused(Layout(2), fast, "252 of the 504 samples drawn in 84 steps were broken")
-    assert latest_checkpoint(run).name == "step-00000084"
-    assert _run(Layout(2), [*fast, "data.max_broken=1", "train.steps=85"])[0] == 0
+    # On the way: from the 500th sample on, which is in the 14th step, as a packed row holds all six.
+    packed = [*arguments, f"train.output={tmp_path / 'packed'}", "data.packing=true", "train.seq_length=512", "train.steps=20"]
+    _refused(Layout(2), [*packed, "data.max_broken=0.4"], "252 of the 504 samples drawn in 14 steps were broken")
+    assert latest_checkpoint(tmp_path / "packed").name == "step-00000014"
+    assert _run(Layout(2), [*packed, "data.max_broken=1", "train.steps=15"])[0] == 0
+    # At the start: what is bad by its form is known before the first step.
+    path = write_jsonl(tmp_path / "bad.jsonl", [*[records[0]] * 470, *[{"id": n} for n in range(30)]])
+    words = ("30 of 500 records cannot be used", "more than data.max_broken=0.05 allows")
+    _refused(Layout(2), overrides(videos, tmp_path / "none", f"data.train=[{path}]"), *words)
 
 
 def _lengths(settings):
