@@ -9,7 +9,16 @@ from tests.training.independent import files, model
 from tests.training.independent.data import Rows
 from tests.training.independent.loop import Recipe, Run, evaluation
 from tests.training.independent.samples import Pictures
-from tests.training.truth_sides import LONGEST, World, cut_back, same_steps, same_weights, trained, weights_of
+from tests.training.truth_sides import (
+    LONGEST,
+    World,
+    cut_back,
+    same_steps,
+    same_totals,
+    same_weights,
+    trained,
+    weights_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +91,15 @@ def test_a_skipped_update_changes_nothing_and_the_schedule_goes_on(world, tmp_pa
         world.imported(poisoned, "poisoned")
     more = ("train.on_nan=skip", "checkpoint.save_every=3", "checkpoint.keep=0")
     settings = world.settings(recipe, pictures, world.write("poison", records), tmp_path / "run", *more)
-    pool.run(1, trained, imported / "config.yaml", settings)
+    (summary,) = pool.run(1, trained, imported / "config.yaml", settings)
     if resumed_after:
         cut_back(tmp_path / "run", resumed_after)
-        pool.run(1, trained, imported / "config.yaml", settings)
+        (summary,) = pool.run(1, trained, imported / "config.yaml", settings)
     truth = Run(poisoned, recipe, Rows(records, world.folder, pictures, LONGEST, recipe.seed))
     wanted = [truth.step() for _ in range(recipe.steps)]
     assert [step["skipped"] for step in wanted] == [0, 0, 1, 1, 1, 1]
     same_steps(tmp_path / "run", wanted)
+    same_totals(summary, wanted)
     same_weights(weights_of(tmp_path / "run", tmp_path / "out"), truth)
 
 

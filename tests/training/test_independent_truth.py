@@ -18,7 +18,16 @@ from tests.training.independent import files, model
 from tests.training.independent.data import Rows
 from tests.training.independent.loop import Recipe, Run
 from tests.training.independent.samples import Pictures
-from tests.training.truth_sides import LONGEST, SHAPES, World, same_steps, same_weights, trained, weights_of
+from tests.training.truth_sides import (
+    LONGEST,
+    SHAPES,
+    World,
+    same_steps,
+    same_totals,
+    same_weights,
+    trained,
+    weights_of,
+)
 
 RECORDS = [
     files.record("video", "<video>\nWhich colour?", " Red, é. ", video="long.mp4"),
@@ -91,10 +100,12 @@ def test_a_run_from_imported_weights_is_that_of_stock_modules(world, tmp_path, n
     shape, recipe, pictures, processes, more = CASES[name]
     imported, files_of_it = world.random(shape), world.write("plain", RECORDS)
     settings = world.settings(recipe, pictures, files_of_it, tmp_path / "run", *more)
-    pool.run(processes, trained, imported / "config.yaml", settings)
+    summary, *_ = pool.run(processes, trained, imported / "config.yaml", settings)
     rows = Rows(RECORDS, world.folder, pictures, LONGEST, recipe.seed, packed="data.packing=true" in more)
     truth = Run(model.Vila(SHAPES[shape]).load(imported.with_suffix(".hf")), recipe, rows)
-    same_steps(tmp_path / "run", [truth.step() for _ in range(recipe.steps)])
+    wanted = [truth.step() for _ in range(recipe.steps)]
+    same_steps(tmp_path / "run", wanted)
+    same_totals(summary, wanted)
     same_weights(weights_of(tmp_path / "run", tmp_path / "out"), truth)
 
 

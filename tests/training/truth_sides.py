@@ -121,6 +121,14 @@ def same_steps(output: Path, wanted: Sequence[dict[str, Any]]) -> None:
         assert {key for key in mine if key.startswith("lr_")} == {key for key in theirs if key.startswith("lr_")}
 
 
+def same_totals(summary: dict[str, Any], wanted: Sequence[dict[str, Any]]) -> None:
+    """The summary of a run, which a resume must not shorten."""
+    for key in ("tokens", "frames"):
+        assert summary[key] == sum(step[key] for step in wanted), key
+    assert (summary["steps"], summary["skipped"]) == (len(wanted), wanted[-1]["skipped"])
+    assert summary["loss"] == pytest.approx(wanted[-1]["loss"], rel=1e-8)
+
+
 def same_weights(found: dict[str, torch.Tensor], run: Run) -> None:
     mine = run.model.tensors()
     assert sorted(found) == sorted(mine)

@@ -1,5 +1,13 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import inputs, models, parallel, runs, steps, weights
+from . import guards, inputs, models, parallel, runs, steps, weights
 
-FAULTS = [*parallel.FAULTS, *models.FAULTS, *runs.FAULTS, *inputs.FAULTS, *weights.FAULTS, *steps.FAULTS]
+FAULTS = [
+    *parallel.FAULTS,
+    *models.FAULTS,
+    *runs.FAULTS,
+    *inputs.FAULTS,
+    *weights.FAULTS,
+    *steps.FAULTS,
+    *guards.FAULTS,
+]

@@ -1,0 +1,90 @@
+"""Faults of what guards a run: files from anywhere, records that are not meant so, stops, resumes that make no sense."""
+
+from .fault import Fault
+
+MEDIA = "tests/data/test_media.py"
+JOINED = "tests/data/test_joined_and_cut.py"
+PLACEMENT = "tests/data/test_placement.py"
+STOPPED = ("tests/training/test_exit.py", "-k", "stop_that_was_saved")
+FAILING_EVALUATION = ("tests/training/test_exit.py", "-k", "due_at_the_step")
+
+FAULTS = [
+    Fault(
+        "a picture may be in any format that Pillow knows",
+        "megatron_vila/data/images.py",
+        "Image.open(file, formats=IMAGE_FORMATS)",
+        "Image.open(file)",
+        (MEDIA, "-k", "postscript"),
+    ),
+    Fault(
+        "a folder, a pipe or a device passes for a file",
+        "megatron_vila/data/media.py",
+        "if not stat.S_ISREG(status.st_mode):",
+        "if False:",
+        (MEDIA, "-k", "no_regular_file"),
+    ),
+    Fault(
+        "a picture may have any number of pixels",
+        "megatron_vila/data/media.py",
+        "if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:",
+        "if max(width, height) > MAX_SIDE:",
+        (MEDIA, "-k", "over_the_budget"),
+    ),
+    Fault(
+        "videos are shown as they are stored",
+        "megatron_vila/data/video.py",
+        "turn = UPRIGHT.get(_orientation(frame))",
+        "turn = None",
+        (MEDIA, "-k", "eight_orientations"),
+    ),
+    Fault(
+        "what an unforeseen exception says is not told as the file's",
+        "megatron_vila/data/media.py",
+        "    except Exception as error:\n        text = getattr",
+        "    except OSError as error:\n        text = getattr",
+        (MEDIA, "-k", "any_exception"),
+    ),
+    Fault(
+        "time stamps that run backwards begin no part",
+        "megatron_vila/data/video_index.py",
+        "return key or now < last - BACKWARDS_S * self._second",
+        "return False",
+        (JOINED, "-k", "all_their_parts"),
+    ),
+    Fault(
+        "markers in answers and in text samples are markers",
+        "megatron_vila/data/placement.py",
+        "return tuple(_human(turns, _as_words)), ()",
+        "return tuple(turns), ()",
+        (PLACEMENT, "-k", "words_are_text"),
+    ),
+    Fault(
+        "a run that goes on may place media by another rule than the one that it had",
+        "megatron_vila/training/resume.py",
+        'before="verbatim",',
+        "",
+        ("tests/training/test_resume_settings.py", "-k", "another_format"),
+    ),
+    Fault(
+        "a run that was told to stop and saved ends as a finished one",
+        "megatron_vila/train.py",
+        "return exit_codes.STOPPED if config.checkpoint.save else",
+        "return exit_codes.FINISHED if config.checkpoint.save else",
+        STOPPED,
+    ),
+    Fault(
+        "an evaluation runs before the save that is due at its step",
+        "megatron_vila/training/trainer.py",
+        """                if saving.save and (finished or self.stopped_by or _due(self.step, saving.save_every)):
+                    self._save()
+                if data.eval and not self.stopped_by and _due(self.step, train.eval_every) and not finished:
+                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
+""",
+        """                if data.eval and not self.stopped_by and (finished or _due(self.step, train.eval_every)):
+                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
+                if saving.save and (finished or self.stopped_by or _due(self.step, saving.save_every)):
+                    self._save()
+""",
+        FAILING_EVALUATION,
+    ),
+]
