@@ -107,10 +107,12 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
     teach = [files.record("picture", "<image>Day?", "No.", image="wide.jpg")]
     held_out = [
         files.record("right", "<image>Day?", "No.", image="wide.jpg"),
-        files.record("broken", "<video>Day?", video="cut.mp4"),
+        files.record("broken", "<video>Day?", "Never", video="cut.mp4"),
         files.record("also right", "<image>Day?", "No.", image="turned.jpg"),
         files.record("half right", "<image>Day?", "Now", image="wide.jpg"),
-        files.record("wrong", "<video>Which?", "Never", video="short.mp4"),
+        files.record("too long", "Word " * 40, "Never"),
+        files.record("wrong", "<video>" + "Is that so? " * 8, "Never", video="short.mp4"),
+        files.record("unanswered", "<image>Day?", image="wide.jpg"),
     ]
     pictures = Pictures()
     taught = model.randomised(model.QWEN2, seed=6)
@@ -126,10 +128,10 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
     truth = Run(model.Vila(model.QWEN2).load(imported.with_suffix(".hf")), recipe, lesson)
     for _ in range(recipe.steps):
         truth.step()
-    good = Rows([held_out[0], *held_out[2:]], world.folder, pictures, LONGEST, seed=0).samples
+    good = Rows([held_out[k] for k in (0, 2, 3, 5)], world.folder, pictures, LONGEST, seed=0).samples
     wanted = evaluation(truth.model, good, ["No.", "No.", "Now", "Never"])
     assert wanted["eval_accuracy"] == 0.5
     (found,) = read_metrics(tmp_path / "run")[1]
-    wanted |= dict.fromkeys(("eval_videos", "eval_left_out_broken", "eval_left_out_videos"), 1)
-    wanted |= dict.fromkeys(("eval_truncated", "eval_left_out_too_long", "eval_left_out_unanswered"), 0)
+    names = ("videos", "truncated", "left_out_broken", "left_out_too_long", "left_out_unanswered", "left_out_videos")
+    wanted |= {f"eval_{name}": 1 for name in names}
     assert found == pytest.approx({"step": 2, **wanted}, rel=1e-8)

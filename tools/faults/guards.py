@@ -66,6 +66,20 @@ FAULTS = [
         ("tests/training/test_resume_settings.py", "-k", "another_format"),
     ),
     Fault(
+        "a run in which most samples are broken goes on",
+        "megatron_vila/training/trainer.py",
+        "return drawn >= at_least and broken > self.config.data.max_broken * drawn",
+        "return False",
+        ("tests/training/test_bad_input.py", "-k", "too_many_broken"),
+    ),
+    Fault(
+        "samples that were drawn before a resume are forgotten",
+        "megatron_vila/training/trainer.py",
+        'self.counts | extra["counts"]',
+        'extra["counts"] | self.counts',
+        ("tests/training/test_bad_input.py", "-k", "too_many_broken"),
+    ),
+    Fault(
         "a run that was told to stop and saved ends as a finished one",
         "megatron_vila/train.py",
         "return exit_codes.STOPPED if config.checkpoint.save else",
@@ -75,16 +89,10 @@ FAULTS = [
     Fault(
         "an evaluation runs before the save that is due at its step",
         "megatron_vila/training/trainer.py",
-        """                if saving.save and (finished or self.stopped_by or _due(self.step, saving.save_every)):
-                    self._save()
-                if data.eval and not self.stopped_by and _due(self.step, train.eval_every) and not finished:
-                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
-""",
+        "                if saving.save and (finished",
         """                if data.eval and not self.stopped_by and (finished or _due(self.step, train.eval_every)):
-                    metrics.evaluation(self.step, evaluate(self.config, self.forward))
-                if saving.save and (finished or self.stopped_by or _due(self.step, saving.save_every)):
-                    self._save()
-""",
+                    self._evaluate(metrics)
+                if saving.save and (finished""",
         FAILING_EVALUATION,
     ),
 ]

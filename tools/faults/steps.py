@@ -179,10 +179,24 @@ FAULTS = [
         RESUMED,
     ),
     Fault(
-        "a broken held-out sample is judged by its replacement",
-        FEED,
-        "topology.grid.dp, replace_bad=False), dataset",
-        "topology.grid.dp, replace_bad=True), dataset",
+        "a broken held-out sample counts as one that was tested",
+        EVALUATE,
+        "return (_BROKEN if left.kind",
+        "return (_TESTED if left.kind",
+        EVALUATION,
+    ),
+    Fault(
+        "a held-out sample that does not fit is judged by its replacement",
+        "megatron_vila/training/feed.py",
+        "topology.grid.dp, replace_bad=False)",
+        "topology.grid.dp, replace_bad=True)",
+        EVALUATION,
+    ),
+    Fault(
+        "held-out samples that nobody could test have a part in chance",
+        EVALUATE,
+        "chance_level(records, tested)",
+        "chance_level(records, [k for k in range(len(records)) if k not in records.bad])",
         EVALUATION,
     ),
     Fault(

@@ -27,8 +27,9 @@ class Rows:
 
     def count(self, first: int, end: int) -> dict[str, int]:
         """What became of the samples of these rows."""
-        counts = dict.fromkeys(("replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out"), 0)
+        counts = dict.fromkeys(("drawn", "replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out"), 0)
         for slot, place in (pair for number in range(first, end) for pair in self._row(number)):
+            counts["drawn"] += 1
             if place is None:
                 counts["left_out"] += 1
                 continue
