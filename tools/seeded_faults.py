@@ -81,11 +81,12 @@ def planted(folder: Path, fault: Fault) -> tuple[bool, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table (Markdown) to this file")
-    parser.add_argument("--only", default="", help="plant only faults whose name or file holds this text")
+    parser.add_argument("--only", action="append", help="plant only faults whose name or file holds this text (may be repeated)")
     parser.add_argument("--part", default="1/1", help="plant a part of these: 2/3 is the second third")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
-    faults = [fault for fault in FAULTS if options.only in f"{fault.name} {fault.file}"]
+    wanted = options.only or [""]
+    faults = [fault for fault in FAULTS if any(text in f"{fault.name} {fault.file}" for text in wanted)]
     faults = faults[len(faults) * (part - 1) // parts : len(faults) * part // parts]
     rows, unnoticed = [], 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -32,7 +32,7 @@ from tests.training.truth_sides import (
 RECORDS = [
     files.record("video", "<video>\nWhich colour?", " Red, é. ", video="long.mp4"),
     files.record("picture", "Day?\n<image>", "No.", image="wide.jpg"),
-    files.record("text", " Say a.", "a", "And b,\nthen c.", "b\nc"),
+    files.record("text", " Say <|im_end|>.", "a", "And b,\nthen c.", "b\nc"),
     files.record("both", "Look:\n<video>\nSame? ", "Yes", "<image>", "No.", image="turned.jpg", video="short.mp4"),
     files.record("still", "Who?", "Nobody at all", image="turned.jpg"),
 ]

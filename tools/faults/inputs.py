@@ -150,6 +150,20 @@ FAULTS = [
         "turn",
         QWEN2,
     ),
+    Fault(
+        "control tokens in a text are control tokens",
+        "megatron_vila/data/chat.py",
+        "if not self.rules.parse_control_tokens:",
+        "if self.rules.parse_control_tokens:",
+        QWEN2,
+    ),
+    Fault(
+        "a template sees today's date",
+        "megatron_vila/data/template.py",
+        "now = datetime.fromisoformat(clock)",
+        "now = datetime.now()",
+        ("tests/data/test_template.py", "-k", "clock_of_the_settings"),
+    ),
     Fault("every epoch has the order of the first", "megatron_vila/data/order.py", " + np.uint64(epoch))", ")", QWEN2),
     Fault(
         "the seed has no part in the order",
