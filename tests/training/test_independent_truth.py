@@ -74,7 +74,7 @@ CASES = {
     "legacy fps": (
         "legacy",
         Recipe(frozen=("llm",), rates={"vision": 0.004}, warmup=0, seed=8, rows=4),
-        Pictures(fps=2.0),
+        Pictures(fps=2.0, hermes=True),  # chosen at import by the time of the model
         2,
         ("parallel.ulysses=2",),
     ),

@@ -25,7 +25,7 @@ Media = Sequence[tuple[str, Path]]
 
 @dataclass(frozen=True)
 class Pictures:
-    """How pictures and videos are shown: settings of the run."""
+    """How samples are shown: settings of the run."""
 
     num_frames: int = 5
     fps: float = 0.0
@@ -33,6 +33,8 @@ class Pictures:
     aspect: str = "resize"
     frame_separator: tuple[int, ...] = (FIRST_BYTE + 10, FIRST_BYTE + 45)
     image_separator: tuple[int, ...] = (FIRST_BYTE + 42,)
+    hermes: bool = False
+    """VILA's prompt hermes-2: ChatML with a system text and without line breaks between turns"""
     side: int = 30
 
 
@@ -107,6 +109,8 @@ def _written(record: dict[str, Any], media: Media, chosen: list[list[int]], pict
         ids.extend(tokens)
         learnt.extend([learn] * len(tokens))
 
+    if pictures.hermes:
+        write([START, *bytes_of("system\nAnswer the questions."), END])
     for turn in record["conversations"]:
         role = {"system": "system", "human": "user", "gpt": "assistant"}[turn["from"]]
         write([START, *bytes_of(f"{role}\n")])
@@ -120,7 +124,7 @@ def _written(record: dict[str, Any], media: Media, chosen: list[list[int]], pict
                 text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
             text = text.strip()
         write([*bytes_of(text), END], learn=role == "assistant")
-        write(bytes_of("\n"))
+        write(bytes_of("" if pictures.hermes else "\n"))
     labels = [following if learn else NOT_LEARNT for following, learn in zip(ids[1:], learnt[1:], strict=True)]
     return Outline(tuple(ids), (*labels, NOT_LEARNT), tuple(media), tuple(map(tuple, chosen)))
 
