@@ -105,6 +105,9 @@ UNWATCHED = (
     "checkpoint.*",
     "data.workers",
     "data.prefetch",
+    # What becomes of bad samples counts where there are some, and is told then.
+    "data.bad_records",
+    "data.max_broken",
     "optim.offload_fraction",
     "model.name",
     "model.init_std",

@@ -25,26 +25,33 @@ from tests.training.real_run import numbers, overrides, train
 from tests.training.small_run import build
 from tools.convert_checkpoint import main as convert
 
-ONE, DP2 = (1, 1, 1, 1), (1, 1, 1, 1)
+LAYOUT = (1, 1, 1, 1)
 
 
 def save_steps(rank, folder, steps):
-    run = build(DP2)
+    run = build(LAYOUT)
     for step in steps:
         run.step(step)
         info = {"config": asdict(run.config), "model": "small"}
         save_checkpoint(folder, step, [run.ddp], run.optimizer, run.scheduler, {"step": step}, info=info)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    pool.run(2, save_steps, str(folder), [1, 2])
+    return folder
+
+
 @pytest.fixture
-def two_steps(tmp_path):
-    pool.run(2, save_steps, str(tmp_path), [1, 2])
-    return tmp_path
+def two_steps(tmp_path, saved):
+    """A run's folder with the checkpoints of steps 1 and 2, to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 def load(rank, folder, weights_only=False):
     """The step that was loaded, or why nothing was."""
-    run = build(DP2)
+    run = build(LAYOUT)
     rest = [] if weights_only else [run.optimizer, run.scheduler]
     try:
         return load_checkpoint(folder, [run.model if weights_only else run.ddp], *rest)["step"]
@@ -73,7 +80,7 @@ def test_a_file_of_an_older_step_in_the_place_of_a_newer_one_is_noticed(two_step
 
 
 def load_with_each_file_damaged(rank, folder):
-    run, found = build(ONE), {}
+    run, found = build(LAYOUT), {}
     for path in sorted(latest_checkpoint(folder).iterdir()):
         flip_a_byte(path, len(path.read_bytes()) // 2)
         with pytest.raises(CheckpointError) as error:
@@ -97,7 +104,7 @@ def share_the_check(rank, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_files, "BLOCK", 1000)
         patch.setattr(checkpoint_files, "damage", lambda *given: read.extend(given[2]) or damage(*given))
-        run = build(DP2)
+        run = build(LAYOUT)
         save_checkpoint(folder, 1, [run.ddp], run.optimizer, run.scheduler, {"step": 1})
         info = checkpoint_files.read_info(latest_checkpoint(folder))
         assert load_checkpoint(folder, [run.ddp], run.optimizer, run.scheduler) == {"step": 1}
