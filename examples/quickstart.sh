@@ -55,8 +55,7 @@ for stage in 1 2 3 4; do
   if ((stage > 1)); then
     CONTINUE=(checkpoint.load="$RUN/stage_$((stage - 1))")
   fi
-  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" \
-    -m megatron_vila.train "examples/quickstart/stage_$stage.yaml" \
+  "$PYTHON" -m megatron_vila.launch --nproc-per-node "$PROCESSES" "examples/quickstart/stage_$stage.yaml" \
     parallel.ulysses="$PROCESSES" \
     data.train="[$RUN/data/train_${LENGTHS[stage - 1]}.json]" \
     data.eval="[$RUN/data/eval_${LENGTHS[stage - 1]}.json]" \

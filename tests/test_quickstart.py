@@ -66,12 +66,11 @@ def run_quickstart(home, gpus, usable, *arguments):
 def test_the_quickstart_uses_the_gpus_that_are_there(tmp_path, gpus, usable, processes, said):
     output, calls = run_quickstart(tmp_path, gpus, usable, "--short", "train.seed=7")
     assert said in output
-    runs = [call for call in calls if "megatron_vila.train" in call]
+    runs = [call for call in calls if "megatron_vila.launch" in call]
     assert len(runs) == 4
     for call in runs:
-        place = call.index("megatron_vila.train")
-        assert call[call.index("--nproc-per-node") + 1] == str(processes)
-        config = load_config(str(ROOT / call[place + 1]), call[place + 2 :])
+        assert call[:4] == ["-m", "megatron_vila.launch", "--nproc-per-node", str(processes)]
+        config = load_config(str(ROOT / call[4]), call[5:])
         assert validate(config, processes, check_files=False) == []
         assert config.parallel.ulysses == processes
         assert (config.train.steps, config.train.seed) == (4, 7)
@@ -131,10 +130,8 @@ def test_the_commands_that_the_quickstart_ends_with_are_accepted(tmp_path, monke
     options = program(ROOT / "examples/generate.py").parser().parse_args(ask[2:])
     assert (options.model, options.video) == ("runs/quickstart/hf", [ask[-1]])
 
-    place = train.index("megatron_vila.train")
-    assert train[0].startswith("OMP_NUM_THREADS=") and train[1] == ask[0] and Path(ROOT, train[place + 1]).is_file()
-    assert train[train.index("--nproc-per-node") + 1] == str(processes)
-    config = load_config(str(ROOT / train[place + 1]), train[place + 2 :])
+    assert train[:5] == [ask[0], "-m", "megatron_vila.launch", "--nproc-per-node", str(processes)]
+    config = load_config(str(ROOT / train[5]), train[6:])
     assert validate(config, processes) == []
     records = RecordFiles(config.data.train)
     assert len(records) == tool.RECORDS and all(Path(m.path).is_file() for record in records for m in record.media)

@@ -113,7 +113,8 @@ class Packages:
 
     def read(self, text: str) -> None:
         """Take in a line of pip's output."""
-        if found := re.match(r"\s*(?:Collecting|Processing|Requirement already satisfied:) (?:\S*/)?(\w[\w.]*)", text):
+        name = r"(?:\S*/)?(\w[\w.]*(?:-[A-Za-z][\w.]*)*)"
+        if found := re.match(rf"\s*(?:Collecting|Processing|Requirement already satisfied:) {name}", text):
             self._found, self._what = self._found + 1, found[1]
         elif found := re.match(r"\s*Downloading (\S+?)-\d\S* \((.+)\)", text):
             self._what = f"{found[1].rpartition('/')[2]}, {found[2]}"

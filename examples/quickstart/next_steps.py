@@ -30,7 +30,6 @@ def main() -> None:
     print(f"checkpoint: {args.run}/stage_4, exported: {args.run}/hf")
     print(f"metrics: {args.run}/stage_4/metrics.jsonl, summary: {args.run}/summary.json")
     ask, train, export = (shlex.join(command) for command in commands(args.run, own, args.processes))
-    train = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '1')} {train}"
     if args.started_in.resolve() != REPO:
         print(f"\nFirst:\n  cd {shlex.quote(str(REPO))}")
     print(f"\nAsk it something:\n  {ask}")
@@ -44,8 +43,8 @@ def commands(run: Path, own: Path, processes: int) -> tuple[list[str], list[str]
     python = os.path.relpath(sys.executable, REPO) if REPO in Path(sys.executable).parents else sys.executable
     out = run.parent / "my_run"
     ask = [python, "examples/generate.py", str(run / "hf"), QUESTION, "--video", str(run / "data/videos/eval_32_00000.mp4")]
-    train = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    train += ["-m", "megatron_vila.train", "examples/quickstart/stage_4.yaml", f"parallel.ulysses={processes}"]
+    train = [python, "-m", "megatron_vila.launch", "--nproc-per-node", str(processes)]
+    train += ["examples/quickstart/stage_4.yaml", f"parallel.ulysses={processes}"]
     train += [f"data.train=[{own}]", f"data.tokenizer={run / 'data/tokenizer'}", f"checkpoint.load={run / 'stage_4'}"]
     export = [python, "tools/convert_checkpoint.py", "export", str(out), str(out / "hf")]
     return ask, [*train, f"train.output={out}"], export
