@@ -118,6 +118,7 @@ UNWATCHED = (
     "train.eval_every",
     "train.on_nan",
     "train.max_skips",
+    "train.timeout_minutes",
     # Tensors of another shape, too few or too many are named when they are loaded.
     "model.*.num_layers",
     "model.*.hidden_size",
