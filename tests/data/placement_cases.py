@@ -12,6 +12,7 @@ RECORDS = {
     "marker last": {"video": LONG, "conversations": conversation("What is shown?\n<video>")},
     "marker amid a line": {"image": IMAGE, "conversations": conversation("Is <image> a cat?")},
     "marker between lines": {"image": IMAGE, "conversations": conversation("Look:\n<image>\nA cat?")},
+    "marker before a line": {"image": IMAGE, "conversations": conversation("Look.\n<image> A cat?")},
     "no marker": {"image": IMAGE, "video": SHORT, "conversations": conversation("What?\n\nSay it.")},
     "two images": {"image": [IMAGE, CLEAR], "conversations": conversation("<image>\n<image>\nCompare.")},
     "two images in a sentence": {

@@ -123,8 +123,8 @@ def test_a_control_token_that_a_normalizer_would_make_of_other_characters_is_not
     wide = "a \uff1cend\uff1e b"
     end = tokenizer.convert_tokens_to_ids("<end>")
     assert end in tokenizer(wide)["input_ids"]
-    ids = ids_of(ChatEncoder(tokenizer), [Turn("user", wide), Turn("assistant", "<end>")])
-    assert end not in ids and decoded(tokenizer, ids).count("<end>") == 2
+    ids = ids_of(ChatEncoder(tokenizer), [Turn("user", wide), Turn("assistant", "b")])
+    assert end not in ids and decoded(tokenizer, ids).count("<end>") == 1
 
 
 def test_tokens_that_take_the_spaces_beside_them_do_so_only_where_the_template_writes_them():

@@ -42,7 +42,7 @@ def test_the_clock_changes_what_is_remembered_of_an_encoder_and_its_tokens():
     [
         ("{{ ['a', 'b'] | random }}", "it draws lots with random"),
         ("{{ lipsum(1) }}", "it draws lots with lipsum"),
-        ("{{ messages.index }}", "writes another text each time, such as .*0x"),
+        ("{{ messages.index }}", "it writes another text each time, such as"),
         ("{% if %}", "cannot be read|cannot be rendered"),
     ],
 )

@@ -223,6 +223,16 @@ def test_control_tokens_in_messages_are_read_as_in_training_in_one_step_and_in_t
     assert count == 9
 
 
+def test_the_clock_of_training_is_that_of_the_processor(tmp_path, media):
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = "{{ strftime_now('%d.%m.%Y ') }}" + QWEN2_TEMPLATE
+    record = RECORDS["no media"]
+    ids, _, _ = trained(tmp_path, media, record, tokenizer, template_clock="2030-01-02")
+    assert tokenizer.decode(ids).startswith("02.01.2030 ")
+    asked = ask(processor_of(tokenizer, template_clock="2030-01-02"), media, record)
+    assert asked["input_ids"][0].tolist() == ids.tolist()
+
+
 def test_control_tokens_in_roles_and_tools_are_text(processor):
     tokenizer = byte_level_tokenizer("qwen2")
     tokenizer.chat_template = "{% for t in tools or [] %}{{ t['name'] }}{% endfor %}" + QWEN2_TEMPLATE
