@@ -22,11 +22,13 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.records import report_bad_records
 from megatron_vila.explain.text import console
 from megatron_vila.models.lora import FACTORS
-from megatron_vila.training.checkpoint import latest_checkpoint, read_info, resolve_checkpoint
-from megatron_vila.training.checkpoint_files import check_files
+from megatron_vila.training.checkpoint import read_info, resolve_checkpoint
+from megatron_vila.training.checkpoint_files import check_files, read_state
+from megatron_vila.training.checkpoint_folder import newest_first
 from megatron_vila.training.checkpoint_io import CheckpointError
 from megatron_vila.training.checkpoint_tensors import StoredTensors
 from megatron_vila.training.feed import open_dataset, tokenizer_warnings
+from megatron_vila.training.resume import changes, kept_settings, settings_of
 
 SETS = ("train", "eval")
 
@@ -79,11 +81,16 @@ def describe_sample(dataset: VilaDataset, name: str, index: int) -> str:
 
 
 def describe_start(config: Config) -> str:
-    """What the run would start or go on from. Raises ``CheckpointError`` if that is damaged or of another model."""
-    resumed = latest_checkpoint(config.train.output) if config.checkpoint.resume else None
+    """What the run would start or go on from, and what has changed since.
+
+    Raises ``CheckpointError`` if that is damaged, of another model, or of a run that this one cannot go on from. Sizes of files
+    are looked at, not their content.
+    """
+    resumed = _resumed(config)
     if resumed is None and not config.checkpoint.load:
         return "Start: random weights (checkpoint.load is empty)."
     folder = resumed or resolve_checkpoint(Path(config.checkpoint.load))
+    lines = []
     try:
         info = read_info(folder)
         check_files(folder, info)
@@ -94,15 +101,37 @@ def describe_start(config: Config) -> str:
             raise CheckpointError(f"it is of another model than this configuration: {'; '.join(problems[:3])}{more}")
         if not config.model.lora.rank and any(name.endswith(FACTORS) for name in stored):
             raise CheckpointError("it holds LoRA updates; set model.lora as in the run that saved them, or export and import it")
-        if resumed is not None and not any(name.startswith("optimizer.") for name in stored):
-            raise CheckpointError("it holds weights only, a run cannot go on from it: choose another train.output")
+        if resumed is not None:
+            saved = read_state(folder)
+            if saved["adam_step"] is None:
+                raise CheckpointError("it holds weights only, a run cannot go on from it: choose another train.output")
+            lines = changes(kept_settings(saved["extra"]), settings_of(config))
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
-    step = info["step"]
     if resumed is None:
         return f"Start: weights of {folder}."
+    step = info["step"]
     left = max(0, config.train.steps - step)
-    return f"Start: goes on from {folder} after step {step}; {left} of train.steps={config.train.steps} are left."
+    start = f"Start: goes on from {folder} after step {step}; {left} of train.steps={config.train.steps} are left."
+    return "\n".join([start, *(f"changed since: {line}" for line in lines)])
+
+
+def _resumed(config: Config) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` takes; with newest_whole the newest one whose files are there in full."""
+    if not config.checkpoint.resume:
+        return None
+    known = newest_first(config.train.output)
+    if config.checkpoint.resume == "newest_whole":
+        known = [folder for folder in known if _is_complete(folder)] or known
+    return known[0] if known else None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        check_files(folder, read_info(folder))
+    except CheckpointError:
+        return False
+    return True
 
 
 def _say(text: str) -> None:

@@ -139,6 +139,9 @@ def test_a_dry_run_looks_at_the_checkpoint_that_the_run_would_take(videos, tmp_p
     assert _run(Layout(), one)[0] == 0
     _, out, err = _dry_run([*one, "train.steps=5"])
     assert "step-00000001 after step 1; 4 of train.steps=5 are left" in out, err
+    assert "changed since: train.steps: 1 -> 5: the run ends there" in out
+    status, _, err = _dry_run([*one, "train.steps=5", "model.llm.num_kv_heads=4"])
+    assert status == 2 and "cannot load checkpoint" in err
     load = f"checkpoint.load={tmp_path / 'one'}"
     _, out, err = _dry_run(overrides(videos, tmp_path / "two", load))
     assert f"Start: weights of {latest_checkpoint(tmp_path / 'one')}" in out, err
