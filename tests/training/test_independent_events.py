@@ -107,7 +107,7 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
     teach = [files.record("picture", "<image>Day?", "No.", image="wide.jpg")]
     held_out = [
         files.record("right", "<image>Day?", "No.", image="wide.jpg"),
-        files.record("broken", "<video>Day?", "Never", video="cut.mp4"),
+        files.record("broken", "<video>Day?", "Now", video="cut.mp4"),
         files.record("also right", "<image>Day?", "No.", image="turned.jpg"),
         files.record("half right", "<image>Day?", "Now", image="wide.jpg"),
         files.record("too long", "Word " * 40, "Never"),

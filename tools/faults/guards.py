@@ -3,19 +3,11 @@
 from .fault import Fault
 
 MEDIA = "tests/data/test_media.py"
-JOINED = "tests/data/test_joined_and_cut.py"
 PLACEMENT = "tests/data/test_placement.py"
 STOPPED = ("tests/training/test_exit.py", "-k", "stop_that_was_saved")
 FAILING_EVALUATION = ("tests/training/test_exit.py", "-k", "due_at_the_step")
 
 FAULTS = [
-    Fault(
-        "a picture may be in any format that Pillow knows",
-        "megatron_vila/data/images.py",
-        "Image.open(file, formats=IMAGE_FORMATS)",
-        "Image.open(file)",
-        (MEDIA, "-k", "postscript"),
-    ),
     Fault(
         "a folder, a pipe or a device passes for a file",
         "megatron_vila/data/media.py",
@@ -43,13 +35,6 @@ FAULTS = [
         "    except Exception as error:\n        text = getattr",
         "    except OSError as error:\n        text = getattr",
         (MEDIA, "-k", "any_exception"),
-    ),
-    Fault(
-        "time stamps that run backwards begin no part",
-        "megatron_vila/data/video_index.py",
-        "return key or now < last - BACKWARDS_S * self._second",
-        "return False",
-        (JOINED, "-k", "all_their_parts"),
     ),
     Fault(
         "markers in answers and in text samples are markers",
