@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("--hold", type=int, default=1, help="frames of the file for each step, the needle's length too")
     parser.add_argument("--codec", default="libx264", choices=["libx264", "mpeg4"], help="video encoder")
     parser.add_argument("--vocab-size", type=int, default=512, help="largest vocabulary of the tokenizer")
+    parser.add_argument(
+        "--fill", action="store_true", help="fill the vocabulary up to --vocab-size with unused pieces"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
     args = parser.parse_args()
     total = (len(args.frames) + args.images) * (args.train + args.eval)
@@ -55,7 +58,7 @@ def main() -> None:
             # Imported late: --help needs no transformers.
             from megatron_vila.data.tokenizer import train_tokenizer
 
-            tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size)
+            tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size, args.fill)
     except ValueError as error:
         parser.error(str(error))
     for path in written:

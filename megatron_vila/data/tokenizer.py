@@ -29,18 +29,22 @@ CHAT_TEMPLATE = (
 )
 
 _SPACE = "▁"
+_UNUSED_SCORE = -1000.0
 # Embeddings that models have beyond their tokenizer: Qwen2 400, to be a multiple of 512.
 _PADDING = 1024
 
 
-def train_tokenizer(texts: Iterable[str], out_dir: str | os.PathLike, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], out_dir: str | os.PathLike, vocab_size: int, fill: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a tokenizer on ``texts``, write it to the folder ``out_dir`` and return it.
 
     The folder holds ``tokenizer.model`` (SentencePiece) and the files that ``AutoTokenizer.from_pretrained`` reads offline.
     Text survives encoding and decoding (but for the character U+2581, SentencePiece's space): no normalisation, no space put
     in front, and a character that the texts never showed becomes bytes. Ids 0..3 are unknown, ``<|pad|>``, ``<|im_start|>``
     and ``<|im_end|>``, which also ends a text. The vocabulary is smaller than ``vocab_size`` if the texts hold fewer pieces:
-    ``len`` of the result is its size. The same texts in the same order give the same files.
+    ``len`` of the result is its size. With ``fill`` it is filled up to ``vocab_size`` with pieces that no text uses, in the fast
+    form alone: so the tokenizer fits a model of that size. The same texts in the same order give the same files.
 
     Raises ``ValueError`` for texts without a character and for a ``vocab_size`` below what bytes and characters need.
     """
@@ -76,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], out_dir: str | os.PathLike, vocab_size
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_fast_tokenizer(processor),
+        tokenizer_object=_fast_tokenizer(processor, vocab_size if fill else 0),
         unk_token="<unk>",
         pad_token=PAD,
         eos_token=END,
@@ -149,9 +153,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: M
     return warnings
 
 
-def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
-    """The SentencePiece unigram model as a ``tokenizers`` pipeline with the same ids."""
+def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor, least: int) -> Tokenizer:
+    """The SentencePiece unigram model as a ``tokenizers`` pipeline with the same ids, and at least so many pieces."""
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    pieces += [(f"<unused_{i}>", _UNUSED_SCORE) for i in range(len(pieces), least)]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)

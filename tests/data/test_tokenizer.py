@@ -51,6 +51,14 @@ def test_ids_equal_those_of_sentencepiece_and_text_survives(tokenizer, model, te
     assert tokenizer.decode(ids) == text
 
 
+def test_a_filled_vocabulary_fits_a_larger_model_and_gives_the_same_ids(tokenizer, tmp_path):
+    filled = train_tokenizer(TEXTS, tmp_path, 3000, fill=True)
+    assert len(filled) == len(load_tokenizer(tmp_path)) == 3000
+    assert not check_tokenizer(filled, 3000, {})
+    for text in TEXTS:
+        assert filled.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
+
+
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_characters="▁\x00\r", exclude_categories=["Cs"]), max_size=40))
 def test_any_text_survives(tokenizer, model, text):
