@@ -74,9 +74,9 @@ CASES = {
     "legacy fps": (
         "legacy",
         Recipe(frozen=("llm",), rates={"vision": 0.004}, warmup=0, seed=8, rows=4),
-        Pictures(fps=2.0, hermes=True),  # chosen at import by the time of the model
+        Pictures(fps=2.0, hermes=True),
         2,
-        ("parallel.ulysses=2",),
+        ("parallel.ulysses=2", "data.template=hermes-2"),
     ),
     "packed": (
         "qwen2",
