@@ -25,8 +25,8 @@ RESERVED = re.compile("[\ufdd0-\ufdef]")
 
 _ESCAPED = re.compile(rf"\\({_WORD.pattern})")
 _HIDDEN = {IMAGE: "\ufdd0", VIDEO: "\ufdd1"}
-_ALONE = rf"[ \t]*{MARKER.pattern}[ \t]*"
-_PLACED = re.compile(rf"\A\s*?{_ALONE}(?:\r?\n|\Z)|(?:\A|\n){_ALONE}\s*\Z")
+# White space is never given back, so a long run of it costs no more than its length.
+_PLACED = re.compile(rf"\A\s*+{MARKER.pattern}[ \t]*+(?:\r?\n|\Z)|(?:\A|\n)[ \t]*+{MARKER.pattern}\s*+\Z")
 
 
 class PlacementError(ValueError):
@@ -114,12 +114,7 @@ def _without_markers(text: str) -> str:
 
 def _amid_a_line(text: str) -> bool:
     """Whether a marker has other text on both sides in its line, as a word has."""
-    for found in MARKER.finditer(text):
-        before = text[: found.start()].rpartition("\n")[2]
-        after = text[found.end() :].partition("\n")[0]
-        if all(MARKER.sub("", side).strip() for side in (before, after)):
-            return True
-    return False
+    return any(sum(bool(piece.strip()) for piece in MARKER.split(line)) > 1 for line in text.split("\n"))
 
 
 def _media_in_place(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:

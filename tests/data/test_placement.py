@@ -132,6 +132,21 @@ def test_markers_beyond_the_files_are_taken_out_where_they_stand_alone():
     assert shown("<video>\n<video>\nWhat?\n<image>", videos=1)[0] == "<M>\n<M>\n<M>\nWhat?"
 
 
+@every_rule
+@pytest.mark.parametrize(
+    ("question", "videos"),
+    [(" " * 10**6 + "x", 0), ("a\n<video>" + " " * 10**6 + "x", 0), ("<video>\n" + "<video>" * 10**5 + " x", 1)],
+    ids=["spaces", "spaces behind a marker", "markers in a line"],
+)
+def test_long_runs_cost_no_more_than_their_length(question, videos, rule):
+    if videos and rule == "verbatim":
+        with pytest.raises(PlacementError, match="100001 markers"):
+            place_media([Turn("user", question)], 0, videos, rule)
+    else:
+        turns, _ = place_media([Turn("user", question)], 0, videos, rule)  # days where time grows with the square
+        assert turns[0].text.endswith("x")
+
+
 def test_media_need_a_human_turn():
     with pytest.raises(PlacementError, match="no human turn to put them before"):
         place_media([Turn("assistant", "x")], 1, 0, "vila")
