@@ -133,7 +133,6 @@ def launch(world: World, rank: Worker, arguments: list[str], start_method: str =
         max_restarts=0,
         monitor_interval=0.1,
         start_method=start_method,
-        shutdown_timeout=30,
         signals_to_handle="SIGHUP,SIGQUIT",
     )
     try:
