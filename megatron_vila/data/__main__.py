@@ -1,6 +1,7 @@
 """``python -m megatron_vila.data check [FILES] ...``: read all samples and their media, and report what cannot be used.
 
-The exit status is 0 if all can be used, 1 if any cannot, 2 if nothing could be checked.
+The exit status is 0 if all can be used, 1 if any cannot, 2 if nothing could be checked or
+the JSON report cannot be written.
 """
 
 from __future__ import annotations
@@ -57,10 +58,14 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"megatron_vila: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        _write_json(report, options.json)
     if options.json != "-":
         print(describe(report))
+    try:
+        if options.json:
+            _write_json(report, options.json)
+    except OSError as error:
+        print(f"megatron_vila: --json {options.json} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     return 1 if report.problems else 0
 
 

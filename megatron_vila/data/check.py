@@ -96,7 +96,7 @@ def _bad_record(reason: str) -> Problem:
 
 def _dataset(config: Config, records: RecordFiles) -> VilaDataset:
     if config.data.tokenizer:
-        tokenizer, length = load_tokenizer(config.data.tokenizer), config.train.seq_length
+        tokenizer, length = load_tokenizer(config.data.tokenizer, config.data.template), config.train.seq_length
     else:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer, length = train_tokenizer(["text"], folder, 400), 2**40

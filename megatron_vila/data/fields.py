@@ -28,7 +28,11 @@ _IMAGE_NAMES = frozenset({"image", "images", "imagepath", "imagepaths", "imagefi
 _VIDEO_NAMES = frozenset({"video", "videos", "videopath", "videopaths", "videofile", "videofiles"})
 _FRAMES_NAMES = frozenset({"frames", "videoframes", "framepaths", "framefiles"})
 _CLIP_NAMES = tuple(
-    frozenset(before + word + unit for before in ("", "video", "clip") for unit in ("", "s", "sec", "seconds", "time"))
+    frozenset(
+        before + word + unit
+        for before in ("", "video", "clip")
+        for unit in ("", "s", "sec", "second", "seconds", "time")
+    )
     for word in ("start", "end")
 )
 _FPS_NAMES = frozenset({"fps", "videofps"})
@@ -37,6 +41,9 @@ _TEXT_NAMES = frozenset({"id", "conversations"})
 
 _MEDIA_WORD = re.compile("video|image|frame|audio|clip|picture")
 _CLIP_WORD = re.compile("clip|start|end|begin|range|span|segment")
+_BOUND_NAME = re.compile("(video|clip|segment|time|t)?(start|begin|end|finish|stop).*")
+_RANGE_NAME = re.compile("(video|clip|time)?(segment|range|span|interval|window|trim|cut)")
+_TIME_TEXT = re.compile(r"[0-9]+([:.,][0-9]+)*s?")
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
     if system is not None and not isinstance(system, str):
         raise RecordError(f"{where}, field '{name}': must be text, found {shown(system)}")
     _refuse_unknown(content, where, _KNOWN)
+    if videos:
+        _refuse_other_clips(content, where)
     return Fields(images, videos, system)
 
 
@@ -238,6 +247,27 @@ def _refuse_unknown(content: Mapping[str, Any], where: str, known: frozenset[str
             f"{where}, field '{name}': {found}; media belong in 'image', 'video' or 'frames' of the record, clips in "
             f"'start' and 'end' (seconds). If it is none, list it in data.ignore_fields"
         )
+
+
+def _refuse_other_clips(content: Mapping[str, Any], where: str) -> None:
+    """Raise ``RecordError`` for a field that seems to cut a clip of a video under a name that is not known."""
+    for name, value in content.items():
+        plain = _plain(name)
+        if plain in _KNOWN or plain.endswith(("id", "ids", "idx", "index")):
+            continue
+        bound = _BOUND_NAME.fullmatch(plain) and _is_time(value)
+        pair = isinstance(value, list) and len(value) == 2 and all(map(_is_time, value))
+        if bound or (pair and _RANGE_NAME.fullmatch(plain)):
+            raise RecordError(
+                f"{where}, field '{name}': seems to cut a clip and is not known, found {shown(value)}; a clip is given in "
+                "'start' and 'end' (seconds). If it is none, list it in data.ignore_fields"
+            )
+
+
+def _is_time(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(_TIME_TEXT.fullmatch(value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _says_media(plain: str, value: Any) -> bool:

@@ -8,12 +8,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vila.data.media import IMAGE_FORMATS, MAX_PIXELS, check_size, errors_of, open_regular
+from megatron_vila.data.media import (
+    IMAGE_FORMATS,
+    LARGEST_PICTURE_FILE,
+    MAX_PIXELS,
+    MAX_SCANNED_PIXELS,
+    MediaError,
+    check_size,
+    errors_of,
+    open_regular,
+)
 
 PAD_COLOUR = (127, 127, 127)
 """SigLIP's mean colour, 0.5, cut to a whole number: what the border of a padded picture becomes."""
@@ -42,16 +52,31 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file as ``as_rgb`` shows it; of an animation, the first picture.
 
     Raises ``MediaError`` for a file that is missing, empty, not a regular file, cut off, of another format than
-    ``IMAGE_FORMATS`` or larger than ``MAX_PIXELS``; the size is taken from the header, before anything is decoded.
+    ``IMAGE_FORMATS``, larger than ``MAX_PIXELS`` or a JPEG of more scans than it needs; the size is taken from the header,
+    before anything is decoded.
     """
-    with (
-        os.fdopen(open_regular(path), "rb") as file,
-        errors_of(path, "not an image that can be read"),
-        Image.open(file, formats=IMAGE_FORMATS) as picture,
-    ):
-        check_size(path, *picture.size)
-        picture.load()
-        return as_rgb(picture)
+    with os.fdopen(open_regular(path), "rb") as file, errors_of(path, "not an image that can be read"):
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_PICTURE_FILE:
+            raise MediaError(path, f"{size:,} bytes are more than a picture file may have ({LARGEST_PICTURE_FILE:,})")
+        with Image.open(file, formats=IMAGE_FORMATS) as picture:
+            check_size(path, *picture.size)
+            if picture.format in ("JPEG", "MPO"):
+                _check_scans(path, file, picture.width * picture.height)
+            picture.load()
+            return as_rgb(picture)
+
+
+def _check_scans(path: str | os.PathLike, file: BinaryIO, pixels: int) -> None:
+    """Raise ``MediaError`` if the scans of a JPEG go over too many pixels. Coded data never hold the mark that begins a scan."""
+    place, scans, last = file.tell(), 0, b""
+    file.seek(0)
+    while block := file.read(2**20):
+        scans += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    file.seek(place)
+    if scans * pixels > MAX_SCANNED_PIXELS:
+        raise MediaError(path, f"{scans} scans of {pixels:,} pixels are more than a JPEG may have")
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -32,6 +32,12 @@ A file of 2 KB may claim to hold more frames than memory has room for, in the in
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the formats that are read."""
 
+LARGEST_PICTURE_FILE = 2**30
+"""Bytes of the largest picture file, twice what the largest picture takes without compression: some readers take in all of it."""
+
+MAX_SCANNED_PIXELS = 32 * MAX_PIXELS
+"""Most pixels that the scans of a JPEG may go over together: each refines the whole picture, and a few bytes make one."""
+
 TIME_LIMIT_S = 60.0
 """Seconds that opening a video, or reading one packet of it, may take. A read that hangs inside the kernel is not ended by it."""
 

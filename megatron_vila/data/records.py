@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -23,6 +24,9 @@ from megatron_vila.data.placement import IMAGE, PlacementError, Turn, place_medi
 from megatron_vila.data.places import RecordError, record_places
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+# An id is a name in logs, where a line belongs to one sample.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 SHOWN_BAD = 10
 """So many bad records stand in a message; all of them in the file that goes with it."""
@@ -176,7 +180,7 @@ def _sample_id(given: Any, default: str, where: str) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int):
         raise RecordError(f"{where}: must be text or a whole number, found {shown(given)}")
     check_text(str(given), where)
-    return str(given)
+    return _UNSEEN.sub(" ", str(given))
 
 
 def _turns(value: Any, where: str) -> tuple[Turn, ...]:

@@ -91,6 +91,16 @@ def test_the_files_and_settings_of_a_run_are_those_of_its_configuration(folder, 
     assert "1 of 2 samples can be used, with 3 frames" in capsys.readouterr().out
 
 
+def test_a_named_prompt_serves_a_tokenizer_without_a_template(folder, capsys):
+    tokenizer = byte_level_tokenizer("llama3")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "plain")
+    _, found, _, _ = report(
+        folder, [video("good.mp4")], capsys, "--tokenizer", str(folder / "plain"), *SMALL, "data.template=llama_3"
+    )
+    assert found["usable"] == 1 and found["tokens"] > 100
+
+
 def test_where_nothing_is_good_all_records_are_listed_as_json(folder, capsys):
     path = write_jsonl(folder / "none.jsonl", [{}] * 30)
     assert main(["check", path, "--json", "-"]) == 1
@@ -103,4 +113,7 @@ def test_what_cannot_be_checked_ends_with_status_2(folder, capsys):
     assert main(["check", str(folder / "nowhere.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(["check", str(folder / "run.jsonl"), "--config", "nowhere"]) == 2
+    assert main(["check", str(folder / "run.jsonl"), "--json", "/nowhere/report.json"]) == 2
+    said = capsys.readouterr()
+    assert "1 of 2 samples can be used" in said.out and "--json /nowhere/report.json cannot be written" in said.err
     assert main(["check", str(folder / "run.jsonl"), "--tokenizer", str(folder)]) == 2

@@ -60,7 +60,8 @@ def test_one_thing_said_by_two_fields_is_refused_but_an_empty_one_says_nothing()
     ("start", "end"),
     [
         ("start", "end"), ("video_start", "video_end"), ("start_time", "end_time"), ("clip_start", "clip_end"),
-        ("start_sec", "end_sec"), ("video_start_time", "video_end_time"), ("startSeconds", "endSeconds"),
+        ("start_sec", "end_sec"), ("start_second", "end_second"),
+        ("video_start_time", "video_end_time"), ("startSeconds", "endSeconds"),
     ],
 )  # fmt: skip
 def test_clips_are_read_in_seconds(start, end):
@@ -153,6 +154,26 @@ def test_a_field_that_looks_like_media_and_is_not_known_is_refused(tmp_path, fie
     assert f"field '{name}'" in message and "data.ignore_fields" in message
     path = write_jsonl(tmp_path / "a.jsonl", [fields | TALK])
     assert RecordFiles([path], ignore_fields=[name])[0].media == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("begin", 3), ("finish", 5.5), ("start_ms", 1000), ("end_timestamp", "00:01:02"), ("t_start", "3.5"),
+        ("segment", [3, 5]), ("time_range", ["0:03", "0:05"]),
+    ],
+)  # fmt: skip
+def test_what_seems_to_cut_a_clip_under_another_name_is_refused_where_there_is_a_video(tmp_path, name, value):
+    message = refused(video="a.mp4", **{name: value})
+    assert f"field '{name}': seems to cut a clip" in message and "data.ignore_fields" in message
+    assert read(image="a.png", **{name: value}).media == (Media("/m/a.png", False),)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"video": "a.mp4", name: value} | TALK])
+    assert RecordFiles([path], "/m", ignore_fields=[name])[0].media == (Media("/m/a.mp4", True),)
+
+
+def test_times_of_events_in_a_video_are_no_clip():
+    notes = {"timestamps": [[0, 3.5], [4, 8]], "end_reason": "cut", "segments": [[1, 2]], "start_idx": 4, "duration": 8}
+    assert read(video="a.mp4", **notes).media == (Media("/m/a.mp4", True),)
 
 
 def test_media_in_a_turn_are_refused():

@@ -251,6 +251,26 @@ def test_a_picture_over_the_budget_is_refused_by_its_header(tmp_path, name):
     assert peak_growth_mib(read) < 20
 
 
+def test_a_jpeg_of_many_scans_is_refused_and_a_usual_one_is_not(tmp_path):
+    usual, slow = tmp_path / "usual.jpg", tmp_path / "slow.jpg"
+    Image.new("RGB", (4096, 4096), (9, 9, 9)).save(usual, progressive=True)
+    data = usual.read_bytes()
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    slow.write_bytes(data[:-2] + 200 * last_scan + data[-2:])
+    assert load_image(usual).getpixel((0, 0)) == (9, 9, 9)
+    with pytest.raises(MediaError, match="scans of 16,777,216 pixels are more than a JPEG may have"):
+        load_image(slow)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.avif", "a.jpg"])
+def test_a_picture_file_of_many_gigabytes_is_not_read(tmp_path, name):
+    path = tmp_path / name
+    Image.new("RGB", (8, 8)).save(path)
+    os.truncate(path, 2**40)  # a hole that takes no room on the disk
+    with pytest.raises(MediaError, match="bytes are more than a picture file may have"):
+        load_image(path)
+
+
 def test_compressed_text_in_a_png_is_not_unpacked_without_bound(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("bomb", "a" * 30_000_000, zip=True)

@@ -203,6 +203,10 @@ def test_ids_may_be_whole_numbers_written_as_floats_and_empty_media_are_none(tmp
     assert (found.sample_id, found.media) == ("7", ())
 
 
+def test_an_id_is_one_line_of_a_log(tmp_path):
+    assert read_one(tmp_path, {"id": "a\nb\x1b[2J\u2028c", **GOOD}).sample_id == "a b [2J c"
+
+
 def test_a_missing_file_and_an_empty_list_of_files_are_refused(tmp_path):
     with pytest.raises(RecordError, match=r"none.jsonl: the file with samples cannot be read: No such file"):
         RecordFiles([str(tmp_path / "none.jsonl")])
