@@ -100,28 +100,42 @@ class ChatEncoder:
         White space after the stop token is left out. Where a template ends an answer with white space alone, that is its stop.
         A template may end the last answer with another control token than earlier ones.
         """
-        text, spans, done = self._render(turns), [], 0
+        text, spans, done, since, head = self._render(turns), [], 0, 0, ((), 0)
         for k, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            shown = self._render(turns[: k + 1])
-            varied = self._render([*turns[:k], Turn("assistant", OTHER_TEXT)])
-            start = done + len(os.path.commonprefix([shown[done:], varied[done:]]))
-            suffix = os.path.commonprefix([shown[start:][::-1], varied[start:][::-1]])[::-1]
-            answered = len(shown) - len(suffix)
-            end = len(shown) - (len(suffix) - len(suffix.rstrip()) if suffix.strip() else 0)
-            behind = len(shown)
-            if not text.startswith(shown):
-                # shown ends with the stop of a last answer: among more turns another one may stand there.
-                end = behind = self._control.end_of_token(text, answered)
-            if text[:answered] != shown[:answered] or varied[:done] != text[:done] or behind < answered:
+            # Most templates write a piece alike after all turns and after the first ones: rendering all again for each answer
+            # would take time with the square of their number.
+            own = turns[since : k + 1]
+            found = self._span(text, done, *head, own) or self._span(text, done, turns[:since], done, own)
+            if found is None:
                 raise ChatTemplateError(
                     f"{self._template.label} changes earlier turns when later ones follow, so the answers cannot be told from "
                     "the rest; use a template that only appends"
                 )
+            start, end, done = found
             spans.append((start, end))
-            done = behind
+            head = head if since else (turns[: k + 1], done)
+            since = k + 1
         return text, spans
+
+    def _span(
+        self, text: str, done: int, before: Sequence[Turn], begin: int, own: Sequence[Turn]
+    ) -> tuple[int, int, int] | None:
+        """Start and end of the answer that ends ``own`` in ``text``, which holds the piece of ``own`` from ``done`` on, and the
+        end of that piece; None if the template writes another piece behind ``before``, where it begins at ``begin``."""
+        shown = self._render([*before, *own])
+        varied = self._render([*before, *own[:-1], Turn("assistant", OTHER_TEXT)])
+        start = begin + len(os.path.commonprefix([shown[begin:], varied[begin:]]))
+        suffix = os.path.commonprefix([shown[start:][::-1], varied[start:][::-1]])[::-1]
+        answered = len(shown) - len(suffix)
+        end = len(shown) - (len(suffix) - len(suffix.rstrip()) if suffix.strip() else 0)
+        behind, shift = len(shown), done - begin
+        if not text.startswith(shown[begin:], done):
+            # shown ends with the stop of a last answer: among more turns another one may stand there.
+            end = behind = self._control.end_of_token(text, answered + shift) - shift
+        alike = shown[:begin] == varied[:begin] == text[:begin] and text.startswith(shown[begin:answered], done)
+        return (start + shift, end + shift, behind + shift) if alike and behind >= answered else None
 
     def fingerprint(self) -> str:
         """A hash of the vocabulary, the splitting rules, the template and the rules."""

@@ -93,6 +93,22 @@ def test_any_answers_are_learned_exactly(name, data):
     assert got == wanted
 
 
+def test_a_long_conversation_is_not_rendered_anew_for_each_answer(monkeypatch):
+    encoder, rendered = ENCODERS["qwen2"], []
+    render = encoder._render
+    monkeypatch.setattr(encoder, "_render", lambda turns: rendered.append(len(turns)) or render(turns))
+    turns = [turn for i in range(200) for turn in (Turn("user", f"q{i}"), Turn("assistant", f"a{i}"))]
+    assert answers(encoder, turns) == [f"a{i}<|im_end|>" for i in range(200)]
+    assert sum(rendered) <= 6 * len(turns)
+
+
+def test_a_template_that_writes_a_turn_by_its_number_is_followed():
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.index ~ m['role'] ~ m['content'] ~ '<|im_end|>' }}{% endfor %}"
+    turns = [turn for i in range(3) for turn in (Turn("user", "6assistant"), Turn("assistant", f"a{i}"))]
+    assert answers(ChatEncoder(tokenizer), turns) == [f"a{i}<|im_end|>" for i in range(3)]
+
+
 def test_text_and_pictures_take_turns_and_labels_are_shifted_over_the_whole_document():
     tokenizer, encoder = TOKENIZERS["qwen2"], ENCODERS["qwen2"]
     newline = tokenizer("\n")["input_ids"]
