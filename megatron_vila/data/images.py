@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_vila.data.media import (
     IMAGE_FORMATS,
@@ -59,7 +59,12 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         size = os.fstat(file.fileno()).st_size
         if size > LARGEST_PICTURE_FILE:
             raise MediaError(path, f"{size:,} bytes are more than a picture file may have ({LARGEST_PICTURE_FILE:,})")
-        with Image.open(file, formats=IMAGE_FORMATS) as picture:
+        try:
+            opened = Image.open(file, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as error:
+            reason = f"none of {', '.join(IMAGE_FORMATS)}, or its header is damaged"
+            raise MediaError(path, f"not an image that can be read: {reason}") from error
+        with opened as picture:
             check_size(path, *picture.size)
             if picture.format in ("JPEG", "MPO"):
                 _check_scans(path, file, picture.width * picture.height)

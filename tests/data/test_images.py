@@ -119,6 +119,7 @@ def test_a_broken_image_is_a_media_error_that_names_the_file(tmp_path, name):
     elif name == "a folder":
         path.mkdir()
     reasons = {"missing": "no such file", "empty": "the file is empty", "a folder": "not a regular file but a folder"}
+    reasons["not an image"] = "not an image that can be read: none of JPEG, PNG, .*, or its header is damaged"
     reason = reasons.get(name, "not an image that can be read")
     with pytest.raises(MediaError, match=reason) as caught:
         load_image(path)
