@@ -69,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, (os.cpu_count() or 1) // world.ranks_per_node))))
     # Megatron-Core: kernels must start in the order of their calls for tensor-parallel communication to overlap.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as train.py; its ranks import torch before that
     if "--dry-run" in rest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
         from megatron_vila import train

@@ -15,6 +15,7 @@ import importlib.abc
 import importlib.machinery
 import logging
 import os
+import socket
 import sys
 import types
 import warnings
@@ -23,9 +24,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_vila.errors import LaunchError, PeerError, SettingError, StallError
 
+STARTED = "megatron_vila/started"
+"""key of what each rank that has come to the start is: ``this_process``"""
+_store: dist.Store | None = None
 _MCORE = "megatron.core"
 _COMPILED_DEVICE = "cuda"  # a test counts versions on a CPU
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -80,14 +85,11 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Join the default process group described by torchrun's environment; a lone process needs no environment at all.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, binds the process to its GPU, and does nothing when the
-    group exists already. Collective over all processes when WORLD_SIZE is above 1.
-    Raises ``LaunchError`` when the environment is incomplete or names a GPU that does not exist. If ranks have not come within
-    ``timeout_minutes``, one of the others raises ``StallError`` with their numbers, the rest ``PeerError``.
+    group exists already. Collective over all processes when WORLD_SIZE is above 1, after ``meet``, whose errors it raises.
+    Raises ``LaunchError`` when the environment is incomplete or names a GPU that does not exist.
     """
-    import torch.distributed as dist
     import torch.distributed.nn.functional  # imported later, its default arguments would hold the group
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= gpus:
@@ -98,22 +100,38 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         torch.cuda.set_device(local)
     if dist.is_initialized():
         return
-    timeout = collective_timeout(timeout_minutes)
-    if world == 1:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    meet(timeout_minutes)
+    rank, world = rank_and_world()
+    store = dist.HashStore() if world == 1 else _store
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=collective_timeout(timeout_minutes))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks: of the default group, before there is one of the environment."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet(timeout_minutes: float = 30.0) -> None:
+    """Connect to what all ranks share (``shared_store``) and wait until all are there; torch would wait as well, and not say
+    for whom. Nothing to do for a lone process, after an earlier call or where the default group exists.
+
+    Raises ``LaunchError`` when the environment is incomplete. If ranks have not come within ``timeout_minutes``, one of the
+    others raises ``StallError`` with their numbers, the rest ``PeerError``.
+    """
+    global _store
+    rank, world = rank_and_world()
+    if world == 1 or _store is not None or dist.is_initialized():
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise LaunchError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
+    timeout = collective_timeout(timeout_minutes)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    _meet(store, rank, world, timeout_minutes)
-    dist.init_process_group(backend(), store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world, timeout=timeout)
-
-
-def _meet(store, rank: int, world: int, timeout_minutes: float) -> None:
-    """Wait in the ``store`` until all ranks are there; torch would wait as well, and not say for whom."""
-    keys = [f"megatron_vila/started/{other}" for other in range(world)]
-    store.set(keys[rank], "yes")
+    store = dist.PrefixStore("default_pg", store)
+    keys = [f"{STARTED}/{other}" for other in range(world)]
+    store.set(keys[rank], this_process())
     try:
         store.wait(keys, timedelta(minutes=timeout_minutes))
     except RuntimeError as error:
@@ -126,6 +144,21 @@ def _meet(store, rank: int, world: int, timeout_minutes: float) -> None:
             f"rank {shown} has not come to the start within train.timeout_minutes={timeout_minutes:g}; look whether its process "
             "was started, and whether it stands still"
         ) from error
+    _store = store
+
+
+def shared_store() -> dist.Store | None:
+    """A connection of its own to what all ranks share, for another thread may wait in the first one. None for a lone process
+    and before the ranks have met."""
+    if rank_and_world()[1] == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _store
+    return None if store is None else store.clone()
+
+
+def this_process() -> str:
+    """How messages name this process."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def collective_timeout(minutes: float) -> timedelta:
@@ -139,7 +172,6 @@ def end_distributed() -> None:
 
     A gloo thread that frees its last tensor while Python shuts down aborts the process, although all work is done.
     """
-    import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()  # DTensor's cache, so FSDP2's, holds meshes, and these hold groups

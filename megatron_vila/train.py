@@ -6,6 +6,7 @@ Exit codes are those of ``exit_codes.py``, the same on every rank. What a rank s
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     parent.end_with_parent()
     # Other packages' warnings concern their developers; ours go through logging.
     warnings.filterwarnings("ignore", module=r"(torch|megatron\.core|transformers|cutlass|nvidia_cutlass_dsl)\b")
+    # Stacks of C++ frames where the store ends with the launcher; what matters is raised. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[CurrentStdout()])
     logging.getLogger("megatron_vila").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     with _busy("starting: torch, Megatron-Core and transformers"):
@@ -70,21 +73,24 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     from megatron_vila.training.stop import StopRequest
     from megatron_vila.training.watch import Watch
 
+    minutes = _timeout_minutes(options)
     # First of all, so that what a single rank finds wrong is told and ends the others.
-    platform.init_distributed(_timeout_minutes(options))
-    stop = StopRequest()
-    stop.install()
-    config = load_config(options.config, options.overrides)
-    for warning in validate(config, dist.get_world_size()):
-        logging.getLogger("megatron_vila").warning("warning: %s", warning)
-    try:
-        with Watch(config.train.timeout_minutes) as watch:
+    platform.meet(minutes)
+    with Watch(minutes) as watch:
+        platform.init_distributed(minutes)
+        stop = StopRequest()
+        stop.install()
+        config = load_config(options.config, options.overrides)
+        for warning in validate(config, dist.get_world_size()):
+            logging.getLogger("megatron_vila").warning("warning: %s", warning)
+        try:
             status = _train(config, stop, watch, [options.config, *options.overrides])
             dist.barrier()  # a launcher ends all ranks when the first one is gone: the writer's last files come first
-    except torch.OutOfMemoryError as error:
-        raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
-    stop.ignore_further()
-    platform.end_distributed()
+        except torch.OutOfMemoryError as error:
+            raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
+        stop.ignore_further()
+        platform.end_distributed()
+        watch.part()
     return status
 
 
@@ -148,18 +154,21 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with ``status``, whatever threads and streams are left in it."""
+    """End the process with ``status``, whatever threads and streams are left in it.
+
+    At once: the ranks have parted, and from here on nobody but the launcher waits for this one.
+    """
+    if status in (exit_codes.FINISHED, exit_codes.STOPPED):
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            # Python would turn a full disk under a log file, or a closed pipe, into a status of its own.
+            # A full disk under a log file, or a closed pipe.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if status not in (exit_codes.FINISHED, exit_codes.STOPPED):
-        # Threads of broken groups and of decoders would be waited for.
-        os._exit(status)
-    sys.exit(status)
+    # Threads of broken groups and of decoders would be waited for.
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_vila import platform
 from megatron_vila.data.loader import LoaderError
 from megatron_vila.errors import PeerError, StallError, UserError
 from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
@@ -35,7 +36,10 @@ PLACE = "megatron_vila/failure"
 _SHOWN = 4
 """most ranks whose different causes are shown"""
 _WAIT_S = 10.0
-"""how long a rank that lost its connections waits for the cause to be written down"""
+"""how long the store may take to answer"""
+_CAUSE_S = 20.0
+"""how long a rank that lost its connections waits for the cause to be written down: naming a rank that stands still takes others
+some seconds"""
 _LATE = re.compile(r"[Tt]imed out|[Tt]imeout|TIMEOUT")
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|[Ss]ocket [Tt]imeout|timeout|recvVector failed|"
@@ -64,7 +68,7 @@ def report(error: BaseException) -> int:
 
 def is_late(error: BaseException | None) -> bool:
     """Whether ``error`` is a collective or a store that waited for its whole timeout."""
-    return isinstance(error, RuntimeError) and not isinstance(error, UserError) and bool(_LATE.search(str(error)))
+    return isinstance(error, RuntimeError) and not isinstance(error, UserError | StallError) and bool(_LATE.search(str(error)))
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -80,6 +84,12 @@ def is_consequence(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not alone and "CUDA error" not in text and bool(_LOST.search(text))
 
 
+def await_cause(error: BaseException) -> None:
+    """If ``error`` only follows from another rank's failure, wait until that one has written down why, for some time."""
+    if is_consequence(_cause(error)):
+        _first_failure(_CAUSE_S)
+
+
 def _cause(error: BaseException) -> BaseException:
     """The loader reports what happened in its threads: on the rank where it happened that is the error that counts."""
     if isinstance(error, LoaderError) and error.__cause__ is not None:
@@ -88,12 +98,12 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _report_consequence(error: BaseException) -> int:
-    first = _first_failure(_WAIT_S)
+    first = _first_failure(0.0)
     if first is not None:
         return first["status"]
     if isinstance(error, PeerError):
         return FAILED
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, _ = platform.rank_and_world()
     print(
         f"megatron_vila: rank {rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
         f"host memory left) or its node failed; the same command goes on from the last checkpoint ({error})",
@@ -146,10 +156,8 @@ def _first_failure(wait_s: float) -> dict | None:
 
 
 def _store() -> dist.Store | None:
-    """A connection of its own to what the ranks share, None for a lone rank: another thread may wait in the run's connection."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    return within(_WAIT_S, dist.distributed_c10d._get_default_store().clone)
+    """What the ranks share, None for a lone rank."""
+    return within(_WAIT_S, platform.shared_store)
 
 
 def within(seconds: float, action: Callable[[], T]) -> T | None:

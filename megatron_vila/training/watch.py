@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 
-import torch.distributed as dist
-
+from megatron_vila import platform
 from megatron_vila.errors import PeerError, StallError
 from megatron_vila.training import failures
 from megatron_vila.training.failures import within
@@ -59,7 +58,8 @@ class Seen:
 
 
 class Watch:
-    """One rank's view of all ranks. Use it as a context manager within the default process group; alone it does nothing.
+    """One rank's view of all ranks, from their meeting (``platform.meet``) to the end of the process. A context manager; a lone
+    rank's does nothing.
 
     ``at`` costs no communication. The thread ends the process if another rank failed and this one does not get out of a
     collective, or if it stands still for ``timeout_minutes`` while others are missing.
@@ -67,13 +67,15 @@ class Watch:
 
     def __init__(self, timeout_minutes: float) -> None:
         self._timeout_s = timeout_minutes * 60
-        self.interval_s = min(10.0, max(0.2, self._timeout_s / 10))
+        self.interval_s = min(4.0, max(0.2, self._timeout_s / 10))
         self._place, self._since, self._beat = (0, 0), time.monotonic(), 0
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._process = f"process {os.getpid()} on {socket.gethostname()}"
+        self._rank, self._world = platform.rank_and_world()
         self._done = threading.Event()
-        # a connection of its own: the main thread may wait in the other one
-        self._store = dist.distributed_c10d._get_default_store().clone() if self._world > 1 else None
+        self._store = platform.shared_store()
+        # For a rank that waits while its thread writes. Made now: connecting to a store that has ended takes a whole timeout.
+        self._parting = platform.shared_store()
+        self._here: list[Seen] = []
+        """ranks that responded when ``describe_stall`` last looked"""
 
     def __enter__(self) -> Watch:
         if self._store is not None:
@@ -81,8 +83,13 @@ class Watch:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Raises ``StallError`` in the place of a timeout if ranks are missing."""
-        stall = self.describe_stall() if self._store is not None and failures.is_late(error) else None
+        """Raises ``StallError`` in the place of a timeout if ranks are missing.
+
+        A rank that lost its connections is seen alive until the cause is known: others must not take it for the missing one.
+        """
+        stall = None
+        if self._store is not None and error is not None:
+            stall = self.describe_stall() if failures.is_late(error) else failures.await_cause(error)
         self._done.set()
         if stall is not None:
             raise StallError(stall) from error
@@ -90,6 +97,21 @@ class Watch:
     def at(self, step: int, phase: str) -> None:
         """This rank is now in ``phase`` (one of ``PHASES``) of ``step`` (from 1)."""
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
+
+    def part(self) -> None:
+        """Wait until all ranks have come to their end: a launcher waits for ever for one that stands still after its last
+        collective, unless another one fails. Raises ``RuntimeError`` after ``timeout_minutes``, which the watch turns into who
+        is missing."""
+        if self._parting is None:
+            return
+        keys = [f"megatron_vila/ended/{rank}" for rank in range(self._world)]
+        try:
+            self._parting.set(keys[self._rank], "yes")
+            self._parting.wait(keys, timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            if failures.is_late(error):
+                raise
+            # The process that keeps the store ends as the last rank or after it.
 
     def describe_stall(self) -> str | None:
         """Who did not come, as a message; None if all ranks respond and are where this one is. Takes some intervals."""
@@ -99,15 +121,16 @@ class Watch:
             within(10.0, self._write)  # ranks that ask at the same time must see this one alive
         second = within(10.0, self._read)
         if not first or not second:
-            return self._message(["the process that keeps the ranks' store (rank 0's node) does not respond"])
+            self._here = []
+            keeper = "the process that keeps the ranks' store, the launcher on rank 0's node,"
+            return self._message([f"{keeper} has ended or does not respond"])
         beats = {seen.rank: seen.beat for seen in first}
         silent = [seen for seen in second if beats.get(seen.rank) == seen.beat and seen.rank != self._rank]
+        self._here = [seen for seen in second if seen not in silent]
         last, front = min(seen.place for seen in second), max(seen.place for seen in second)
         behind = [seen for seen in second if seen.place == last < front]
-        never = sorted(set(range(self._world)) - {seen.rank for seen in second})
         gone = "it is stopped, or its node is gone"
         lines = [f"rank {seen.rank} ({seen.process}) does not respond: it was at {seen}; {gone}" for seen in silent]
-        lines += [f"rank {rank} has not come as far as the start of the run" for rank in never]
         if not lines:  # else these wait as well
             lines = [f"rank {seen.rank} ({seen.process}) is still at {seen}" for seen in behind]
         return self._message(lines) if lines else None
@@ -123,23 +146,23 @@ class Watch:
 
     def _keep(self) -> None:
         peer_failed_at = None
-        while not self._done.wait(self.interval_s):
+        while True:
             try:
                 self._write()
                 if peer_failed_at is None and self._store.check([failures.PLACE]):
                     peer_failed_at = time.monotonic()
             except RuntimeError:
                 return  # the store has ended with the launcher, and the ranks end too
+            if self._done.wait(self.interval_s):
+                return
             now = time.monotonic()
             if peer_failed_at is not None and now - peer_failed_at > _PEER_FAILED_S:
                 self._end(PeerError("another rank has failed"))
             if now - self._since > self._timeout_s + _ROOM_S and (stall := self.describe_stall()):
-                if not self._is_behind():
+                # One that responds and is ahead waits as well, and names this one if nobody else is missing.
+                if not any(seen.place > self._place for seen in self._here):
                     self._end(StallError(stall))
                 self._since = time.monotonic()
-
-    def _is_behind(self) -> bool:
-        return any(seen.place > self._place for seen in within(10.0, self._read) or ())
 
     def _end(self, error: Exception) -> None:
         """Leave from this thread: the main one waits in a collective that nobody will complete."""
@@ -150,10 +173,20 @@ class Watch:
 
     def _write(self) -> None:
         self._beat += 1
-        self._store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, self._process]))
+        self._store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, platform.this_process()]))
 
     def _read(self) -> list[Seen]:
-        keys = {rank: f"megatron_vila/at/{rank}" for rank in range(self._world)}
-        there = [rank for rank, key in keys.items() if self._store.check([key])]
-        values = self._store.multi_get([keys[rank] for rank in there])
-        return [Seen(rank, *json.loads(value)) for rank, value in zip(there, values, strict=True)]
+        """Of all ranks; one that has not written yet is at the start."""
+        keys = [f"megatron_vila/at/{rank}" for rank in range(self._world)]
+        if self._store.check(keys):
+            values = self._store.multi_get(keys)
+        else:
+            values = [self._store.get(key) if self._store.check([key]) else None for key in keys]
+        return [
+            Seen(rank, *json.loads(value)) if value is not None else Seen(rank, 0, 0, 0, self._started(rank))
+            for rank, value in enumerate(values)
+        ]
+
+    def _started(self, rank: int) -> str:
+        key = f"{platform.STARTED}/{rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else "not known"

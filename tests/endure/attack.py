@@ -32,6 +32,11 @@ from tests.training.real_run import numbers
 HANG_S = 60.0
 TIMEOUT_MINUTES = 0.2
 PATIENT = "train.timeout_minutes=30"  # a busy machine may halt a rank for long
+SETTINGS = (
+    "train.precision=fp32", "model.llm.num_layers=2", "train.global_batch_size=2", "checkpoint.save_every=2",
+    "parallel.ulysses=2", f"train.timeout_minutes={TIMEOUT_MINUTES}",
+)  # fmt: skip
+"""of a run whose ranks do a step in milliseconds"""
 KINDS = ("rank killed", "all killed", "launcher killed", "rank stopped", "signal", "disk full")
 TOO_LATE = "none: it had ended before"
 
@@ -52,6 +57,15 @@ class Score:
     def attacks(self) -> int:
         return self.lives.total() - self.lives[TOO_LATE]
 
+    def add(self, other: Score) -> None:
+        self.lives += other.lives
+        for kind, codes in other.codes.items():
+            self.codes.setdefault(kind, Counter()).update(codes)
+        self.steps += other.steps
+        self.runs_finished += other.runs_finished
+        for name in ("hangs", "lost_steps", "wrong_losses", "unnamed"):
+            getattr(self, name).extend(getattr(other, name))
+
     def faults(self) -> list[str]:
         return [*self.hangs, *self.lost_steps, *self.wrong_losses, *self.unnamed]
 
@@ -68,19 +82,32 @@ class Score:
         return "\n".join(rows + self.faults())
 
 
+@dataclass(frozen=True)
+class Calm:
+    """A run that nobody disturbs: what each step came to, and how long it took from its start to its end."""
+
+    steps: dict[int, tuple]
+    life_s: float
+
+    @classmethod
+    def run(cls, starter: Zygote | Torchrun, settings: Sequence[str], world: int, folder: Path) -> Calm:
+        started_s = time.monotonic()
+        run = starter.start(_arguments(settings, folder, PATIENT), world, folder.with_suffix(".log"))
+        assert run.ends_within(600) and starter.status(run) == 0, run.log.read_text()
+        return cls({step[0]: step for step in numbers(folder)}, time.monotonic() - started_s)
+
+
 class Attack:
     """Attacks on runs of ``settings`` (without ``train.output``) on ``world`` ranks, with files under ``folder``."""
 
-    def __init__(self, starter: Zygote | Torchrun, settings: Sequence[str], world: int, folder: Path, seed: int) -> None:
+    def __init__(
+        self, starter: Zygote | Torchrun, settings: Sequence[str], world: int, folder: Path, seed: int, calm: Calm
+    ) -> None:
         self._starter, self._settings, self._world, self._folder = starter, [*settings], world, folder
         self._random = random.Random(seed)
         self.score = Score()
         self._output, self._number, self._saved = folder / "runs/0", 0, 0
-        started_s = time.monotonic()
-        calm = self._start(folder / "calm", PATIENT)
-        assert calm.ends_within(600) and starter.status(calm) == 0, calm.log.read_text()
-        self._life_s = time.monotonic() - started_s
-        self._truth = {step[0]: step for step in numbers(folder / "calm")}
+        self._truth, self._life_s = calm.steps, calm.life_s
 
     def life(self, kind: str) -> None:
         """One start of the run, attacked at a random moment; ``kind`` is one of ``KINDS``."""
@@ -90,14 +117,14 @@ class Attack:
         moment_s = self._random.uniform(0.0, self._life_s)
         while run.alive() and time.monotonic() < started_s + moment_s:
             time.sleep(0.005)
-        stopped = None
+        stopped, self._struck = None, "all"
         if not run.alive():
             kind, self._life_s = TOO_LATE, time.monotonic() - started_s
         with self._disk() if kind == "disk full" else contextlib.nullcontext():
             if kind in KINDS:
                 stopped = self._strike(run, kind)
             if not run.ends_within(HANG_S):
-                self.score.hangs.append(f"hang after '{kind}' (run {self._number}): see {run.log}")
+                self.score.hangs.append(f"hang after '{kind}' of {self._struck} (run {self._number}): see {run.log}")
                 run.kill()
                 run.ends_within(HANG_S)
         code = self._starter.status(run)
@@ -119,8 +146,7 @@ class Attack:
 
     def _start(self, output: Path, *more: str) -> Run:
         output.mkdir(parents=True, exist_ok=True)
-        arguments = ["tiny", *self._settings, f"train.output={output}", *more]
-        return self._starter.start(arguments, self._world, self._log(output))
+        return self._starter.start(_arguments(self._settings, output, *more), self._world, self._log(output))
 
     def _log(self, output: Path) -> Path:
         return self._folder / f"{output.name}.log"
@@ -128,6 +154,7 @@ class Attack:
     def _strike(self, run: Run, kind: str) -> int | None:
         """Do it; returns the rank that was stopped."""
         rank = self._random.randrange(self._world)
+        self._struck = f"rank {rank} ({run.ranks[rank]})"
         targets = {"rank killed": [run.ranks[rank]], "all killed": run.ranks, "launcher killed": [run.launcher]}
         number = {"rank stopped": signal.SIGSTOP, "signal": signal.SIGTERM}.get(kind, signal.SIGKILL)
         if kind == "disk full":
@@ -142,9 +169,12 @@ class Attack:
         """All but some KiB of the file system of the outputs are taken meanwhile; ``small_disk`` makes it small."""
         filler = self._folder / "runs/filler"
         left = self._random.choice([0, self._random.randrange(2**12), self._random.randrange(2**18)])
-        free = shutil.disk_usage(filler.parent).free
         with open(filler, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free - left))
+            for _ in range(100):  # the run writes meanwhile
+                free = shutil.disk_usage(filler.parent).free
+                with contextlib.suppress(OSError):
+                    os.posix_fallocate(file.fileno(), 0, max(1, free - left))
+                    break
         try:
             yield
         finally:
@@ -168,6 +198,10 @@ class Attack:
             shutil.rmtree(self._output)
             self._number += 1
             self._output, self._saved = self._folder / f"runs/{self._number}", 0
+
+
+def _arguments(settings: Sequence[str], output: Path, *more: str) -> list[str]:
+    return ["tiny", *settings, f"train.output={output}", *more]
 
 
 @contextlib.contextmanager

@@ -7,16 +7,20 @@ stands for torchrun (it keeps the store, and ends the others when one rank has f
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 GRACE_S = 2.0
 """what the launcher leaves other ranks after a SIGTERM; torchrun's own default is 30"""
@@ -49,9 +53,11 @@ class Run:
 
 
 class Zygote:
-    """Starts runs; use it as a context manager."""
+    """Starts runs, for several threads if need be; use it as a context manager."""
 
     def __enter__(self) -> Zygote:
+        self._lock = threading.Lock()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as train.py; read when torch is imported
         here, there = mp.Pipe()
         self._pipe = here
         self._process = mp.get_context("spawn").Process(target=_serve, args=(there,), daemon=True)
@@ -64,19 +70,25 @@ class Zygote:
         self._process.kill()
         self._process.join()
 
-    def start(self, arguments: Sequence[str], world: int, log: Path, by_hand: bool = False) -> Run:
+    def start(
+        self, arguments: Sequence[str], world: int, log: Path, by_hand: bool = False, stops: tuple[int, str] | None = None
+    ) -> Run:
         """Start ``python -m megatron_vila.train`` with ``arguments`` on ``world`` ranks; what they say is appended to ``log``.
 
-        ``by_hand`` starts one process as a shell would, without the environment of a launcher.
+        ``by_hand`` starts one process as a shell would, without the environment of a launcher. ``stops`` is a rank and where it
+        gets a SIGSTOP: ``file.py:function``, at its first call.
         """
-        self._pipe.send(("start", list(arguments), world, str(log), by_hand))
-        launcher, ranks = self._pipe.recv()
+        launcher, ranks = self._ask("start", list(arguments), world, str(log), by_hand, stops)
         return Run(launcher, tuple(ranks), log)
 
     def status(self, run: Run) -> int:
         """Exit code of a run's launcher that has ended, minus the number of the signal that killed it."""
-        self._pipe.send(("status", run.launcher))
-        return self._pipe.recv()
+        return self._ask("status", run.launcher)
+
+    def _ask(self, *question: object) -> Any:
+        with self._lock:
+            self._pipe.send(question)
+            return self._pipe.recv()
 
 
 def _is_alive(pid: int) -> bool:
@@ -87,9 +99,9 @@ def _is_alive(pid: int) -> bool:
 
 
 def _serve(pipe: Connection) -> None:
-    for name, value in (("GLOO_SOCKET_IFNAME", "lo"), ("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
-        os.environ[name] = value
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ |= {
+        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
     import torch
 
     from megatron_vila import platform
@@ -106,6 +118,10 @@ def _serve(pipe: Connection) -> None:
     import megatron_vila.training.trainer  # noqa: F401
 
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not be forked"
+    # A collection writes to every object: each rank would copy all that was imported here, for seconds.
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None
     pipe.send("ready")
     ended: dict[int, int] = {}
     while True:
@@ -114,13 +130,13 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         if kind == "start":
-            arguments, world, log, by_hand = details
+            arguments, world, log, by_hand, stops = details
             reader, writer = os.pipe()
             launcher = os.fork()
             if launcher == 0:
                 os.close(reader)
                 pipe.close()
-                _launch(arguments, world, log, writer, by_hand)
+                _launch(arguments, world, log, writer, by_hand, stops)
             os.close(writer)
             with os.fdopen(reader) as told:
                 pipe.send((launcher, [int(pid) for pid in told.read().split()]))
@@ -131,14 +147,16 @@ def _serve(pipe: Connection) -> None:
             pipe.send(ended[launcher])
 
 
-def _launch(arguments: list[str], world: int, log: str, writer: int, by_hand: bool) -> None:
+def _launch(
+    arguments: list[str], world: int, log: str, writer: int, by_hand: bool, stops: tuple[int, str] | None
+) -> None:
     """The launcher: forks the ranks, keeps the store, ends with 0, 75 or 1."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Bound before the ranks are there: nobody else can take the port meanwhile. The store's threads come after the forks.
+    listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+    port = listening.getsockname()[1]
     launched = {
         "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "endure", "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -149,13 +167,16 @@ def _launch(arguments: list[str], world: int, log: str, writer: int, by_hand: bo
         pid = os.fork()
         if pid == 0:
             os.close(writer)
+            listening.close()
+            if stops is not None and stops[0] == rank:
+                _stop_at(*stops[1].split(":"))
             _rank(arguments, rank)
         ranks.append(pid)
     os.write(writer, " ".join(map(str, ranks)).encode())
     os.close(writer)
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
     statuses, ending = {}, None
     while len(statuses) < world:
         for pid in set(ranks) - statuses.keys():
@@ -181,6 +202,15 @@ def _signal(pids: set[int], number: int) -> None:
             os.kill(pid, number)
 
 
+def _stop_at(file: str, function: str) -> None:
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == function and frame.f_code.co_filename.endswith(f"/{file}"):
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.setprofile(look)
+
+
 def _rank(arguments: list[str], rank: int) -> None:
     from megatron_vila import parent, train
 
@@ -189,6 +219,5 @@ def _rank(arguments: list[str], rank: int) -> None:
     sys.argv = ["megatron_vila.train", *arguments]
     try:
         train.leave(train.main(arguments))
-    except SystemExit as end:
-        sys.stdout.flush()
-        os._exit(end.code or 0)
+    except SystemExit as end:  # of the command line
+        train.leave(end.code)

@@ -10,12 +10,19 @@ import pytest
 
 from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.summary import read_metrics
-from tests.endure.attack import HANG_S, KINDS, TIMEOUT_MINUTES, Attack, small_disk
+from tests.endure.attack import HANG_S, KINDS, SETTINGS, TIMEOUT_MINUTES, Attack, Calm, small_disk
 from tests.endure.forks import Zygote
 from tests.training.real_run import overrides
 
-SETTINGS = ("train.precision=fp32", "model.llm.num_layers=2")
 SHORT = f"train.timeout_minutes={TIMEOUT_MINUTES}"
+PATIENT = "train.timeout_minutes=30"
+PLACES = {
+    "joining": "distributed_c10d.py:init_process_group",
+    "making the groups": "topology.py:create",
+    "agreeing on the lock": "agreement.py:from_rank_zero",
+    "leaving the groups": "platform.py:end_distributed",
+}
+"""from the ranks' meeting to their end"""
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +32,10 @@ def zygote():
 
 
 @pytest.fixture
-def run(zygote, videos, tmp_path, request):
-    """A run of two ranks without end, at its fourth step; a test's parameter may be one more setting of it."""
+def run(zygote, videos, tmp_path):
+    """A run of two ranks without end, at its fourth step."""
     output = tmp_path / "run"
-    more = ["parallel.ulysses=2", "train.steps=100000", "checkpoint.save_every=2", *SETTINGS]
-    more += [request.param] if hasattr(request, "param") else []
-    arguments = ["tiny", *overrides(videos, output, *more)]
+    arguments = ["tiny", *overrides(videos, output, *SETTINGS, PATIENT, "train.steps=100000")]
     started = zygote.start(arguments, 2, tmp_path / "log")
     try:
         _wait_for_steps(started, output)
@@ -45,18 +50,32 @@ def _wait_for_steps(started, output, steps=4):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("run", [SHORT], indirect=True)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_stands_still_ends_the_run_and_is_named(zygote, run, rank):
-    started, output, _ = run
-    os.kill(started.ranks[rank], signal.SIGSTOP)
-    assert started.ends_within(HANG_S), started.log.read_text()
-    said = started.log.read_text()
-    assert zygote.status(started) == 1
-    named = rf"megatron_vila: rank {rank} \(process {started.ranks[rank]} on .*\) does not respond: it was at step \d+, "
-    assert len(re.findall(named, said)) == 1 and said.count("megatron_vila: ") == 1, said
-    assert SHORT in said and "Traceback" not in said
-    assert latest_checkpoint(output) is not None
+def test_a_rank_that_stands_still_ends_the_run_and_is_named_wherever_it_is(zygote, videos, tmp_path):
+    runs = []
+    try:
+        # All at once, since each takes the timeout.
+        for rank, (place, function) in zip([0, 1, 0, 1], PLACES.items(), strict=True):
+            settings = overrides(videos, tmp_path / place, *SETTINGS, SHORT, "train.steps=2")
+            started = zygote.start(["tiny", *settings], 2, tmp_path / f"{place}.log", stops=(rank, function))
+            runs.append((rank, "step [0-2]", started))
+        for rank in range(2):
+            output = tmp_path / f"training {rank}"
+            settings = overrides(videos, output, *SETTINGS, SHORT, "train.steps=100000")
+            started = zygote.start(["tiny", *settings], 2, tmp_path / f"training {rank}.log")
+            runs.append((rank, r"step \d+", started))
+            _wait_for_steps(started, output)
+            os.kill(started.ranks[rank], signal.SIGSTOP)
+        for rank, step, started in runs:
+            assert started.ends_within(HANG_S), started.log.read_text()
+            said = started.log.read_text()
+            assert zygote.status(started) == 1, said
+            named = rf"megatron_vila: rank {rank} \(process {started.ranks[rank]} on .*\) does not respond: it was at {step}, "
+            assert len(re.findall(named, said)) == 1 and said.count("megatron_vila: ") == 1, said
+            assert SHORT in said and "Traceback" not in said
+        assert latest_checkpoint(output) is not None
+    finally:
+        for _, _, started in runs:
+            started.kill()
 
 
 def test_ranks_whose_launcher_is_killed_save_and_end(run):
@@ -85,7 +104,7 @@ def test_a_second_start_is_refused_while_the_first_lives_and_goes_on_after_it_wa
 
 def test_a_run_started_by_hand_outlives_its_shell(zygote, videos, tmp_path):
     output = tmp_path / "run"
-    arguments = ["tiny", *overrides(videos, output, "train.steps=100000", *SETTINGS)]
+    arguments = ["tiny", *overrides(videos, output, *SETTINGS, "parallel.ulysses=1", "train.steps=100000")]
     started = zygote.start(arguments, 1, tmp_path / "log", by_hand=True)
     try:
         _wait_for_steps(started, output)
@@ -101,9 +120,10 @@ def test_a_run_started_by_hand_outlives_its_shell(zygote, videos, tmp_path):
 def test_after_attacks_of_every_kind_nothing_hangs_no_saved_step_is_lost_and_all_losses_are_those_of_a_calm_run(
     zygote, videos, tmp_path
 ):
-    settings = overrides(videos, tmp_path, "train.steps=30", "checkpoint.save_every=2", "parallel.ulysses=2", SHORT, *SETTINGS)
+    settings = overrides(videos, tmp_path, *SETTINGS, "train.steps=12")
+    calm = Calm.run(zygote, settings, 2, tmp_path / "calm")
     with small_disk(tmp_path / "runs", 16) as has_disk:
-        attack = Attack(zygote, settings, 2, tmp_path, seed=1)
+        attack = Attack(zygote, settings, 2, tmp_path, 1, calm)
         for kind in KINDS if has_disk else KINDS[:-1]:
             attack.life(kind)
         attack.finish()
