@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from megatron_vila.errors import UserError
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 5.0
 DEAD_AFTER_S = 60.0
 _TRIES = 50
+_MOST_BYTES = 1 << 16
 _held: set[RunLock] = set()
 
 
@@ -68,6 +70,14 @@ class Owner:
             user = str(os.getuid())
         born = _born(os.getpid())
         return cls(uuid.uuid4().hex, user, socket.gethostname(), _machine(), os.getpid(), born, since, command)
+
+    @classmethod
+    def of_record(cls, record: Any) -> Owner:
+        """The owner whose ``asdict`` is ``record``. Raises ``TypeError`` for anything else."""
+        owner = cls(**record)
+        if any(type(value) is not (int if name in ("pid", "born") else str) for name, value in record.items()):
+            raise TypeError("a value of another type")
+        return owner
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}, started {self.since}: {self.command}"
@@ -151,6 +161,9 @@ class RunLock:
 
     def _require_dead(self, path: Path) -> None:
         """Return if the owner of ``path`` is dead or has gone, else raise ``LockedError``."""
+        if not path.is_symlink() and path.exists() and not path.is_file():
+            kind = "is no lock of a run but a folder, a pipe or a device"
+            raise LockedError(f"{path} {kind}; remove it, or set another train.output")
         owner = self._owner_in(path)
         if owner is not None and owner.machine == self._owner.machine:
             alive = _born(owner.pid) == owner.born
@@ -167,9 +180,12 @@ class RunLock:
         logger.warning("%s was held by a run that is dead and is taken over: %s", self._folder, owner or "unknown")
 
     def _beats(self, path: Path, owner: Owner | None) -> bool:
-        """Whether the time stamp of ``path`` moves, or its file goes, within ``DEAD_AFTER_S`` from its last move."""
-        first = self._stamp(path)
-        age = self._now() - (first or 0.0)
+        """Whether the time stamp of ``path`` moves within ``DEAD_AFTER_S`` from its last move.
+
+        A time stamp of the future, from a clock that was set back, counts as one of now.
+        """
+        first, begin_s = self._stamp(path), time.monotonic()
+        age = max(0.0, self._now() - (first or 0.0))
         if first is not None and age < DEAD_AFTER_S:
             logger.warning("%s was in use %.0f seconds ago by %s; waiting to see whether it lives", self._folder, age, owner)
         while first is not None and age < DEAD_AFTER_S:
@@ -179,13 +195,13 @@ class RunLock:
                 return False
             if stamp != first:
                 return True
-            age = self._now() - first
+            age = max(self._now() - first, time.monotonic() - begin_s)
         return False
 
     def _stamp(self, path: Path) -> float | None:
         """The time stamp that the file server has now: opening a file renews what the client knows of it."""
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_open_plain) as file:
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
             return None
@@ -202,8 +218,8 @@ class RunLock:
     def _owner_in(self, path: Path) -> Owner | None:
         """The owner that ``path`` names; None if it says nothing of the kind: just made, or damaged."""
         for _ in range(5):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                return Owner(**json.loads(path.read_bytes()))
+            with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb", opener=_open_plain) as file:
+                return Owner.of_record(json.loads(file.read(_MOST_BYTES)))
             time.sleep(0.02)
         return None
 
@@ -238,6 +254,11 @@ def release_all() -> None:
     """Give back what this process holds, where it ends without leaving its blocks."""
     for lock in list(_held):
         lock.release()
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """An opener that neither follows a link nor waits for the writer of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _number(path: Path) -> int:

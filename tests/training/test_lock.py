@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,37 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heart_beats(tmp_path, 
     with RunLock(tmp_path).hold():
         assert not path.exists()
     assert "waiting to see whether it lives" in caplog.text and "taken over" in caplog.text
+
+
+def test_a_time_stamp_of_the_future_holds_a_dead_lock_no_longer_than_another(tmp_path, fast, caplog):
+    path = _locked_by(tmp_path, machine="elsewhere", host="node7")
+    os.utime(path, (4e9, 4e9))
+    with RunLock(tmp_path).hold():
+        assert not path.exists()
+    assert "in use 0 seconds ago by process" in caplog.text
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_in_the_place_of_a_lock_is_named_with_the_cure(tmp_path, make):
+    make(tmp_path / ".lock-1")
+    with pytest.raises(LockedError, match=r"\.lock-1 is no lock of a run .* remove it"), RunLock(tmp_path).hold():
+        pass
+    assert _files(tmp_path) == [".lock-1"]
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/nowhere"])
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path, fast, target):
+    (tmp_path / ".lock-1").symlink_to(target)
+    with RunLock(tmp_path).hold():
+        assert _files(tmp_path) == [".lock-2"]
+
+
+@pytest.mark.parametrize("changes", [{"pid": "a\0b"}, {"pid": None}, {"machine": ["x"]}, {"born": "1"}])
+def test_an_owner_of_other_types_says_nothing(tmp_path, fast, changes):
+    path = _locked_by(tmp_path, **changes)
+    os.utime(path, (1, 1))
+    with RunLock(tmp_path).hold():
+        assert _files(tmp_path) == [".lock-2"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": 1}', b"\xff"])
