@@ -297,8 +297,9 @@ def test_a_sample_of_a_missing_file_is_refused(capsys, data):
 
 
 def test_help_is_given_without_arguments(capsys):
-    assert main([]) == 2
-    assert main(["--help"]) == 0
+    for arguments in ([], ["--gpu", "h200"], ["--all-ranks"]):
+        assert main(arguments) == 2
+    assert main(["--help"]) == main(["tiny", "--help"]) == 0
     assert "world_size=256" in capsys.readouterr().out
 
 
@@ -307,9 +308,11 @@ def test_help_is_given_without_arguments(capsys):
     [
         (["nowhere.yaml"], "no configuration file 'nowhere.yaml'"),
         (["tiny", "world_size=3", "parallel.tp=2"], "world size 3 is not a multiple"),
-        (["tiny", "world_size=many"], "world_size=many must be a whole number of at least 1"),
-        (["tiny", "world_size=0"], "world_size=0 must be a whole number of at least 1"),
-        (["tiny", "frames=-1"], "frames=-1 must be a whole number of at least 0"),
+        (["tiny", "world_size=many"], "world_size=many must be a whole number from 1 to"),
+        (["tiny", "world_size=0"], "world_size=0 must be a whole number from 1 to"),
+        (["tiny", "frames=-1"], "frames=-1 must be a whole number from 0 to 1000000"),
+        (["tiny", "frames=1000000000"], "frames=1000000000 must be a whole number from 0 to 1000000"),
+        (["tiny", "text=" + "9" * 5000], "must be a whole number from 0 to"),
         (["tiny", "sample=0", "frames=3"], "give one only"),
         (["tiny", "frames=0", "text=0"], "give at least one token"),
         (["tiny", "parallel.ulyses=2"], "unknown key 'parallel.ulyses'"),

@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_vila.config.bounds import MOST
 from megatron_vila.config.files import tokenizer_problems
 from megatron_vila.config.layouts import Layout
 from megatron_vila.config.load import ConfigError, load_config
@@ -28,18 +29,26 @@ from megatron_vila.explain.sample import explain_sample, made_up_document
 from megatron_vila.explain.text import console
 from megatron_vila.parallel.grid import GridShape
 
-OWN_KEYS = ("world_size", "sample", "frames", "text")
+OWN_KEYS = {
+    "world_size": 10**15,
+    "sample": 10**15,
+    "frames": MOST["data.num_frames"],
+    "text": MOST["train.seq_length"],
+}
+"""Keys of this command alone, and the largest value that can be meant."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the explanation of the command line ``arguments``; returns the exit status (2: bad input)."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--gpu")
     parser.add_argument("--all-ranks", action="store_true")
-    options, (name, *rest) = parser.parse_known_args(arguments)
+    options, settings = parser.parse_known_args(arguments)
+    if options.help or not settings:
+        print(__doc__)
+        return 0 if options.help else 2
+    name, *rest = settings
     try:
         own, overrides = _split(rest)
         config, device = load_config(name, overrides), planned_device(options.gpu)
@@ -71,8 +80,8 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
             overrides.append(argument)
             continue
         least = 1 if name == "world_size" else 0
-        if not value.isdecimal() or int(value) < least:
-            raise ConfigError(f"command line: {argument} must be a whole number of at least {least}")
+        if not value.isdecimal() or len(value) > 18 or not least <= int(value) <= OWN_KEYS[name]:
+            raise ConfigError(f"command line: {argument} must be a whole number from {least} to {OWN_KEYS[name]}")
         own[name] = int(value)
     if "sample" in own and ("frames" in own or "text" in own):
         raise ConfigError(
