@@ -1,6 +1,7 @@
 """Validation of the file system: files and folders that are missing, empty or closed are refused."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,14 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
 def test_an_output_below_a_file_is_refused(data_folder, tmp_path):
     (message,) = files_refused(data_folder, f"train.output={tmp_path / 'train.json' / 'run'}")
     assert "is a file; choose another folder" in message
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/nowhere/scratch")], ids=["file", "broken link"])
+def test_an_output_whose_checkpoints_have_no_folder_is_refused_before_a_step_is_made(data_folder, tmp_path, make):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run/checkpoints")
+    (message,) = files_refused(data_folder, f"train.output={tmp_path / 'run'}")
+    assert message.endswith("run/checkpoints' is no folder; remove it or choose another folder")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
