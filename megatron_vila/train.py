@@ -127,9 +127,7 @@ def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[
         trainer.run()
         if trainer.is_writer:
             stopped, saved = bool(trainer.stopped_by), trainer.saved
-            lines = closing_lines(
-                arguments, config.train.output, trainer.step, saved, stopped, trainer.skipped, trainer.counts
-            )
+            lines = closing_lines(arguments, config, trainer.step, saved, stopped, trainer.skipped, trainer.counts)
             logging.getLogger("megatron_vila").info("%s", "\n".join(lines))
     if trainer.stopped_by:
         return exit_codes.STOPPED if config.checkpoint.save else exit_codes.FAILED

@@ -18,6 +18,7 @@ from megatron_vila.checkpoint.tensor_files import TensorInfo
 from megatron_vila.checkpoint.weight_map import Entry, entries
 from megatron_vila.config.load import ConfigError, config_from_dict
 from megatron_vila.config.schema import Config
+from megatron_vila.config.validate import value_problems
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training.checkpoint_files import UNCHECKED, check_alone, is_summed
 from megatron_vila.training.checkpoint_folder import resolve_checkpoint
@@ -55,7 +56,7 @@ class StoredModel:
             logger.warning(UNCHECKED, self.folder)
         self.config = _config_of(info, self.folder)
         self.step: int = info["step"]
-        self.hugging_face: Mapping[str, Any] = info.get("hugging_face") or {}
+        self.hugging_face = _hugging_face_of(info, self.folder)
         self._main = main
         lora = self.config.model.lora
         self._scale = lora.alpha / lora.rank if merge and lora.rank else 0.0
@@ -130,6 +131,9 @@ class StoredModel:
             raise ConversionError(f"{self.folder} does not fit its configuration", problems)
 
 
+_HUGGING_FACE = ("root", "llm", "vision", "generation", "preprocessor")
+
+
 def misfits(entries: Iterable[Entry], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What of ``entries`` is missing from a checkpoint with the shapes ``stored``, or has another shape there."""
     problems = []
@@ -157,7 +161,22 @@ def _config_of(info: Mapping[str, Any], folder: Path) -> Config:
             ["its info.json holds no configuration, as older versions wrote it; let the run take a step, which saves one"],
         )
     try:
-        return config_from_dict(info["config"], str(folder / "info.json"))
+        if not isinstance(info["config"], dict):
+            raise ConfigError(f"{folder / 'info.json'}: config is no group of settings")
+        config = config_from_dict(info["config"], str(folder / "info.json"))
+        problems = [problem for problem in value_problems(config) if problem.startswith("model.")]
     except ConfigError as error:
-        problems = [f"the run has no usable configuration: {line}" for line in str(error).splitlines()]
-        raise ConversionError(f"{folder} cannot be read", problems) from error
+        problems = str(error).splitlines()
+    if problems:
+        raise ConversionError(
+            f"{folder} cannot be read", [f"the run has no usable configuration: {problem}" for problem in problems]
+        )
+    return config
+
+
+def _hugging_face_of(info: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """What the weights came with: the JSON files of Hugging Face by kind."""
+    files = info.get("hugging_face") or {}
+    if not isinstance(files, dict) or not all(isinstance(files.get(kind) or {}, dict) for kind in _HUGGING_FACE):
+        raise ConversionError(f"{folder} cannot be read", ["hugging_face in its info.json holds no JSON objects"])
+    return files

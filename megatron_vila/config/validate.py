@@ -92,7 +92,7 @@ def validate(config: Config, world_size: int, check_files: bool = True, device: 
     ``check_files=False`` skips the file system (``explain`` works without data) and the memory of this machine. ``device`` is
     the GPU that a run elsewhere is planned for: it is judged in place of this machine.
     """
-    problems = [*_value_problems(config)]
+    problems = [*value_problems(config)]
     if world_size > MOST_RANKS:
         problems.append(f"world size {world_size} cannot be meant; use at most {MOST_RANKS} ranks")
     # Everything below divides by these values, so wrong ones are reported first.
@@ -121,7 +121,8 @@ def validate(config: Config, world_size: int, check_files: bool = True, device: 
     return warnings
 
 
-def _value_problems(config: Config) -> Iterable[str]:
+def value_problems(config: Config) -> Iterable[str]:
+    """Values that are impossible whatever the others are; each line begins with its key."""
     yield from size_problems(config)
     yield from text_problems(config)
     for name, choices in CHOICES.items():

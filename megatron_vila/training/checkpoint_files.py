@@ -150,13 +150,15 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"it has format {info['format']}, this version reads up to {FORMAT}; update megatron_vila"
         )
     files = info.get("files")
-    if type(info.get("step")) is not int or not isinstance(files, dict):
+    if type(info.get("step")) is not int or info["step"] < 0 or not isinstance(files, dict):
         raise CheckpointError(f"{INFO} is damaged: it holds no step or no files")
     wrong = [name for name, size in files.items() if not _is_plain_name(name) or type(size) is not int or size < 0]
     if wrong:
         raise CheckpointError(f"{INFO} names files that no checkpoint has: {some(list(map(repr, wrong)))}; none was opened")
     if {"sum", "sums"} & info.keys() and info.pop("sum", None) != _sum_of(info):
         raise CheckpointError(f"{INFO} is damaged: it is not what was written")
+    if is_summed(info):
+        _require_sums(info)
     return info
 
 
@@ -191,10 +193,7 @@ def check_files(folder: Path, info: Mapping[str, Any]) -> None:
 
 def blocks_to_check(info: Mapping[str, Any]) -> list[tuple[str, int]]:
     """(file, number of a block) of everything that has a checksum, in an order to deal out to ranks."""
-    sums = info["sums"]
-    if sums.get("algorithm") != _ALGORITHM or sums.get("block_bytes") != BLOCK or sums["files"].keys() != info["files"].keys():
-        raise CheckpointError(f"{INFO} has checksums that this version does not know; update megatron_vila")
-    return [(name, block) for name, size in info["files"].items() for block in range(-(-size // BLOCK))]
+    return [(name, block) for name, sums in info["sums"]["files"].items() for block in range(len(sums))]
 
 
 def damage(folder: Path, info: Mapping[str, Any], blocks: Iterable[tuple[str, int]]) -> list[str]:
@@ -203,8 +202,7 @@ def damage(folder: Path, info: Mapping[str, Any], blocks: Iterable[tuple[str, in
     def check(place: tuple[str, int]) -> str | None:
         name, block = place
         begin, end = block * BLOCK, min((block + 1) * BLOCK, info["files"][name])
-        sums = info["sums"]["files"][name]
-        if block < len(sums) and _sum_of_range(folder / name, begin, end) == sums[block]:
+        if _sum_of_range(folder / name, begin, end) == info["sums"]["files"][name][block]:
             return None
         return f"{name} (bytes {begin} to {end})"
 
@@ -249,6 +247,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     kinds = {"adam_step": (int, type(None)), "scheduler_steps": (int, type(None)), "extra": (dict,)}
     if type(state) is not dict or any(type(state.get(name)) not in kind for name, kind in kinds.items()):
         raise CheckpointError(f"{STATE} holds no {', '.join(kinds)}")
+    negative = [name for name in ("adam_step", "scheduler_steps") if (state[name] or 0) < 0]
+    if negative:
+        raise CheckpointError(f"{STATE} is damaged: {negative[0]} is {state[negative[0]]}")
     return state
 
 
@@ -291,8 +292,26 @@ def _cut(position: int, length: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
+def _require_sums(info: Mapping[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless each file of ``info`` has one checksum of a kind that we know for each of its blocks."""
+    sums = info["sums"]
+    if not isinstance(sums, dict) or not isinstance(sums.get("files"), dict):
+        raise CheckpointError(f"{INFO} is damaged: its checksums name no files")
+    if sums.get("algorithm") != _ALGORITHM or sums.get("block_bytes") != BLOCK:
+        raise CheckpointError(f"{INFO} has checksums that this version does not know; update megatron_vila")
+    files, of_files = info["files"], sums["files"]
+    wrong = [name for name in files.keys() | of_files.keys() if not _has_sums(files.get(name), of_files.get(name))]
+    if wrong:
+        raise CheckpointError(f"{INFO} is damaged: files without a checksum for each of their blocks: {some(sorted(wrong))}")
+
+
+def _has_sums(size: int | None, sums: Any) -> bool:
+    return size is not None and isinstance(sums, list) and len(sums) == -(-size // BLOCK)
+
+
 def _is_plain_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+    is_name = name not in (".", "..") and 0 < len(name) < 256
+    return is_name and name.isascii() and name.isprintable() and not set(name) & {"/", "\\"}
 
 
 def _version(package: str) -> str | None:

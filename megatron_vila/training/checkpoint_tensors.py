@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -145,16 +146,11 @@ class StoredTensors(Mapping[str, StoredTensor]):
         """Copy parts of tensors into ``targets``, file by file. Raises ``CheckpointError`` if pieces do not cover a target."""
         reads = []
         for target in targets:
-            covered = 0
-            for piece in self[target.key].pieces:
-                part = _overlap(target, piece)
-                if part is not None:
-                    covered += math.prod(high - low for low, high in zip(*part, strict=True))
-                    reads.append((piece, target, part))
-            if covered != target.tensor.numel() and not target.may_miss:
-                raise CheckpointError(
-                    f"the pieces of {target.key} cover {covered} of the {target.tensor.numel()} elements that are wanted"
-                )
+            parts = [(piece, part) for piece in self[target.key].pieces if (part := _overlap(target, piece)) is not None]
+            covered, wanted = _covered([part for _, part in parts], target), _wanted(target, self[target.key].shape)
+            if covered != wanted:
+                raise CheckpointError(f"the pieces of {target.key} cover {covered} of the {wanted} elements that are wanted")
+            reads += [(piece, target, part) for piece, part in parts]
         reads.sort(key=lambda read: (read[0].file, read[0].begin))
         with ExitStack() as stack:
             name, file, last, data = "", None, None, None
@@ -205,6 +201,8 @@ def _tensors_of(metadata: Any, files: Mapping[str, int]) -> dict[str, StoredTens
         if type(index) is not MetadataIndex:
             raise CheckpointError(f"{METADATA} names a place of {type(index).__name__}, not of a tensor")
         key, offsets = getattr(index, "fqn", None), _place(getattr(index, "offset", None))
+        if type(key) is not str:
+            raise CheckpointError(f"{METADATA} names a place of no tensor")
         where[key, offsets] = _bytes_of(key, place, files)
     tensors = {}
     for key, entry in entries.items():
@@ -219,7 +217,13 @@ def _tensors_of(metadata: Any, files: Mapping[str, int]) -> dict[str, StoredTens
             offsets, sizes = _place(getattr(chunk, "offsets", None)), _place(getattr(chunk, "sizes", None))
             if (key, offsets) not in where or not _lies_in(offsets, sizes, shape):
                 raise CheckpointError(f"{METADATA}: a piece of {key!r} at {offsets} of size {sizes} has no place or no room")
-            tensors[key].pieces.append(Piece(key, dtype, shape, offsets, sizes, *where[key, offsets]))
+            piece = Piece(key, dtype, shape, offsets, sizes, *where[key, offsets])
+            if piece.length < math.prod(sizes) * dtype.itemsize:
+                raise CheckpointError(f"{METADATA}: {piece.length} bytes are too few for a piece of {key!r} of size {sizes}")
+            tensors[key].pieces.append(piece)
+        held = sum(math.prod(piece.sizes) for piece in tensors[key].pieces)
+        if held != math.prod(shape):
+            raise CheckpointError(f"{METADATA}: the pieces of {key!r} hold {held} of its {math.prod(shape)} elements")
     return tensors
 
 
@@ -254,13 +258,40 @@ def _overlap(target: Target, piece: Piece) -> tuple[list[int], list[int]] | None
     return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
 
 
+def _wanted(target: Target, shape: Place) -> int:
+    """How many elements of ``target`` the tensor of ``shape`` must give."""
+    if not target.may_miss:
+        return target.tensor.numel()
+    ends = zip(target.begin, target.tensor.shape, shape, strict=True)
+    return math.prod(max(0, min(begin + size, whole) - begin) for begin, size, whole in ends)
+
+
+def _covered(parts: Sequence[tuple[list[int], list[int]]], target: Target) -> int:
+    """How many elements of ``target`` lie in ``parts``, each counted once: two pieces that overlap must not hide a hole.
+
+    The parts' edges cut the target into cells, never more of them than it has elements.
+    """
+    if not parts:
+        return 0
+    cuts = [_within(low, high, target.begin) for low, high in parts]
+    edges = [sorted({edge for cut in axis for edge in (cut.start, cut.stop)}) for axis in zip(*cuts, strict=True)]
+    number = [{edge: index for index, edge in enumerate(axis)} for axis in edges]
+    cells = np.zeros([len(axis) - 1 for axis in edges], dtype=bool)
+    for cut in cuts:
+        cells[tuple(slice(of[one.start], of[one.stop]) for one, of in zip(cut, number, strict=True))] = True
+    for axis in reversed(edges):
+        cells = cells @ np.diff(axis)
+    return int(cells)
+
+
 def _within(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
 def _load(piece: Piece, file: BinaryIO) -> torch.Tensor:
     tensor = load_plain(_create_file_view(file, piece.begin, piece.length), f"{piece.key} in {piece.file}")
-    if type(tensor) is not torch.Tensor or tuple(tensor.shape) != piece.sizes or tensor.layout != torch.strided:
+    is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not is_plain or tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
         raise CheckpointError(f"{piece.file} holds something else in the place of {piece.key} at {piece.offsets}")
     return tensor
 

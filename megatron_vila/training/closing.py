@@ -7,14 +7,26 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_vila.config.schema import Config
+
 
 def closing_lines(
-    arguments: Sequence[str], output: str, step: int, saved: Path | None, stopped: bool, skipped: int, counts: Mapping[str, int]
+    arguments: Sequence[str],
+    config: Config,
+    step: int,
+    saved: Path | None,
+    stopped: bool,
+    skipped: int,
+    counts: Mapping[str, int],
 ) -> list[str]:
     """What the writer says at the end of a run that was started with ``arguments`` and stands at ``step``.
 
-    ``saved`` is the newest checkpoint, None without one; ``counts`` and ``skipped`` are of the whole run.
+    ``saved`` is the checkpoint of this step, None without one; ``counts`` and ``skipped`` are of the whole run.
     """
+    output = config.train.output
+    if not config.checkpoint.resume:
+        # The same command would begin at step 0.
+        arguments = [*arguments, "checkpoint.resume=true"]
     where = f"saved in {saved}" if saved is not None else "nothing is saved (checkpoint.save=false)"
     lines = [f"{'stopped' if stopped else 'finished'} after step {step}: {where}", f"  samples: {_samples(counts, skipped)}"]
     if saved is None:

@@ -196,6 +196,13 @@ def other_text(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def is_of_a_run(extra: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's ``extra`` holds what a run goes on with."""
+    counts = extra.get("counts")
+    numbers = [extra.get("step"), extra.get("skipped"), *(counts.values() if isinstance(counts, dict) else [None])]
+    return all(type(number) is int and number >= 0 for number in numbers) and isinstance(kept_settings(extra), dict)
+
+
 def kept_settings(extra: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a checkpoint's ``extra``; early versions kept what the order of samples depends on, as ``data``."""
     return extra["settings"] if "settings" in extra else extra.get("data", {})

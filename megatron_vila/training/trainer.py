@@ -49,7 +49,15 @@ from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
-from megatron_vila.training.resume import ResumePoint, changes, kept_settings, other_text, resume_point, settings_of
+from megatron_vila.training.resume import (
+    ResumePoint,
+    changes,
+    is_of_a_run,
+    kept_settings,
+    other_text,
+    resume_point,
+    settings_of,
+)
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
 from megatron_vila.training.watch import Watch
@@ -117,7 +125,7 @@ class Trainer:
         self.stopped_by = 0
         """signal that ended the run before ``train.steps``, the same on all ranks; 0 without one"""
         self.saved = found.checkpoint
-        """the newest checkpoint of this run, None before there is one"""
+        """the checkpoint of the step that this run stands at, None without one"""
 
     def run(self) -> dict[str, Any]:
         """Train to ``train.steps``, save, evaluate; returns the run's summary on the writer rank, {} elsewhere.
@@ -171,7 +179,7 @@ class Trainer:
                 self._at("in the forward and backward pass or the update", self.step + 1)
                 with traced(self.config.profile, self.step + 1, self.topology.rank, train.output):
                     outcome = self._train_step(rows)
-                self.step += 1
+                self.step, self.saved = self.step + 1, None
                 self.skipped += not outcome.updated
                 self._at("adding up what was measured")
                 self.stopped_by, record = self._measure(rows, outcome, started_s)
@@ -221,7 +229,8 @@ class Trainer:
         name, saving = signal.Signals(self.stopped_by).name, self.config.checkpoint
         if not saving.save:
             return f"stopped by {name} after step {self.step}; nothing is saved, because checkpoint.save=false"
-        return f"stopped by {name} after step {self.step}; the same command goes on from there"
+        changed = "" if saving.resume else " with checkpoint.resume=true"
+        return f"stopped by {name} after step {self.step}; the same command{changed} goes on from there"
 
     def _evaluate(self, metrics: MetricsLogger) -> dict[str, float]:
         self._at("evaluating")
@@ -329,7 +338,7 @@ class Trainer:
     def _resume(self, found: ResumePoint) -> None:
         checkpoint = found.checkpoint
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler, check=not found.checked)
-        if not {"step", "skipped", "counts"} <= extra.keys():
+        if not is_of_a_run(extra):
             raise CheckpointError(
                 f"cannot go on from {checkpoint}: no run of this package saved it; start one from it with checkpoint.load"
             )

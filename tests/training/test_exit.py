@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
 from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.training.closing import closing_lines
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests.data.material import conversation, write_jsonl
@@ -128,3 +130,15 @@ def test_a_finished_run_says_where_it_is_saved_what_became_of_its_samples_and_wh
     further, other = commands["train it further"][4:], commands["start another run from it"][4:]
     assert _run(Layout(), further)[0] == 0 and len(read_metrics(tmp_path / "my run")[0]) == 4
     assert _run(Layout(), [*other, f"train.output={tmp_path / 'other'}"])[0] == 0
+    # A run that goes on from a checkpoint and saves none has none of the step at which it ends.
+    _, said, _ = _run(Layout(), [*further, "train.steps=5", "checkpoint.save=false"])
+    assert "finished after step 5: nothing is saved (checkpoint.save=false)" in said
+
+
+def test_a_run_that_does_not_resume_says_how_its_command_goes_on():
+    config = Config()
+    config.checkpoint.resume = False
+    for stopped in (True, False):
+        lines = closing_lines(["tiny", "checkpoint.resume=false"], config, 2, Path("step-00000002"), stopped, 0, {})
+        commands = [line for line in lines if "megatron_vila.train" in line]
+        assert commands and all(" tiny checkpoint.resume=true" in line for line in commands)

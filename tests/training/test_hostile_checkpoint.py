@@ -1,5 +1,6 @@
 """No file of a checkpoint runs code or opens anything outside of its folder, whichever door it comes in by."""
 
+import json
 import os
 import pickle
 import shutil
@@ -19,9 +20,14 @@ from megatron_vila.checkpoint.verify import verify, verify_files
 from megatron_vila.training.checkpoint import CheckpointError, load_checkpoint, newest_whole, save_checkpoint
 from megatron_vila.training.checkpoint_tensors import ALLOWED
 from tests.ranks import pool
-from tests.training.damage import FORGERIES, UNREAD, Attack, seal
+from tests.training.damage import FORGED_INFO, FORGERIES, UNREAD, Attack, seal, seal_info
 from tests.training.small_run import build
 
+SEEN_IN_TENSORS = {
+    "code in a tensor file", "pickle in a tensor file", "other tensor", "other element type in a tensor file",
+    "tensor without data", "piece named twice", "pieces that overlap", "table of three axes",
+}  # fmt: skip
+"""Forgeries that whoever reads no tensor lets pass."""
 STATE_DOORS, ALL_DOORS = ("resume", "load", "newest_whole"), ("resume", "load", "newest_whole", "export", "verify", "compare")
 
 
@@ -54,19 +60,33 @@ def _saved(run, folder: Path) -> Path:
     )
 
 
+def _then_seal(forge):
+    return lambda folder: (forge(folder), seal(folder))
+
+
+def _change_info(change):
+    def forge(folder):
+        info = json.loads((folder / "info.json").read_text())
+        change(info)
+        seal_info(folder, info)
+
+    return forge
+
+
 def every_forgery_at_every_door(rank, folder):
     """{(forgery, door): message, or None where the door let it pass}, and forgeries that ran."""
     run, found, ran = build((1, 1, 1, 1)), {}, []
     good = _saved(run, Path(folder) / "good")
     (Path(folder) / "outside").write_bytes(b"x")
-    makers = {name: maker for name, (maker, _) in FORGERIES.items()} | UNREAD
+    makers = {name: _then_seal(maker) for name, (maker, _) in FORGERIES.items()}
+    makers |= {name: _then_seal(maker) for name, maker in UNREAD.items()}
+    makers |= {name: _change_info(change) for name, (change, _) in FORGED_INFO.items()}
     for number, (name, forge) in enumerate(makers.items()):
         root = Path(folder) / str(number) / "checkpoints"
         copy = root / good.name
         shutil.copytree(good, copy)
         os.environ["ATTACK_MARK"] = str(root / "mark")
         forge(copy)
-        seal(copy)
         for door, enter in _doors(run, copy, good).items():
             found[name, door] = None
             try:
@@ -91,12 +111,19 @@ def test_no_forged_file_of_a_checkpoint_runs_code_at_any_door(forged):
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_checkpoint_is_refused_with_what_is_wrong(forged, name):
     """By every door that reads the forged file: the state of the run is none of an export's business."""
-    reads_all_tensors = {"code in a tensor file", "pickle in a tensor file", "other tensor"}
-    doors = STATE_DOORS if "state.pt" in name and FORGERIES[name][1].startswith("state.pt holds") else ALL_DOORS
+    doors = STATE_DOORS if FORGERIES[name][1].startswith("state.pt ") else ALL_DOORS
     for door in doors:
-        if name in reads_all_tensors and door in ("newest_whole", "verify"):
+        if name in SEEN_IN_TENSORS and door in ("newest_whole", "verify"):
             continue
         assert FORGERIES[name][1] in (forged[0][name, door] or ""), (door, forged[0][name, door])
+
+
+@pytest.mark.parametrize("name", FORGED_INFO)
+def test_what_info_json_cannot_say_is_refused_with_what_is_wrong(forged, name):
+    """The configuration of a checkpoint is an export's business alone."""
+    of_the_model = ("configuration", "unknown projector", "files of Hugging Face", "file of Hugging Face")
+    for door in ("export", "compare") if name.startswith(of_the_model) else ALL_DOORS:
+        assert FORGED_INFO[name][1] in (forged[0][name, door] or ""), (door, forged[0][name, door])
 
 
 @pytest.mark.parametrize("name", UNREAD)
