@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vila import exit_codes, parent
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from megatron_vila.training.watch import Watch
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: None) -> int:
+    """Returns the exit code. ``before_parting`` is the last that may take time: then this rank lets the others end."""
     parser = argparse.ArgumentParser(prog="python -m megatron_vila.train", description="Train a long-video VLM with MM-SP.")
     parser.add_argument("config", help="YAML file, or the name of a preset")
     parser.add_argument("overrides", nargs="*", help="dotted overrides such as parallel.ulysses=2 train.steps=100")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         from megatron_vila.training import failures
 
     try:
-        return _run(options, rank)
+        return _run(options, rank, before_parting)
     except BaseException as error:
         return failures.report(error)
 
@@ -59,7 +60,7 @@ def _busy(text: str) -> contextlib.AbstractContextManager:
     return busy(text) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext()
 
 
-def _run(options: argparse.Namespace, rank: int) -> int:
+def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], None]) -> int:
     if options.dry_run:
         return _dry_run(options) if rank == 0 else exit_codes.FINISHED
     import torch
@@ -90,6 +91,7 @@ def _run(options: argparse.Namespace, rank: int) -> int:
             raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
         stop.ignore_further()
         platform.end_distributed()
+        before_parting()
         watch.part()
     return status
 
@@ -154,10 +156,9 @@ def _dry_run(options: argparse.Namespace) -> int:
 def leave(status: int) -> NoReturn:
     """End the process with ``status``, whatever threads and streams are left in it.
 
-    At once: the ranks have parted, and from here on nobody but the launcher waits for this one.
+    At once: the ranks have parted, and from here on nobody but the launcher waits for this one. What Python does at its end
+    belongs to ``main``'s ``before_parting``.
     """
-    if status in (exit_codes.FINISHED, exit_codes.STOPPED):
-        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -170,4 +171,4 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:], atexit._run_exitfuncs))

@@ -6,6 +6,7 @@ stands for torchrun (it keeps the store, and ends the others when one rank has f
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import multiprocessing as mp
@@ -218,6 +219,6 @@ def _rank(arguments: list[str], rank: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = ["megatron_vila.train", *arguments]
     try:
-        train.leave(train.main(arguments))
+        train.leave(train.main(arguments, atexit._run_exitfuncs))
     except SystemExit as end:  # of the command line
         train.leave(end.code)
