@@ -22,7 +22,11 @@ PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", "
 VIDEO_ENDINGS = frozenset(
     {".mp4", ".m4v", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv", ".wmv", ".3gp", ".ogv"}
 )
-_MEDIA_ENDINGS = PICTURE_ENDINGS | VIDEO_ENDINGS | {".gif", ".wav", ".mp3", ".flac", ".m4a", ".ogg"}
+_OTHER_ENDINGS = frozenset(
+    {".gif", ".avif", ".jfif", ".heic", ".heif", ".ppm", ".svg", ".vob", ".mts", ".m2v", ".asf"}
+    | {".wav", ".mp3", ".flac", ".m4a", ".ogg"}
+)
+_MEDIA_ENDINGS = PICTURE_ENDINGS | VIDEO_ENDINGS | _OTHER_ENDINGS
 
 _IMAGE_NAMES = frozenset({"image", "images", "imagepath", "imagepaths", "imagefile", "imagefiles"})
 _VIDEO_NAMES = frozenset({"video", "videos", "videopath", "videopaths", "videofile", "videofiles"})
@@ -39,7 +43,7 @@ _FPS_NAMES = frozenset({"fps", "videofps"})
 _SYSTEM_NAMES = frozenset({"system", "systemprompt", "systemmessage"})
 _TEXT_NAMES = frozenset({"id", "conversations"})
 
-_MEDIA_WORD = re.compile("video|image|frame|audio|clip|picture")
+_MEDIA_WORD = re.compile("video|image|frame|audio|clip|picture|photo|^(imgs?|medias?)($|path|file|url)")
 _CLIP_WORD = re.compile("clip|start|end|begin|range|span|segment")
 _BOUND_NAME = re.compile("(video|clip|segment|time|t)?(start|begin|end|finish|stop).*")
 _RANGE_NAME = re.compile("(video|clip|time)?(segment|range|span|interval|window|trim|cut)")

@@ -145,6 +145,9 @@ def test_a_system_text_beside_the_conversation_is_its_first_turn():
         {"metadata": {"source": ["x", "b.webm"]}},
         {"sound": "s.wav"},
         {"imgs": ["a.jpg"]},
+        {"img": "abc"},
+        {"media": ["abc"]},
+        {"source": "a.heic"},
     ],
     ids=str,
 )
