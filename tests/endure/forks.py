@@ -139,6 +139,7 @@ def _serve(pipe: Connection) -> None:
                 pipe.close()
                 _launch(arguments, world, log, writer, by_hand, stops)
             os.close(writer)
+            ended.pop(launcher, None)  # the number of a process that ended long ago
             with os.fdopen(reader) as told:
                 pipe.send((launcher, [int(pid) for pid in told.read().split()]))
         else:
