@@ -46,14 +46,16 @@ UPRIGHT = {
 """What turns a picture upright, by its EXIF orientation (1: nothing to do)."""
 
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG, _MEANING_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Read an image file as ``as_rgb`` shows it; of an animation, the first picture.
 
     Raises ``MediaError`` for a file that is missing, empty, not a regular file, cut off, of another format than
-    ``IMAGE_FORMATS``, larger than ``MAX_PIXELS`` or a JPEG of more scans than it needs; the size is taken from the header,
-    before anything is decoded.
+    ``IMAGE_FORMATS``, larger than ``MAX_PIXELS`` or a JPEG of more scans than it needs, and for values that ``as_rgb`` refuses;
+    the size is taken from the header, before anything is decoded.
     """
     with os.fdopen(open_regular(path), "rb") as file, errors_of(path, "not an image that can be read"):
         size = os.fstat(file.fileno()).st_size
@@ -62,7 +64,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         try:
             opened = Image.open(file, formats=IMAGE_FORMATS)
         except UnidentifiedImageError as error:
-            reason = f"none of {', '.join(IMAGE_FORMATS)}, or its header is damaged"
+            known = ", ".join(IMAGE_FORMATS)
+            reason = f"none of {known}, a kind of them that is not read (as float colors), or its header is damaged"
             raise MediaError(path, f"not an image that can be read: {reason}") from error
         with opened as picture:
             check_size(path, *picture.size)
@@ -88,18 +91,44 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     """A picture as RGB, upright by its EXIF orientation.
 
     Transparent pixels are laid on white: dropping the alpha channel alone would show the colour that hides under them, often
-    black on black text. 16-bit grey is scaled to 8 bits, not clipped.
+    black on black text. Grey of 16 bits (of 12 in some TIFF files) is scaled to 8, not clipped. Raises ``ValueError`` for values
+    of which nobody says what is black and what is white: floats, signed numbers and grey of 32 bits.
     """
     turn = UPRIGHT.get(_orientation(picture))
+    picture = _of_eight_bits(picture)
     if turn is not None:
         picture = picture.transpose(turn)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+def _of_eight_bits(picture: Image.Image) -> Image.Image:
+    """``picture`` with 8 bits a channel. Pillow by itself cuts off what is above 255, and takes signed numbers for unsigned."""
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF file
+    signed = tags.get(_SAMPLE_FORMAT_TAG, (_UNSIGNED,))[0] != _UNSIGNED
+    # Pillow scales PPM files to 16 bits and gives them in the mode for 32.
+    if picture.mode == "F" or signed or (picture.mode == "I" and picture.format != "PPM"):
+        kind = "floats" if picture.mode == "F" else "signed numbers" if signed else "whole numbers of 32 bits"
+        raise ValueError(
+            f"its values are {kind}, whose black and white are not known; save it with 8 or 16 unsigned bits a channel"
+        )
+    if not picture.mode.startswith("I"):
+        return picture
+    largest = 2 ** tags.get(_BITS_TAG, (16,))[0] - 1
+    values_HW = np.asarray(picture).astype(np.uint32)
+    hidden_HW = values_HW == picture.info["transparency"] if "transparency" in picture.info else None
+    if tags.get(_MEANING_TAG) == _WHITE_IS_ZERO:
+        np.subtract(largest, values_HW, out=values_HW)
+    # Rounded, without another copy.
+    values_HW *= 255
+    values_HW += largest // 2
+    values_HW //= largest
+    if hidden_HW is not None:
+        values_HW[hidden_HW] = 255
+    return Image.fromarray(values_HW.astype(np.uint8))
 
 
 def _orientation(picture: Image.Image) -> int:

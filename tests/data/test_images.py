@@ -1,5 +1,7 @@
 """Reading pictures, and what the vision tower gets."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,68 @@ def test_grey_palette_and_sixteen_bit_pictures_become_rgb(tmp_path):
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     assert pixel(load_image(saved(tmp_path, deep))) == (128, 128, 128)
     assert pixel(load_image(saved(tmp_path, Image.new("RGB", (4, 4), (1, 2, 3)).quantize()))) == (1, 2, 3)
+
+
+def grey_tiff(path, values, bits, kind=1, meaning=1):
+    """A TIFF file of one row of grey ``values``; ``kind``: 1 unsigned, 2 signed, 3 float; ``meaning`` 0: zero is white."""
+    content = values if isinstance(values, bytes) else values.tobytes()
+    width = len(content) * 8 // bits
+    entries = {256: width, 257: 1, 258: bits, 259: 1, 262: meaning, 273: 0, 277: 1, 278: 1, 279: len(content), 339: kind}
+    entries[273] = 8 + 2 + 12 * len(entries) + 4
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + content)
+    return path
+
+
+def greys(path):
+    return np.asarray(load_image(path))[0, :, 0].tolist()
+
+
+def test_grey_of_more_than_eight_bits_keeps_black_white_and_what_lies_between(tmp_path):
+    deep = np.array([0, 257, 65535 // 2, 65535], np.uint16)
+    path = tmp_path / "grey"
+    assert greys(grey_tiff(path, deep, 16)) == [0, 1, 127, 255]
+    assert greys(grey_tiff(path, deep, 16, meaning=0)) == [255, 254, 128, 0], "zero is white"
+    assert greys(grey_tiff(path, bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00]), 12)) == [0, 128, 255, 0]
+    path.write_bytes(b"P5 4 1 65535\n" + deep.astype(">u2").tobytes())
+    assert greys(path) == [0, 1, 127, 255]
+    path.write_bytes(b"P5 2 1 1023\n" + np.array([0, 1023], ">u2").tobytes())
+    assert greys(path) == [0, 255]
+    assert greys(saved(tmp_path, Image.fromarray(deep[None]))) == [0, 1, 127, 255]
+    assert greys(saved(tmp_path, Image.fromarray(deep[None]), transparency=257)) == [0, 255, 127, 255], "a hidden grey"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("float", "floats"), ("PFM", "floats"), ("32 bits", "whole numbers of 32 bits"),
+        ("signed 32 bits", "signed numbers"), ("signed 16 bits", "signed numbers"), ("signed 8 bits", "signed numbers"),
+    ],
+)  # fmt: skip
+def test_values_without_a_known_black_and_white_are_refused_and_not_turned_black(tmp_path, kind, said):
+    path, values = tmp_path / "grey", np.linspace(0, 1, 8, dtype=np.float32)
+    whole = np.arange(8, dtype=np.int32) * 9
+    if kind == "float":
+        grey_tiff(path, values, 32, kind=3)
+    elif kind == "PFM":
+        path.write_bytes(b"Pf\n8 1\n-1.0\n" + values.tobytes())
+    elif kind == "32 bits":
+        grey_tiff(path, whole, 32)
+    else:
+        bits = int(kind.split()[1])
+        grey_tiff(path, whole.astype(f"int{bits}"), bits, kind=2)
+    with pytest.raises(MediaError, match=f"its values are {said}, .*; save it with 8 or 16 unsigned bits a channel"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_a_picture_of_every_mode_that_a_tiff_file_may_have_shows_what_was_saved(tmp_path, mode):
+    black_and_white = Image.fromarray(np.array([[0, 255]], np.uint8))
+    if mode == "I;16":
+        black_and_white = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    path = saved(tmp_path, black_and_white.convert(mode), "picture.tif")
+    assert Image.open(path).mode == mode
+    assert greys(path) == [0, 255]
 
 
 def test_the_first_picture_of_an_animation_is_read(tmp_path):
