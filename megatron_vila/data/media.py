@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 
@@ -24,6 +25,8 @@ MAX_SIDE = 65_535
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif")
 """FFmpeg's names of the containers that are read. ``mov`` is also mp4 and 3gp, ``matroska`` also WebM, ``asf`` also wmv."""
+
+_CONTAINERS = "mp4, mov, 3gp, mkv, WebM, avi, MPEG transport and program streams, flv, asf/wmv, ogg, gif"
 
 LARGEST_BLOCK = 2**28 + 2**24
 """Bytes of the largest block of memory that FFmpeg may ask for: a plane of four bytes a pixel, and an index of 12 million frames.
@@ -82,6 +85,9 @@ def errors_of(path: str | os.PathLike, failure: str) -> Iterator[None]:
         raise
     except av.error.ExitError as error:
         raise MediaError(path, f"{failure}: it took longer than {TIME_LIMIT_S:.0f} s") from error
+    except av.error.BlockingIOError as error:
+        # What the reader of transport streams gives after 64 KiB without the byte that begins a packet.
+        raise MediaError(path, f"{failure}: a stretch of it holds no packet (a hole, or overwritten bytes)") from error
     except Exception as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(path, f"{failure}: {text}") from error
@@ -128,7 +134,7 @@ def open_video(path: str | os.PathLike) -> tuple[av.container.InputContainer, av
     """
     descriptor = open_regular(path)
     try:
-        with errors_of(path, "not a video that can be read"):
+        with errors_of(path, "not a video that can be read"), _container_told(path):
             container = av.open(
                 "fd:",
                 container_options={
@@ -148,6 +154,20 @@ def open_video(path: str | os.PathLike) -> tuple[av.container.InputContainer, av
     except BaseException:
         container.close()
         raise
+
+
+@contextlib.contextmanager
+def _container_told(path: str | os.PathLike) -> Iterator[None]:
+    """Say which containers are read where FFmpeg knows the format of a file and it is none of them: "Invalid argument" to it."""
+    try:
+        yield
+    except av.error.ArgumentError as error:
+        raise MediaError(
+            path,
+            f"not a video that can be read: its format is none of {_CONTAINERS}, or its header is damaged; "
+            f"`ffmpeg -i {shlex.quote(os.path.basename(path))} -c copy out.mp4` makes an mp4 of a video (without `-c copy` if "
+            "its codec cannot be copied)",
+        ) from error
 
 
 def _video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.VideoStream:

@@ -392,3 +392,37 @@ def test_a_video_is_shown_in_each_of_the_eight_orientations(tmp_path, matrix):
     expected = shown_by_hand(grey, a, b, c, d)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < 12
+
+
+def encoded(path, container, codec):
+    """A short video in the ``container`` (FFmpeg's name)."""
+    with av.open(str(path), "w", format=container) as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for grey in range(50):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * grey, np.uint8), format="rgb24")
+            out.mux(stream.encode(frame.reformat(format="yuv420p")))
+        out.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("h264", "libx264"), ("yuv4mpegpipe", "rawvideo"), ("nut", "mpeg4"), ("mxf", "mpeg2video"), ("ivf", "libvpx")],
+)
+def test_a_video_in_a_container_that_is_not_read_is_told_what_makes_it_one(tmp_path, container, codec):
+    path = encoded(tmp_path / "film.mp4", container, codec)
+    with pytest.raises(MediaError) as caught:
+        probe_video(path)
+    assert caught.value.reason.startswith("not a video that can be read: its format is none of mp4, mov, ")
+    assert "`ffmpeg -i film.mp4 -c copy out.mp4`" in caught.value.reason
+
+
+def test_a_hole_in_a_transport_stream_is_told_as_a_hole(tmp_path):
+    path = encoded(tmp_path / "film.ts", "mpegts", "mpeg2video")
+    packets = path.read_bytes()
+    middle = len(packets) // 376 * 188
+    path.write_bytes(packets[:middle] + bytes(2**18) + packets[middle:])
+    with pytest.raises(MediaError, match="a stretch of it holds no packet .a hole, or overwritten bytes."):
+        probe_video(path)
