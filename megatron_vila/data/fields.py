@@ -12,7 +12,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ _MEDIA_WORD = re.compile("video|image|frame|audio|clip|picture|photo|^(imgs?|med
 _CLIP_WORD = re.compile("clip|start|end|begin|range|span|segment")
 _BOUND_NAME = re.compile("(video|clip|segment|time|t)?(start|begin|end|finish|stop).*")
 _RANGE_NAME = re.compile("(video|clip|time)?(segment|range|span|interval|window|trim|cut)")
+_RATE_TEXT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?(/[0-9]{1,9})?")
 _TIME_TEXT = re.compile(r"[0-9]+([:.,][0-9]+)*s?")
 
 
@@ -105,9 +106,11 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
         if videos:
             raise RecordError(f"{where}, field '{name}': the record has a video as well; keep one of the two")
         videos = [_frames(value, f"{where}, field '{name}'", media_dir)]
-    clips = [_seconds(*take(known), len(videos), where) for known in (*_CLIP_NAMES, _FPS_NAMES)]
+    clips = [_of_each_video(*take(known), len(videos), _seconds, where) for known in _CLIP_NAMES]
+    rates = _of_each_video(*take(_FPS_NAMES), len(videos), _rate, where)
     videos = [
-        _cut(video, start_s, end_s, fps, where) for video, start_s, end_s, fps in zip(videos, *clips, strict=True)
+        _cut(video, start_s, end_s, fps, where)
+        for video, start_s, end_s, fps in zip(videos, *clips, rates, strict=True)
     ]
     name, system = take(_SYSTEM_NAMES)
     if system is not None and not isinstance(system, str):
@@ -206,8 +209,10 @@ def _frames(value: Any, where: str, media_dir: str) -> Media:
     return Media(os.path.dirname(pictures[0]), True, pictures=pictures)
 
 
-def _seconds(name: str, value: Any, videos: int, where: str) -> list[float | None]:
-    """One number for each video; a single one may stand without a list."""
+def _of_each_video(
+    name: str, value: Any, videos: int, read: Callable[[Any, str], float | None], where: str
+) -> list[float | None]:
+    """What ``read`` makes of the value for each video; a single one may stand without a list."""
     where = f"{where}, field '{name}'"
     if value is None:
         return [None] * videos
@@ -218,20 +223,36 @@ def _seconds(name: str, value: Any, videos: int, where: str) -> list[float | Non
     values = value if isinstance(value, list) else [value]
     if len(values) != videos:
         raise RecordError(f"{where}: {len(values)} values for {videos} videos; give a list with one for each video")
-    for number in values:
-        if number is None:
-            continue
-        # A whole number of a thousand digits is no float, and comparing it with one raises.
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1e12:
-            raise RecordError(f"{where}: must be a number of 0 or more, found {shown(number)}")
-    return [None if number is None else float(number) for number in values]
+    return [None if _is_empty(one) else read(one, where) for one in values]
+
+
+def _seconds(value: Any, where: str) -> float:
+    if not _is_number(value):
+        raise RecordError(f"{where}: must be a number of seconds, 0 or more, found {shown(value)}")
+    return float(value)
+
+
+def _rate(value: Any, where: str) -> float | None:
+    """Frames per second of a number or a fraction such as "30000/1001", which ffprobe writes; 0 and "0/0" say that it is not
+    known."""
+    if isinstance(value, str) and _RATE_TEXT.fullmatch(value.strip()):
+        above, _, below = value.partition("/")
+        value = float(above) / float(below or 1) if float(below or 1) else 0
+    if not _is_number(value):
+        raise RecordError(
+            f'{where}: must be a rate as 30, 29.97 or "30000/1001", or 0 where it is not known, found {shown(value)}'
+        )
+    return float(value) or None
+
+
+def _is_number(value: Any) -> bool:
+    # A whole number of a thousand digits is no float, and comparing it with one raises.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e12
 
 
 def _cut(video: Media, start_s: float | None, end_s: float | None, fps: float | None, where: str) -> Media:
     if start_s is not None and end_s is not None and start_s >= end_s:
         raise RecordError(f"{where}: the clip of {shown(video.path)} starts at {start_s:g} s and ends at {end_s:g} s")
-    if fps == 0:
-        raise RecordError(f"{where}, field 'fps': must be above 0")
     return Media(video.path, True, start_s, end_s, fps, video.pictures)
 
 

@@ -79,16 +79,19 @@ def test_each_of_several_videos_has_its_own_clip():
     ("fields", "complaint"),
     [
         ({"start": 3, "end": 3}, "the clip of '/m/a.mp4' starts at 3 s and ends at 3 s"),
-        ({"start": -1}, "field 'start': must be a number of 0 or more, found -1"),
-        ({"end": "0:30"}, "field 'end': must be a number of 0 or more, found '0:30'"),
-        ({"end": True}, "field 'end': must be a number of 0 or more, found True"),
-        ({"end": float("nan")}, "field 'end': must be a number of 0 or more, found nan"),
-        ({"end": float("inf")}, "field 'end': must be a number of 0 or more, found inf"),
-        ({"end": 10**300}, "field 'end': must be a number of 0 or more"),
+        ({"start": -1}, "field 'start': must be a number of seconds, 0 or more, found -1"),
+        ({"end": "0:30"}, "field 'end': must be a number of seconds, 0 or more, found '0:30'"),
+        ({"end": True}, "field 'end': must be a number of seconds, 0 or more, found True"),
+        ({"end": float("nan")}, "field 'end': must be a number of seconds, 0 or more, found nan"),
+        ({"end": float("inf")}, "field 'end': must be a number of seconds, 0 or more, found inf"),
+        ({"end": 10**300}, "field 'end': must be a number of seconds, 0 or more"),
         ({"start": [1, 2]}, "field 'start': 2 values for 1 videos"),
         ({"video": ["a.mp4", "b.mp4"], "start": 3}, "field 'start': 1 values for 2 videos"),
         ({"video": None, "start": 3}, "field 'start': the record has no video to take a clip of"),
-        ({"fps": 0}, "field 'fps': must be above 0"),
+        ({"fps": -1}, "field 'fps': must be a rate as 30, 29.97 or \"30000/1001\", or 0 where it is not known, found -1"),
+        ({"fps": "fast"}, "field 'fps': must be a rate"),
+        ({"fps": "1/2/3"}, "field 'fps': must be a rate"),
+        ({"fps": [25, 30]}, "field 'fps': 2 values for 1 videos"),
     ],
 )  # fmt: skip
 def test_a_clip_that_cannot_be_meant_is_refused(fields, complaint):
@@ -113,6 +116,18 @@ def test_pictures_in_a_list_are_the_frames_of_one_video_in_their_order():
     assert "'/m/b.mp4' is no picture by its name" in refused(frames=["f/1.jpg", "b.mp4"])
     assert "must be a path or a list of paths, found 0" in refused(frames=[0, 8, 16])
     assert "a video of pictures needs at least one" in refused(video=[[]])
+
+
+@pytest.mark.parametrize(
+    ("written", "fps"),
+    [
+        (25, 25.0), ("25", 25.0), ("29.97", 29.97), ("30/1", 30.0), ("30000/1001", 30000 / 1001), ([" 30/1"], 30.0),
+        (0, None), (0.0, None), ("0/0", None), ("0", None), (None, None), ("", None), ([""], None), ([None], None),
+    ],
+)  # fmt: skip
+def test_a_rate_is_a_number_or_a_fraction_and_none_where_it_is_not_known(written, fps):
+    assert [medium.fps for medium in read(video="a.mp4", fps=written).media] == [fps]
+    assert [medium.fps for medium in read(frames="f", video_fps=written).media] == [fps]
 
 
 def test_an_image_that_is_a_video_by_its_name_is_refused_and_a_gif_is_a_picture():
