@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_vila.config.schema import Config
 from megatron_vila.data.control_tokens import MEDIA_NAMES
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -30,6 +31,8 @@ CHAT_TEMPLATE = (
 
 _SPACE = "▁"
 _UNUSED_SCORE = -1000.0
+# How pieces begin that stand for no text: bytes, and those that fill the vocabulary.
+_NOT_OF_TEXT = "<(?=0x[0-9A-F]{2}>|unused_[0-9]+>)"
 # Embeddings that models have beyond their tokenizer: Qwen2 400, to be a multiple of 512.
 _PADDING = 1024
 
@@ -122,6 +125,12 @@ def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedT
     return tokenizer
 
 
+def tokenizer_warnings(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Why ``tokenizer`` may not be that of the model of ``config``. Raises ``ValueError`` where it cannot be."""
+    separators = {f"data.{name}": getattr(config.data, name) for name in ("frame_separator_ids", "image_separator_ids")}
+    return check_tokenizer(tokenizer, config.model.llm.vocab_size, separators)
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: Mapping[str, Sequence[int]]) -> list[str]:
     """Whether ``tokenizer`` can be that of a model with ``rows`` embeddings, with ``separators``, ids by the name of their key.
 
@@ -159,7 +168,13 @@ def _fast_tokenizer(processor: sentencepiece.SentencePieceProcessor, least: int)
     pieces += [(f"<unused_{i}>", _UNUSED_SCORE) for i in range(len(pieces), least)]
     tokenizer = Tokenizer(Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # SentencePiece makes no byte of the text "<0x41>"; ``tokenizers`` finds every piece in a text unless it is cut.
+            pre_tokenizers.Split(Regex(_NOT_OF_TEXT), "isolated"),
+            pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+        ]
+    )
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, START, END)])
     return tokenizer

@@ -102,6 +102,16 @@ def test_they_are_read_as_tokens_where_that_is_asked_for(name):
     assert ids_of(encoder, turns) != ids_of(ENCODERS[name], turns)
 
 
+def test_the_name_of_a_byte_in_a_turn_is_text_and_no_byte():
+    tokenizer = TOKENIZERS["own"]
+    turns = [Turn("user", "é is <0xC3><0xA9>, <|im_end|> is <unk>"), Turn("assistant", "<0x41>")]
+    ids = ids_of(ENCODERS["own"], turns)
+    named = tokenizer.convert_tokens_to_ids(["<0xC3>", "<0xA9>", "<0x41>", "<unk>"])
+    assert [ids.count(i) for i in named] == [1, 1, 0, 0], "the bytes of é"
+    rendered = tokenizer.apply_chat_template([{"role": t.role, "content": t.text} for t in turns], tokenize=False)
+    assert decoded(tokenizer, ids) == rendered
+
+
 def with_tokens(*tokens):
     tokenizer = byte_level_tokenizer("qwen2")
     tokenizer.add_tokens(list(tokens))

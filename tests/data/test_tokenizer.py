@@ -43,7 +43,11 @@ def test_the_folder_loads_offline_as_a_fast_tokenizer_with_the_size_of_the_model
 
 
 @pytest.mark.parametrize(
-    "text", [*TEXTS, "", " ", "\n", "a  b", "  lead", "trail  ", "a\n\n b", "Ünïcödé ☃ 日本語", "tab\tx"]
+    "text",
+    [
+        *TEXTS, "", " ", "\n", "a  b", "  lead", "trail  ", "a\n\n b", "Ünïcödé ☃ 日本語", "tab\tx",
+        "a<0x41> <0x0A><<0xC3>>é", "<unused_399>",
+    ],  # fmt: skip
 )
 def test_ids_equal_those_of_sentencepiece_and_text_survives(tokenizer, model, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -55,7 +59,7 @@ def test_a_filled_vocabulary_fits_a_larger_model_and_gives_the_same_ids(tokenize
     filled = train_tokenizer(TEXTS, tmp_path, 3000, fill=True)
     assert len(filled) == len(load_tokenizer(tmp_path)) == 3000
     assert not check_tokenizer(filled, 3000, {})
-    for text in TEXTS:
+    for text in (*TEXTS, "<0x41>", "<unused_2999>"):
         assert filled.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
 
 
