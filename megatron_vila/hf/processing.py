@@ -12,27 +12,34 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vila.data.chat import Segment, assemble, own_start
 from megatron_vila.data.control_tokens import control_tokens
-from megatron_vila.data.images import as_rgb, load_image, preprocess
-from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, escape, place_media
+from megatron_vila.data.images import preprocess
+from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, place_media
 from megatron_vila.data.row import Document, FrameRef
-from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.signs import MEDIUM, markers_of, with_signs, without_signs
 from megatron_vila.data.template import NAMED, render, with_clock
 from megatron_vila.data.text_rules import DEFAULT_CLOCK, TextRules
-from megatron_vila.data.video import decode_video_frames, probe_video
 from megatron_vila.hf.configuration import VilaConfig
+from megatron_vila.hf.given_media import (
+    is_empty,
+    is_image,
+    is_video,
+    of_each_conversation,
+    of_each_text,
+    read_frames,
+    read_picture,
+    text_and_media,
+)
 from megatron_vila.hf.modeling import local_folder
 
 _logger = logging.getLogger(__name__)
@@ -171,14 +178,14 @@ class VilaProcessor(ProcessorMixin):
             for one in ([text] if isinstance(text, str) else text)
         ]
         frames = (num_frames or self.num_frames, self.fps if fps is None else fps, self.fps_rule)
-        only_videos = videos is not None and _is_empty(images)
+        only_videos = videos is not None and is_empty(images)
         kinds = [[VIDEO if only_videos else marker for marker in markers_of(one)] for one in texts]
-        images_of = _share(images, [markers.count(IMAGE) for markers in kinds], _is_image, IMAGE)
-        videos_of = _share(videos, [markers.count(VIDEO) for markers in kinds], _is_video, VIDEO)
+        images_of = of_each_text(images, [markers.count(IMAGE) for markers in kinds], is_image, IMAGE)
+        videos_of = of_each_text(videos, [markers.count(VIDEO) for markers in kinds], is_video, VIDEO)
         rows, pictures = [], []
         for one, markers, own_images, own_videos in zip(texts, kinds, images_of, videos_of, strict=True):
             queues = {IMAGE: iter(own_images), VIDEO: iter(own_videos)}
-            media = [_frames(next(queues[m]), *frames) if m == VIDEO else [_picture(next(queues[m]))] for m in markers]
+            media = [read_frames(next(queues[m]), *frames) if m == VIDEO else [read_picture(next(queues[m]))] for m in markers]
             rows.append(self._token_ids(one, [(m == VIDEO, len(p)) for m, p in zip(markers, media, strict=True)]))
             pictures += [preprocess(own, self.image_size, self.image_aspect) for own in media]
         inputs = self._pad(rows, padding)
@@ -217,8 +224,8 @@ class VilaProcessor(ProcessorMixin):
         several = not isinstance(conversation[0], Mapping)
         conversations = list(conversation) if several else [conversation]
         given = [
-            _per_conversation(media, is_one, several, len(conversations))
-            for media, is_one in ((images, _is_image), (videos, _is_video))
+            of_each_conversation(media, is_one, several, len(conversations))
+            for media, is_one in ((images, is_image), (videos, is_video))
         ]
         placed = [
             self._place(one, *own, known=tokenize or images is not None or videos is not None)
@@ -259,7 +266,7 @@ class VilaProcessor(ProcessorMixin):
         self, messages: Sequence[Mapping[str, Any]], images: list[Any], videos: list[Any], known: bool
     ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
         """Messages with signs where media stand, and the media. Where these are not ``known`` yet, markers tell their number."""
-        contents, *in_parts = _flatten(messages)
+        contents, *in_parts = text_and_media(messages)
         if any(in_parts):
             if images or videos:
                 raise ValueError("media stand both in the messages and in images or videos; give them in one place")
@@ -315,127 +322,3 @@ def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBa
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, local_files_only=True)
-
-
-def _flatten(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Any], list[Any]]:
-    """The contents of messages as texts with markers, and the images and videos that stand in them as parts.
-
-    Beside such parts markers in texts are words.
-    """
-    contents = [message.get("content") or "" for message in messages]
-    has_media = any(part.get("type") != "text" for content in contents if not isinstance(content, str) for part in content)
-    images: list[Any] = []
-    videos: list[Any] = []
-    texts = []
-    for message, content in zip(messages, contents, strict=True):
-        human = message["role"] == "user"
-        text = ""
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part.get("type") == "text":
-                text += escape(part["text"]) if has_media and human else part["text"]
-                continue
-            medium, marker = _medium(part)
-            if not human:
-                raise ValueError(f"a message of role {message['role']!r} holds {marker}; media belong to the role 'user'")
-            (images if marker == IMAGE else videos).append(medium)
-            text += marker
-        texts.append(text)
-    return texts, images, videos
-
-
-def _medium(part: Mapping[str, Any]) -> tuple[Any, str]:
-    """The medium in a part of a message, and its marker."""
-    kind = part.get("type")
-    if kind not in ("image", "video"):
-        raise ValueError(f"a part of a message has type {kind!r}; use text, image or video")
-    medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-    if medium is None:
-        raise ValueError(f"a part of type {kind} names no {kind}: give it under the key {kind!r}")
-    return medium, IMAGE if kind == "image" else VIDEO
-
-
-def _per_conversation(media: Any, is_one: Callable[[Any], bool], several: bool, count: int) -> list[list[Any]]:
-    """The media of each of ``count`` conversations: of a single one they are one medium or a list."""
-    if media is None:
-        return [[] for _ in range(count)]
-    if not several:
-        return [[media] if is_one(media) else list(media)]
-    if not isinstance(media, list | tuple) or len(media) != count:
-        raise ValueError(f"give a list of media for each of the {count} conversations")
-    return [list(own) for own in media]
-
-
-def _share(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool], marker: str) -> list[list[Any]]:
-    """The media of each text, from one medium, one list for all texts, or a list per text."""
-    if media is None:
-        media = []
-    elif is_one(media):
-        media = [media]
-    per_text = len(media) == len(counts) and all(isinstance(own, list | tuple) and not is_one(own) for own in media)
-    if per_text:
-        shared = [list(own) for own in media]
-    else:
-        ends = np.cumsum(counts).tolist()
-        shared = [list(media[end - count : end]) for end, count in zip(ends, counts, strict=True)]
-    given = [len(own) for own in shared] if per_text else [len(media)]
-    if given != (list(counts) if per_text else [sum(counts)]):
-        raise ValueError(
-            f"the texts hold {list(counts)} markers {marker} for {given} media; one marker stands for one medium"
-        )
-    wrong = next((own for own in _chain(shared) if not is_one(own)), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{type(wrong).__name__} {getattr(wrong, 'shape', '')} cannot stand for {marker}; give a path, a PIL picture or a "
-            "uint8 array (for a video: a path, a list of pictures or an array of frames)"
-        )
-    return shared
-
-
-def _is_empty(media: Any) -> bool:
-    return media is None or (
-        isinstance(media, list | tuple) and all(isinstance(o, list | tuple) and not o for o in media)
-    )
-
-
-def _chain(lists: Iterable[list[Any]]) -> Iterable[Any]:
-    return (one for own in lists for one in own)
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike | Image.Image) or getattr(value, "ndim", 0) == 3
-
-
-def _is_video(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in value)
-    return isinstance(value, str | os.PathLike) or getattr(value, "ndim", 0) == 4
-
-
-def _frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Image.Image]:
-    if isinstance(video, str | os.PathLike):
-        info = probe_video(_path(video))
-        return decode_video_frames(info.path, sample_frame_indices(info, num_frames, fps, rule), info)
-    return [_picture(frame) for frame in video]
-
-
-def _picture(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return as_rgb(image)
-    if isinstance(image, str | os.PathLike):
-        return load_image(_path(image))
-    array = np.asarray(image)
-    if array.shape[-1] != 3 and array.shape[0] == 3:
-        array = array.transpose(1, 2, 0)
-    if array.dtype != np.uint8 or array.shape[-1] != 3:
-        raise ValueError(
-            f"a picture is an array of {array.dtype} {list(array.shape)}; give uint8 values 0 to 255 as [H, W, 3] or [3, H, W]"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _path(path: str | os.PathLike) -> str:
-    """A local path. Raises ``ValueError`` for a network address."""
-    name = os.fspath(path)
-    if "://" in name:
-        raise ValueError(f"{name} is a network address; download the file and give its path")
-    return str(Path(name))

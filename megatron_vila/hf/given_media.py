@@ -1,0 +1,154 @@
+"""The media that a caller gives the processor: in which forms, to which text each belongs, and as pictures.
+
+An image is a path, a PIL picture or a uint8 array [H, W, 3] or [3, H, W]; a video is a path, a list of pictures or a uint8 array
+[N, H, W, 3] or [N, 3, H, W].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_vila.data.images import as_rgb, load_image
+from megatron_vila.data.placement import IMAGE, VIDEO, escape
+from megatron_vila.data.sampling import sample_frame_indices
+from megatron_vila.data.video import decode_video_frames, probe_video
+
+
+def text_and_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Any], list[Any]]:
+    """The contents of messages as texts with markers, and the images and videos that stand in them as parts.
+
+    Beside such parts markers in texts are words. Raises ``ValueError`` for a part of another type, without its medium, or of
+    another role than ``user``.
+    """
+    contents = [message.get("content") or "" for message in messages]
+    has_media = any(part.get("type") != "text" for content in contents if not isinstance(content, str) for part in content)
+    images: list[Any] = []
+    videos: list[Any] = []
+    texts = []
+    for message, content in zip(messages, contents, strict=True):
+        human = message["role"] == "user"
+        text = ""
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part.get("type") == "text":
+                text += escape(part["text"]) if has_media and human else part["text"]
+                continue
+            medium, marker = _medium(part)
+            if not human:
+                raise ValueError(f"a message of role {message['role']!r} holds {marker}; media belong to the role 'user'")
+            (images if marker == IMAGE else videos).append(medium)
+            text += marker
+        texts.append(text)
+    return texts, images, videos
+
+
+def _medium(part: Mapping[str, Any]) -> tuple[Any, str]:
+    """The medium in a part of a message, and its marker."""
+    kind = part.get("type")
+    if kind not in ("image", "video"):
+        raise ValueError(f"a part of a message has type {kind!r}; use text, image or video")
+    medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+    if medium is None:
+        raise ValueError(f"a part of type {kind} names no {kind}: give it under the key {kind!r}")
+    return medium, IMAGE if kind == "image" else VIDEO
+
+
+def of_each_conversation(media: Any, is_one: Callable[[Any], bool], several: bool, count: int) -> list[list[Any]]:
+    """The media of each of ``count`` conversations: of a single one they are one medium or a list. Raises ``ValueError``."""
+    if media is None:
+        return [[] for _ in range(count)]
+    if not several:
+        return [[media] if is_one(media) else list(media)]
+    if not isinstance(media, list | tuple) or len(media) != count:
+        raise ValueError(f"give a list of media for each of the {count} conversations")
+    return [list(own) for own in media]
+
+
+def of_each_text(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool], marker: str) -> list[list[Any]]:
+    """The media of each text, from one medium, one list for all texts, or a list per text; ``counts`` are the texts' markers.
+
+    Raises ``ValueError`` for media that do not fit the markers and for what is no medium.
+    """
+    if media is None:
+        media = []
+    elif is_one(media):
+        media = [media]
+    per_text = len(media) == len(counts) and all(isinstance(own, list | tuple) and not is_one(own) for own in media)
+    if per_text:
+        shared = [list(own) for own in media]
+    else:
+        ends = np.cumsum(counts).tolist()
+        shared = [list(media[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    given = [len(own) for own in shared] if per_text else [len(media)]
+    if given != (list(counts) if per_text else [sum(counts)]):
+        raise ValueError(
+            f"the texts hold {list(counts)} markers {marker} for {given} media; one marker stands for one medium"
+        )
+    wrong = next((own for own in _chain(shared) if not is_one(own)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{type(wrong).__name__} {getattr(wrong, 'shape', '')} cannot stand for {marker}; give a path, a PIL picture or a "
+            "uint8 array (for a video: a path, a list of pictures or an array of frames)"
+        )
+    return shared
+
+
+def is_empty(media: Any) -> bool:
+    """Whether ``media`` hold none, for any text."""
+    return media is None or (
+        isinstance(media, list | tuple) and all(isinstance(o, list | tuple) and not o for o in media)
+    )
+
+
+def _chain(lists: Iterable[list[Any]]) -> Iterable[Any]:
+    return (one for own in lists for one in own)
+
+
+def is_image(value: Any) -> bool:
+    """Whether ``value`` has the form of one image."""
+    return isinstance(value, str | os.PathLike | Image.Image) or getattr(value, "ndim", 0) == 3
+
+
+def is_video(value: Any) -> bool:
+    """Whether ``value`` has the form of one video."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in value)
+    return isinstance(value, str | os.PathLike) or getattr(value, "ndim", 0) == 4
+
+
+def read_frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Image.Image]:
+    """The frames of a video as RGB pictures: of a file as ``sample_frame_indices`` chooses them, else all. Raises ``MediaError``,
+    ``ValueError``."""
+    if isinstance(video, str | os.PathLike):
+        info = probe_video(_path(video))
+        return decode_video_frames(info.path, sample_frame_indices(info, num_frames, fps, rule), info)
+    return [read_picture(frame) for frame in video]
+
+
+def read_picture(image: Any) -> Image.Image:
+    """An image as an RGB picture. Raises ``MediaError`` for a file, ``ValueError`` for an array or picture that cannot be one."""
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    if isinstance(image, str | os.PathLike):
+        return load_image(_path(image))
+    array = np.asarray(image)
+    if array.shape[-1] != 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.dtype != np.uint8 or array.shape[-1] != 3:
+        raise ValueError(
+            f"a picture is an array of {array.dtype} {list(array.shape)}; give uint8 values 0 to 255 as [H, W, 3] or [3, H, W]"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _path(path: str | os.PathLike) -> str:
+    """A local path. Raises ``ValueError`` for a network address."""
+    name = os.fspath(path)
+    if "://" in name:
+        raise ValueError(f"{name} is a network address; download the file and give its path")
+    return str(Path(name))
