@@ -18,8 +18,10 @@ from megatron_vila.config.memory import Device, describe_memory
 from megatron_vila.config.schema import Config
 from megatron_vila.config.validate import validate
 from megatron_vila.data.chat import describe
+from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.records import report_bad_records
+from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.explain.text import console
 from megatron_vila.models.lora import FACTORS
 from megatron_vila.training.checkpoint import read_info, resolve_checkpoint
@@ -27,7 +29,7 @@ from megatron_vila.training.checkpoint_files import check_files, read_state
 from megatron_vila.training.checkpoint_folder import newest_first
 from megatron_vila.training.checkpoint_io import CheckpointError
 from megatron_vila.training.checkpoint_tensors import StoredTensors
-from megatron_vila.training.feed import open_dataset, tokenizer_warnings
+from megatron_vila.training.feed import open_dataset
 from megatron_vila.training.resume import changes, kept_settings, settings_of
 
 SETS = ("train", "eval")
@@ -38,8 +40,9 @@ logger = logging.getLogger(__name__)
 def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str] | None = None) -> None:
     """Check ``config`` for ``world_size`` ranks on ``device``s and print what was found.
 
-    ``show`` lists samples to print: ``N`` of data.train, ``eval:N`` of data.eval; None: the first of each. Raises
-    ``ConfigError``, ``CheckpointError`` or ``NoUsableSampleError`` with the cure for the first thing that does not fit.
+    ``show`` lists samples to print, whose pixels are read too: ``N`` of data.train, ``eval:N`` of data.eval; None: the first of
+    each, without its pixels. Raises ``ConfigError``, ``CheckpointError`` or ``NoUsableSampleError`` with the cure for the first
+    thing that does not fit.
     """
     wanted = [_parse(text, config) for text in show or []]
     warnings = validate(config, world_size, device=device)
@@ -60,24 +63,33 @@ def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str]
             if dataset.records.bad:
                 print(report_bad_records(dataset.records.bad, len(dataset)))
             for index in indices:
-                print(describe_sample(dataset, name, index))
+                print(describe_sample(dataset, name, index, decode=bool(wanted)))
     found = "everything fits together" if not warnings else f"it can start; see the {len(warnings)} warning(s) above"
     print(f"dry run for {world_size} ranks: {found}")
 
 
-def describe_sample(dataset: VilaDataset, name: str, index: int) -> str:
-    """Sample ``index`` of data.``name`` as the model sees it, with what was done to make it fit. Raises ``ConfigError`` if there
-    is no such sample."""
+def describe_sample(dataset: VilaDataset, name: str, index: int, decode: bool) -> str:
+    """Sample ``index`` of data.``name`` as the model sees it, with what was done to make it fit; or why it cannot be used, and in
+    training the one that takes its place. Pixels are read where ``decode`` says so.
+
+    Raises ``ConfigError`` if there is no such sample, ``NoUsableSampleError`` if there is no good one in its place.
+    """
     if index >= len(dataset):
         raise ConfigError(f"command line: --show {index} is not in data.{name}, which has samples 0 to {len(dataset) - 1}")
-    choice = dataset.choose(index)
-    notes = [f"sample {broken} is broken: {reason}" for broken, reason in choice.found.items()]
-    if choice.replaced:
-        notes.append(f"sample {index} ({choice.replaced.replace('_', ' ')}) is replaced by sample {choice.index}")
+    problem = problem_of(dataset, index, dataset.data.image_aspect, decode)
+    lines = [f"number {index}:"]
+    if problem is not None:
+        fate = "an evaluation leaves it out" if name == "eval" else "a run takes the next good sample in its place"
+        kind = problem.kind.replace("_", " ")
+        lines = [f"number {index} cannot be used ({kind}): {problem.reason}", f"({fate})"]
+    choice = dataset.choose(index, {index: problem.reason} if problem else None)
+    if problem is not None and name == "eval":
+        return "\n".join(lines)
+    if choice.index != index:
+        lines.append(f"number {choice.index}, in its place:")
     if choice.dropped_frames:
-        notes.append(f"{choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={dataset.seq_length}")
-    shown = describe(choice.document, dataset.encoder.tokenizer)
-    return "\n".join([f"number {index}:", *(f"({note})" for note in notes), shown])
+        lines.append(f"({choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={dataset.seq_length})")
+    return "\n".join([*lines, describe(choice.document, dataset.encoder.tokenizer)])
 
 
 def describe_start(config: Config) -> str:

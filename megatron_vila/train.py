@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from megatron_vila.training.stop import StopRequest
     from megatron_vila.training.watch import Watch
 
+_SAMPLE = re.compile("([a-z]+:)?[0-9]+")
+
 
 def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: None) -> int:
     """Returns the exit code. ``before_parting`` is the last that may take time: then this rank lets the others end."""
@@ -32,8 +35,8 @@ def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: 
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked before training, then exit")
     parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: one replica)")
     parser.add_argument("--gpu", help="GPU that a dry run plans for: h100, h200 ... or e.g. 80GB (default: this machine's)")
-    parser.add_argument("--show", action="append", metavar="N", help="sample N of data.train, or eval:N, to show in a dry run")
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_argument("--show", action="append", metavar="N", help="samples N of data.train, or eval:N, to show in a dry run")
+    options = parser.parse_intermixed_args(_each_shown(arguments))
     rank = int(os.environ.get("RANK", 0))
     parent.end_with_parent()
     # Other packages' warnings concern their developers; ours go through logging.
@@ -53,6 +56,19 @@ def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: 
         return _run(options, rank, before_parting)
     except BaseException as error:
         return failures.report(error)
+
+
+def _each_shown(arguments: Sequence[str]) -> list[str]:
+    """``--show 0 eval:1`` as ``--show 0 --show eval:1``. To argparse the second number is an override; if it takes several values
+    for an option, the overrides behind them are numbers too."""
+    spread, follows = [], False
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if follows and _SAMPLE.fullmatch(word) and before != "--show":
+            spread.append("--show")
+        else:
+            follows = before == "--show" or word == "--show" or word.startswith("--show=")
+        spread.append(word)
+    return spread
 
 
 def _busy(text: str) -> contextlib.AbstractContextManager:

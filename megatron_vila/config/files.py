@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_vila.config.schema import Config
+from megatron_vila.config.schema import Config, DataConfig
 
 
 def file_problems(config: Config) -> Iterable[str]:
@@ -16,12 +16,7 @@ def file_problems(config: Config) -> Iterable[str]:
     data = config.data
     if not data.train:
         yield "data.train is empty: there is nothing to train on; set data.train=[samples.json] (docs/configuration.md)"
-    for name in ("train", "eval"):
-        for path in getattr(data, name):
-            if problem := _unreadable(path):
-                yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
-    if data.media_dir and not _is_folder(data.media_dir):
-        yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
+    yield from data_file_problems(data)
     yield from tokenizer_problems(data.tokenizer, data.template)
     load = config.checkpoint.load
     if load and not _is_folder(load):
@@ -32,6 +27,16 @@ def file_problems(config: Config) -> Iterable[str]:
             "one (tools/convert_checkpoint.py import makes one of a Hugging Face folder)"
         )
     yield from _output_problems(config.train.output)
+
+
+def data_file_problems(data: DataConfig) -> Iterable[str]:
+    """Those of ``file_problems`` that concern the files of samples and the folder of their media."""
+    for name in ("train", "eval"):
+        for path in getattr(data, name):
+            if problem := _unreadable(path):
+                yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
+    if data.media_dir and not _is_folder(data.media_dir):
+        yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
 
 
 def _output_problems(folder: str) -> Iterable[str]:

@@ -196,3 +196,20 @@ def _stage_parameters(config: Config) -> tuple[int, int]:
     return pictures + first, pictures_trained + learns * optim.llm.trainable
 
 
+def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
+    """The setting that shrinks the largest part of ``estimate``."""
+    biggest = max(vars(estimate), key=lambda name: getattr(estimate, name))
+    if biggest == "llm_activations":
+        more = "raise parallel.ring or parallel.ulysses, or shorten train.seq_length"
+        if config.memory.recompute == "none":
+            return f"set memory.recompute=attention_output, {more}"
+        return f"raise memory.offload_gib or memory.block_layers, {more}"
+    if biggest == "vision_activations":
+        more = "lower data.num_frames or raise parallel.ring"
+        return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
+    if biggest == "workspace":
+        tile = "lower memory.mlp_tile, or shorten train.seq_length" if config.memory.mlp_tile else "set memory.mlp_tile=8192"
+        return tile + ", or encode fewer frames at once (model.vision.frame_micro_batch)" * config.optim.vision.trainable
+    if biggest == "optimizer":
+        return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
+    return "raise parallel.tp or parallel.pp"

@@ -5,20 +5,20 @@ Pure checks on the configuration, the file system and the device's size; nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from megatron_vila.config.bounds import MOST_RANKS, size_problems, text_problems, value_of
-from megatron_vila.config.files import file_problems
+from megatron_vila.config.files import data_file_problems, file_problems, tokenizer_problems
 from megatron_vila.config.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.memory import (
     GIB,
     Device,
-    MemoryEstimate,
     device_here,
     estimate_memory,
     host_memory,
+    memory_cure,
     state_on_host,
 )
 from megatron_vila.config.schema import Config
@@ -82,6 +82,9 @@ ABOVE_ZERO = {
 LORA_NAMES = {"targets": ("qkv", "proj", "fc1", "fc2"), "also_train": ("embeddings", "norms")}
 """What the lists of ``model.lora`` may name, each once."""
 
+_OF_SAMPLES = ("data.", "model.", "train.seq_length")
+"""How the keys begin that decide how samples are read and how many tokens they become."""
+
 BF16_ONLY_KERNELS = ("fa4", "cudnn", "flash2")
 
 
@@ -108,9 +111,7 @@ def validate(config: Config, world_size: int, check_files: bool = True, device: 
             problems += _host_problems(config, world_size)
     if check_files:
         problems += file_problems(config)
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
+    _raise(problems)
     warnings = [*_length_warnings(config), *_grid_warnings(config, world_size)]
     if check_files and config.train.eval_every and not config.data.eval:
         warnings.append(f"train.eval_every={config.train.eval_every}, but data.eval is empty: nothing is evaluated")
@@ -119,6 +120,26 @@ def validate(config: Config, world_size: int, check_files: bool = True, device: 
     if device is not None:
         warnings += _memory_warnings(config, world_size, device)
     return warnings
+
+
+def validate_data(config: Config) -> None:
+    """Check the settings by which samples are read as ``validate`` checks them; data.train and data.tokenizer may be empty.
+
+    Raises ``ConfigError`` that lists all problems at once.
+    """
+    problems = [p for p in value_problems(config) if p.startswith(_OF_SAMPLES)]
+    if not problems:
+        problems += [p for p in _shape_problems(config) if p.startswith(_OF_SAMPLES)]
+    problems += data_file_problems(config.data)
+    if config.data.tokenizer:
+        problems += tokenizer_problems(config.data.tokenizer, config.data.template)
+    _raise(problems)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
 
 
 def value_problems(config: Config) -> Iterable[str]:
@@ -360,22 +381,3 @@ def _memory_warnings(config: Config, world_size: int, device: Device) -> Iterabl
     estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
     if estimate.total > device.bytes:
         yield f"a rank needs about {estimate}, but {device} has {device.bytes / GIB:.1f} GiB; {memory_cure(config, estimate)}"
-
-
-def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
-    """The setting that shrinks the largest part of ``estimate``."""
-    biggest = max(vars(estimate), key=lambda name: getattr(estimate, name))
-    if biggest == "llm_activations":
-        more = "raise parallel.ring or parallel.ulysses, or shorten train.seq_length"
-        if config.memory.recompute == "none":
-            return f"set memory.recompute=attention_output, {more}"
-        return f"raise memory.offload_gib or memory.block_layers, {more}"
-    if biggest == "vision_activations":
-        more = "lower data.num_frames or raise parallel.ring"
-        return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
-    if biggest == "workspace":
-        tile = "lower memory.mlp_tile, or shorten train.seq_length" if config.memory.mlp_tile else "set memory.mlp_tile=8192"
-        return tile + ", or encode fewer frames at once (model.vision.frame_micro_batch)" * config.optim.vision.trainable
-    if biggest == "optimizer":
-        return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
-    return "raise parallel.tp or parallel.pp"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_vila import platform
-from megatron_vila.data.check import Report, check
+from megatron_vila.data.check import ANY_VOCABULARY, Report, check
 
 DEFAULT = "models/longvila-7b"
 """Whose pictures and lengths are counted where no configuration is given."""
@@ -45,15 +45,18 @@ def main(arguments: Sequence[str]) -> int:
     platform.prepare()
     # Imported late: Megatron-Core must find the platform prepared.
     from megatron_vila.config.load import load_config
+    from megatron_vila.config.validate import validate_data
 
     try:
         config = load_config(options.config or DEFAULT, options.set)
         config.data.media_dir = config.data.media_dir if options.media_dir is None else options.media_dir
         config.data.tokenizer = config.data.tokenizer if options.tokenizer is None else options.tokenizer
-        files = options.files or [*config.data.train, *config.data.eval]
+        if options.files:
+            config.data.train, config.data.eval = [], []
         if not options.config:
-            # Any tokenizer goes where no model is named.
-            config.model.llm.vocab_size = sys.maxsize
+            config.model.llm.vocab_size = ANY_VOCABULARY
+        validate_data(config)
+        files = options.files or [*config.data.train, *config.data.eval]
         report = _last(check(config, files, max(1, options.threads)))
     except (ValueError, OSError) as error:
         print(f"megatron_vila: {error}", file=sys.stderr)

@@ -6,21 +6,27 @@ decoded.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from megatron_vila.config.bounds import MOST
 from megatron_vila.config.schema import Config
+from megatron_vila.data import loader
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import LoadedRow, RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records
-from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
 
 PIXELS = 14
 """Side of the pictures that decoded frames are scaled to: they are only looked at by the decoder."""
+
+ANY_VOCABULARY = int(MOST["model.llm.vocab_size"])
+"""``model.llm.vocab_size`` where no model is named: any tokenizer goes."""
 
 KINDS = ("bad_record", "missing", "broken", "too_long")
 """Why a sample cannot be used: its record breaks the format, a file is not there, something else fails, it does not fit."""
@@ -78,11 +84,25 @@ def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report
     if data.tokenizer:
         report.tokens = report.longest = 0
     yield report
-    with _loader(dataset, data.image_aspect, threads) as loader:
+    with _loader(dataset, data.image_aspect, threads, prefetch=4 * threads, decode=True) as rows:
         for index in range(len(dataset)):
-            (row,) = loader.rows(index)
+            (row,) = rows.rows(index)
             _add(report, row, dataset, index)
             yield report
+
+
+def problem_of(dataset: VilaDataset, index: int, aspect: str, decode: bool) -> Problem | None:
+    """Why sample ``index`` cannot be used; None if it can. Its pixels are read where ``decode`` says so."""
+    log = logging.getLogger(loader.__name__)
+    level = log.level
+    # The caller tells it.
+    log.setLevel(logging.ERROR)
+    try:
+        with _loader(dataset, aspect, threads=1, prefetch=0, decode=decode) as rows:
+            (row,) = rows.rows(index)
+    finally:
+        log.setLevel(level)
+    return next((_problem(dataset, index, left.kind, left.reason) for left in row.left_out), None)
 
 
 def _nothing_good(files: Sequence[str], error: BadRecordsError) -> Report:
@@ -97,13 +117,15 @@ def _bad_record(reason: str) -> Problem:
 def _dataset(config: Config, records: RecordFiles) -> VilaDataset:
     if config.data.tokenizer:
         tokenizer, length = load_tokenizer(config.data.tokenizer, config.data.template), config.train.seq_length
+        if config.model.llm.vocab_size != ANY_VOCABULARY:
+            tokenizer_warnings(config, tokenizer)
     else:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer, length = train_tokenizer(["text"], folder, 400), 2**40
     return VilaDataset(records, tokenizer, config.data, config.model, length)
 
 
-def _loader(dataset: VilaDataset, aspect: str, threads: int) -> RowLoader:
+def _loader(dataset: VilaDataset, aspect: str, threads: int, prefetch: int, decode: bool) -> RowLoader:
     return RowLoader(
         dataset,
         RowOrder(len(dataset), seed=0, shuffle=False),
@@ -112,12 +134,12 @@ def _loader(dataset: VilaDataset, aspect: str, threads: int) -> RowLoader:
         dp_size=1,
         document_multiple=1,
         row_multiple=1,
-        local_frames=lambda row: range(len(row.frames)),
+        local_frames=lambda row: range(len(row.frames) if decode else 0),
         agree=lambda reports: reports,
         image_size=PIXELS,
         aspect=aspect,
         workers=threads,
-        prefetch=4 * threads,
+        prefetch=prefetch,
         replace_bad=False,
     )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
@@ -19,7 +18,7 @@ from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
-from megatron_vila.data.tokenizer import check_tokenizer, load_tokenizer
+from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.models.shard import local_frames
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.agreement import from_rank_zero
@@ -77,12 +76,6 @@ def tell_bad_records(config: Config) -> None:
         logger.warning("all bad records are listed in %s", path)
     else:
         path.unlink(missing_ok=True)
-
-
-def tokenizer_warnings(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Why ``tokenizer`` may not be that of the model. Raises ``ValueError`` where it cannot be."""
-    separators = {f"data.{name}": getattr(config.data, name) for name in ("frame_separator_ids", "image_separator_ids")}
-    return check_tokenizer(tokenizer, config.model.llm.vocab_size, separators)
 
 
 def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:

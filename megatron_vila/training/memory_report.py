@@ -12,9 +12,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_vila import platform
-from megatron_vila.config.memory import GIB, estimate_memory
+from megatron_vila.config.memory import GIB, estimate_memory, memory_cure
 from megatron_vila.config.schema import Config
-from megatron_vila.config.validate import memory_cure
 from megatron_vila.training.offload import StreamedAdam
 from megatron_vila.training.report_files import Reporting
 from megatron_vila.training.summary import write_json

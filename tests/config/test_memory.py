@@ -10,10 +10,11 @@ from megatron_vila.config.memory import (
     PLANNED_DEVICE_BYTES,
     describe_memory,
     estimate_memory,
+    memory_cure,
     planned_device,
     state_on_host,
 )
-from megatron_vila.config.validate import memory_cure, validate
+from megatron_vila.config.validate import validate
 
 
 def test_memory_that_cannot_fit_is_a_warning_with_a_cure(data_folder):

@@ -117,3 +117,29 @@ def test_what_cannot_be_checked_ends_with_status_2(folder, capsys):
     said = capsys.readouterr()
     assert "1 of 2 samples can be used" in said.out and "--json /nowhere/report.json cannot be written" in said.err
     assert main(["check", str(folder / "run.jsonl"), "--tokenizer", str(folder)]) == 2
+
+
+def test_settings_that_a_run_would_refuse_are_refused_all_at_once(folder, capsys):
+    path = str(folder / "run.jsonl")
+    wrong = ["data.num_frames=0", "data.media_format=other", "data.template_clock=now", "model.vision.patch_size=0"]
+    assert main(["check", path, "--media-dir", "/nowhere", "--tokenizer", "nowhere", *SMALL, *wrong]) == 2
+    said = capsys.readouterr().err
+    assert "6 problems in the configuration" in said
+    for words in (*wrong, "data.media_dir='/nowhere' is not a folder", "data.tokenizer='nowhere' is not a folder"):
+        assert words in said
+    assert main(["check", path, *SMALL, "data.frame_separator_ids=[1000]"]) == 2
+    assert "data.frame_separator_ids has the ids [1000] outside the embedding table" in capsys.readouterr().err
+    assert main(["check", "--config", "tiny", "--set", "data.eval=[nowhere.json]"]) == 2
+    assert "data.eval names 'nowhere.json', which does not exist" in capsys.readouterr().err
+
+
+def test_settings_that_have_nothing_to_do_with_samples_do_not_matter(folder, capsys):
+    other = ["optim.lr=-1", "parallel.tp=7", "train.output=", "checkpoint.load=/nowhere"]
+    report(folder, [video("good.mp4")], capsys, *SMALL, *other)
+
+
+def test_the_tokenizer_of_another_model_is_refused_where_a_model_is_named(folder, capsys):
+    path, own = write_jsonl(folder / "one.jsonl", [video("good.mp4")]), ["--tokenizer", str(folder / "tokenizer")]
+    assert main(["check", path, *own, "--config", "longvila-7b-stage5"]) == 2
+    assert "it is that of another model" in capsys.readouterr().err
+    assert main(["check", path, *own]) == 0

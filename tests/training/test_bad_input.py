@@ -181,6 +181,21 @@ def broken(videos, tmp_path_factory):
     return folder
 
 
+def test_a_dry_run_shows_several_samples_and_says_of_broken_ones_what_is_wrong_with_them(broken, tmp_path):
+    data = [f"data.{name}=[{broken / 'train_6.json'}]" for name in ("train", "eval")]
+    status, out, err = _dry_run(overrides(broken, tmp_path / "run"), "--show", "0", "4", "eval:2", "5", *data)
+    assert (status, err) == (0, "")
+    assert re.search(r"number 0 cannot be used \(broken\): .*00000.mp4: the file is empty", out)
+    assert re.search(r"number 4 cannot be used \(broken\): .*00004.mp4: decoding frame ", out), "its pixels are read"
+    assert re.search(r"number 2 cannot be used \(broken\): .*00002.mp4: ", out)
+    assert out.count("(a run takes the next good sample in its place)") == 2
+    assert out.count("(an evaluation leaves it out)") == 1
+    assert "number 1, in its place:\n" in out and out.count("number 5") == 2 and "number 5:\n" in out
+    assert "is broken and left out" not in out, "once is enough"
+    status, out, _ = _dry_run([*overrides(broken, tmp_path / "run"), data[0]])
+    assert status == 0 and "number 0 cannot be used" in out and "number 1, in its place:\n" in out
+
+
 @pytest.fixture(scope="module")
 def broken_alone(broken, tmp_path_factory):
     """What one process makes of it."""
