@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    if missing := [path for path in (args.model, *args.image, *args.video) if not Path(path).exists()]:
+        parser().error(f"{', '.join(missing)}: no such file or folder")
     with busy("loading torch, transformers and the model") as shown:
         import torch
         from transformers import AutoModelForCausalLM, AutoProcessor

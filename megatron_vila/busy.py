@@ -5,6 +5,7 @@ No other module of the package is imported here, and no torch: these lines are s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -27,13 +28,21 @@ INTERVAL_S = 20.0
 """Seconds between two lines of a log."""
 
 
+class LastingConsole(Console):
+    """A console on stdout for what goes on when nobody reads any more: ``| head``, or Ctrl-C, which ends a ``| tee`` too."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        self.quiet = True
+
+
 @contextmanager
 def busy(text: str, console: Console | None = None) -> Iterator[Callable[[str], None]]:
     """Show ``text`` and the seconds since the start of the block until the block ends; calling the value changes the text.
 
     On a terminal the line leaves no trace. Elsewhere a line is printed every ``INTERVAL_S`` seconds, none in a short block.
     """
-    console = console or Console()
+    console = console or LastingConsole()
     if console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True, refresh_per_second=8) as line:
@@ -55,7 +64,7 @@ def counted(text: str, total: int, console: Console | None = None) -> Iterator[C
 
     On a terminal the full bar stays. Elsewhere a line says how far it is every ``INTERVAL_S`` seconds and at the end.
     """
-    console = console or Console()
+    console = console or LastingConsole()
     if console.is_terminal:
         columns = (TextColumn(text), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
         with Progress(*columns, TimeRemainingColumn(), console=console, expand=True, refresh_per_second=4) as bar:
@@ -84,6 +93,11 @@ class CurrentStdout(logging.StreamHandler):
     def stream(self):
         return sys.stdout
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A closed pipe or a full disk is no fault of the program: no traceback for each line."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 class _Lines:
     """Prints ``describe()`` with the time that has passed, every ``INTERVAL_S`` seconds, from a thread of its own."""
@@ -108,5 +122,6 @@ class _Lines:
         self._console.file.flush()
 
     def _repeat(self) -> None:
-        while not self._ended.wait(INTERVAL_S):
-            self.print()
+        with contextlib.suppress(OSError):  # an output that is closed or full
+            while not self._ended.wait(INTERVAL_S):
+                self.print()

@@ -2,8 +2,8 @@
 
 A thin layer over torchrun's agent, made to lead the task of a batch system, which sends its signals to the leader:
 
-* SIGTERM, SIGUSR1 and Ctrl-C ("save and stop", ``training/stop.py``) go on to every rank, also to one that is still starting, and
-  the ranks are waited for. They never end the leader, however often and to whom they are sent.
+* SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ("save and stop", ``training/stop.py``) go on as SIGTERM to every rank, also to
+  one that is still starting, and the ranks are waited for. They never end the leader, however often and to whom they are sent.
 * One line says how a run failed, without torchrun's own report.
 * ``--dry-run`` starts no rank: this process checks the run for the whole world.
 
@@ -27,9 +27,8 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
 from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
-
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Signals that ask a run to stop; a rank takes SIGTERM for all of them."""
+from megatron_vila.streams import flush_streams, tell
+from megatron_vila.training.stop import ASKING, asking
 
 Worker = Callable[[list[str]], int]
 
@@ -52,7 +51,12 @@ class World:
 def main(arguments: Sequence[str]) -> int:
     """Run the ranks of this node; returns the exit status."""
     hold_back_signals()
-    parser = argparse.ArgumentParser(prog="python -m megatron_vila.launch", description="Start the ranks of this node.")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_vila.launch",
+        usage="%(prog)s --nproc-per-node N [options] CONFIG [key=value ...] [--dry-run ...]",
+        description="Start the ranks of this node.",
+        epilog="CONFIG and all that is not listed here belongs to megatron_vila.train: python -m megatron_vila.train --help",
+    )
     parser.add_argument("--nnodes", type=int, default=1, help="nodes of the run (default 1)")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this node, from 0")
     parser.add_argument("--master-addr", default="localhost", help="host name or address of node 0")
@@ -70,19 +74,19 @@ def main(arguments: Sequence[str]) -> int:
     # Megatron-Core: kernels must start in the order of their calls for tensor-parallel communication to overlap.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as train.py; its ranks import torch before that
-    if "--dry-run" in rest:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-        from megatron_vila import train
+    from megatron_vila import train
 
-        planned = [] if any(text.startswith("--world-size") for text in rest) else ["--world-size", str(world.size)]
-        return train.main([*rest, *planned])
+    given = train.parse(rest)
+    if given.dry_run:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+        return train.main(rest if given.world_size is not None else [*rest, "--world-size", str(world.size)])
     return launch(world, train_rank, rest)
 
 
 def hold_back_signals() -> None:
-    """Block ``ASKING`` in this thread, and so in all threads and processes that it starts: what comes stays pending until someone
-    is there to act on it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    """Block ``asking()`` in this thread, and so in all threads and processes that it starts: what comes stays pending until
+    someone is there to act on it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, asking())
 
 
 def train_rank(arguments: list[str]) -> int:
@@ -100,15 +104,15 @@ def train_rank(arguments: list[str]) -> int:
 
 
 def launch(world: World, rank: Worker, arguments: list[str], start_method: str = "spawn") -> int:
-    """Run ``rank(arguments)`` in every rank of this node; returns the exit status. ``ASKING`` must be blocked.
+    """Run ``rank(arguments)`` in every rank of this node; returns the exit status. ``asking()`` must be blocked.
 
     ``rank`` returns FINISHED or STOPPED, or ends its process with another status: the other ranks then have 30 s to end.
     """
     forwarder = _Forwarder()
     forwarder.start()
-    for asking in ASKING:
+    for number in asking():
         # Threads from before this program may have a signal unblocked: then Python gets it, and hands it on.
-        signal.signal(asking, lambda number, _: signal.pthread_kill(forwarder.ident, number))
+        signal.signal(number, lambda number, _: signal.pthread_kill(forwarder.ident, number))
     # Python's tracker of shared memory lets signals through in the thread that starts it: before the ranks, not between them.
     resource_tracker.ensure_running()
     hold_back_signals()
@@ -134,19 +138,26 @@ def launch(world: World, rank: Worker, arguments: list[str], start_method: str =
         max_restarts=0,
         monitor_interval=0.1,
         start_method=start_method,
-        signals_to_handle="SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",
     )
     try:
-        outcome = set(elastic_launch(config, rank)(arguments).values())
+        outcome = set(elastic_launch(config, _flushed)(rank, arguments).values())
     except ChildFailedError as error:
         return _failed(error.failures)
     except SignalException as error:
-        print(f"megatron_vila: ended by {error.sigval.name}; what was saved before is intact", file=sys.stderr, flush=True)
+        tell(f"megatron_vila: ended by {error.sigval.name}; what was saved before is intact")
         return 128 + error.sigval
     except Exception as error:
-        print(f"megatron_vila: the ranks could not be started: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        tell(f"megatron_vila: the ranks could not be started: {type(error).__name__}: {error}")
         return FAILED
     return STOPPED if STOPPED in outcome else FINISHED
+
+
+def _flushed(rank: Worker, arguments: list[str]) -> int:
+    """``rank(arguments)``; multiprocessing would make a failure of an output that takes no more."""
+    status = rank(arguments)
+    flush_streams()
+    return status
 
 
 class _Forwarder(threading.Thread):
@@ -156,7 +167,7 @@ class _Forwarder(threading.Thread):
         super().__init__(name="signals", daemon=True)
 
     def run(self) -> None:
-        signal.sigwait(ASKING)
+        signal.sigwait(asking())
         told: set[int | None] = set()
         while True:
             for process in multiprocessing.active_children():
@@ -178,11 +189,9 @@ def _failed(failures: dict) -> int:
         how = f"was killed by {name}"
         if -code == signal.SIGKILL:
             how += " (often for want of host memory: see dmesg or the batch system's report)"
-    print(
+    tell(
         f"megatron_vila: rank {rank} on {os.uname().nodename} {how}; the run ends, and the same command goes on from the last "
-        "checkpoint",
-        file=sys.stderr,
-        flush=True,
+        "checkpoint"
     )
     return FAILED
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vila import exit_codes, parent
 from megatron_vila.busy import CurrentStdout, busy
+from megatron_vila.streams import flush_streams
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
@@ -29,14 +30,7 @@ _SAMPLE = re.compile("([a-z]+:)?[0-9]+")
 
 def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: None) -> int:
     """Returns the exit code. ``before_parting`` is the last that may take time: then this rank lets the others end."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_vila.train", description="Train a long-video VLM with MM-SP.")
-    parser.add_argument("config", help="YAML file, or the name of a preset")
-    parser.add_argument("overrides", nargs="*", help="dotted overrides such as parallel.ulysses=2 train.steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked before training, then exit")
-    parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: one replica)")
-    parser.add_argument("--gpu", help="GPU that a dry run plans for: h100, h200 ... or e.g. 80GB (default: this machine's)")
-    parser.add_argument("--show", action="append", metavar="N", help="samples N of data.train, or eval:N, to show in a dry run")
-    options = parser.parse_intermixed_args(_each_shown(arguments))
+    options = parse(arguments)
     rank = int(os.environ.get("RANK", 0))
     parent.end_with_parent()
     # Other packages' warnings concern their developers; ours go through logging.
@@ -69,6 +63,23 @@ def _each_shown(arguments: Sequence[str]) -> list[str]:
             follows = before == "--show" or word == "--show" or word.startswith("--show=")
         spread.append(word)
     return spread
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; ends the process (2) with a message if it cannot be read. The launcher looks at it first."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_vila.train", description="Train a long-video VLM with MM-SP.")
+    parser.add_argument("config", help="YAML file, or the name of a preset")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides such as parallel.ulysses=2 train.steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked before training, then exit")
+    parser.add_argument("--world-size", type=int, help="ranks that a dry run checks for (default: one replica)")
+    parser.add_argument("--gpu", help="GPU that a dry run plans for: h100, h200 ... or e.g. 80GB (default: this machine's)")
+    parser.add_argument("--show", action="append", metavar="N", help="samples N of data.train, or eval:N, to show in a dry run")
+    options = parser.parse_intermixed_args(_each_shown(arguments))
+    if not options.dry_run:
+        for name in ("world_size", "gpu", "show"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} belongs to --dry-run: add that, or leave it out")
+    return options
 
 
 def _busy(text: str) -> contextlib.AbstractContextManager:
@@ -175,13 +186,7 @@ def leave(status: int) -> NoReturn:
     At once: the ranks have parted, and from here on nobody but the launcher waits for this one. What Python does at its end
     belongs to ``main``'s ``before_parting``.
     """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            # A full disk under a log file, or a closed pipe.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    flush_streams()
     # Threads of broken groups and of decoders would be waited for.
     os._exit(status)
 

@@ -48,6 +48,17 @@ def refuses(arguments: list[str]) -> int:
     os._exit(USER_ERROR)
 
 
+def is_hung_up_on(arguments: list[str]) -> int:
+    """As ``trains``; its launcher and all ranks ignore SIGHUP, as under nohup (``_lead``)."""
+    return trains(arguments)
+
+
+def prints_to_a_full_disk(arguments: list[str]) -> int:
+    sys.stdout = open("/dev/full", "w")  # noqa: SIM115 (as at the end of a real rank)
+    print("a line that stays in the buffer")
+    return FINISHED
+
+
 def is_killed(arguments: list[str]) -> int:
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -76,6 +87,8 @@ def _lead(job: dict) -> int:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if job["rank"] == "is_hung_up_on":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     launch.hold_back_signals()
     Path(job["log"]).with_suffix(".held").touch()
     time.sleep(job["imports_s"])

@@ -79,3 +79,12 @@ def test_log_records_go_where_standard_output_leads_at_the_time(monkeypatch):
         monkeypatch.setattr(sys, "stdout", output)
         handler.handle(logging.makeLogRecord({"msg": f"to {outputs.index(output)}"}))
     assert [output.getvalue() for output in outputs] == ["to 0\n", "to 1\n"]
+
+
+def test_an_output_that_takes_no_more_brings_no_traceback_for_each_line(monkeypatch):
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        CurrentStdout().handle(logging.makeLogRecord({"msg": "lost"}))
+    assert errors.getvalue() == ""

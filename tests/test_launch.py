@@ -15,6 +15,7 @@ from contextlib import suppress
 import pytest
 
 from megatron_vila.exit_codes import FAILED, FINISHED, STOPPED, USER_ERROR
+from megatron_vila.launch import main
 from megatron_vila.training.checkpoint import latest_checkpoint
 from tests.training.real_run import REPOSITORY, environment, numbers, overrides, write_videos
 
@@ -91,7 +92,7 @@ def stopped_and_saved(run):
     assert run.said() == ""
 
 
-@pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("asking", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_leader_alone_is_saved_on_by_every_rank(launched, asking):
     run = launched()
     run.all_ranks("up")
@@ -104,6 +105,21 @@ def test_a_signal_to_the_whole_group_is_saved_on_once(launched):
     run.all_ranks("up")
     os.killpg(run.pid, signal.SIGTERM)
     stopped_and_saved(run)
+
+
+def test_a_terminal_that_is_closed_does_not_end_a_run_under_nohup(launched):
+    run = launched("is_hung_up_on")
+    run.all_ranks("up")
+    os.killpg(run.pid, signal.SIGHUP)
+    time.sleep(0.3)
+    assert run.saved() == []
+    os.kill(run.pid, signal.SIGTERM)
+    stopped_and_saved(run)
+
+
+def test_an_output_that_takes_no_more_does_not_change_the_status(launched):
+    run = launched("prints_to_a_full_disk")
+    assert (run.status(), run.said()) == (FINISHED, "")
 
 
 def test_a_signal_to_one_rank_alone_ends_that_rank_alone(launched):
@@ -154,6 +170,27 @@ def test_a_rank_that_is_killed_is_named_in_one_line(launched):
     assert run.status() == FAILED
     (line,) = run.said().splitlines()
     assert line.startswith(f"megatron_vila: rank 1 on {os.uname().nodename} was killed by SIGKILL (often for want of host memory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny", "--gpu", "h200"], "--gpu belongs to --dry-run"),
+        (["tiny", "--world-size", "4"], "--world-size belongs to --dry-run"),
+        (["tiny", "--steps", "4"], "unrecognized arguments: --steps"),
+        (["train.steps=4", "--dryrun"], "unrecognized arguments: --dryrun"),
+        ([], "required: config"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_told_once_before_any_rank_starts(capsys, arguments, message):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["--nproc-per-node", "2", *arguments])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert ended.value.code == USER_ERROR
+    assert capsys.readouterr().err.count(message) == 1
 
 
 def test_several_nodes_end_with_75_each(server, tmp_path):

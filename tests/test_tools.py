@@ -52,6 +52,15 @@ def test_every_program_takes_the_package_from_its_own_checkout(program):
         assert min(node.lineno for node in imports) > text[: text.index(line)].count("\n")
 
 
+def test_a_folder_that_cannot_be_written_is_told_without_a_trace(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    program = ROOT / "tools/make_synthetic_videos.py"
+    monkeypatch.setattr(sys, "argv", [str(program), str(tmp_path / "file/data"), "--train", "1", "--eval", "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(program), run_name="__main__")
+    assert "Not a directory" in capsys.readouterr().err
+
+
 @pytest.fixture
 def pip(tmp_path):
     """Replaces pip by a program that says what pip says; the value runs tools/environment.py with it."""

@@ -59,7 +59,7 @@ def main() -> None:
             from megatron_vila.data.tokenizer import train_tokenizer
 
             tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size, args.fill)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for path in written:
         print(path)

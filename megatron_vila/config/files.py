@@ -14,6 +14,7 @@ from megatron_vila.config.schema import Config, DataConfig
 def file_problems(config: Config) -> Iterable[str]:
     """Every file or folder of ``config`` that is missing, closed or of another kind, with the setting and the cure."""
     data = config.data
+    yield from _home_problems(config)
     if not data.train:
         yield "data.train is empty: there is nothing to train on; set data.train=[samples.json] (docs/configuration.md)"
     yield from data_file_problems(data)
@@ -39,18 +40,36 @@ def data_file_problems(data: DataConfig) -> Iterable[str]:
         yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
 
 
+def _home_problems(config: Config) -> Iterable[str]:
+    """A shell does not replace ``~`` behind ``key=``, and neither do we: a folder of that name would be made."""
+    data = config.data
+    paths = {
+        "data.train": data.train,
+        "data.eval": data.eval,
+        "data.media_dir": [data.media_dir],
+        "data.tokenizer": [data.tokenizer],
+        "checkpoint.load": [config.checkpoint.load],
+        "train.output": [config.train.output],
+    }
+    for name, values in paths.items():
+        for path in values:
+            if path.split("/")[0] == "~":
+                yield f"{name} names '{path}', and ~ does not stand for a folder here; write $HOME/... or the whole path"
+
+
 def _output_problems(folder: str) -> Iterable[str]:
     if not folder.strip():
         yield "train.output is empty; name the folder that checkpoints, metrics and plots go to"
         return
     output = Path(folder)
     try:
-        existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+        existing = next(p for p in (output, *output.absolute().parents) if p.exists() or p.is_symlink())
     except OSError as error:
         yield f"train.output='{folder}' cannot be made: {error.strerror}; choose another folder"
         return
     if not existing.is_dir():
-        yield f"train.output='{output}' cannot be made: '{existing}' is a file; choose another folder"
+        what = "is a file" if existing.exists() else "is a link to what is not there"
+        yield f"train.output='{output}' cannot be made: '{existing}' {what}; choose another folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield f"train.output='{output}' cannot be written: no permission in '{existing}'; choose another folder"
     checkpoints = output / "checkpoints"

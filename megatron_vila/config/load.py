@@ -164,7 +164,7 @@ def _find(name: str, folder: Path, problems: list[str], origin: str = "") -> Pat
     if close:
         message += f"; did you mean {_one_of(close)}?"
     if not name.endswith((".yaml", ".yml")) or close:
-        message += f" Presets: {', '.join(preset_names())}."
+        message += f"{'' if close else '.'} Presets: {', '.join(preset_names())}."
     problems.append(message)
     return None
 
@@ -330,9 +330,10 @@ data:
   tokenizer: /data/qwen2-7b-longvila-1M/llm
 ```
 
-Paths are relative to the folder the run starts in (only `include` is relative to its file). `${{oc.env:NAME}}` in a value
-is replaced by the environment variable NAME. On the command line a list is written `data.train=[a.json,b.json]`. Every run
-writes the whole configuration it used to `config.yaml` in its output folder. `--dry-run` checks everything and exits;
+Paths are relative to the folder the run starts in (only `include` is relative to its file), and `~` does not stand for a home
+folder: write `$HOME/...`. `${{oc.env:NAME}}` in a value is replaced by the environment variable NAME. On the command line a
+list is written `data.train=[a.json,b.json]` (in zsh within quotes). Every run writes the whole configuration it used to
+`config.yaml` in its output folder. `--dry-run` checks everything and exits;
 `python -m megatron_vila.explain my_run.yaml world_size=256` shows what the layout means, with no process started
 ([launching](launching.md#before)). Each number has a largest value, far above what is trained, so that a slip of the keyboard is
 refused at the start (`megatron_vila/config/bounds.py`).

@@ -121,7 +121,7 @@ def _traffic(out: Console, config: Config, grid: GridShape, row: Row, plan: Resh
             links = traffic.Links.of(matrix, nodes)
             cells = [size(n) for n in (links.most_sent_by_a_rank, links.inside_nodes, links.between_nodes)]
             rows.append([name if direction == "forward" else "", direction, *cells])
-    columns = ["exchange", "pass", "most sent by a rank", "all, inside nodes", "all, between nodes"]
+    columns = ["exchange", "pass", "most sent\nby a rank", "all, inside\nnodes", "all, between\nnodes"]
     table(out, f"Bytes of one micro-batch in one replica ({element} bytes an element)", columns, rows)
     out.print(
         f"Stage 2 moves {number(plan.moved)} of {number(int(plan.traffic.sum()))} visual tokens: the lower bound."

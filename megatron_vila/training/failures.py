@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import threading
 import time
 import traceback
@@ -28,6 +27,7 @@ from megatron_vila import platform
 from megatron_vila.data.loader import LoaderError
 from megatron_vila.errors import PeerError, StallError, UserError
 from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
+from megatron_vila.streams import tell
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def report(error: BaseException) -> int:
         _tell_torchrun(cause, trace=status != USER_ERROR)
     if is_new and number <= _SHOWN:
         text = f"megatron_vila: {cause}" if status == USER_ERROR else "".join(traceback.format_exception(error)).rstrip()
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
     return status
 
 
@@ -104,11 +104,9 @@ def _report_consequence(error: BaseException) -> int:
     if isinstance(error, PeerError):
         return FAILED
     rank, _ = platform.rank_and_world()
-    print(
+    tell(
         f"megatron_vila: rank {rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
-        f"host memory left) or its node failed; the same command goes on from the last checkpoint ({error})",
-        file=sys.stderr,
-        flush=True,
+        f"host memory left) or its node failed; the same command goes on from the last checkpoint ({error})"
     )
     return FAILED
 
@@ -120,7 +118,7 @@ def _report_stall(error: StallError) -> int:
         first = _first_failure(0.0)
         return first["status"] if first else FAILED
     _tell_torchrun(error, trace=False)
-    print(f"megatron_vila: {error}", file=sys.stderr, flush=True)
+    tell(f"megatron_vila: {error}")
     return FAILED
 
 

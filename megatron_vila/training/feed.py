@@ -75,7 +75,7 @@ def tell_bad_records(config: Config) -> None:
         Reporting().attempt(str(path), lambda: replace_file(path, write))
         logger.warning("all bad records are listed in %s", path)
     else:
-        path.unlink(missing_ok=True)
+        Reporting().attempt(str(path), lambda: path.unlink(missing_ok=True))
 
 
 def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoader, int]:

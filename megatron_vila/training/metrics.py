@@ -26,6 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_vila.busy import LastingConsole
 from megatron_vila.training.flops import mfu
 from megatron_vila.training.progress import progress_display
 from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
@@ -102,7 +103,7 @@ class MetricsLogger:
         self._try(METRICS_FILE, lambda: truncate_after(self.folder / METRICS_FILE, start_step))
         self._jsonl = AppendFile(self.folder / METRICS_FILE)
         self._tensorboard = EventFile(self.folder / "tensorboard", first_step=start_step + 1)
-        self._progress = progress_display(console or Console(), total_steps, start_step)
+        self._progress = progress_display(console or LastingConsole(), total_steps, start_step)
         if peak is not None:
             self.message(
                 f"MFU: model FLOPs against {peak / 1e12:.0f} TFLOP/s per GPU; causal attention counts as half, "

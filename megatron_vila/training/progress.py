@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -113,10 +113,8 @@ class LiveBar:
         self._bar.start()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        numbers = Text("  ").join(
-            Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in describe(record)
-        )
-        self._bar.update(self._task, completed=record["step"], numbers=numbers)
+        numbers = [Text.assemble((name + " ", "dim"), (value, "bold")) for name, value in describe(record)]
+        self._bar.update(self._task, completed=record["step"], numbers=_Pieces(numbers))
 
     def advance(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
@@ -126,6 +124,22 @@ class LiveBar:
 
     def stop(self) -> None:
         self._bar.stop()
+
+
+class _Pieces:
+    """Pieces of text in a row, as many to a line as fit: none is broken in two."""
+
+    def __init__(self, pieces: Sequence[Text]) -> None:
+        self._pieces = pieces
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Text]:
+        line = Text()
+        for piece in self._pieces:
+            if line and line.cell_len + 2 + piece.cell_len > options.max_width:
+                yield line
+                line = Text()
+            line = Text("  ").join([line, piece]) if line else piece
+        yield line
 
 
 class _BarWithNumbers(Progress):

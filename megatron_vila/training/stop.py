@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from types import FrameType, TracebackType
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""SIGTERM and SIGUSR1 of schedulers and launchers, and Ctrl-C. A second Ctrl-C ends the process at once."""
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""SIGTERM and SIGUSR1 of schedulers and launchers, Ctrl-C, and SIGHUP of a terminal that is closed. A second Ctrl-C ends the
+process at once."""
+
+
+def asking() -> tuple[signal.Signals, ...]:
+    """``ASKING``, without SIGHUP where nohup has this process ignore it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in ASKING if number != signal.SIGHUP or not ignored)
 
 
 class StopRequest:
-    """Notes the first of ``ASKING`` that this process gets, from ``install`` on; nothing else happens to the process.
+    """Notes the first of ``asking()`` that this process gets, from ``install`` on; nothing else happens to the process.
 
     As a context manager it gives the signals back to whom they belonged, unless they were noted before. Python handles signals
     in the main thread: installed in another one it stays without effect.
@@ -28,15 +36,14 @@ class StopRequest:
         """Note the signals from now on."""
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {asking: signal.signal(asking, self._note) for asking in ASKING}
+            self._before = {number: signal.signal(number, self._note) for number in asking()}
             # A launcher may block them up to here: one that came during the imports arrives now.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
     def ignore_further(self) -> None:
         """All is done: a signal that a launcher sends to the last processes must not change how this one ends."""
-        if self._before:
-            for asking in ASKING:
-                signal.signal(asking, signal.SIG_IGN)
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def __enter__(self) -> StopRequest:
         self.install()
@@ -45,13 +52,14 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._depth -= 1
         if self._depth == 0:
-            for asking, handler in self._before.items():
-                signal.signal(asking, handler)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
             self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            # print() is not safe in a signal handler
-            os.write(2, b"\nstopping after the step in work; Ctrl-C again ends at once, without a checkpoint\n")
+            # Ctrl-C ends what stderr is piped into (tee) too. print() is not safe in a signal handler.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after the step in work; Ctrl-C again ends at once, without a checkpoint\n")
         self.signal = self.signal or number

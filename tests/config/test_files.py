@@ -31,6 +31,7 @@ def test_files_are_not_looked_at_when_told_so():
         ("data.tokenizer=", "data.tokenizer is empty"),
         ("data.tokenizer=nowhere", "data.tokenizer='nowhere' is not a folder"),
         ("checkpoint.load=nowhere", "checkpoint.load='nowhere' is not a folder"),
+        ("train.output=~/runs", "train.output names '~/runs', and ~ does not stand for a folder here; write $HOME/"),
     ],
 )
 def test_a_missing_file_is_refused(data_folder, change, part):
@@ -57,6 +58,9 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
 def test_an_output_below_a_file_is_refused(data_folder, tmp_path):
     (message,) = files_refused(data_folder, f"train.output={tmp_path / 'train.json' / 'run'}")
     assert "is a file; choose another folder" in message
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (message,) = files_refused(data_folder, f"train.output={tmp_path / 'link'}")
+    assert "is a link to what is not there; choose another folder" in message
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("/nowhere/scratch")], ids=["file", "broken link"])

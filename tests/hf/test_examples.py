@@ -34,6 +34,12 @@ def run(script, monkeypatch, *arguments):
     program.main()
 
 
+def test_generate_names_files_that_are_not_there(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("generate.py", monkeypatch, tmp_path, "What is shown?", "--video", "/nowhere.mp4")
+    assert "/nowhere.mp4: no such file" in capsys.readouterr().err
+
+
 def test_generate_answers_a_question_about_videos_and_pictures(folder, monkeypatch, capsys):
     options = ("--video", folder / "clip.mp4", "--frames", "2", "--max-new-tokens", "4")
     run("generate.py", monkeypatch, folder / "vila", "What is shown?", *options)

@@ -14,6 +14,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
 from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.closing import closing_lines
+from megatron_vila.training.stop import StopRequest
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests.data.material import conversation, write_jsonl
@@ -44,6 +45,21 @@ def test_a_stop_that_was_saved_ends_every_rank_with_75_and_one_line(videos, tmp_
     assert saved == len(read_metrics(tmp_path)[0]) >= 2
     assert "".join(out for _, out, _ in ranks).count(f"stopped by {number.name} after step {saved}") == 1
     assert json.loads((tmp_path / "summary.json").read_text())["stopped"] is True
+
+
+def test_a_ctrl_c_that_ends_what_stderr_is_piped_into_is_noted_all_the_same():
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+    try:
+        os.dup2(writer, 2)
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+    assert stop.signal == signal.SIGINT
 
 
 def test_a_stop_that_saved_nothing_is_not_called_saved(videos, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -87,6 +88,18 @@ def test_a_terminal_gets_a_bar_and_messages_above_it(tmp_path):
     log.close()
     assert "2/10" in text.getvalue() and "grad norm" in text.getvalue()
     assert "video broken.mp4 replaced [by the next one]" in text.getvalue()
+
+
+def test_a_narrow_terminal_keeps_each_number_beside_its_name(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=37)
+    log, _ = logger(tmp_path, console=console)
+    log.step(metrics(1))
+    log.close()
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()))
+    assert any(re.search(r"loss [\d.]+", line) for line in lines)
+    assert any(re.search(r"grad norm [\d.]+", line) for line in lines)
+    assert any(re.search(r"data wait [\d.]+s", line) for line in lines)
+    assert max(map(len, lines)) <= 37
 
 
 def test_a_loss_reads_back_bit_for_bit_and_nan_is_valid_json(tmp_path):

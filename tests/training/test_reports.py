@@ -2,18 +2,24 @@
 
 import io
 import json
+import os
 import resource
 import shutil
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_vila.busy import busy
+from megatron_vila.config.load import load_config
 from megatron_vila.errors import UserError
+from megatron_vila.training.feed import tell_bad_records
 from megatron_vila.training.metrics import MetricsLogger
 from megatron_vila.training.report_files import AppendFile, Reporting
 from megatron_vila.training.summary import combine, read_metrics, summarize
+from tests.data.material import conversation, write_jsonl
 from tests.training.test_metrics import logger, metrics, write_run
 
 
@@ -80,6 +86,13 @@ def test_something_else_in_the_place_of_a_report_does_not_end_the_run(tmp_path, 
     assert sum(r.getMessage().startswith(str(tmp_path / name)) for r in caplog.records) == 1
 
 
+def test_a_folder_in_the_place_of_the_list_of_bad_records_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "bad_records.txt" / "inside").mkdir(parents=True)
+    good = write_jsonl(tmp_path / "good.jsonl", [{"id": "a", "conversations": conversation("Why?")}])
+    tell_bad_records(load_config("tiny", [f"data.train=[{good}]", f"train.output={tmp_path}"]))
+    assert "bad_records.txt cannot be written (Is a directory" in caplog.text
+
+
 def test_a_screen_that_takes_no_more_does_not_end_the_run(tmp_path):
     screen = open("/dev/full", "w")  # noqa: SIM115
     log = MetricsLogger(tmp_path, True, 10, 1, None, console=Console(file=screen))
@@ -88,6 +101,22 @@ def test_a_screen_that_takes_no_more_does_not_end_the_run(tmp_path):
     with pytest.raises(OSError):
         screen.close()
     assert len(read_metrics(tmp_path)[0]) == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_pipe_whose_reader_has_ended_does_not_end_the_run(tmp_path, monkeypatch, terminal):
+    """As ``| head`` leaves it, and Ctrl-C, which ends ``| tee`` before the run."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    with suppress(BrokenPipeError), open(writer, "w") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        with busy("starting"):
+            log = MetricsLogger(tmp_path, True, 10, 1, None)
+        log.step(metrics(1))
+        log.step(metrics(2))
+        log.close()
+    assert len(read_metrics(tmp_path)[0]) == 2
 
 
 def test_a_fault_of_the_program_in_a_report_is_told_with_its_place(caplog):
