@@ -11,26 +11,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vila.checkpoint.stored_model import misfits
-from megatron_vila.checkpoint.weight_map import entries
+from megatron_vila.checkpoint.files import check_files, read_state
+from megatron_vila.checkpoint.folder import newest_first
+from megatron_vila.checkpoint.io import CheckpointError
+from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
+from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint
+from megatron_vila.checkpoint.tensors import StoredTensors
 from megatron_vila.config.load import ConfigError
-from megatron_vila.config.memory import Device, describe_memory
 from megatron_vila.config.schema import Config
-from megatron_vila.config.validate import validate
+from megatron_vila.convert.stored_model import misfits
+from megatron_vila.convert.weight_map import entries
 from megatron_vila.data.chat import describe
 from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.records import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.explain.text import console
-from megatron_vila.models.lora import FACTORS
-from megatron_vila.training.checkpoint import read_info, resolve_checkpoint
-from megatron_vila.training.checkpoint_files import check_files, read_state
-from megatron_vila.training.checkpoint_folder import newest_first
-from megatron_vila.training.checkpoint_io import CheckpointError
-from megatron_vila.training.checkpoint_tensors import StoredTensors
+from megatron_vila.models.decoder.lora import FACTORS
+from megatron_vila.plan.memory import Device, describe_memory
+from megatron_vila.plan.validate import validate
 from megatron_vila.training.feed import open_dataset
-from megatron_vila.training.resume import changes, kept_settings, settings_of
 
 SETS = ("train", "eval")
 

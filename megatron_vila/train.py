@@ -40,9 +40,9 @@ def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[CurrentStdout()])
     logging.getLogger("megatron_vila").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     with _busy("starting: torch, Megatron-Core and transformers"):
-        from megatron_vila import platform
+        from megatron_vila import accelerator
 
-        platform.prepare()
+        accelerator.prepare()
         # Imported late: Megatron-Core must find the platform prepared.
         from megatron_vila.training import failures
 
@@ -93,9 +93,9 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
     import torch
     import torch.distributed as dist
 
-    from megatron_vila import platform
+    from megatron_vila import processes
     from megatron_vila.config.load import load_config
-    from megatron_vila.config.validate import validate
+    from megatron_vila.plan.validate import validate
     from megatron_vila.training.errors import NoMemoryError
     from megatron_vila.training.memory_report import out_of_memory_message
     from megatron_vila.training.stop import StopRequest
@@ -103,9 +103,9 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
 
     minutes = _timeout_minutes(options)
     # First of all, so that what a single rank finds wrong is told and ends the others.
-    platform.meet(minutes)
+    processes.meet(minutes)
     with Watch(minutes) as watch:
-        platform.init_distributed(minutes)
+        processes.init_distributed(minutes)
         stop = StopRequest()
         stop.install()
         config = load_config(options.config, options.overrides)
@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
         except torch.OutOfMemoryError as error:
             raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
         stop.ignore_further()
-        platform.end_distributed()
+        processes.end_distributed()
         before_parting()
         watch.part()
     return status
@@ -125,9 +125,9 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
 
 def _timeout_minutes(options: argparse.Namespace) -> float:
     """``train.timeout_minutes``, its default where the configuration is wrong: that is told when all ranks have met."""
-    from megatron_vila.config.bounds import MOST
     from megatron_vila.config.load import ConfigError, load_config
     from megatron_vila.config.schema import TrainConfig
+    from megatron_vila.plan.bounds import MOST
 
     with contextlib.suppress(ConfigError):
         minutes = load_config(options.config, options.overrides).train.timeout_minutes
@@ -137,7 +137,7 @@ def _timeout_minutes(options: argparse.Namespace) -> float:
 
 
 def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[str]) -> int:
-    from megatron_vila.training.agreement import from_rank_zero
+    from megatron_vila.parallel.agreement import from_rank_zero
     from megatron_vila.training.closing import closing_lines
     from megatron_vila.training.lock import RunLock
 
@@ -165,10 +165,10 @@ def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[
 
 def _dry_run(options: argparse.Namespace) -> int:
     """Check the settings, open the data as the trainer would and show samples; no process group is made."""
-    from megatron_vila.config.layouts import Layout
     from megatron_vila.config.load import ConfigError, load_config
-    from megatron_vila.config.memory import planned_device
     from megatron_vila.dry_run import dry_run
+    from megatron_vila.plan.layouts import Layout
+    from megatron_vila.plan.memory import planned_device
 
     config, device = load_config(options.config, options.overrides), planned_device(options.gpu)
     world_size = options.world_size

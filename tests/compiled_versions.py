@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 
-from megatron_vila import platform
+from megatron_vila import accelerator, processes
 
 
 def main() -> None:
@@ -23,11 +23,11 @@ def main() -> None:
         return compile_with(function, backend=backend)
 
     # Before the first call of a function, which compiles it.
-    platform._COMPILED_DEVICE, torch.compile = "cpu", counting
-    platform.prepare()
-    from megatron_vila.benchmark import trial
+    accelerator._COMPILED_DEVICE, torch.compile = "cpu", counting
+    accelerator.prepare()
+    from benchmarks import trial
 
-    platform.init_distributed()
+    processes.init_distributed()
     overrides = ["train.precision=fp32", "memory.recompute=attention_output", "memory.recompute_layers=1"]
     settings = {"config": "models/tiny", "overrides": overrides, "variants": [""], "lengths": [128, 256, 512, 384, 448]}
     settings |= {"video": True, "supervised": 0, "warmup": 0, "timed": 1, "short_warmup": False, "partial": 0}

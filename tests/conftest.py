@@ -1,6 +1,8 @@
 """Shared fixtures."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 # The suite is a CPU suite everywhere; the GPU tests are a run of their own.
@@ -13,11 +15,11 @@ else:
 import pytest
 import torch
 
-from megatron_vila import platform
+from megatron_vila import accelerator
 from tests.ranks import pool
 
 torch.set_num_threads(1)
-platform.prepare()
+accelerator.prepare()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +32,28 @@ def pytest_collection_modifyitems(config, items):
     if ON_GPUS:
         config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("gpu")])
         items[:] = [item for item in items if item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def data_folder(tmp_path) -> list[str]:
+    """Overrides that name files which exist, for what validates them."""
+    samples, tokenizer, media = tmp_path / "train.json", tmp_path / "tokenizer", tmp_path / "media"
+    samples.write_text(json.dumps([{"conversations": []}]))
+    tokenizer.mkdir()
+    media.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    return [
+        f"data.train=[{samples}]",
+        f"data.media_dir={media}",
+        f"data.tokenizer={tokenizer}",
+        f"train.output={tmp_path / 'runs' / 'new'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """A folder of small real video files with questions, and a tokenizer, for what runs the trainer; do not write to it."""
+    from tests.training.real_run import write_videos
+
+    return write_videos(tmp_path_factory.mktemp("videos"))

@@ -33,9 +33,9 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_vila import platform
+    from megatron_vila import accelerator, processes
 
-    platform.prepare()
+    accelerator.prepare()
     if torch.cuda.is_available() and rank < torch.cuda.device_count():
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -43,7 +43,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         number, world_size, fn, args = job
         try:
             dist.init_process_group(
-                platform.backend(),
+                processes.backend(),
                 store=dist.PrefixStore(f"run{number}", store),
                 rank=rank,
                 world_size=world_size,
@@ -54,7 +54,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
             result = (False, f"rank {rank}:\n{traceback.format_exc()}")
         try:
             if dist.is_initialized():
-                platform.end_distributed()
+                processes.end_distributed()
             pipe.send(result)
         except BaseException:
             pipe.send((False, f"rank {rank} at the end:\n{traceback.format_exc()}"))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_vila.config.schema import Config, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
 
 VOCAB = 83
 SIDE = 8

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_vila.config.load import load_config
-from megatron_vila.data.row import pack
-from megatron_vila.explain import traffic
 from megatron_vila.explain.__main__ import main
 from megatron_vila.explain.sample import made_up_document, plan_row
 from megatron_vila.explain.text import number, ranges, rank_list, size
-from megatron_vila.parallel.grid import GridShape
+from megatron_vila.plan import traffic
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.row import pack
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,9 +14,9 @@ from contextlib import suppress
 
 import pytest
 
+from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.exit_codes import FAILED, FINISHED, STOPPED, USER_ERROR
 from megatron_vila.launch import main
-from megatron_vila.training.checkpoint import latest_checkpoint
 from tests.training.real_run import REPOSITORY, environment, numbers, overrides, write_videos
 
 PATIENCE_S = 120

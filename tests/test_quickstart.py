@@ -16,10 +16,10 @@ import pytest
 from PIL import Image, ImageColor
 
 from megatron_vila.config.load import load_config
-from megatron_vila.config.validate import validate
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
+from megatron_vila.plan.validate import validate
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples/quickstart"

@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megatron_vila.config.load import load_config
-from megatron_vila.config.validate import validate
 from megatron_vila.data.synthetic import corpus
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.launch import main as launcher
+from megatron_vila.plan.validate import validate
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted(ROOT.glob("examples/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_vila.config.schema import ModelConfig
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

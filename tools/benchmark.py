@@ -48,9 +48,9 @@ ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORC
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
     # Imported late: --help needs no torch.
-    from megatron_vila.benchmark.max_length import search
-    from megatron_vila.benchmark.table import plot_table, write_table
-    from megatron_vila.benchmark.worker import launch
+    from benchmarks.max_length import search
+    from benchmarks.table import plot_table, write_table
+    from benchmarks.worker import launch
 
     # As Ctrl-C does, so that the job is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))

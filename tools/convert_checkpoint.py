@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from megatron_vila.busy import CurrentStdout, busy
-from megatron_vila.checkpoint.token_order import ORDERS
-from megatron_vila.data.text_rules import TEMPLATES
+from megatron_vila.config.text_rules import TEMPLATES
+from megatron_vila.convert.token_order import ORDERS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,11 +27,11 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("megatron_vila").setLevel(logging.INFO)
     with busy(options.doing):
         # Imported late: --help needs no torch.
-        from megatron_vila import platform
+        from megatron_vila import accelerator
 
-        platform.prepare()
+        accelerator.prepare()
         # Imported late: Megatron-Core must find the platform prepared.
-        from megatron_vila.checkpoint.errors import ConversionError
+        from megatron_vila.convert.errors import ConversionError
 
         try:
             return options.run(options)
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from megatron_vila.checkpoint.importer import import_checkpoint
+    from megatron_vila.convert.importer import import_checkpoint
 
     out = import_checkpoint(
         options.source,
@@ -103,7 +103,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megatron_vila.checkpoint.exporter import export_checkpoint
+    from megatron_vila.convert.exporter import export_checkpoint
 
     out = export_checkpoint(
         options.checkpoint,
@@ -119,7 +119,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megatron_vila.checkpoint.verify import verify, verify_files
+    from megatron_vila.convert.verify import verify, verify_files
 
     if options.b is None:
         files = verify_files(options.a)

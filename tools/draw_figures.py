@@ -22,10 +22,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
-from megatron_vila.parallel.frames import frame_owner
-from megatron_vila.parallel.grid import GridShape
-from megatron_vila.parallel.layout import ReshardPlan, local_positions, owners, plan_reshard
+from megatron_vila.plan.frames import frame_owner
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.plan.tokens import ReshardPlan, local_positions, owners, plan_reshard
 
 INK, FAINT, LINE, TEXT_TOKEN = "#1f2933", "#616e7c", "#cbd2d9", "#e4e7eb"
 GROUP_COLOURS = {"tp": "#c2410c", "ulysses": "#1d4ed8", "ring": "#047857", "dp": "#7e22ce"}

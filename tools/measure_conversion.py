@@ -47,11 +47,11 @@ def make_random_model(preset: str, folder: Path) -> None:
     """A folder in VILA's layout, written tensor by tensor."""
     import torch
 
-    from megatron_vila.checkpoint import hf_config_out as hf
-    from megatron_vila.checkpoint.hf_folder import PARTS
-    from megatron_vila.checkpoint.tensor_files import TensorInfo, write_tensors
-    from megatron_vila.checkpoint.weight_map import shapes
     from megatron_vila.config.load import load_config
+    from megatron_vila.convert import hf_config_out as hf
+    from megatron_vila.convert.hf_folder import PARTS
+    from megatron_vila.convert.tensor_files import TensorInfo, write_tensors
+    from megatron_vila.convert.weight_map import shapes
 
     config = load_config(preset)
     model, dtype = config.model, torch.bfloat16
@@ -76,19 +76,19 @@ def make_random_model(preset: str, folder: Path) -> None:
 
 
 def convert_in(source: Path, out: Path) -> None:
-    from megatron_vila.checkpoint.importer import import_checkpoint
+    from megatron_vila.convert.importer import import_checkpoint
 
     import_checkpoint(source, out)
 
 
 def convert_out(checkpoint: Path, out: Path) -> None:
-    from megatron_vila.checkpoint.exporter import export_checkpoint
+    from megatron_vila.convert.exporter import export_checkpoint
 
     export_checkpoint(checkpoint, out)
 
 
 def compare(a: Path, b: Path) -> None:
-    from megatron_vila.checkpoint.verify import verify
+    from megatron_vila.convert.verify import verify
 
     report = verify(a, b)
     if not report.equal:
@@ -112,10 +112,10 @@ def _in_a_process(step: Callable[..., None], *arguments: object) -> tuple[float,
 
 
 def _measured(pipe: Connection, step: Callable[..., None], *arguments: object) -> None:
-    from megatron_vila import platform
+    from megatron_vila import accelerator
 
-    platform.prepare()
-    import megatron_vila.checkpoint.importer  # noqa: F401
+    accelerator.prepare()
+    import megatron_vila.convert.importer  # noqa: F401
 
     started_s = time.perf_counter()
     step(*arguments)

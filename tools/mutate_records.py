@@ -32,7 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from megatron_vila import platform
+from megatron_vila import accelerator, processes
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("mutated_records"), help="folder for files that show a fault")
     args = parser.parse_args()
     started_s = time.monotonic()
-    platform.prepare()
+    accelerator.prepare()
     logging.getLogger("megatron_vila").setLevel(logging.ERROR)
     counts, faults = run(args.count, args.seed, args.minutes * 60, args.keep)
     print(
@@ -140,12 +140,12 @@ def _train(config: Config, counts: Counter) -> None:
     # Imported late: Megatron-Core must find the platform prepared.
     from megatron_vila.training.trainer import Trainer
 
-    platform.init_distributed()
+    processes.init_distributed()
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             Trainer(config).run()
     finally:
-        platform.end_distributed()
+        processes.end_distributed()
     counts["runs"] += 1
 
 

@@ -21,7 +21,7 @@ from faults.fault import Fault
 
 REPO = Path(__file__).resolve().parents[1]
 OURS = ("megatron_vila", "tests")
-LIBRARIES_OF = ("megatron_vila.training.trainer", "megatron_vila.checkpoint.exporter", "megatron_vila.checkpoint.importer")
+LIBRARIES_OF = ("megatron_vila.training.trainer", "megatron_vila.convert.exporter", "megatron_vila.convert.importer")
 
 
 def import_libraries(folder: Path) -> None:
@@ -29,7 +29,7 @@ def import_libraries(folder: Path) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True
-    importlib.import_module("megatron_vila.platform").prepare()
+    importlib.import_module("megatron_vila.accelerator").prepare()
     for name in (*LIBRARIES_OF, "pytest", "torch.utils.tensorboard", "matplotlib.pyplot"):
         importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:

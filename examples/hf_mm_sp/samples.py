@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.data.images import preprocess
-from megatron_vila.data.row import IGNORE
 from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.video import decode_video_frames, probe_video
-from megatron_vila.hf.mm_sp_data import VideoTokens
+from megatron_vila.hf.mm_sp.data import VideoTokens
+from megatron_vila.plan.row import IGNORE
 
 
 class TextWindows(Dataset):

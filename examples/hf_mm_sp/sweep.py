@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_vila.benchmark.max_length import longest
-from megatron_vila.benchmark.table import hardware, versions, write_table
+from benchmarks.max_length import longest
+from benchmarks.table import hardware, versions, write_table
 
 SPEED, FIT = (3, 5), (1, 1)
 """Steps before the timed ones and timed ones: of a length in the table, and of the search, where the second step already has all

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from megatron_vila import platform
+from megatron_vila import accelerator, processes
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.hf.mm_sp import MMSP, enable_mm_sp
@@ -172,7 +172,7 @@ def count_tokens(batches: list[dict], mm_sp: MMSP | None, device: torch.device) 
 
 def train(options: argparse.Namespace) -> None:
     """All steps; writes metrics-RANK.jsonl and prints a line per step."""
-    device = platform.device()
+    device = accelerator.device()
     options.out.mkdir(parents=True, exist_ok=True)
     is_video = hasattr(AutoConfig.from_pretrained(options.model or options.config), "vision_config")
     tokenizer_folder, data = prepare_files(options, is_video)
@@ -191,7 +191,7 @@ def train(options: argparse.Namespace) -> None:
     # The default loops over parameters would need temporaries as large as all of them.
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
     batches = endless(dataset, options, mm_sp)
-    platform.reset_peak_memory()
+    accelerator.reset_peak_memory()
     with open(options.out / f"metrics-{dist.get_rank()}.jsonl", "w", encoding="utf-8") as metrics:
         for step in range(options.steps):
             start = time.perf_counter()
@@ -199,10 +199,10 @@ def train(options: argparse.Namespace) -> None:
             loss = train_step(model, step_batches, mm_sp, device)
             optimizer.step()
             optimizer.zero_grad()
-            platform.synchronize()
+            accelerator.synchronize()
             seconds = time.perf_counter() - start
             tokens = count_tokens(step_batches, mm_sp, device)
-            peak_gib = platform.peak_memory_bytes() / 2**30
+            peak_gib = accelerator.peak_memory_bytes() / 2**30
             record = {"step": step, "loss": loss, "tokens": tokens, "seconds": seconds, "peak_gib": peak_gib}
             metrics.write(json.dumps(record) + "\n")
             if dist.get_rank() == 0:
@@ -217,9 +217,9 @@ def main() -> None:
     if options.benchmark:
         sweep(options)
         return
-    platform.init_distributed()
+    processes.init_distributed()
     train(options)
-    platform.end_distributed()
+    processes.end_distributed()
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ list is written `data.train=[a.json,b.json]` (in zsh within quotes). Every run w
 `config.yaml` in its output folder. `--dry-run` checks everything and exits;
 `python -m megatron_vila.explain my_run.yaml world_size=256` shows what the layout means, with no process started
 ([launching](launching.md#before)). Each number has a largest value, far above what is trained, so that a slip of the keyboard is
-refused at the start (`megatron_vila/config/bounds.py`).
+refused at the start (`megatron_vila/plan/bounds.py`).
 
 ## Presets
 

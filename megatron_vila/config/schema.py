@@ -1,6 +1,6 @@
 """Every configuration key, with its type, default and meaning.
 
-A YAML file and dotted overrides fill these dataclasses (``config/load.py``); ``config/validate.py`` checks what one key
+A YAML file and dotted overrides fill these dataclasses (``config/load.py``); ``plan/validate.py`` checks what one key
 alone cannot; ``docs/configuration.md`` is printed from the ``help`` texts. No other place holds a default.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vila.data.text_rules import DEFAULT_CLOCK
+from megatron_vila.config.text_rules import DEFAULT_CLOCK
 
 
 def key(default: Any, help: str) -> Any:

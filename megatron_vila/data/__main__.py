@@ -17,7 +17,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_vila import platform
+from megatron_vila import accelerator
 from megatron_vila.data.check import ANY_VOCABULARY, Report, check
 
 DEFAULT = "models/longvila-7b"
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     # The report names what is broken.
     logging.getLogger("megatron_vila.data").setLevel(logging.ERROR)
-    platform.prepare()
+    accelerator.prepare()
     # Imported late: Megatron-Core must find the platform prepared.
     from megatron_vila.config.load import load_config
-    from megatron_vila.config.validate import validate_data
+    from megatron_vila.plan.validate import validate_data
 
     try:
         config = load_config(options.config or DEFAULT, options.set)

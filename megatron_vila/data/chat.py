@@ -22,12 +22,12 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vila.config.text_rules import DEFAULT, TextRules
 from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
 from megatron_vila.data.placement import RESERVED, Turn
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
 from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
 from megatron_vila.data.template import ChatTemplate, ChatTemplateError, RenderError
-from megatron_vila.data.text_rules import DEFAULT, TextRules
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
 
 _UNREADABLE = re.compile(f"{RESERVED.pattern}|[\ud800-\udfff\0]")
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_vila.config.bounds import MOST
 from megatron_vila.config.schema import Config
 from megatron_vila.data import loader
 from megatron_vila.data.dataset import VilaDataset
@@ -21,6 +20,7 @@ from megatron_vila.data.loader import LoadedRow, RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
+from megatron_vila.plan.bounds import MOST
 
 PIXELS = 14
 """Side of the pictures that decoded frames are scaled to: they are only looked at by the decoder."""

@@ -17,18 +17,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.schema import DataConfig, ModelConfig
+from megatron_vila.config.text_rules import TextRules
 from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
 from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.fields import Media
 from megatron_vila.data.media import MediaError, errors_of
 from megatron_vila.data.records import Record, RecordFiles
-from megatron_vila.data.row import IGNORE, Document, FrameRef
 from megatron_vila.data.sampling import thin_out, uneven_seconds
-from megatron_vila.data.text_rules import TextRules
 from megatron_vila.data.video import probe_video
 from megatron_vila.errors import SettingError, UserError
-from megatron_vila.models.geometry import patches_per_side, tokens_per_frame
+from megatron_vila.plan.geometry import patches_per_side, tokens_per_frame
+from megatron_vila.plan.row import IGNORE, Document, FrameRef
 
 
 class NoUsableSampleError(UserError, RuntimeError):

@@ -23,8 +23,8 @@ from PIL import Image
 from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSampleError, TooLongError, VilaDataset
 from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.row import FrameRef, Row, pack
 from megatron_vila.data.video import VideoReader
+from megatron_vila.plan.row import FrameRef, Row, pack
 
 logger = logging.getLogger(__name__)
 

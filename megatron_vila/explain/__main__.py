@@ -16,18 +16,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_vila.config.bounds import MOST
-from megatron_vila.config.files import tokenizer_problems
-from megatron_vila.config.layouts import Layout
 from megatron_vila.config.load import ConfigError, load_config
-from megatron_vila.config.memory import planned_device
 from megatron_vila.config.schema import Config
-from megatron_vila.config.validate import validate
-from megatron_vila.data.row import Document
 from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
 from megatron_vila.explain.sample import explain_sample, made_up_document
 from megatron_vila.explain.text import console
-from megatron_vila.parallel.grid import GridShape
+from megatron_vila.plan.bounds import MOST
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.layouts import Layout
+from megatron_vila.plan.memory import planned_device
+from megatron_vila.plan.row import Document
+from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import tokenizer_problems
 
 OWN_KEYS = {
     "world_size": 10**15,

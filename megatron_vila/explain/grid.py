@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from megatron_vila.config.memory import Device, describe_memory
 from megatron_vila.config.schema import Config
-from megatron_vila.config.sizes import head_dim, parameter_count, tokens_per_frame
 from megatron_vila.explain.text import count, number, ranges, rank_list, table
-from megatron_vila.explain.traffic import head_split
-from megatron_vila.parallel.grid import GridShape
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.memory import Device, describe_memory
+from megatron_vila.plan.sizes import head_dim, parameter_count, tokens_per_frame
+from megatron_vila.plan.traffic import head_split
 
 KINDS = {
     "tp": "weights, heads, slices of tokens",

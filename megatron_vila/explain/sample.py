@@ -10,14 +10,14 @@ import itertools
 import numpy as np
 from rich.console import Console
 
-from megatron_vila.config.memory import element_bytes
 from megatron_vila.config.schema import Config
-from megatron_vila.config.sizes import patches_per_frame, tokens_per_frame
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
-from megatron_vila.explain import traffic
 from megatron_vila.explain.text import count, number, ranges, size, table
-from megatron_vila.parallel.grid import GridShape
-from megatron_vila.parallel.layout import ReshardPlan, local_positions, plan_reshard
+from megatron_vila.plan import traffic
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.memory import element_bytes
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.plan.sizes import patches_per_frame, tokens_per_frame
+from megatron_vila.plan.tokens import ReshardPlan, local_positions, plan_reshard
 
 LISTED_RANKS = 16
 """Ranks of a table, half of them from its start and half from its end, unless all are asked for."""

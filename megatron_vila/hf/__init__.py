@@ -7,9 +7,9 @@ Megatron-Core.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from megatron_vila.hf.configuration import LlavaLlamaConfig, VilaConfig, VilaConfigError
-from megatron_vila.hf.modeling import VILAForConditionalGeneration
-from megatron_vila.hf.processing import VilaProcessor
+from megatron_vila.hf.vila.configuration import LlavaLlamaConfig, VilaConfig, VilaConfigError
+from megatron_vila.hf.vila.modeling import VILAForConditionalGeneration
+from megatron_vila.hf.vila.processing import VilaProcessor
 
 __all__ = ["VILAForConditionalGeneration", "VilaConfig", "VilaConfigError", "VilaProcessor"]
 

@@ -16,11 +16,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_vila.config.schema import ModelConfig
-from megatron_vila.models.linear import ColumnLinear, RowLinear
-from megatron_vila.models.lora import add_low_rank
-from megatron_vila.models.mlp import tiled
-from megatron_vila.models.norm import RMSNorm
-from megatron_vila.parallel.attention import MMSPAttention
+from megatron_vila.models.decoder.linear import ColumnLinear, RowLinear
+from megatron_vila.models.decoder.lora import add_low_rank
+from megatron_vila.models.decoder.mlp import tiled
+from megatron_vila.models.decoder.norm import RMSNorm
+from megatron_vila.parallel.megatron_attention import MMSPAttention
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
 
@@ -69,7 +69,7 @@ def transformer_config(model: ModelConfig, topology: ParallelTopology, dtype: to
         variable_seq_lengths=True,  # packed rows differ in length
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, experts or not
         batch_p2p_sync=False,
-        gradient_accumulation_fusion=False,  # models/linear.py needs no extension for it
+        gradient_accumulation_fusion=False,  # models/decoder/linear.py needs no extension for it
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_vila import platform
+from megatron_vila import accelerator
 from megatron_vila.config.schema import LanguageConfig
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Row
-from megatron_vila.parallel.attention import RowParams
-from megatron_vila.parallel.frames import deal_frames
-from megatron_vila.parallel.layout import local_positions, plan_reshard
+from megatron_vila.parallel.megatron_attention import RowParams
 from megatron_vila.parallel.reshard import Reshard
 from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.frames import deal_frames
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Row
+from megatron_vila.plan.tokens import local_positions, plan_reshard
 
 
 @dataclass(frozen=True)
@@ -88,4 +88,4 @@ def local_frames(row: Row, topology: ParallelTopology) -> range:
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return platform.to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+    return accelerator.to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

@@ -11,18 +11,18 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_vila.config.memory import GIB
 from megatron_vila.config.schema import Config
-from megatron_vila.models.decoder import run_decoder
-from megatron_vila.models.head import HeadOutput, Vocabulary, fused_head
+from megatron_vila.models.decoder.decoder import run_decoder
+from megatron_vila.models.decoder.lora import set_trainable
+from megatron_vila.models.decoder.saved import HostMemory
 from megatron_vila.models.initialize import initialize_language_model
-from megatron_vila.models.keep import HostMemory
 from megatron_vila.models.language import build_language_model, transformer_config
-from megatron_vila.models.lora import set_trainable
-from megatron_vila.models.projector import Projector
+from megatron_vila.models.loss import HeadOutput, Vocabulary, fused_head
 from megatron_vila.models.shard import RowShard
-from megatron_vila.models.vision import FrameEncoder, VisionTower
+from megatron_vila.models.vision.projector import Projector
+from megatron_vila.models.vision.tower import FrameEncoder, VisionTower
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.memory import GIB
 
 
 class VilaModel(MegatronModule):

@@ -3,8 +3,8 @@
 q, k, v [s, heads, D] after the rotary embedding -> all-to-all over the Ulysses group -> zigzag ring -> all-to-all back. One
 autograd function saves q, k, v, the output and its log-sum-exp; where a layer is run again for its gradients, another one gets
 the output that was kept, so that attention never runs twice. With several chunks of heads the exchanges of one chunk run under
-the attention of another. It knows neither Megatron-Core nor Transformers: both stand on it (``parallel/attention.py``,
-``hf/mm_sp.py``).
+the attention of another. It knows neither Megatron-Core nor Transformers: both stand on it (``parallel/megatron_attention.py``,
+``hf/mm_sp/enable.py``).
 
 Legend: S tokens of a row, s local tokens (S/cp), T = U*s, H query heads, K key/value heads, D head dim.
 """
@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_vila.parallel.kernels import AttentionKernel
-from megatron_vila.parallel.layout import ulysses_permutation
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.ring import Ring, RingLayout
 from megatron_vila.parallel.ulysses import HeadSplit, Ulysses
+from megatron_vila.plan.tokens import ulysses_permutation
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
-from megatron_vila import platform
-from megatron_vila.config.activations import MOST_PEER_BYTES, peer_buffer_bytes
+from megatron_vila import accelerator
+from megatron_vila.plan.activations import MOST_PEER_BYTES, peer_buffer_bytes
 
 TIMEOUT_MS = 30 * 60 * 1000
-"""How long a GPU waits for one whose process is late or gone, as ``platform.init_distributed`` has it for process groups."""
+"""How long a GPU waits for one whose process is late or gone, as ``processes.init_distributed`` has it for process groups."""
 
 
 class PeerMemory:
@@ -30,7 +30,7 @@ class PeerMemory:
         self._group, self._device = group, device
         self._bytes = 0
         self._buffer = self._handle = None
-        self._stream = platform.cuda().Stream()
+        self._stream = accelerator.cuda().Stream()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
@@ -77,8 +77,8 @@ class PeerMemory:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """What is written to others inside, at NVLink's speed, runs beside later work of this GPU up to the ``barrier``."""
-        self._stream.wait_stream(platform.cuda().current_stream())
-        with platform.cuda().stream(self._stream):
+        self._stream.wait_stream(accelerator.cuda().current_stream())
+        with accelerator.cuda().stream(self._stream):
             yield
 
     def barrier(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_vila.parallel.layout import ReshardPlan
+from megatron_vila.plan.tokens import ReshardPlan
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_vila.accelerator import compiled_on_cuda
 from megatron_vila.parallel.kernels import AttentionKernel, Segments
-from megatron_vila.parallel.layout import ALL, BACK, FRONT, half_indices, ring_step
-from megatron_vila.platform import compiled_on_cuda
+from megatron_vila.plan.tokens import ALL, BACK, FRONT, half_indices, ring_step
 
 Tensors = Sequence[torch.Tensor]
 

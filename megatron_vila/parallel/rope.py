@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_vila.accelerator import compiled_on_cuda
 from megatron_vila.errors import SettingError
-from megatron_vila.platform import compiled_on_cuda
 
 
 def rotary_angles(

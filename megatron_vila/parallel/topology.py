@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_vila import platform
+from megatron_vila import processes
 from megatron_vila.config.schema import ParallelConfig
-from megatron_vila.parallel.grid import Coordinates, GridShape
+from megatron_vila.plan.grid import Coordinates, GridShape
 
 # Groups that parallel_state.destroy_model_parallel leaves (0.16.1 and 0.19.2): their threads would live on.
 _NOT_DESTROYED = (
@@ -53,7 +53,7 @@ class ParallelTopology:
         Raises ``ValueError`` on every rank, before any group is made, if the sizes do not divide the world size.
         """
         grid = GridShape.of(dist.get_world_size(), parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
-        timeout = platform.collective_timeout(timeout_minutes)
+        timeout = processes.collective_timeout(timeout_minutes)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=grid.tp,
             pipeline_model_parallel_size=grid.pp,

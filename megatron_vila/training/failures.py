@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_vila import platform
+from megatron_vila import processes
 from megatron_vila.data.loader import LoaderError
 from megatron_vila.errors import PeerError, StallError, UserError
 from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
@@ -103,7 +103,7 @@ def _report_consequence(error: BaseException) -> int:
         return first["status"]
     if isinstance(error, PeerError):
         return FAILED
-    rank, _ = platform.rank_and_world()
+    rank, _ = processes.rank_and_world()
     tell(
         f"megatron_vila: rank {rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
         f"host memory left) or its node failed; the same command goes on from the last checkpoint ({error})"
@@ -155,7 +155,7 @@ def _first_failure(wait_s: float) -> dict | None:
 
 def _store() -> dist.Store | None:
     """What the ranks share, None for a lone rank."""
-    return within(_WAIT_S, platform.shared_store)
+    return within(_WAIT_S, processes.shared_store)
 
 
 def within(seconds: float, action: Callable[[], T]) -> T | None:

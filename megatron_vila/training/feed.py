@@ -20,8 +20,8 @@ from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.models.shard import local_frames
+from megatron_vila.parallel.agreement import from_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.training.agreement import from_rank_zero
 from megatron_vila.training.report_files import Reporting, replace_file
 
 SHOWN_FILES = 4

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_vila import platform
-from megatron_vila.config.memory import GIB, estimate_memory, memory_cure
+from megatron_vila import accelerator
 from megatron_vila.config.schema import Config
+from megatron_vila.plan.memory import GIB, estimate_memory, memory_cure
 from megatron_vila.training.offload import StreamedAdam
 from megatron_vila.training.report_files import Reporting
 from megatron_vila.training.summary import write_json
@@ -36,11 +36,11 @@ def write_memory_report(
         "gradients": _gib(buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)),
         "optimizer": round(on_device / GIB, 6),
         "host": round((host_peak_bytes + on_host) / GIB, 6),
-        "peak": round(platform.peak_memory_bytes() / GIB, 6),
+        "peak": round(accelerator.peak_memory_bytes() / GIB, 6),
     }
     ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
-    estimate = estimate_memory(config, dist.get_world_size(), platform.device_memory_bytes())
+    estimate = estimate_memory(config, dist.get_world_size(), accelerator.device_memory_bytes())
     predicted = {name: round(size / GIB, 6) for name, size in vars(estimate).items()} | {"total": estimate.total / GIB}
     if dist.get_rank() == 0:
         path, report = Path(config.train.output) / MEMORY_FILE, {"unit": "GiB", "predicted": predicted, "ranks": ranks}
@@ -54,7 +54,7 @@ def write_memory_report(
 
 def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exception) -> str:
     """Which part of the prediction is the largest, and the setting that shrinks it."""
-    estimate = estimate_memory(config, world_size, platform.device_memory_bytes())
+    estimate = estimate_memory(config, world_size, accelerator.device_memory_bytes())
     grown = max((name for name in vars(estimate) if name != "slack"), key=lambda name: getattr(estimate, name))
     return (
         f"rank {rank} is out of GPU memory ({str(error).splitlines()[0]}). Predicted for the fullest rank: {estimate}; "

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_vila.busy import LastingConsole
-from megatron_vila.training.flops import mfu
+from megatron_vila.plan.flops import mfu
 from megatron_vila.training.progress import progress_display
 from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
 from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_records, summarize, write_json

@@ -20,8 +20,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.optim.adamw import adamw
 
-from megatron_vila import platform
-from megatron_vila.host import page_locked
+from megatron_vila import accelerator
+from megatron_vila.host_memory import page_locked
 
 CHUNK_ELEMENTS = 2**23
 """Elements that are updated at once: 96 MiB of state each in a slot, of which the device holds ``SLOTS``."""
@@ -60,7 +60,7 @@ class StreamedAdam(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], fraction: float) -> None:
         super().__init__(groups, {"step": 0})
         self.grad_scale = 1.0
-        self._inward, self._outward = platform.cuda().Stream(), platform.cuda().Stream()
+        self._inward, self._outward = accelerator.cuda().Stream(), accelerator.cuda().Stream()
         self._sections = [
             _Section(group, shards, f"optim.offload_fraction={fraction:g}" if on_host else "")
             for group, shards, on_host in _alike(self.param_groups, fraction)
@@ -104,7 +104,7 @@ class StreamedAdam(torch.optim.Optimizer):
         """Each chunk with its state on the device; what was done to that when the next is asked for goes back to the host."""
         if not chunks:
             return
-        cuda, device = platform.cuda(), chunks[0].device
+        cuda, device = accelerator.cuda(), chunks[0].device
         work = cuda.current_stream()
         size = max(chunk.state.nbytes for chunk in chunks)
         slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]

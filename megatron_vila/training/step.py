@@ -17,10 +17,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vila.config.schema import LanguageConfig
-from megatron_vila.data.row import Row
-from megatron_vila.models.head import HeadOutput
+from megatron_vila.models.loss import HeadOutput
 from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.row import Row
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,31 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_vila import platform
+from megatron_vila import accelerator
+from megatron_vila.checkpoint.io import CheckpointError, on_all_ranks, on_rank_zero
+from megatron_vila.checkpoint.resume import (
+    ResumePoint,
+    changes,
+    is_of_a_run,
+    kept_settings,
+    other_text,
+    resume_point,
+    settings_of,
+)
+from megatron_vila.checkpoint.save_load import load_checkpoint, read_info, save_checkpoint, set_aside
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config
-from megatron_vila.config.sizes import head_dim
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
-from megatron_vila.models.gated import reason_for_apart
+from megatron_vila.models.decoder.gated import reason_for_apart
 from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
+from megatron_vila.parallel.agreement import from_rank_zero
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.training.agreement import from_rank_zero
-from megatron_vila.training.checkpoint import load_checkpoint, read_info, save_checkpoint, set_aside
-from megatron_vila.training.checkpoint_io import CheckpointError, on_all_ranks, on_rank_zero
+from megatron_vila.plan.flops import model_flops, peak_flops
+from megatron_vila.plan.sizes import head_dim
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
 from megatron_vila.training.evaluate import evaluate, remarks
 from megatron_vila.training.feed import (
@@ -42,22 +52,12 @@ from megatron_vila.training.feed import (
     tokenizer_warnings,
     training_loader,
 )
-from megatron_vila.training.flops import model_flops, peak_flops
 from megatron_vila.training.lock import LockedError, RunLock
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
-from megatron_vila.training.resume import (
-    ResumePoint,
-    changes,
-    is_of_a_run,
-    kept_settings,
-    other_text,
-    resume_point,
-    settings_of,
-)
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
 from megatron_vila.training.watch import Watch
@@ -97,8 +97,8 @@ class Trainer:
         watch: Watch | None = None,
     ) -> None:
         self.config = config
-        self.device, self.dtype = platform.device(), platform.dtype_of(config.train.precision)
-        platform.set_deterministic(config.train.deterministic)
+        self.device, self.dtype = accelerator.device(), accelerator.dtype_of(config.train.precision)
+        accelerator.set_deterministic(config.train.deterministic)
         self.topology = ParallelTopology.create(config.parallel, config.train.timeout_minutes)
         self.is_writer = self.topology.rank == 0
         model_parallel_cuda_manual_seed(config.train.seed)
@@ -168,7 +168,7 @@ class Trainer:
         train, data, saving = self.config.train, self.config.data, self.config.checkpoint
         loader, rows_per_epoch = training_loader(self.config, self.topology)
         first, barren_rows, skips_in_a_row = self.step + 1, 0, 0
-        platform.reset_peak_memory()
+        accelerator.reset_peak_memory()
         with loader:
             if self.step < train.steps:
                 self.stopped_by = self._agreed_signal()
@@ -263,7 +263,7 @@ class Trainer:
         tokens, frames = sum(sum(r.row.lengths) for r in rows), sum(len(r.row.frames) for r in rows)
         sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.topology.dp)
-        wait_s, peak_gib = sum(r.stats.wait_s for r in rows), platform.peak_memory_bytes() / 2**30
+        wait_s, peak_gib = sum(r.stats.wait_s for r in rows), accelerator.peak_memory_bytes() / 2**30
         lost = self.is_writer and self._lock is not None and bool(self._lock.lost)
         largest = torch.tensor([self._stop.signal, lost, wait_s, peak_gib], dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)

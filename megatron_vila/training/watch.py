@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 
-from megatron_vila import platform
+from megatron_vila import processes
 from megatron_vila.errors import PeerError, StallError
 from megatron_vila.training import failures
 from megatron_vila.training.failures import within
@@ -58,7 +58,7 @@ class Seen:
 
 
 class Watch:
-    """One rank's view of all ranks, from their meeting (``platform.meet``) to the end of the process. A context manager; a lone
+    """One rank's view of all ranks, from their meeting (``processes.meet``) to the end of the process. A context manager; a lone
     rank's does nothing.
 
     ``at`` costs no communication. The thread ends the process if another rank failed and this one does not get out of a
@@ -69,11 +69,11 @@ class Watch:
         self._timeout_s = timeout_minutes * 60
         self.interval_s = min(4.0, max(0.2, self._timeout_s / 10))
         self._place, self._since, self._beat = (0, 0), time.monotonic(), 0
-        self._rank, self._world = platform.rank_and_world()
+        self._rank, self._world = processes.rank_and_world()
         self._done = threading.Event()
-        self._store = platform.shared_store()
+        self._store = processes.shared_store()
         # For a rank that waits while its thread writes. Made now: connecting to a store that has ended takes a whole timeout.
-        self._parting = platform.shared_store()
+        self._parting = processes.shared_store()
         self._here: list[Seen] = []
         """ranks that responded when ``describe_stall`` last looked"""
 
@@ -173,7 +173,7 @@ class Watch:
 
     def _write(self) -> None:
         self._beat += 1
-        self._store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, platform.this_process()]))
+        self._store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, processes.this_process()]))
 
     def _read(self) -> list[Seen]:
         """Of all ranks; one that has not written yet is at the start."""
@@ -188,5 +188,5 @@ class Watch:
         ]
 
     def _started(self, rank: int) -> str:
-        key = f"{platform.STARTED}/{rank}"
+        key = f"{processes.STARTED}/{rank}"
         return self._store.get(key).decode() if self._store.check([key]) else "not known"

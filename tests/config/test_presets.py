@@ -4,10 +4,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from megatron_vila.config.layouts import Layout
 from megatron_vila.config.load import PRESET_FOLDER, load_config, preset_names
 from megatron_vila.config.schema import LoraConfig, ProjectorConfig
-from megatron_vila.config.sizes import (
+from megatron_vila.plan.layouts import Layout
+from megatron_vila.plan.sizes import (
     PROJECTOR_TYPES,
     llm_layer_parameters,
     parameter_count,
@@ -16,7 +16,7 @@ from megatron_vila.config.sizes import (
     vision_layers_run,
     vision_parameters,
 )
-from megatron_vila.config.validate import validate, value_of
+from megatron_vila.plan.validate import validate, value_of
 
 RUNS = [name for name in preset_names() if "/" not in name]
 """Complete runs: everything but the data is in the file."""
@@ -119,8 +119,8 @@ def test_tied_embeddings_and_biases_are_counted():
 
 
 def test_parameter_counts_are_those_of_the_built_tower_and_projectors():
-    from megatron_vila.models.projector import Projector
-    from megatron_vila.models.vision import VisionTower
+    from megatron_vila.models.vision.projector import Projector
+    from megatron_vila.models.vision.tower import VisionTower
 
     for head in ("true", "false"):
         model = load_config("tiny", [f"model.vision.use_head={head}"]).model

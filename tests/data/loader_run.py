@@ -14,7 +14,7 @@ from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import RecordFiles
-from megatron_vila.parallel.frames import deal_frames
+from megatron_vila.plan.frames import deal_frames
 from tests.data.material import byte_level_tokenizer, conversation, write_jsonl
 
 MODEL = ModelConfig(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_vila.data.chat import ChatEncoder, ChatTemplateError, RenderError, assemble, describe
 from megatron_vila.data.records import Turn
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, FrameRef
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, FrameRef
 from tests.data.material import QWEN2_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, sentencepiece_tokenizer
 
 TOKENIZERS = {

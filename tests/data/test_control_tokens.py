@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_vila.config.text_rules import TextRules
 from megatron_vila.data.chat import ChatEncoder, RenderError
 from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
 from megatron_vila.data.placement import Turn
-from megatron_vila.data.text_rules import TextRules
 from tests.data.material import TEXTS, byte_level_tokenizer, metaspace_tokenizer, sentencepiece_tokenizer
 
 TOKENIZERS = {

@@ -19,7 +19,7 @@ from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
 from megatron_vila.data.placement import Turn
 from megatron_vila.data.records import RecordFiles
-from megatron_vila.data.row import MEDIA_TOKEN
+from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import byte_level_tokenizer, conversation, cut_off, write_jsonl, write_video
 
 MODEL = ModelConfig(

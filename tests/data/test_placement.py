@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_vila.config.text_rules import MEDIA_FORMATS
 from megatron_vila.data.chat import ChatEncoder, assemble
 from megatron_vila.data.placement import (
     MARKER,
@@ -12,8 +13,7 @@ from megatron_vila.data.placement import (
     unescape,
 )
 from megatron_vila.data.records import parse_record
-from megatron_vila.data.row import MEDIA_TOKEN, FrameRef
-from megatron_vila.data.text_rules import MEDIA_FORMATS
+from megatron_vila.plan.row import MEDIA_TOKEN, FrameRef
 from tests.data.material import byte_level_tokenizer
 from tests.data.placement_cases import RECORDS
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from megatron_vila.config.text_rules import DEFAULT_CLOCK, TEMPLATES, TextRules
 from megatron_vila.data.chat import ChatEncoder
 from megatron_vila.data.placement import Turn
 from megatron_vila.data.template import NAMED, ChatTemplate, ChatTemplateError, RenderError
-from megatron_vila.data.text_rules import DEFAULT_CLOCK, TEMPLATES, TextRules
 from tests.data.material import QWEN2_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer
 
 DATED = "{{ 'Today: ' + strftime_now('%d %b %Y, %-d.%-m. %H:%M %j %%d') + '. ' }}" + QWEN2_TEMPLATE

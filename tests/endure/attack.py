@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.training.summary import METRICS_FILE
 from tests.endure.forks import Run, Zygote
 from tests.endure.torchrun import Torchrun

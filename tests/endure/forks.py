@@ -105,10 +105,10 @@ def _serve(pipe: Connection) -> None:
     }  # fmt: skip
     import torch
 
-    from megatron_vila import platform
+    from megatron_vila import accelerator
 
     torch.set_num_threads(1)
-    platform.prepare()
+    accelerator.prepare()
     import transformers  # noqa: F401
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 

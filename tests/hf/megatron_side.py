@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vila.checkpoint.exporter import export_checkpoint
+from megatron_vila.checkpoint.save_load import save_checkpoint
 from megatron_vila.config.schema import (
     Config,
     DataConfig,
@@ -19,11 +19,11 @@ from megatron_vila.config.schema import (
     ProjectorConfig,
     VisionConfig,
 )
-from megatron_vila.data.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, pack
-from megatron_vila.models.geometry import tokens_per_frame
+from megatron_vila.convert.exporter import export_checkpoint
 from megatron_vila.models.shard import RowShard
-from megatron_vila.models.vision import encode_frames
-from megatron_vila.training.checkpoint import save_checkpoint
+from megatron_vila.models.vision.tower import encode_frames
+from megatron_vila.plan.geometry import tokens_per_frame
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, pack
 from tests.data.material import byte_level_tokenizer
 from tests.parallel.contract import CPU, build
 

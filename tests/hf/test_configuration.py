@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig, Qwen2Config
 
-from megatron_vila.checkpoint.errors import ConversionError
 from megatron_vila.config.load import load_config
-from megatron_vila.config.sizes import tokens_per_frame
+from megatron_vila.convert.errors import ConversionError
 from megatron_vila.hf import VilaConfig, VilaConfigError, VILAForConditionalGeneration, VilaProcessor
+from megatron_vila.plan.sizes import tokens_per_frame
 from tests.data.material import byte_level_tokenizer
 from tests.hf.megatron_side import config, export
 from tests.ranks import pool

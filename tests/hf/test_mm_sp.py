@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_vila.hf.mm_sp import ATTENTION, enable_mm_sp
-from megatron_vila.hf.mm_sp_checks import check_model
+from megatron_vila.hf.mm_sp.checks import check_model
+from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
 from tests.hf.mm_sp_cases import build, in_float64, text_sample, truth, video_sample
 from tests.hf.mm_sp_ranks import Case, shard, train
 from tests.ranks import pool

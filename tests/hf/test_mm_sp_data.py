@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vila.data.row import IGNORE
-from megatron_vila.hf.mm_sp_data import ShardCollator, VideoTokens
+from megatron_vila.hf.mm_sp.data import ShardCollator, VideoTokens
+from megatron_vila.plan.row import IGNORE
 from tests.hf.mm_sp_cases import PER_FRAME, SIDE, VIDEO, text_sample, video_sample
 
 TOKENS = VideoTokens(VIDEO, PER_FRAME, 1, SIDE)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import megatron_vila.hf  # noqa: F401
-from megatron_vila.data.row import MEDIA_TOKEN
+from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import write_video
 from tests.hf.megatron_side import Prompt, answer, config, export
 from tests.ranks import pool

@@ -9,14 +9,14 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vila.config.text_rules import MEDIA_FORMATS
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import RecordFiles
-from megatron_vila.data.row import MEDIA_TOKEN
-from megatron_vila.data.text_rules import MEDIA_FORMATS
 from megatron_vila.data.video import MediaError, decode_video_frames
 from megatron_vila.hf import VilaConfig, VilaProcessor
+from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import (
     QWEN2_TEMPLATE,
     byte_level_tokenizer,

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from megatron_vila import platform
-from megatron_vila.models.fused import rms_norm, swiglu, swiglu_backward_
+from megatron_vila import accelerator
+from megatron_vila.models.decoder.fused import rms_norm, swiglu, swiglu_backward_
 from megatron_vila.parallel.rope import rotary_angles, rotary_qkv
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
@@ -75,7 +75,7 @@ WAYS = pytest.mark.parametrize("device", ["plain", pytest.param("cpu", marks=nee
 @WAYS
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_plain_autograd(case, device, monkeypatch):
-    monkeypatch.setattr(platform, "_COMPILED_DEVICE", device)
+    monkeypatch.setattr(accelerator, "_COMPILED_DEVICE", device)
     fused, plain, shapes = CASES[case]
     generator = torch.Generator().manual_seed(3)
     inputs = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
@@ -100,7 +100,7 @@ def test_16_bit_values_are_rounded_once(case):
 
 @WAYS
 def test_the_value_of_swiglu_takes_the_place_of_its_gradient(monkeypatch, device):
-    monkeypatch.setattr(platform, "_COMPILED_DEVICE", device)
+    monkeypatch.setattr(accelerator, "_COMPILED_DEVICE", device)
     for tokens in (5, 3):
         gate_up, dout = (torch.randn(tokens, width, dtype=torch.float64) for width in (24, 12))
         gate_up.requires_grad_()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
-from megatron_vila.models import gated, mlp
-from megatron_vila.models.gated import APART, Apart, products_for, reason_for_apart
-from megatron_vila.models.weight_gradient import WeightGradient
+from megatron_vila.models.decoder import gated, mlp
+from megatron_vila.models.decoder.gated import APART, Apart, products_for, reason_for_apart
+from megatron_vila.models.decoder.weight_gradient import WeightGradient
 from tests import samples
 from tests.gpu import only_on_gpus
 from tests.parallel import contract

@@ -9,12 +9,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_vila.config.schema import Config, LanguageConfig, ParallelConfig
-from megatron_vila.data.row import pack
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
 from megatron_vila.models.language import padded_vocab_size
 from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.row import pack
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool

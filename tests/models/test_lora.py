@@ -1,6 +1,6 @@
 """LoRA's parameters: where they begin, what learns, and that a model with fresh updates is the model without them.
 
-Gradients in every layout: ``tests/parallel/test_lora_contract.py``; checkpoints: ``tests/training/test_lora_checkpoint.py``.
+Gradients in every layout: ``tests/parallel/test_lora_contract.py``; checkpoints: ``tests/checkpoint/test_lora_checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila.config.schema import LoraConfig, ParallelConfig
-from megatron_vila.config.sizes import lora_layer_parameters
-from megatron_vila.data.row import pack
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
 from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.row import pack
+from megatron_vila.plan.sizes import lora_layer_parameters
 from tests import samples
 from tests.ranks import pool
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from megatron_vila.config.activations import _kept_by_policy, whole_layer_bytes
 from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
-from megatron_vila.data.row import pack
-from megatron_vila.models import keep
-from megatron_vila.models.gated import Apart
-from megatron_vila.models.keep import HostMemory
+from megatron_vila.models.decoder import saved as keep
+from megatron_vila.models.decoder.gated import Apart
+from megatron_vila.models.decoder.saved import HostMemory
 from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.ring import Ring
+from megatron_vila.plan.activations import _kept_by_policy, whole_layer_bytes
+from megatron_vila.plan.row import pack
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool

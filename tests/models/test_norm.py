@@ -5,7 +5,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megatron_vila.models.norm import RMSNorm
+from megatron_vila.models.decoder.norm import RMSNorm
 
 
 def config(**options) -> TransformerConfig:

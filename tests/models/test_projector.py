@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
-from megatron_vila.models.geometry import downsample_rate, patches_per_side, tokens_per_frame
-from megatron_vila.models.projector import Projector, SpaceToChannel
+from megatron_vila.models.vision.projector import Projector, SpaceToChannel
+from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_frame
 
 TYPES = ("mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "linear", "mlp2x_gelu")
 CHANNELS, HIDDEN = 6, 10

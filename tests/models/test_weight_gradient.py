@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vila.models.weight_gradient import WeightGradient
+from megatron_vila.models.decoder.weight_gradient import WeightGradient
 
 
 @pytest.mark.parametrize("main", [None, torch.bfloat16, torch.float32], ids=["alone", "bfloat16 buffer", "float32 buffer"])

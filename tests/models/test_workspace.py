@@ -13,15 +13,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_vila.benchmark import unfilled
-from megatron_vila.config.activations import _decoder, _ring_backward, local_tokens
+from benchmarks import unfilled
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
-from megatron_vila.data.row import pack
 from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.parallel.ulysses import HeadSplit
+from megatron_vila.plan.activations import _decoder, _ring_backward, local_tokens
+from megatron_vila.plan.row import pack
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool

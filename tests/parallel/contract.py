@@ -12,14 +12,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_vila import platform
+from megatron_vila import accelerator, processes
 from megatron_vila.config.schema import Config, ParallelConfig
-from megatron_vila.data.row import Document, pack
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
 from megatron_vila.models.shard import local_frames
 from megatron_vila.models.vila import VilaModel
-from megatron_vila.models.vision import encode_frames
+from megatron_vila.models.vision.tower import encode_frames
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.row import Document, pack
 from megatron_vila.training.optimizer import finalize_gradients
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss
 from tests import truth
@@ -98,8 +98,8 @@ def micro_batches(rows: Rows, topology: ParallelTopology) -> list[MicroBatch]:
 
 
 def _alone(config: Config, rows: Rows, path: Path) -> None:
-    platform.prepare()
-    platform.init_distributed()
+    accelerator.prepare()
+    processes.init_distributed()
     write_truth(0, config, rows, path)
 
 
@@ -111,7 +111,7 @@ def steps(
     Rows go round-robin to data-parallel replicas, several per replica as micro-batches. On a machine with GPUs each rank uses
     its own.
     """
-    device = platform.device()
+    device = accelerator.device()
     topology, model, offset = build(config, parallel, dtype, device)
     ddp_config = DistributedDataParallelConfig(overlap_grad_reduce=True, grad_reduce_in_fp32=dtype == torch.bfloat16)
     ddp = DistributedDataParallel(model.config, ddp_config, model)
@@ -128,7 +128,7 @@ def steps(
 
 def repeat(rank: int, config: Config, rows: Rows, parallel: ParallelConfig, dtype: torch.dtype, times: int) -> list[str]:
     """Names of the parameters whose gradients differ in any bit between ``times`` equal steps, in deterministic mode."""
-    platform.set_deterministic(True)
+    accelerator.set_deterministic(True)
     topology, model, _, step = steps(config, rows, parallel, dtype)
     first, wrong = {}, set()
     for _ in range(times):
@@ -137,7 +137,7 @@ def repeat(rank: int, config: Config, rows: Rows, parallel: ParallelConfig, dtyp
         first = first or found
         wrong |= {name for name, gradient in found.items() if not torch.equal(gradient, first[name])}
     topology.destroy()
-    platform.set_deterministic(False)
+    accelerator.set_deterministic(False)
     return sorted(wrong)
 
 
@@ -146,7 +146,7 @@ def compare(
 ) -> dict[str, float]:
     """Relative errors of this rank's loss and of each of its parameters' gradients against the truth in ``path``."""
     topology, model, offset, step = steps(config, rows, parallel, dtype)
-    loss, _ = mean_loss(step(), topology, platform.device())
+    loss, _ = mean_loss(step(), topology, accelerator.device())
     reference = torch.load(path, weights_only=True)
     grads, tokens = reference["grads"], max(reference["supervised"], 1)
     wanted = reference["loss_sum"].item() / tokens

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
-from megatron_vila.data.row import pack
-from megatron_vila.parallel.frames import deal_frames
+from megatron_vila.plan.frames import deal_frames
+from megatron_vila.plan.row import pack
 from megatron_vila.training.step import Pass
 from tests import samples
 from tests.parallel import contract

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vila import platform
+from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
-from megatron_vila.models.keep import HostMemory
+from megatron_vila.models.decoder.saved import HostMemory
 from megatron_vila.parallel import peers
 from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
@@ -34,7 +34,7 @@ def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torc
     On GPUs each repetition lets the ranks start a random time apart.
     """
     usual, peers.MOST_PEER_BYTES = peers.MOST_PEER_BYTES, most_bytes
-    topology, device = ParallelTopology.create(parallel), platform.device()
+    topology, device = ParallelTopology.create(parallel), accelerator.device()
     grid = topology.grid
     split = HeadSplit(heads, kv_heads, grid.ulysses)
     kernel = select_kernel("reference", dim, dtype, device)
@@ -93,7 +93,7 @@ def test_gpus_write_to_their_peers_what_the_collective_brings_however_they_are_l
 
 def fill(rank):
     """Reserve where PyTorch's allocator holds all memory without need, and where tensors do."""
-    topology, device = ParallelTopology.create(ParallelConfig(ulysses=2)), platform.device()
+    topology, device = ParallelTopology.create(ParallelConfig(ulysses=2)), accelerator.device()
     memory = PeerMemory.of(topology.ulysses, device)
     free, _ = torch.cuda.mem_get_info()
     torch.empty(free - 2**28, dtype=torch.uint8, device=device)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_vila.config.schema import ParallelConfig
-from megatron_vila.data.row import pack
-from megatron_vila.parallel.grid import GridShape
-from megatron_vila.parallel.layout import owners, plan_reshard
 from megatron_vila.parallel.reshard import Reshard
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.row import pack
+from megatron_vila.plan.tokens import owners, plan_reshard
 from tests import samples
 from tests.ranks import pool
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vila.parallel.layout import ALL, BACK, FRONT
 from megatron_vila.parallel.ring import RingLayout
+from megatron_vila.plan.tokens import ALL, BACK, FRONT
 
 HEADS, DIM, RING = 3, 4, 2
 

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_vila import platform
+from megatron_vila import accelerator
+from megatron_vila.checkpoint.save_load import load_checkpoint
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import ParallelConfig
-from megatron_vila.config.validate import validate
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.training.checkpoint import load_checkpoint
+from megatron_vila.plan.validate import validate
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests import exit_threads
@@ -92,7 +92,7 @@ def train(rank: int, settings: Sequence[str], stop_at: int | None = None) -> dic
         return Trainer(config).run()
     finally:
         done.set()
-        platform.set_deterministic(False)
+        accelerator.set_deterministic(False)
 
 
 def _terminate_at(output: str, step: int, done: threading.Event) -> None:
@@ -109,7 +109,7 @@ def weights(rank: int, settings: Sequence[str], checkpoint: Path) -> dict[str, t
     config = load_config("tiny", settings)
     config.parallel = ParallelConfig()
     topology = ParallelTopology.create(config.parallel)
-    model = VilaModel(config, topology, platform.dtype_of(config.train.precision), torch.device("cpu"))
+    model = VilaModel(config, topology, accelerator.dtype_of(config.train.precision), torch.device("cpu"))
     load_checkpoint(checkpoint, [model])
     topology.destroy()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_vila import platform
+from megatron_vila import accelerator
 from megatron_vila.config.schema import Config, ParallelConfig
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
@@ -41,7 +41,7 @@ class Run:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         grid = self.topology.grid
-        total = torch.zeros((), dtype=torch.float64, device=platform.device())
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device())
         for name, parameter in self.trainable().items():
             # Megatron sums these over tp, and tied embeddings over the first and last stage.
             copies = grid.tp if getattr(parameter, "sequence_parallel", False) else 1
@@ -54,7 +54,7 @@ class Run:
         self.finalize(tokens=1)
 
     def finalize(self, tokens: int) -> None:
-        count = torch.tensor(tokens, dtype=torch.int32, device=platform.device())
+        count = torch.tensor(tokens, dtype=torch.int32, device=accelerator.device())
         finalize_gradients([self.ddp], count, pg_collection=self.topology.collection)
 
     def step(self, step: int) -> float:
@@ -102,7 +102,7 @@ def build(
         setattr(target, last, value)
     parallel_state.destroy_model_parallel()
     topology = ParallelTopology.create(config.parallel)
-    model = VilaModel(config, topology, dtype, platform.device())
+    model = VilaModel(config, topology, dtype, accelerator.device())
     ddp = wrap_ddp(model, config.optim, model.config, overlap)
     optimizer, scheduler = build_optimizer([ddp], config.optim, config.train, dtype)
     return Run(config, topology, model, ddp, optimizer, scheduler)

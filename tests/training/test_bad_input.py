@@ -11,12 +11,12 @@ import signal
 
 import pytest
 
-from megatron_vila import platform
-from megatron_vila.config.bounds import MOST
+from megatron_vila import accelerator
+from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.config.load import load_config
 from megatron_vila.data.chat import describe
+from megatron_vila.plan.bounds import MOST
 from megatron_vila.train import main
-from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.feed import open_dataset
 from megatron_vila.training.stop import ASKING
 from megatron_vila.training.summary import read_metrics
@@ -43,7 +43,7 @@ def _main(rank: int, world: int, arguments: list[str]) -> tuple[int, str, str]:
         logging.root.handlers.clear()
         logging.getLogger("megatron_vila").setLevel(level)
         logging.getLogger("megatron_vila.data").setLevel(logging.NOTSET)
-        platform.set_deterministic(False)
+        accelerator.set_deterministic(False)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_vila.training.checkpoint import latest_checkpoint
+from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.training.summary import read_metrics
 from tests.endure.attack import HANG_S, KINDS, SETTINGS, TIMEOUT_MINUTES, Attack, Calm, small_disk
 from tests.endure.forks import Zygote

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.data.records import RecordFiles
-from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.evaluate import remarks
 from megatron_vila.training.feed import chance_level
 from megatron_vila.training.summary import read_metrics

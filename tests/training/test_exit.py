@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
-from megatron_vila.training.checkpoint import latest_checkpoint
 from megatron_vila.training.closing import closing_lines
 from megatron_vila.training.stop import StopRequest
 from megatron_vila.training.summary import read_metrics

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vila import platform
+from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
 from megatron_vila.training.trainer import Trainer
 from tests.ranks import pool
@@ -126,7 +126,7 @@ FRESH = [
 def initial(rank, settings):
     """The weights that a run begins with."""
     trainer = Trainer(load_config("tiny", settings))
-    platform.set_deterministic(False)
+    accelerator.set_deterministic(False)
     return {name: parameter.detach().clone() for name, parameter in trainer.model.module.named_parameters()}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vila.config.load import load_config
-from megatron_vila.config.memory import GIB
+from megatron_vila.plan.memory import GIB
 from megatron_vila.training import trainer
 from megatron_vila.training.memory_report import out_of_memory_message
 from tests.ranks import pool
@@ -34,7 +34,7 @@ def train_with_the_size_of_a_gpu(rank, settings):
     """As ``train``, where the device says that it has 80 GiB; returns what the report says in a line."""
     lines, write = [], trainer.write_memory_report
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_vila.platform.device_memory_bytes", lambda: 80 * GIB)
+        patch.setattr("megatron_vila.accelerator.device_memory_bytes", lambda: 80 * GIB)
         patch.setattr(trainer, "write_memory_report", lambda *given: lines.append(write(*given)))
         train(rank, settings)
     return lines[0]
@@ -66,7 +66,7 @@ def test_a_traced_step_is_a_chrome_trace_of_the_rank_that_was_named(run):
 
 def test_a_gpu_that_is_too_small_is_answered_with_the_largest_part_and_a_setting(monkeypatch):
     """The message alone: a CPU has no such error to raise."""
-    monkeypatch.setattr("megatron_vila.platform.device_memory_bytes", lambda: 80 * GIB)
+    monkeypatch.setattr("megatron_vila.accelerator.device_memory_bytes", lambda: 80 * GIB)
     config = load_config("models/qwen2-7b", ["train.seq_length=1048576"])
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     message = out_of_memory_message(config, 8, 3, error)
@@ -78,7 +78,7 @@ def test_the_tower_takes_its_share_of_the_gpu_there_is(monkeypatch):
     """2 H200 of 139.8 GiB reached 45.84 GiB in such a run: an eighth of one is 27 frames at once; of 80 GB it would be 14."""
 
     def predicted(gib):
-        monkeypatch.setattr("megatron_vila.platform.device_memory_bytes", lambda: int(gib * GIB))
+        monkeypatch.setattr("megatron_vila.accelerator.device_memory_bytes", lambda: int(gib * GIB))
         settings = ["model.llm.num_layers=4", "model.vision.recompute=true", "parallel.ulysses=2", "data.num_frames=160"]
         settings += ["train.seq_length=32768", "train.global_batch_size=1"]
         message = out_of_memory_message(load_config("models/longvila-7b", settings), 2, 0, Exception("-"))

@@ -8,9 +8,9 @@ import torch
 
 from megatron_vila.training import offload
 from megatron_vila.training.memory_report import _optimizer_bytes
+from tests.checkpoint.test_checkpoint import content, load_and_go_on, save_and_go_on
 from tests.ranks import pool
 from tests.training.small_run import build, same
-from tests.training.test_checkpoint import content, load_and_go_on, save_and_go_on
 from tests.training.test_optimizer import broken_step, frozen_run
 
 ONE, DP2, TP2 = (1, (1, 1, 1, 1)), (2, (1, 1, 1, 1)), (2, (2, 1, 1, 1))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vila import platform
-from megatron_vila.checkpoint.exporter import export_checkpoint
-from megatron_vila.checkpoint.importer import import_checkpoint
+from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
-from megatron_vila.config.validate import validate
+from megatron_vila.convert.exporter import export_checkpoint
+from megatron_vila.convert.importer import import_checkpoint
+from megatron_vila.plan.validate import validate
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests.training.independent import files, model
@@ -90,7 +90,7 @@ def trained(rank: int, config: Path | str, settings: Sequence[str]) -> dict[str,
     try:
         return Trainer(config).run()
     finally:
-        platform.set_deterministic(False)
+        accelerator.set_deterministic(False)
 
 
 def cut_back(output: Path, step: int) -> None:

@@ -45,10 +45,10 @@ FAULTS = [
     ),
     Fault(
         "a run that goes on may place media by another rule than the one that it had",
-        "megatron_vila/training/resume.py",
+        "megatron_vila/checkpoint/resume.py",
         'before="verbatim",',
         "",
-        ("tests/training/test_resume_settings.py", "-k", "another_format"),
+        ("tests/checkpoint/test_resume_settings.py", "-k", "another_format"),
     ),
     Fault(
         "a run in which most samples are broken goes on",
@@ -82,24 +82,24 @@ FAULTS = [
     ),
     Fault(
         "the content of a checkpoint's files is not checked",
-        "megatron_vila/training/checkpoint_files.py",
+        "megatron_vila/checkpoint/files.py",
         'if _sum_of_range(folder / name, begin, end) == info["sums"]["files"][name][block]:',
         "if True:",
-        ("tests/training/test_damaged_checkpoint.py", "-k", "flipped_byte"),
+        ("tests/checkpoint/test_damaged_checkpoint.py", "-k", "flipped_byte"),
     ),
     Fault(
         "a checkpoint may hold more than tensors and plain values",
-        "megatron_vila/training/checkpoint_files.py",
+        "megatron_vila/checkpoint/files.py",
         'torch.load(file, weights_only=True, map_location="cpu")',
         'torch.load(file, weights_only=False, map_location="cpu")',
-        ("tests/training/test_hostile_checkpoint.py", "-k", "runs_code_at_any_door"),
+        ("tests/checkpoint/test_hostile_checkpoint.py", "-k", "runs_code_at_any_door"),
     ),
     Fault(
         "a piece of a tensor may lie beyond the end of its file",
-        "megatron_vila/training/checkpoint_tensors.py",
+        "megatron_vila/checkpoint/tensors.py",
         " or begin + length > files[file]:",
         ":",
-        ("tests/training/test_hostile_checkpoint.py", "-k", "forged_checkpoint_is_refused"),
+        ("tests/checkpoint/test_hostile_checkpoint.py", "-k", "forged_checkpoint_is_refused"),
     ),
     Fault(
         "a folder has as many writers as like",

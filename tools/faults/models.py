@@ -2,7 +2,7 @@
 
 from .fault import POLICIES, Fault
 
-HEAD = ("tests/models/test_head.py", "-k", "plain_cross_entropy")
+HEAD = ("tests/models/test_loss.py", "-k", "plain_cross_entropy")
 AHEAD = ("tests/models/test_vision.py", "-k", "ahead")
 SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduction")
 
@@ -33,87 +33,87 @@ FAULTS = [
     ),
     Fault(
         "norm gradients are not summed over tp",
-        "megatron_vila/models/norm.py",
+        "megatron_vila/models/decoder/norm.py",
         "self.weight.sequence_parallel = config.sequence_parallel",
         "self.weight.sequence_parallel = False",
     ),
     Fault(
         "ranks without frames leave the graph",
-        "megatron_vila/models/vision.py",
+        "megatron_vila/models/vision/tower.py",
         " + zero_connected_to(used)",
         "",
         SEVERAL_STEPS,
     ),
     Fault(
         "layers of a block are run again in the wrong order",
-        "megatron_vila/models/decoder.py",
+        "megatron_vila/models/decoder/decoder.py",
         "enumerate(reversed(self._layers)):",
         "enumerate(self._layers):",
         POLICIES,
     ),
     Fault(
         "weight gradients of all tiles but the last are lost",
-        "megatron_vila/models/weight_gradient.py",
+        "megatron_vila/models/decoder/weight_gradient.py",
         "        out.addmm_(a, b)\n",
         "        torch.mm(a, b, out=out)\n",
         POLICIES,
     ),
     Fault(
         "the gradient of the residual stream is lost where a norm passes it on",
-        "megatron_vila/models/fused.py",
+        "megatron_vila/models/decoder/fused.py",
         "(dx + _wide(dstream)).to(x.dtype)",
         "dx.to(x.dtype)",
     ),
     Fault(
         "gradients of gate and up are exchanged",
-        "megatron_vila/models/fused.py",
+        "megatron_vila/models/decoder/fused.py",
         "return dout * up * sigmoid * (1 + gate * (1 - sigmoid)), dout * gate * sigmoid",
         "return dout * gate * sigmoid, dout * up * sigmoid * (1 + gate * (1 - sigmoid))",
         POLICIES,
     ),
     Fault(
         "SwiGLU takes the place of its gradient too early",
-        "megatron_vila/models/fused.py",
+        "megatron_vila/models/decoder/fused.py",
         "    gradients, value = _silu_times_gradient(gate, up, dout), _silu_times_of(gate, up)\n",
         "    value = dout.copy_(_silu_times_of(gate, up))\n    gradients = _silu_times_gradient(gate, up, dout)\n",
         POLICIES,
     ),
     Fault(
         "the first layer without the recompute policy is left out",
-        "megatron_vila/models/decoder.py",
+        "megatron_vila/models/decoder/decoder.py",
         "for layer in decoder.layers[again:]:",
         "for layer in decoder.layers[again + (0 < again) :]:",
         POLICIES,
     ),
     Fault(
         "head keeps its partial gradient under tp",
-        "megatron_vila/models/head.py",
+        "megatron_vila/models/loss.py",
         "dist.reduce_scatter_tensor(grads_CH, partial, group=vocabulary.group)",
         "grads_CH.copy_(partial.chunk(vocabulary.group.size())[vocabulary.group.rank()])",
     ),
     Fault(
         "head normalises over the local vocabulary",
-        "megatron_vila/models/head.py",
+        "megatron_vila/models/loss.py",
         "_all_reduce(sums_C, dist.ReduceOp.SUM, vocabulary)",
         "pass",
     ),
     Fault(
         "the last few rows of the vocabulary have no part in the gradient of hidden states",
-        "megatron_vila/models/head.py",
+        "megatron_vila/models/loss.py",
         "for part in reversed(list(_fast_parts(len(weight_VH)))):",
         "for part in list(_fast_parts(len(weight_VH)))[:1]:",
         HEAD,
     ),
     Fault(
         "frames encoded ahead are taken for others",
-        "megatron_vila/models/vision.py",
+        "megatron_vila/models/vision/tower.py",
         "if pixels is not pixels_F3HW:",
         "if pixels is None:",
         AHEAD,
     ),
     Fault(
         "frames are encoded ahead beside kept activations",
-        "megatron_vila/models/vision.py",
+        "megatron_vila/models/vision/tower.py",
         "if learns and not self._tower.config.recompute:",
         "if False:",
         AHEAD,

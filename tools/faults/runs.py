@@ -3,7 +3,7 @@
 from .fault import CONTRACT, Fault
 
 OFFLOAD = ("tests/training/test_offload.py", "-k", "gradients_are_clipped or cut_parameters and 1.0-1000")
-PLATFORM = ("tests/test_platform.py", "-k", "few_versions or deterministic_mode")
+PLATFORM = ("tests/test_accelerator.py", "-k", "few_versions or deterministic_mode")
 
 FAULTS = [
     Fault(
@@ -14,14 +14,14 @@ FAULTS = [
     ),
     Fault(
         "compiled code has versions for what wants gradients",
-        "megatron_vila/platform.py",
+        "megatron_vila/accelerator.py",
         "arg.detach() if isinstance(arg, torch.Tensor) else arg",
         "arg",
         PLATFORM,
     ),
     Fault(
         "code is compiled in deterministic mode too",
-        "megatron_vila/platform.py",
+        "megatron_vila/accelerator.py",
         "return not torch.are_deterministic_algorithms_enabled()",
         "return True",
         PLATFORM,
@@ -63,14 +63,14 @@ FAULTS = [
     ),
     Fault(
         "what comes back from the host is in no estimate",
-        "megatron_vila/config/activations.py",
+        "megatron_vila/plan/activations.py",
         "most = max(most, held + back)",
         "most = max(most, held)",
         ("tests/models/test_memory_policies.py", "-k", "is_what_is_predicted"),
     ),
     Fault(
         "copies of packed rows in the ring are in no estimate",
-        "megatron_vila/config/activations.py",
+        "megatron_vila/plan/activations.py",
         "copies = 1.5 * q * packed",
         "copies = 0",
         ("tests/models/test_workspace.py", "-k", "ring"),
@@ -78,14 +78,14 @@ FAULTS = [
     Fault(
         "a run's estimate is that of another GPU",
         "megatron_vila/training/memory_report.py",
-        "estimate_memory(config, world_size, platform.device_memory_bytes())",
+        "estimate_memory(config, world_size, accelerator.device_memory_bytes())",
         "estimate_memory(config, world_size, 80 * 10**9)",
         ("tests/training/test_memory_report.py", "-k", "share"),
     ),
     Fault(
         "a run's report plans for no GPU",
         "megatron_vila/training/memory_report.py",
-        "estimate_memory(config, dist.get_world_size(), platform.device_memory_bytes())",
+        "estimate_memory(config, dist.get_world_size(), accelerator.device_memory_bytes())",
         "estimate_memory(config, dist.get_world_size(), 0)",
         ("tests/training/test_memory_report.py", "-k", "predicted"),
     ),
@@ -112,9 +112,9 @@ FAULTS = [
     ),
     Fault(
         "a variant is measured beside the model of the one before",
-        "megatron_vila/benchmark/worker.py",
-        "        platform.collect_garbage()\n",
+        "benchmarks/worker.py",
+        "        accelerator.collect_garbage()\n",
         "",
-        ("tests/benchmark/test_benchmarks.py", "-k", "left_behind"),
+        ("tests/benchmarks/test_benchmarks.py", "-k", "left_behind"),
     ),
 ]

@@ -1,0 +1,234 @@
+"""CUDA or a CPU: the device of a process, its memory, its streams and its dtypes, by the same calls.
+
+On a machine with CUDA everything here is a thin wrapper over ``torch.cuda``. Without CUDA, ``prepare`` lets Megatron-Core run on
+the CPU (``megatron_on_cpu``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_vila.errors import SettingError
+
+_MCORE = "megatron.core"
+_COMPILED_DEVICE = "cuda"  # a test counts versions on a CPU
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# What Megatron-Core says on every start and a user can do nothing about.
+_QUIET_WARNINGS = (
+    ".*Apex (is|are) not installed",
+    "full scope is deprecated",
+    ".* is experimental and still under active development",
+    "The .grad attribute of a Tensor that is not a leaf",
+    r"`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+)
+_QUIET_LOGS = (
+    "GPTModel IS DEPRECATED",
+    "CPU RNG state changed within GPU RNG context",
+    "full_param_layout not provided",
+    "Unknown MLP type",
+)
+
+
+def device() -> torch.device:
+    """Device of this process: its own GPU (the current CUDA device) or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Parameter dtype of ``train.precision``: auto (bf16 with CUDA, else fp32), bf16, fp32 or fp64.
+
+    Raises ``ValueError`` for another name.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if precision not in _DTYPES:
+        raise SettingError(f"train.precision={precision!r} is unknown; use auto, {', '.join(_DTYPES)}")
+    return _DTYPES[precision]
+
+
+def synchronize() -> None:
+    """Wait until the device has done all its work (nothing to wait for on a CPU)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def collect_garbage() -> None:
+    """Free what nothing refers to any more, models too, and give its device memory back to the driver."""
+    for _ in range(2):  # a model is a cycle, partly through C++
+        gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_memory_bytes() -> int:
+    """Memory of this process's GPU, 0 on a CPU."""
+    return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else 0
+
+
+def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
+    """``tensor`` on ``target``. What lies on the host is copied to page-locked memory (PyTorch keeps it for the next one), from
+    where a GPU takes it in the order of its stream, without the host waiting for that."""
+    if target.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(target, non_blocking=True)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use since the last ``reset_peak_memory``, in bytes: GPU tensors, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak. Where the system keeps no resettable peak (CPU outside Linux) the peak stays that of the process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Ask for bitwise repeatable kernels; call it before the first CUDA or NCCL operation. ``False`` undoes it.
+
+    An operator without a deterministic form raises ``RuntimeError`` instead of running.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(enabled)
+    # The fill only helps to find reads of uninitialised memory, and costs a pass over every buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic = enabled
+    torch.backends.cudnn.benchmark = False
+
+
+def prepare() -> None:
+    """Make ``megatron.core`` usable on this machine. Call it before the first use of Megatron-Core; calling again is free.
+
+    With CUDA it silences import-time warnings about optional packages and, unless PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF
+    is set, has PyTorch's allocator extend its segments. Without, modules of ``megatron.core``, those imported already and those
+    to come, are redirected to the CPU, and their ``torch.compile`` fusions are switched off.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the other name would hide it
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    for message in _QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    quiet = (
+        "models.gpt.gpt_model",
+        "tensor_parallel.random",
+        "distributed.distributed_data_parallel",
+        "transformer.transformer_layer",
+    )
+    for name in quiet:
+        logging.getLogger(f"{_MCORE}.{name}").addFilter(_is_news)
+    if not torch.cuda.is_available():
+        from megatron_vila import megatron_on_cpu
+
+        megatron_on_cpu.redirect()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in record.getMessage() for text in _QUIET_LOGS)
+
+
+@functools.cache
+def cuda() -> types.ModuleType:
+    """``torch.cuda``, or without CUDA a twin of it: what it is asked for is done at once, on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda
+    twin = types.ModuleType("torch.cuda")
+    vars(twin).update(vars(torch.cuda))
+    stream = _Stream()
+    twin.current_device = lambda: torch.device("cpu")
+    twin.Stream = twin.Event = _Stream
+    twin.current_stream = twin.default_stream = lambda device=None: stream
+    twin.stream = lambda stream: contextlib.nullcontext()
+    twin.synchronize = twin.empty_cache = lambda *args, **kwargs: None
+    twin.manual_seed = twin.manual_seed_all = torch.manual_seed
+    twin.get_rng_state, twin.set_rng_state = _get_rng_state, _set_rng_state
+    return twin
+
+
+class _Stream:
+    """CPU twin of a CUDA stream or event: everything is done by the time it is asked for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def record_event(self, event=None):
+        return self
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+
+def _get_rng_state(device=None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device=None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def compiles() -> bool:
+    """Whether CUDA runs compiled code: not in deterministic mode.
+
+    Code for the first length of a run and the code for any length that follows it round differently.
+    """
+    return not torch.are_deterministic_algorithms_enabled()
+
+
+def compiled_on_cuda(function: Callable) -> Callable:
+    """``function`` of tensors and numbers: as it is on a CPU, by ``torch.compile`` on CUDA where it ``compiles``.
+
+    The first argument's device decides. No gradients flow through the function.
+    """
+
+    @functools.cache
+    def compiled() -> Callable:
+        # When it is needed first, not before: torch.compile imports a compiler, which takes seconds.
+        # The first new length makes lengths dynamic; widths stay constants of the kernel.
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        # Code that is compiled has a version for what wants gradients and another for what does not, and few versions in all.
+        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return (compiled() if args[0].device.type == _COMPILED_DEVICE and compiles() else function)(*args)
+
+    return call

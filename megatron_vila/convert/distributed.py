@@ -1,0 +1,46 @@
+"""A distributed checkpoint written tensor by tensor in one process, without a process group: what an import ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vila.checkpoint.files import write_rest
+from megatron_vila.checkpoint.tensors import METADATA, PieceWriter, write_metadata
+from megatron_vila.convert.tensor_files import TensorInfo
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to write: the whole of ``key``, or place ``layer`` of its leading axis of ``layers``; ``make`` gives it."""
+
+    key: str
+    info: TensorInfo
+    layer: int | None
+    layers: int
+    make: Callable[[], torch.Tensor]
+
+
+def write_checkpoint(folder: Path, parts: Sequence[Part], info: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Write the weights ``parts`` as the checkpoint of step 0 into the new ``folder``, as one rank of a run would.
+
+    ``info`` are JSON values for info.json, ``extra`` plain values as a run keeps them. One tensor is in memory at a time. Raises
+    ``OSError`` if writing fails and ``ValueError`` if a tensor has another shape than its info.
+    """
+    with PieceWriter(folder, rank=0) as writer:
+        for part in parts:
+            tensor = part.make().to(part.info.dtype)
+            if tuple(tensor.shape) != part.info.shape:
+                raise ValueError(f"{part.key} has shape {list(tensor.shape)}, planned was {list(part.info.shape)}")
+            origin = (0,) * tensor.dim()
+            if part.layer is None:
+                writer.add(part.key, tensor, tensor.shape, origin)
+            else:
+                writer.add(part.key, tensor.unsqueeze(0), (part.layers, *tensor.shape), (part.layer, *origin))
+    state = {"adam_step": None, "scheduler_steps": None, "extra": dict(extra)}
+    files = writer.files | {METADATA: write_metadata(folder, writer.pieces)}
+    write_rest(folder, 0, state, info, files, world_size=1)

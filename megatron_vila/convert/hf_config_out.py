@@ -1,0 +1,247 @@
+"""Our configuration to Hugging Face's: the JSON files of an exported folder.
+
+Where the weights once came from a Hugging Face folder, its values are the base and what training may have changed is written
+over them; else every key that the VILA code reads is written. Rotary base, scaling and lengths are always the run's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_vila.config.schema import Config, LanguageConfig, VisionConfig
+from megatron_vila.config.text_rules import TextRules
+from megatron_vila.convert.hf_config import METADATA_FORMAT
+from megatron_vila.convert.tokenizer import media_token_ids
+from megatron_vila.plan.sizes import head_dim
+
+Parts = Mapping[str, Mapping[str, Any]]
+
+# A name at the root would win over resume_path in the VILA code; those of the parts are written anew by vila_root.
+_DROPPED = ("_name_or_path", "auto_map", "dtype", "rope_parameters", "llm_cfg", "vision_tower_cfg", "mm_projector_cfg")
+# The version whose code wrote each token order: what other readers guess the order from.
+_VERSIONS = {"row_major": "4.46.0", "legacy_column_major": "4.37.2"}
+_FIRST_ROOT = {
+    "drop_path_rate": 0.0,
+    "dynamic_s2": False,
+    "interpolate_mode": "linear",
+    "max_tiles": 12,
+    "min_tiles": 1,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "cls_patch",
+    "num_time_tokens": 0,
+    "s2": False,
+    "time_token_format": "<t{t}>",
+    "video_max_tiles": 1,
+    "vision_resolution": -1,
+}
+
+
+def language_config(llm: LanguageConfig, carried: Mapping[str, Any], dtype: str, tokenizer: Any) -> dict[str, Any]:
+    """``llm/config.json``. ``model_max_length`` follows ``max_positions`` where training changed that."""
+    changed = carried.get("max_position_embeddings") != llm.max_positions
+    lengths = {
+        key: llm.max_positions if changed or not carried.get(key) else carried[key]
+        for key in ("model_max_length", "tokenizer_model_max_length")
+    }
+    first = {
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "tokenizer_padding_side": "right",
+        "transformers_version": _VERSIONS["row_major"],
+        "use_cache": True,
+        **_special_ids(tokenizer),
+    }
+    kind, architecture = ("qwen2", "Qwen2ForCausalLM") if llm.qkv_bias else ("llama", "LlamaForCausalLM")
+    if kind == "llama":
+        first |= {"attention_bias": False, "mlp_bias": False}
+    config = first | _kept(carried) | {
+        "architectures": [architecture],
+        "hidden_size": llm.hidden_size,
+        "intermediate_size": llm.ffn_hidden_size,
+        "max_position_embeddings": llm.max_positions,
+        "model_type": kind,
+        "num_attention_heads": llm.num_heads,
+        "num_hidden_layers": llm.num_layers,
+        "num_key_value_heads": llm.num_kv_heads,
+        "rms_norm_eps": llm.norm_eps,
+        "rope_scaling": _rope_scaling(llm.rope_scaling_factor),
+        "rope_theta": llm.rope_theta,
+        "tie_word_embeddings": llm.tie_embeddings,
+        "torch_dtype": dtype,
+        "vocab_size": llm.vocab_size,
+        **lengths,
+    }  # fmt: skip
+    if head_dim(llm) * llm.num_heads != llm.hidden_size or "head_dim" in carried:
+        config["head_dim"] = head_dim(llm)
+    return config
+
+
+def vision_config(vision: VisionConfig, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """``vision_tower/config.json``."""
+    first = {"attention_dropout": 0.0, "transformers_version": _VERSIONS["row_major"]}
+    return first | _kept(carried) | {
+        "architectures": ["SiglipVisionModel"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": vision.hidden_size,
+        "image_size": vision.image_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": vision.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": vision.num_layers,
+        "patch_size": vision.patch_size,
+        "torch_dtype": dtype,
+        "vision_use_head": vision.use_head,
+    }  # fmt: skip
+
+
+def projector_config(kind: str, dtype: str) -> dict[str, Any]:
+    """``mm_projector/config.json``."""
+    return {
+        "architectures": ["MultimodalProjector"],
+        "mm_projector_type": kind,
+        "model_type": "v2l_projector",
+        "torch_dtype": dtype,
+        "transformers_version": _VERSIONS["row_major"],
+    }
+
+
+def preprocessor_config(vision: VisionConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """``preprocessor_config.json``: the carried one, else SigLIP's as training prepared the pictures."""
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return dict(carried) or {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "SiglipProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": size,
+    }
+
+
+def generation_config(carried: Mapping[str, Any], tokenizer: Any, stops: Sequence[int]) -> dict[str, Any]:
+    """``generation_config.json``: the carried one, else the ids that begin, end and pad a text.
+
+    ``stops`` are the ids that end an answer under the run's template; generation ends at each of them.
+    """
+    config = dict(carried) or {"_from_model_config": True, **_special_ids(tokenizer)}
+    known = config.get("eos_token_id")
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    ends = [*known, *(stop for stop in stops if stop not in known)]
+    return config | {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else config
+
+
+def vila_root(
+    config: Config, carried: Mapping[str, Any], parts: Parts, tokenizer: Any, trained: bool
+) -> dict[str, Any]:
+    """The root ``config.json`` of the folder layout; ``parts`` are the configurations of llm, vision_tower, mm_projector.
+
+    ``trained`` says that what the run's settings call trained parts is news.
+    """
+    model, data = config.model, config.data
+    llm = parts["llm"]
+    kept = _kept(carried)
+    # A flat layout's own keys mean nothing to the VILA code.
+    kept = {key: value for key, value in kept.items() if key not in ("text_config", "vision_config")}
+    encoders = {
+        f"{medium}_encoder": json.dumps(_encoder(name, ids, tokenizer))
+        for medium, name, ids in (
+            ("image", "BasicImageEncoder", data.image_separator_ids),
+            ("video", "BasicVideoEncoder", data.frame_separator_ids),
+        )
+    }
+    tuned = {
+        f"tune_{part}": getattr(config.optim, ours).trainable
+        for part, ours in (("language_model", "llm"), ("mm_projector", "projector"), ("vision_tower", "vision"))
+    }
+    return _FIRST_ROOT | {"chat_template": None, **encoders, **tuned} | kept | (tuned if trained else {}) | {
+        "architectures": ["LlavaLlamaModel"],
+        # TensorRT-LLM finds the folder of a part by this name, the VILA code by the key.
+        **{f"{part}_cfg": {**config, "_name_or_path": part} for part, config in parts.items()},
+        "mm_projector_type": model.projector.type,
+        "model_dtype": f"torch.{llm['torch_dtype']}",
+        "model_max_length": llm["model_max_length"],
+        "model_type": "llava_llama",
+        "resume_path": "./",
+        **_common(config, carried, tokenizer),
+    }  # fmt: skip
+
+
+def flat_root(config: Config, carried: Mapping[str, Any], parts: Parts, tokenizer: Any) -> dict[str, Any]:
+    """The root ``config.json`` of the flat layout."""
+    llm = parts["llm"]
+    return {
+        "architectures": ["VILAForConditionalGeneration"],
+        "mm_projector_type": config.model.projector.type,
+        "mm_vision_select_feature": "cls_patch",
+        "model_type": "vila",
+        "text_config": dict(llm),
+        "tie_word_embeddings": llm["tie_word_embeddings"],
+        "torch_dtype": llm["torch_dtype"],
+        "vision_config": dict(parts["vision_tower"]),
+        **_common(config, carried, tokenizer),
+    }
+
+
+def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """What both roots say."""
+    model, data = config.model, config.data
+    common = {
+        "fps": data.fps,
+        "hidden_size": model.llm.hidden_size,
+        "image_aspect_ratio": data.image_aspect,
+        "megatron_vila": {
+            "format": METADATA_FORMAT,
+            "projector_token_order": model.projector.token_order,
+            "frame_separator_ids": list(data.frame_separator_ids),
+            "image_separator_ids": list(data.image_separator_ids),
+            "num_frames": data.num_frames,
+            "fps": data.fps,
+            "fps_rule": data.fps_rule,
+            "image_aspect": data.image_aspect,
+            **asdict(TextRules.of(data)),
+            "max_positions": model.llm.max_positions,
+        },
+        "mm_hidden_size": model.vision.hidden_size,
+        "mm_vision_select_layer": model.vision.select_layer,
+        "num_video_frames": data.num_frames,
+        "transformers_version": carried.get("transformers_version") or _VERSIONS[model.projector.token_order],
+    }
+    if tokenizer is not None:
+        common["image_token_id"], common["video_token_id"] = media_token_ids(tokenizer)
+    return common
+
+
+def _encoder(name: str, separator_ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    """VILA's encoders write a newline after a picture unless they are told another text."""
+    encoder: dict[str, Any] = {"_target_": f"llava.model.encoders.{name}"}
+    if not separator_ids:
+        return encoder | {"end_tokens": None}
+    text = "\n" if tokenizer is None else tokenizer.decode(separator_ids)
+    return encoder if text == "\n" else encoder | {"end_tokens": text}
+
+
+def _rope_scaling(factor: float) -> dict[str, Any] | None:
+    # Older readers look for "type", newer ones for "rope_type".
+    return None if factor == 1.0 else {"type": "linear", "rope_type": "linear", "factor": factor}
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name, None) for name in names}
+    return {name: id_ for name, id_ in ids.items() if id_ is not None}
+
+
+def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what names another place, and what is written in another way."""
+    return {key: value for key, value in carried.items() if key not in _DROPPED}

@@ -1,0 +1,192 @@
+"""Hugging Face folder to a run's folder: a distributed checkpoint of step 0 and a configuration to train it with.
+
+``OUT`` then holds ``config.yaml``, ``tokenizer/`` and ``checkpoints/``; the original JSON files travel in the checkpoint's
+info.json and from there into every checkpoint of a run that starts from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vila.checkpoint.resume import tokenizer_settings
+from megatron_vila.config.load import dump_config
+from megatron_vila.config.schema import Config, ModelConfig
+from megatron_vila.config.text_rules import TextRules
+from megatron_vila.convert.distributed import Part, write_checkpoint
+from megatron_vila.convert.errors import ConversionError
+from megatron_vila.convert.hf_config import Description, describe_model
+from megatron_vila.convert.hf_folder import HfFolder, open_folder
+from megatron_vila.convert.output import appearing, output_problems
+from megatron_vila.convert.tensor_files import MemoryTensor, SourceTensor, TensorInfo
+from megatron_vila.convert.tokenizer import copy_tokenizer, open_tokenizer, suggest_template
+from megatron_vila.convert.weight_map import Entry, entries
+from megatron_vila.models.vision.projector import Projector
+
+logger = logging.getLogger(__name__)
+
+STEP = "step-00000000"
+
+
+def import_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    vision: str | Path | None = None,
+    projector: str | None = None,
+    token_order: str | None = None,
+    overwrite: bool = False,
+    template: str | None = None,
+) -> Path:
+    """Convert the Hugging Face folder ``source`` into the run's folder ``out``; returns ``out``.
+
+    A plain language model needs ``vision``, a SigLIP folder, and gets a fresh ``projector`` (default mlp_downsample), drawn
+    as a new run with the default seed would draw it. ``token_order`` settles what ``source`` does not tell, and so does
+    ``template``, the run's data.template (empty: the tokenizer's own; None: as the time of the model suggests). Tensors keep
+    their dtype. Memory is that of a few tensors. Raises ``ConversionError`` with all problems before anything is written.
+    """
+    source, out = Path(source), Path(out)
+    vision = None if vision is None else Path(vision)
+    problems = output_problems(out, [path for path in (source, vision) if path is not None], overwrite)
+    folder = open_folder(source, vision, problems)
+    if projector is not None and folder.kind in ("vila", "flat"):
+        problems.append(f"{source} has a projector of its own; leave out --projector {projector}")
+    description = describe_model(folder, projector, token_order, problems)
+    if problems:
+        raise ConversionError(f"{source} cannot be imported", problems)
+    model = description.model
+    expected = entries(model)
+    tensors: dict[str, SourceTensor] = dict(folder.tensors)
+    if folder.kind == "parts":
+        tensors |= _fresh_projector(model, tensors)
+    problems += match_tensors(folder, tensors, expected, model)
+    if problems:
+        raise ConversionError(f"{source} cannot be imported", problems)
+    for note in (*description.notes, *(f"left out: {text}" for text in folder.ignored)):
+        logger.info(note)
+    with appearing(out) as partial:
+        config, tokenizer = _configuration(folder, description, out, partial, template)
+        step = partial / "checkpoints" / STEP
+        step.mkdir(parents=True)
+        parts = [_part(entry, tensors, model) for entry in expected]
+        write_checkpoint(step, parts, _info(config, folder), {"settings": _settings(config, tokenizer)})
+        (partial / "checkpoints" / "latest").write_text(STEP + "\n")
+        (partial / "config.yaml").write_text(dump_config(config))
+    return out
+
+
+def match_tensors(
+    folder: HfFolder, tensors: dict[str, SourceTensor], expected: list[Entry], model: ModelConfig
+) -> list[str]:
+    """What is missing, superfluous or of another shape, each with the expected shape and where it would go.
+
+    Takes out of ``tensors`` an output layer that repeats the tied embedding table.
+    """
+    problems = []
+    head, table = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+    if model.llm.tie_embeddings and head in tensors and table in tensors:
+        if torch.equal(tensors[head].read(), tensors[table].read()):
+            del tensors[head]
+            folder.ignored.append(f"{head}, which repeats the tied {table}")
+        else:
+            problems.append(
+                f"{head} differs from {table}, but tie_word_embeddings=true; set it to false in the language model"
+            )
+            return problems
+    known: set[str] = set()
+    for entry in expected:
+        place = entry.key if entry.layer is None else f"{entry.key}[{entry.layer}]"
+        for name, shape in entry.tensors.items():
+            known.add(name)
+            if name not in tensors:
+                problems.append(f"{name} is missing; it should be {list(shape)} and go into {place}")
+            elif tensors[name].shape != shape:
+                problems.append(
+                    f"{name} is {list(tensors[name].shape)}; it should be {list(shape)} and go into {place}"
+                )
+    problems += [
+        f"{name} {list(tensors[name].shape)} belongs to no part of this model"
+        for name in sorted(tensors)
+        if name not in known
+    ]
+    return problems
+
+
+def _fresh_projector(model: ModelConfig, tensors: Mapping[str, SourceTensor]) -> dict[str, MemoryTensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Config().train.seed)
+        made = Projector(model.projector, model.vision, model.llm.hidden_size, model.init_std)
+    table = tensors.get("llm.model.embed_tokens.weight")
+    dtype = torch.float32 if table is None else table.dtype
+    return {f"mm_projector.{name}": MemoryTensor.of(p.detach().to(dtype)) for name, p in made.named_parameters()}
+
+
+def _part(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig) -> Part:
+    sources = [tensors[name] for name in entry.tensors]
+    dtype = reduce(torch.promote_types, (source.dtype for source in sources))
+
+    def make() -> torch.Tensor:
+        return entry.how.join([source.read().to(dtype) for source in sources], model.llm.num_kv_heads)
+
+    return Part(entry.key, TensorInfo(dtype, entry.shape), entry.layer, entry.layers, make)
+
+
+def _configuration(
+    folder: HfFolder, description: Description, out: Path, partial: Path, template: str | None
+) -> tuple[Config, Any]:
+    """What a run needs to go on from here, and the tokenizer, which is copied, if there is one."""
+    config = Config(model=description.model, data=description.data)
+    config.checkpoint.load = str(out.resolve())
+    config.train.output = str(out.resolve() / "run")
+    copied = None
+    if folder.tokenizer is not None:
+        copied = copy_tokenizer(folder.tokenizer, partial / "tokenizer")
+        config.data.tokenizer = str(out.resolve() / "tokenizer")
+    # Beside a config.json transformers would take the model's usual tokenizer class, whatever the files say.
+    tokenizer, why_not = open_tokenizer(copied)
+    if tokenizer is None:
+        logger.warning("%s: set data.tokenizer and the separators in %s", why_not, out / "config.yaml")
+    elif not description.has_separator_ids:
+        text = description.separator or ""
+        ids = tokenizer.encode(text, add_special_tokens=False) if text else []
+        config.data.frame_separator_ids = config.data.image_separator_ids = ids
+        logger.info("after each frame and picture: %r, token ids %s", text, ids)
+    if template is not None:
+        config.data.template = template
+    elif description.legacy_prompt and tokenizer is not None:
+        config.data.template = suggest_template(tokenizer)
+        logger.info(
+            "chat template: %s, VILA's own prompt at the time of this model (--template own takes the tokenizer's)",
+            config.data.template,
+        )
+    if tokenizer is not None and not tokenizer.chat_template and not config.data.template:
+        logger.warning("the tokenizer has no chat template; add chat_template.jinja to %s", out / "tokenizer")
+    return config, tokenizer
+
+
+def _settings(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What a run that starts from the weights is compared with."""
+    names = ("frame_separator_ids", "image_separator_ids", *asdict(TextRules()))
+    settings = {f"data.{name}": getattr(config.data, name) for name in names}
+    return settings if tokenizer is None else settings | tokenizer_settings(tokenizer, config)
+
+
+def _info(config: Config, folder: HfFolder) -> dict[str, Any]:
+    """What info.json tells beside the files."""
+    return {
+        "model": config.model.name,
+        "config": asdict(config),
+        "hugging_face": {
+            "layout": folder.kind,
+            "root": folder.root,
+            "llm": folder.llm,
+            "vision": folder.vision,
+            "generation": folder.generation,
+            "preprocessor": folder.preprocessor,
+        },
+    }

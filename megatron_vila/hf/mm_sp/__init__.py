@@ -1,0 +1,5 @@
+"""MM-SP under stock models of transformers: see ``enable``."""
+
+from megatron_vila.hf.mm_sp.enable import MMSP, enable_mm_sp
+
+__all__ = ["MMSP", "enable_mm_sp"]

@@ -1,0 +1,209 @@
+"""The data collator of MM-SP under Transformers: whole samples in, this rank's share of one packed row out.
+
+Samples become the documents of a row, each padded to a multiple of 2*cp tokens at its end and cut zigzag (Megatron-Core's
+layout, ``plan/tokens.py``). Labels are shifted on the whole document before the cut. Everything is host arithmetic: it
+runs in the workers of a DataLoader and asks nobody.
+
+Legend: S tokens of the row, s = S/cp local tokens, n supervised ones among them, D documents, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vila.plan.row import IGNORE
+from megatron_vila.plan.tokens import ReshardPlan, local_positions, plan_reshard
+
+KEYS = ("input_ids", "labels", "attention_mask", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """How a model writes videos into its token sequence.
+
+    A video of F frames stands as F * ``per_frame`` + ``after_video`` tokens ``token_id``; a frame is a picture
+    [3, ``size``, ``size``].
+    """
+
+    token_id: int
+    per_frame: int
+    after_video: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShardedRow:
+    """What is known of a whole row on the host; goes through the model's forward as ``mm_sp_row``.
+
+    ``cu_seqlens`` int64 [D+1]; ``positions`` int64 [s] of the local tokens in the row; ``selected`` int64 [n] are the local
+    slots of supervised tokens; ``supervised`` and ``tokens`` (without padding) count the whole row. With videos ``plan``
+    deals the frames and ``video_ends`` bool [F] marks the last frame of each video.
+    """
+
+    cu_seqlens: np.ndarray
+    positions: np.ndarray
+    selected: np.ndarray
+    supervised: int
+    tokens: int
+    plan: ReshardPlan | None
+    video_ends: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Document:
+    ids: np.ndarray
+    labels: np.ndarray
+    has_labels: bool
+    videos: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class ShardCollator:
+    """``collate_fn`` for rank ``rank`` of the ``cp`` = ulysses x ring ranks that share a sample.
+
+    A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, where the model shall learn, ``labels`` of the same shape as
+    Transformers means them: unshifted, -100 where nothing is learnt. Tokens whose ``attention_mask`` is 0 are taken out, so
+    padding on either side is fine. For a video model ``pixel_values_videos`` holds the videos, each a tensor [F, 3, H, W] or
+    anything with a length whose slices are such tensors: only this rank's frames are asked for.
+
+    Returns ``input_ids``, ``position_ids`` and (if the samples have them) ``labels``, int64 [1, s] each, labels shifted;
+    ``pixel_values_videos`` [f, 3, H, W] with this rank's f frames for a video model; ``mm_sp_row``. All ranks that share a
+    sample must be given the same samples. Raises ``ValueError`` that lists everything wrong with the samples.
+    """
+
+    cp: int
+    rank: int
+    video: VideoTokens | None
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        problems: list[str] = []
+        documents = [self._document(sample, f"sample {i}", problems) for i, sample in enumerate(samples)]
+        if not samples:
+            problems.append("the batch has no samples")
+        if len({document.has_labels for document in documents}) > 1:
+            problems.append(
+                "some samples have labels and some have none; give all of them labels (-100 where nothing is learnt)"
+            )
+        if problems:
+            raise ValueError("MM-SP cannot shard this batch: " + "; ".join(problems))
+        multiple = 2 * self.cp
+        lengths = [-(-len(document.ids) // multiple) * multiple for document in documents]
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        mine = local_positions(cu_seqlens, self.cp, self.rank)
+        # The padding follows its document, so no token that counts attends to it.
+        filler = 1 if self.video is not None and self.video.token_id == 0 else 0
+        labels = _join([document.labels for document in documents], lengths, IGNORE)
+        row = ShardedRow(
+            cu_seqlens=cu_seqlens,
+            positions=mine,
+            selected=np.flatnonzero(labels[mine] != IGNORE),
+            supervised=int((labels != IGNORE).sum()),
+            tokens=sum(len(document.ids) for document in documents),
+            **self._frames(documents, cu_seqlens),
+        )
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        batch = {
+            "input_ids": _tensor(_join([document.ids for document in documents], lengths, filler)[mine]),
+            "position_ids": _tensor(positions[mine]),
+            "mm_sp_row": row,
+        }
+        if documents[0].has_labels:
+            batch["labels"] = _tensor(labels[mine])
+        if self.video is not None:
+            batch["pixel_values_videos"] = self._pixels([v for d in documents for v in d.videos], row.plan)
+        return batch
+
+    def _document(self, sample: Mapping[str, Any], name: str, problems: list[str]) -> _Document:
+        for key in sorted(set(sample) - set(KEYS)):
+            hint = "; give a picture as a video of one frame" if key == "pixel_values" else ""
+            problems.append(f"{name} has {key}, which MM-SP cannot shard (it knows {', '.join(KEYS)}){hint}")
+        if "input_ids" not in sample:
+            problems.append(f"{name} has no input_ids")
+            return _Document(np.zeros(0, np.int64), np.zeros(0, np.int64), False, ())
+        ids = _flat(sample["input_ids"])
+        labels = _flat(sample["labels"]) if sample.get("labels") is not None else np.full(len(ids), IGNORE)
+        mask = _flat(sample["attention_mask"]) if sample.get("attention_mask") is not None else np.ones(len(ids))
+        for key, values in (("labels", labels), ("attention_mask", mask)):
+            if len(values) != len(ids):
+                problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids")
+                return _Document(ids, ids, True, ())
+        ids, labels = ids[mask != 0], labels[mask != 0]
+        if not len(ids):
+            problems.append(f"{name} has no token (or attention_mask takes out all of them)")
+        videos = sample.get("pixel_values_videos")
+        videos = () if videos is None else tuple(videos)
+        problems += self._video_problems(ids, videos, name)
+        shifted = np.append(labels[1:], IGNORE)
+        return _Document(ids, shifted, sample.get("labels") is not None, videos)
+
+    def _video_problems(self, ids: np.ndarray, videos: Sequence[Any], name: str) -> list[str]:
+        if self.video is None:
+            return [f"{name} has pixel_values_videos but the model takes text only"] if videos else []
+        places = np.flatnonzero(ids == self.video.token_id)
+        counts = self._frame_tokens(videos)
+        if len(places) != sum(counts):
+            frames = ", ".join(str(len(video)) for video in videos) or "no"
+            return [
+                f"{name} has {len(places)} video tokens (id {self.video.token_id}) but videos of {frames} frames need "
+                f"{sum(counts)}: {self.video.per_frame} for each frame and {self.video.after_video} after each video"
+            ]
+        starts = np.cumsum([0, *counts])[:-1]
+        broken = [f for f, n in enumerate(counts) if places[starts[f] + n - 1] - places[starts[f]] != n - 1]
+        return [f"{name}: the tokens of frame {broken[0]} do not stand together"] if broken else []
+
+    def _frame_tokens(self, videos: Sequence[Any]) -> list[int]:
+        """Tokens of each frame; the tokens after a video go with its last frame."""
+        counts = []
+        for video in videos:
+            counts += [self.video.per_frame] * len(video)
+            if len(video):
+                counts[-1] += self.video.after_video
+        return counts
+
+    def _frames(self, documents: list[_Document], cu_seqlens: np.ndarray) -> dict[str, Any]:
+        if self.video is None:
+            return {"plan": None, "video_ends": np.zeros(0, dtype=bool)}
+        starts, counts, ends = [], [], []
+        for document, start in zip(documents, cu_seqlens, strict=False):
+            tokens = self._frame_tokens(document.videos)
+            places = np.flatnonzero(document.ids == self.video.token_id) + start
+            starts += places[np.cumsum([0, *tokens])[:-1]].tolist() if tokens else []
+            counts += tokens
+            ends += [i + 1 == len(video) for video in document.videos for i in range(len(video))]
+        plan = plan_reshard(cu_seqlens, np.array(starts, dtype=np.int64), counts, [1] * len(counts), self.cp, 1)
+        return {"plan": plan, "video_ends": np.array(ends, dtype=bool)}
+
+    def _pixels(self, videos: Sequence[Any], plan: ReshardPlan) -> torch.Tensor:
+        """This rank's frames; no other frame is touched."""
+        first, last = plan.boundaries[self.rank], plan.boundaries[self.rank + 1]
+        parts, start = [], 0
+        for video in videos:
+            low, high = max(first - start, 0), min(last - start, len(video))
+            if low < high:
+                parts.append(torch.as_tensor(video[int(low) : int(high)]))
+            start += len(video)
+        shape = (3, self.video.size, self.video.size)
+        wrong = [tuple(part.shape) for part in parts if tuple(part.shape[1:]) != shape]
+        if wrong:
+            raise ValueError(
+                f"frames have shape {wrong[0]} but the model's vision tower takes [frames, {shape[0]}, {shape[1]}, {shape[2]}]"
+            )
+        return torch.cat(parts) if parts else torch.zeros(0, *shape)
+
+
+def _flat(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64).reshape(-1)
+
+
+def _join(parts: list[np.ndarray], lengths: list[int], filler: int) -> np.ndarray:
+    """The parts one after the other, each padded to its length."""
+    return np.concatenate([np.append(p, np.full(n - len(p), filler)) for p, n in zip(parts, lengths, strict=True)])
+
+
+def _tensor(values_s: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values_s, dtype=np.int64))[None]

@@ -1,0 +1,259 @@
+"""MM-SP under an unmodified Transformers model: ``mm_sp = enable_mm_sp(model, ulysses=2, ring=1)``.
+
+One sample, its frames and its tokens, is spread over ulysses x ring processes (LongVILA, arXiv 2408.10188, section 3).
+Attention goes through Transformers' own AttentionInterface to the project's 2D attention; the model's code, its weights and
+their names stay as they are. Weights are sharded by FSDP2 or replicated by DDP, as usual. It needs no Megatron-Core.
+
+Legend: s local tokens, n supervised ones among them, H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model
+from megatron_vila.hf.mm_sp.data import ShardCollator, ShardedRow
+from megatron_vila.hf.mm_sp.groups import MMSPGroups
+from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
+from megatron_vila.hf.mm_sp.vision import llava_onevision_tokens, owned_video_features
+from megatron_vila.parallel.attention2d import Attention2D, RowIndices
+from megatron_vila.parallel.kernels import KERNELS, select_kernel
+from megatron_vila.parallel.peers import PeerMemory
+from megatron_vila.parallel.ulysses import HeadSplit
+
+ATTENTION = "mm_sp"
+"""The name under which Transformers knows this attention."""
+
+
+def enable_mm_sp(
+    model: PreTrainedModel,
+    ulysses: int = 1,
+    ring: int = 1,
+    group: dist.ProcessGroup | None = None,
+    kernel: str = "auto",
+    frame_micro_batch: int = 16,
+) -> MMSP:
+    """Turn MM-SP on in ``model``, before or after ``fully_shard``, and return the object that makes its batches.
+
+    ``group`` (default: all processes) trains together; each run of ulysses*ring consecutive ranks of it shares its samples,
+    the runs are data-parallel. ``kernel`` is auto, fa4, cudnn, flash2, cpu or reference. A video model encodes
+    ``frame_micro_batch`` frames at once. Collective over ``group``: it makes process groups.
+
+    While it is on, ``model(**batch)`` takes batches of ``collator()`` only. With labels its ``loss`` is the mean over the
+    supervised tokens of the whole group, equal on all ranks, and ``logits`` are not formed; the average of the ranks'
+    gradients, as FSDP2 and DDP form it, is the gradient of that mean. Without labels ``logits`` belong to this rank's tokens.
+
+    Raises ``ValueError`` for sizes that do not fit the group and for settings of the model that would give wrong results,
+    ``RuntimeError`` without an initialised process group.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
+        )
+    check_model(model, ulysses, ATTENTION)
+    if kernel != "auto" and kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel} is no kernel; use auto, {', '.join(KERNELS)}")
+    if frame_micro_batch < 1:
+        raise ValueError(f"frame_micro_batch={frame_micro_batch} encodes nothing; use 1 or more")
+    groups = MMSPGroups.of(ulysses, ring, group or dist.group.WORLD)
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    mm_sp = MMSP(model, groups, kernel, frame_micro_batch)
+    mm_sp.enable()
+    return mm_sp
+
+
+class MMSP:
+    """MM-SP of one model; made by ``enable_mm_sp``. ``groups`` holds this rank's place and its process groups."""
+
+    def __init__(self, model: PreTrainedModel, groups: MMSPGroups, kernel: str, frame_micro_batch: int) -> None:
+        self.model, self.groups = model, groups
+        self._kernel, self._frame_micro_batch = kernel, frame_micro_batch
+        self._video = llava_onevision_tokens(model.config) if model.config.model_type in VIDEO_MODELS else None
+        text = model.config.get_text_config()
+        self._split = HeadSplit(text.num_attention_heads, text.num_key_value_heads, groups.grid.ulysses)
+        self._backbone = model.model if self._video is None else model.model.language_model
+        self._head = FusedHead(model.get_output_embeddings(), groups.alone)
+        self._attentions: dict[tuple[torch.dtype, torch.device, float], Attention2D] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._before: tuple[str, Any] | None = None
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the ``dp_size`` data-parallel replicas this rank belongs to: rank and num_replicas of a sampler."""
+        return self.groups.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp_size
+
+    def collator(self) -> ShardCollator:
+        """The ``collate_fn`` of this rank. The ranks of a replica must be given the same samples in the same order."""
+        return ShardCollator(self.groups.grid.cp, self.groups.sample.rank(), self._video)
+
+    def count_supervised(self, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
+        """Supervised tokens of these micro-batches in the whole group, int64 [], for ``num_items_in_batch``.
+
+        All-reduce over the group; give each rank the micro-batches of its step.
+        """
+        own = sum(len(batch["mm_sp_row"].selected) for batch in batches)
+        count = torch.tensor(own, device=_device(self.model))
+        dist.all_reduce(count, group=self.groups.everyone)
+        return count
+
+    def enable(self) -> None:
+        """Turn it on again after ``disable``. No collective."""
+        if self._hooks:
+            return
+        self._before = self._backbone.config._attn_implementation, self.model.__dict__.get("_loss_function")
+        self._backbone.set_attn_implementation(ATTENTION)
+        self.model.loss_function = self._loss
+        self._head.install()
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        ]
+        if self._video is not None:
+            self._hooks.append(self.model.model.register_forward_pre_hook(self._encode_videos, with_kwargs=True))
+
+    def disable(self) -> None:
+        """Give the model back as it was. No collective."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._head.remove()
+        attention, loss_function = self._before
+        del self.model._loss_function
+        if loss_function is not None:
+            self.model.loss_function = loss_function
+        self._backbone.set_attn_implementation(attention)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Off inside the ``with`` block, for ``generate`` and for whole sequences on each rank."""
+        self.disable()
+        try:
+            yield
+        finally:
+            self.enable()
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the model's forward: check the call, put the batch on the device, choose the supervised tokens."""
+        check_call(args, kwargs, ShardedRow)
+        device = _device(model)
+        kwargs = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        row: ShardedRow = kwargs["mm_sp_row"]
+        grid = self.groups.grid
+        indices = RowIndices.of(row.cu_seqlens, grid.ulysses, grid.ring, self.groups.ring_rank, device)
+        kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
+        if kwargs.get("labels") is not None:
+            selected_n = torch.from_numpy(row.selected).to(device, non_blocking=True)
+            kwargs |= {"labels": kwargs["labels"][:, selected_n], "logits_to_keep": selected_n}
+            self._head.labels_n = kwargs["labels"][0]
+        return args, kwargs
+
+    def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the model's forward, also a failed one: what stood in for logits and videos is not handed out."""
+        if self._head.labels_n is None or output is None:
+            return None
+        self._head.labels_n = None
+        kept = {name: value for name, value in output.items() if name not in ("logits", "video_hidden_states")}
+        return type(output)(**kept)
+
+    def _encode_videos(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the video model's forward: features of this rank's visual tokens in the place of pixels."""
+        pixels_f3HW = kwargs.pop("pixel_values_videos")
+        options = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+        features_MH = owned_video_features(
+            model,
+            pixels_f3HW,
+            kwargs["mm_sp_row"].row,
+            self._video,
+            self.groups,
+            self._frame_micro_batch,
+            recompute=model.is_activation_checkpointing and model.training,
+            **options,
+        )
+        kwargs["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features_MH[None])}
+        return args, kwargs
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **_unused) -> torch.Tensor:
+        """``logits`` is the sum of losses that the output layer formed. All-reduce over the group."""
+        return mean_over_group(logits, labels.shape[1], num_items_in_batch, self.groups.everyone)
+
+    def attend(self, query_1HsD: torch.Tensor, key_1KsD, value_1KsD, scale: float, indices: RowIndices) -> torch.Tensor:
+        """2D attention of the local tokens, [1, s, H, D]. Collectives of ``Attention2D``."""
+        case = query_1HsD.dtype, query_1HsD.device, scale
+        if case not in self._attentions:
+            kernel = select_kernel(self._kernel, query_1HsD.shape[-1], *case[:2], setting="kernel")
+            peers = PeerMemory.of(self.groups.ulysses, query_1HsD.device)
+            self._attentions[case] = Attention2D.of(
+                self._split, kernel, scale, self.groups.ulysses, self.groups.ring, query_1HsD.device, peers
+            )
+        q_sHD, k_sKD, v_sKD = (x[0].transpose(0, 1) for x in (query_1HsD, key_1KsD, value_1KsD))
+        return self._attentions[case](q_sHD, k_sKD, v_sKD, indices)[None]
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model computes; FSDP2 may keep its weights elsewhere."""
+    weight = next(model.parameters())
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.device_type == weight.device.type:
+        return weight.device
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+class _LiveRow:
+    """A row on its way through the layers, the keyword ``mm_sp_row``. No dataclass: FSDP2 takes those apart to cast tensors."""
+
+    def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP) -> None:
+        self.row, self.indices, self.mm_sp = row, indices, mm_sp
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    mm_sp_row: _LiveRow | None = None,
+    **_unused,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface: query [1, H, s, D], key and value [1, K, s, D] after rotation, to [1, s, H, D]."""
+    if mm_sp_row is None:
+        raise ValueError(
+            f"{type(module).__name__} was called without mm_sp_row; call the whole model with a batch of the collator"
+        )
+    refused = {
+        "attention_mask": attention_mask is not None,
+        "dropout": dropout > 0,
+        "sliding_window": sliding_window is not None,
+    }
+    if any(refused.values()):
+        names = ", ".join(name for name, is_set in refused.items() if is_set)
+        raise ValueError(
+            f"{type(module).__name__} asks for {names}, which MM-SP does not have; turn it off in the model's config"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return mm_sp_row.mm_sp.attend(query, key, value, scale, mm_sp_row.indices), None
+
+
+def _no_mask(*_unused, attention_mask: torch.Tensor | None = None, **_also_unused) -> None:
+    """Transformers' mask interface: documents and causality are in the row. Without it a mask would be dropped silently."""
+    if attention_mask is not None:
+        raise ValueError(
+            "MM-SP does not take attention_mask: the collator takes padding out and packs documents by itself"
+        )

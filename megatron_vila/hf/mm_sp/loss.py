@@ -1,0 +1,66 @@
+"""Output layer and loss of MM-SP under Transformers: no logits of all tokens, and a mean over the whole group.
+
+Legend: n supervised tokens held here, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_vila.models.loss import Vocabulary, fused_head
+
+
+class FusedHead:
+    """Stands in for the ``forward`` of a model's output layer while MM-SP is on.
+
+    With labels waiting it returns the summed cross-entropy instead of logits, in chunks of tokens (``models/loss.py``).
+    It computes inside the layer's own call, where FSDP2 has gathered the layer's weight.
+    """
+
+    def __init__(self, layer: nn.Linear, alone: dist.ProcessGroup) -> None:
+        self._layer, self._alone = layer, alone
+        self.labels_n: torch.Tensor | None = None
+
+    def install(self) -> None:
+        self._layer.forward = self._forward
+
+    def remove(self) -> None:
+        del self._layer.forward
+        self.labels_n = None
+
+    def _forward(self, hidden_1nH: torch.Tensor) -> torch.Tensor:
+        """Loss sum [], or logits [1, n, V] of a batch without labels. No collective."""
+        if self.labels_n is None:
+            return nn.functional.linear(hidden_1nH, self._layer.weight)
+        weight_VH = self._layer.weight
+        vocabulary = Vocabulary(first=0, rows=weight_VH.shape[0], group=self._alone)
+        return fused_head(hidden_1nH[0], weight_VH, self.labels_n, [len(self.labels_n)], vocabulary).loss_sum
+
+
+def mean_over_group(
+    loss_sum: torch.Tensor, supervised: int, total: int | torch.Tensor | None, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Mean loss [] of all supervised tokens of ``group``, the same on each of its ranks.
+
+    ``loss_sum`` [] and ``supervised`` are this rank's. ``total`` replaces the number of supervised tokens of the group, for
+    steps of several micro-batches. Its gradient is scaled so that the *average* over the ranks of ``group``, which FSDP2 and
+    DDP form, is the gradient of the mean. No supervised token anywhere gives zero. All-reduce over ``group``.
+    """
+    return _GroupMean.apply(loss_sum, supervised, total, group)
+
+
+class _GroupMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss_sum, supervised, total, group):
+        sums = torch.stack([loss_sum.detach(), torch.full_like(loss_sum, supervised)])
+        dist.all_reduce(sums, group=group)
+        count = (sums[1] if total is None else torch.as_tensor(total).to(sums)).clamp(min=1)
+        ctx.save_for_backward(group.size() / count)
+        return sums[0] / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return grad * scale, None, None, None

@@ -1,0 +1,324 @@
+"""Text, images and videos to what the model takes, exactly as training makes it.
+
+Media are placed in a conversation by the rule of the training run. The chat template is the tokenizer's; its text is cut at the
+markers and each piece is tokenised on its own, pictures are decoded, sampled and resized by the functions that the training data
+goes through, and the separators after pictures are those of the training run. So a sample gives the same token ids and pixels
+here and there.
+
+Legend: B texts, S tokens with padding, F pictures of all texts in order, P pixels of a side.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from megatron_vila.config.text_rules import DEFAULT_CLOCK, TextRules
+from megatron_vila.data.chat import Segment, assemble, own_start
+from megatron_vila.data.control_tokens import control_tokens
+from megatron_vila.data.images import preprocess
+from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, place_media
+from megatron_vila.data.signs import MEDIUM, markers_of, with_signs, without_signs
+from megatron_vila.data.template import NAMED, render, with_clock
+from megatron_vila.hf.vila.configuration import VilaConfig
+from megatron_vila.hf.vila.given_media import (
+    is_empty,
+    is_image,
+    is_video,
+    of_each_conversation,
+    of_each_text,
+    read_frames,
+    read_picture,
+    text_and_media,
+)
+from megatron_vila.hf.vila.modeling import local_folder
+from megatron_vila.plan.row import Document, FrameRef
+
+_logger = logging.getLogger(__name__)
+
+
+class ChatText(str):
+    """A rendered conversation that remembers, under ``signed``, which control tokens in it are only text. A copy of it that is a
+    plain ``str`` does not: the control tokens in one are read as tokens."""
+
+    signed: str
+
+    @classmethod
+    def of(cls, signed: str, shown: str) -> ChatText:
+        made = cls(shown)
+        made.signed = signed
+        return made
+
+
+class VilaProcessor(ProcessorMixin):
+    """Makes ``input_ids``, ``attention_mask`` and ``pixel_values`` of texts with images and videos.
+
+    The arguments are the model's settings (see ``VilaConfig``); ``from_pretrained`` reads them from a model's folder.
+    ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``fps_rule`` which ones (``sampling.py``).
+    ``media_format``, ``template``, ``template_clock`` and ``parse_control_tokens`` are the ``TextRules`` of training, their
+    defaults those of processors that were saved without them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        tokens_per_frame: int,
+        image_token_id: int,
+        video_token_id: int,
+        image_separator_ids: Sequence[int],
+        frame_separator_ids: Sequence[int],
+        num_frames: int,
+        fps: float,
+        image_aspect: str,
+        max_positions: int,
+        media_format: str = "verbatim",
+        template: str = "",
+        template_clock: str = DEFAULT_CLOCK,
+        parse_control_tokens: bool = True,
+        fps_rule: str = "spread",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or NAMED.get(template) or tokenizer.chat_template)
+        self.image_size, self.tokens_per_frame = image_size, tokens_per_frame
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        self.image_separator_ids, self.frame_separator_ids = list(image_separator_ids), list(frame_separator_ids)
+        self.num_frames, self.fps = num_frames, fps
+        self.image_aspect, self.max_positions = image_aspect, max_positions
+        self.media_format, self.template, self.template_clock = media_format, template, template_clock
+        self.parse_control_tokens, self.fps_rule = parse_control_tokens, fps_rule
+
+    @classmethod
+    def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase) -> VilaProcessor:
+        """The processor of a model. Where ``config`` knows no ids of separators (published VILA files), the tokenizer makes them
+        of what VILA writes after a picture; that is logged."""
+        own, separators = config.megatron_vila, {}
+        for name, encoder in (("image_separator_ids", "image_encoder"), ("frame_separator_ids", "video_encoder")):
+            separators[name], text = own[name], config.separator_text(encoder)
+            if own[name] is None:
+                separators[name] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+                _logger.warning("%s=%s: %r, what VILA writes after a picture", name, separators[name], text)
+        return cls(
+            tokenizer,
+            image_size=config.vision_config.image_size,
+            tokens_per_frame=config.tokens_per_frame,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            num_frames=own["num_frames"],
+            fps=own["fps"],
+            image_aspect=own["image_aspect"],
+            max_positions=own["max_positions"],
+            fps_rule=own["fps_rule"],
+            **{name: own[name] for name in asdict(TextRules())},
+            **separators,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaProcessor:
+        """From a model's folder of either layout, or a folder that ``save_pretrained`` wrote.
+
+        Settings of the processor may be given as keywords (``num_frames=64``); others that transformers passes along are not
+        used. Raises ``FileNotFoundError`` for a path that is no local folder.
+        """
+        folder, config = local_folder(pretrained_model_name_or_path), None
+        if (folder / "config.json").is_file():
+            order = {key: kwargs[key] for key in ("projector_token_order",) if key in kwargs}
+            config = AutoConfig.from_pretrained(folder, **order)
+        tokenizer = _tokenizer(folder, config)
+        if (folder / "processor_config.json").is_file():
+            settings, _ = cls.get_processor_dict(folder)
+            settings = {k: v for k, v in settings.items() if k not in ("processor_class", "auto_map", "chat_template")}
+            processor = cls(tokenizer, **settings)
+        else:
+            processor = cls.from_config(config, tokenizer)
+        for name in processor.to_dict().keys() & kwargs.keys():
+            setattr(processor, name, kwargs[name])
+        return processor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        padding: bool = True,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Inputs of the model for one text or several.
+
+        ``text`` is what ``apply_chat_template`` gives, with ``<image>`` and ``<video>`` where media stand, and a backslash before
+        them where they are words; where there are only videos, ``<image>`` stands for one too. ``images`` are paths, PIL
+        pictures or uint8 arrays [H, W, 3] or [3, H, W];
+        ``videos`` are paths of video files, of which ``num_frames`` frames are taken (or at most ``fps`` a second), or frames
+        (lists of pictures, uint8 arrays [N, H, W, 3] or [N, 3, H, W]), which are all taken. Media come in the order of their
+        markers, in one list for all texts or a list per text.
+
+        Gives int64 ``input_ids`` and ``attention_mask`` [B, S], padded on the left, and float32 ``pixel_values``
+        [F, 3, P, P] if there are pictures. Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for media that
+        do not fit the markers and for arguments that make no sense.
+        """
+        if return_tensors not in ("pt", None) or text is None:
+            raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and pt for tensors")
+        texts = [
+            one.signed if isinstance(one, ChatText) else with_signs(one)
+            for one in ([text] if isinstance(text, str) else text)
+        ]
+        frames = (num_frames or self.num_frames, self.fps if fps is None else fps, self.fps_rule)
+        only_videos = videos is not None and is_empty(images)
+        kinds = [[VIDEO if only_videos else marker for marker in markers_of(one)] for one in texts]
+        images_of = of_each_text(images, [markers.count(IMAGE) for markers in kinds], is_image, IMAGE)
+        videos_of = of_each_text(videos, [markers.count(VIDEO) for markers in kinds], is_video, VIDEO)
+        rows, pictures = [], []
+        for one, markers, own_images, own_videos in zip(texts, kinds, images_of, videos_of, strict=True):
+            queues = {IMAGE: iter(own_images), VIDEO: iter(own_videos)}
+            media = [read_frames(next(queues[m]), *frames) if m == VIDEO else [read_picture(next(queues[m]))] for m in markers]
+            rows.append(self._token_ids(one, [(m == VIDEO, len(p)) for m, p in zip(markers, media, strict=True)]))
+            pictures += [preprocess(own, self.image_size, self.image_aspect) for own in media]
+        inputs = self._pad(rows, padding)
+        if pictures:
+            inputs["pixel_values"] = torch.cat(pictures)
+        return BatchFeature(inputs)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        num_frames: int | None = None,
+        fps: float | None = None,
+        padding: bool = True,
+        **template_arguments: Any,
+    ) -> Any:
+        """Place the media of one conversation or several, render it with the chat template, and with ``tokenize`` process it.
+
+        The content of a message is text, or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image", "image":
+        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too);
+        beside such parts a marker in a text is a word. Media of texts with markers are given as ``images`` and ``videos``: lists
+        for one conversation, a list of lists for several. Without ``tokenize`` they may also be given to the call that
+        processes the text; markers stand for one medium each then. Where media stand is ``media_format``'s rule.
+
+        Gives text without ``tokenize``, ``input_ids`` with it, everything that the model takes with ``return_dict`` as well.
+        Raises ``ValueError`` for media that do not fit the markers.
+        """
+        several = not isinstance(conversation[0], Mapping)
+        conversations = list(conversation) if several else [conversation]
+        given = [
+            of_each_conversation(media, is_one, several, len(conversations))
+            for media, is_one in ((images, is_image), (videos, is_video))
+        ]
+        placed = [
+            self._place(one, *own, known=tokenize or images is not None or videos is not None)
+            for one, *own in zip(conversations, *given, strict=True)
+        ]
+        template = self.tokenizer.get_chat_template(chat_template or self.chat_template, template_arguments.get("tools"))
+        template = with_clock(template, self.template_clock)
+        control = control_tokens(self.tokenizer)
+        if not self.parse_control_tokens:
+            for name in template_arguments.keys() & {"tools", "documents"}:
+                template_arguments[name] = control.mark(template_arguments[name])
+        signed = [
+            render(
+                self.tokenizer,
+                template,
+                messages if self.parse_control_tokens else control.mark(messages),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **template_arguments,
+            )
+            for messages, _, _ in placed
+        ]
+        texts = [ChatText.of(text, control.shown(without_signs(text))) for text in signed]
+        if not tokenize:
+            return texts if several else texts[0]
+        inputs = self(
+            [images for _, images, _ in placed],
+            texts,
+            [videos for _, _, videos in placed],
+            num_frames=num_frames,
+            fps=fps,
+            padding=padding,
+            return_tensors=return_tensors,
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _place(
+        self, messages: Sequence[Mapping[str, Any]], images: list[Any], videos: list[Any], known: bool
+    ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
+        """Messages with signs where media stand, and the media. Where these are not ``known`` yet, markers tell their number."""
+        contents, *in_parts = text_and_media(messages)
+        if any(in_parts):
+            if images or videos:
+                raise ValueError("media stand both in the messages and in images or videos; give them in one place")
+            images, videos = in_parts
+        counts = [len(images), len(videos)]
+        turns = [Turn(message["role"], content) for message, content in zip(messages, contents, strict=True)]
+        if not known and not any(in_parts):
+            markers = [marker for turn in turns if turn.role == "user" for marker in MARKER.findall(turn.text)]
+            counts = [markers.count(IMAGE), markers.count(VIDEO)]
+        turns, _ = place_media(turns, *counts, self.media_format)
+        rendered = [
+            {**message, "content": with_signs(turn.text) if turn.role == "user" else turn.text}
+            if message.get("content") is not None
+            else dict(message)
+            for message, turn in zip(messages, turns, strict=True)
+        ]
+        return rendered, images, videos
+
+    def _token_ids(self, text: str, media: Sequence[tuple[bool, int]]) -> np.ndarray:
+        """Token ids of a signed text, with media ids at visual places; ``media`` are (is a video, pictures) of each marker."""
+        control = control_tokens(self.tokenizer)
+        pieces = [control.encode(piece)[0] if piece else np.zeros(0, dtype=np.int64) for piece in MEDIUM.split(text)]
+        pieces[0] = np.concatenate([own_start(self.tokenizer, TextRules.of(self)), pieces[0]])
+        segments = [Segment(ids, np.zeros(len(ids), dtype=bool)) for ids in pieces]
+        pictures = [[FrameRef("", i, self.tokens_per_frame, 0, video) for i in range(count)] for video, count in media]
+        document: Document = assemble(segments, pictures, self.image_separator_ids, self.frame_separator_ids, "")
+        token_ids = document.token_ids
+        for frame, start in zip(document.frames, document.frame_starts, strict=True):
+            token_ids[start : start + frame.tokens] = self.video_token_id if frame.is_video else self.image_token_id
+        if len(token_ids) > self.max_positions:
+            _logger.warning(
+                "a prompt of %d tokens is longer than the %d that the model was trained for; take fewer frames (num_frames)",
+                len(token_ids),
+                self.max_positions,
+            )
+        return token_ids
+
+    def _pad(self, rows: Sequence[np.ndarray], padding: bool) -> dict[str, torch.Tensor]:
+        longest = max(map(len, rows))
+        if not padding and any(len(row) != longest for row in rows):
+            raise ValueError("texts of different lengths need padding=True to stand in one tensor")
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        input_ids = torch.full((len(rows), longest), next(i for i in known if i is not None), dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for place, row in enumerate(rows):
+            input_ids[place, longest - len(row) :] = torch.from_numpy(row)
+            attention_mask[place, longest - len(row) :] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBase:
+    """The tokenizer at the root of a model's folder, else the one that the VILA code keeps with the language model."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, local_files_only=True)

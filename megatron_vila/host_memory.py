@@ -1,0 +1,60 @@
+"""Memory and cores of the host, as far as a rank of this node may use them."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from megatron_vila.errors import UserError
+from megatron_vila.plan.memory import GIB
+
+
+class HostMemoryError(UserError, MemoryError):
+    """The host does not page-lock as much memory as a setting asks for."""
+
+
+def page_locked(size: int, setting: str) -> torch.Tensor:
+    """``size`` bytes of zeros in host memory, page-locked where there is CUDA for as long as the returned tensor itself lives.
+
+    torch's own allocator rounds sizes up to powers of two; this one takes what it is asked for, in huge pages where the system
+    has them. Raises ``HostMemoryError`` that names ``setting`` (``name=value``).
+    """
+    if not torch.cuda.is_available() or not size:
+        return torch.zeros(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A system without huge pages refuses.
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(pages, dtype=torch.uint8)
+    # Pages come into being when they are written to, here by all cores instead of the one that locks them.
+    with all_threads():
+        buffer.zero_()
+    runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+    error = int(runtime.cudaHostRegister(address, size, 0))
+    if error:
+        raise HostMemoryError(
+            f"the host does not page-lock {size / GIB:.1f} GiB more for this rank (CUDA error {error}); lower {setting}, or "
+            "raise the limit of locked memory (ulimit -l, or --ulimit memlock=-1 of the container)"
+        )
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    return buffer
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """This rank's share of the cores: torchrun leaves a process one thread, too few for gigabytes."""
+    before = torch.get_num_threads()
+    on_node = os.environ.get("LOCAL_WORLD_SIZE")
+    started = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = int(on_node) if on_node else min(started, torch.cuda.device_count() or started)
+    torch.set_num_threads(max(before, len(os.sched_getaffinity(0)) // ranks))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,152 @@
+"""The decoder layers of this rank under a recompute policy that never runs attention twice.
+
+``attention_output`` (the policy of long context) keeps the output and log-sum-exp of each layer's attention and the input of
+every ``block_layers``-th layer. The backward pass of a block first rebuilds the inputs of its layers from the first one (output
+projection and MLP only, attention's outputs being there), then takes the layers from the last to the first: it runs a layer
+once more with gradients, with the kept output in the place of attention, and goes back through it. The policy may hold for the
+first layers only: the last ones, whose backward pass comes first, then keep everything.
+
+Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_vila.config.schema import MemoryConfig
+from megatron_vila.models.decoder.saved import HostMemory, Kept
+from megatron_vila.parallel.attention2d import KeptAttention
+from megatron_vila.parallel.megatron_attention import RowParams
+
+POLICIES = ("none", "attention_output", "full")
+
+
+def run_decoder(
+    decoder: TransformerBlock, hidden_t1H: torch.Tensor | None, row: RowParams, memory: MemoryConfig, host: HostMemory
+) -> torch.Tensor:
+    """All layers of this pipeline stage and, on the last stage, the final norm: [t, 1, H] to [t, 1, H].
+
+    ``hidden_t1H`` is None after the first stage, where Megatron's schedule has set the input. ``host`` takes what the policy
+    keeps. Collectives: those of the layers, once more in the backward pass under a policy other than ``none`` (attention's
+    only under ``full``).
+    """
+    if hidden_t1H is None:
+        hidden_t1H = decoder.input_tensor
+    again = 0 if memory.recompute == "none" or not torch.is_grad_enabled() else memory.recompute_layers or len(decoder.layers)
+    block = None
+    for layers in _blocks(decoder.layers[:again], memory):
+        block = _Block(layers, row, host, memory.recompute == "attention_output", block)
+        hidden_t1H = _Recompute.apply(hidden_t1H, block)
+    for layer in decoder.layers[again:]:
+        hidden_t1H = _run(layer, hidden_t1H, row)
+    if decoder.final_layernorm is not None:
+        hidden_t1H = decoder.final_layernorm(hidden_t1H)
+    # Megatron's schedules refuse views as outputs of a stage.
+    return make_viewless_tensor(hidden_t1H, requires_grad=True, keep_graph=True)
+
+
+def _blocks(layers: Sequence[TransformerLayer], memory: MemoryConfig) -> list[list[TransformerLayer]]:
+    """Without kept attention a block of several layers would have to run attention three times."""
+    size = memory.block_layers if memory.recompute == "attention_output" else 1
+    return [list(layers[first : first + size]) for first in range(0, len(layers), size)]
+
+
+class _Recompute(torch.autograd.Function):
+    """One block of layers; the gradients of parameters go to where the inner backward pass leaves them."""
+
+    @staticmethod
+    def forward(ctx, hidden_t1H: torch.Tensor, block: _Block) -> torch.Tensor:
+        ctx.block = block
+        return block.forward(hidden_t1H)
+
+    @staticmethod
+    def backward(ctx, grad_t1H: torch.Tensor):
+        return ctx.block.backward(grad_t1H), None
+
+
+class _Block:
+    """Consecutive layers of one forward pass and what is kept of them."""
+
+    def __init__(
+        self,
+        layers: Sequence[TransformerLayer],
+        row: RowParams,
+        host: HostMemory,
+        keeps_attention: bool,
+        before: _Block | None,
+    ) -> None:
+        self._layers, self._row, self._before = layers, row, before
+        self._host, self._keeps_attention = host, keeps_attention
+        self._attention: list[KeptAttention | None] = []
+        self._input: Kept | None = None
+
+    def forward(self, hidden_t1H: torch.Tensor) -> torch.Tensor:
+        self._input = self._host.keep(hidden_t1H.detach())
+        for layer in self._layers:
+            kept = KeptAttention(self._host.keep) if self._keeps_attention else None
+            hidden_t1H = _run(layer, hidden_t1H, self._row.keeping(kept))
+            self._attention.append(kept)
+        return hidden_t1H
+
+    def prefetch(self, layers: int) -> None:
+        """Bring back the input and what is kept of the first ``layers`` layers."""
+        self._input.prefetch()
+        for kept in self._attention[:layers]:
+            if kept is not None:
+                kept.prefetch()
+
+    def backward(self, grad_t1H: torch.Tensor) -> torch.Tensor:
+        self.prefetch(len(self._layers))
+        inputs = [self._input.take()]
+        with torch.no_grad():
+            for layer, kept in zip(self._layers[:-1], self._attention[:-1], strict=True):
+                inputs.append(_without_attention(layer, inputs[-1], kept))
+        for done, layer in enumerate(reversed(self._layers)):
+            # One layer of the block before comes for each layer here, whose own is free after it.
+            if self._before is not None:
+                self._before.prefetch(done + 1)
+            kept = self._attention.pop()
+            hidden_t1H = inputs.pop().detach().requires_grad_()
+            with torch.enable_grad(), _value_not_needed(layer):
+                out_t1H = _run(layer, hidden_t1H, self._row.keeping(kept))
+            torch.autograd.backward(out_t1H, grad_t1H)
+            grad_t1H = hidden_t1H.grad
+            del kept, out_t1H
+        self._before = None
+        return grad_t1H
+
+
+def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams) -> torch.Tensor:
+    """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h))."""
+    attention = layer.self_attention
+    hidden_t1H, normed_t1H = layer.input_layernorm.with_stream(hidden_t1H)
+    qkv_s1KX, _ = attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
+    return _after_attention(layer, attention.core_attention(qkv_s1KX, row), hidden_t1H)
+
+
+def _without_attention(layer: TransformerLayer, hidden_t1H: torch.Tensor, kept: KeptAttention) -> torch.Tensor:
+    """The layer's output from the kept output of its attention: no query, key or value is needed."""
+    return _after_attention(layer, kept.output(), hidden_t1H)
+
+
+def _after_attention(layer: TransformerLayer, out_t1H: torch.Tensor, hidden_t1H: torch.Tensor) -> torch.Tensor:
+    attended_t1H, _ = layer.self_attention.linear_proj(out_t1H)
+    hidden_t1H, normed_t1H = layer.pre_mlp_layernorm.with_stream(attended_t1H, hidden_t1H)
+    out_t1H, _ = layer.mlp(normed_t1H)
+    return hidden_t1H + out_t1H
+
+
+@contextmanager
+def _value_not_needed(layer: TransformerLayer):
+    """The layer's output serves as the root of a backward pass only: the tiled MLP need not compute its part."""
+    layer.mlp.value_needed = False
+    try:
+        yield
+    finally:
+        layer.mlp.value_needed = True

@@ -1,0 +1,361 @@
+"""What a step holds beside weights, gradients and optimizer state: bytes that are kept from forward to backward pass, and the
+most that is in use on top of them. Pure arithmetic that follows the code (``models/decoder/decoder.py``,
+``models/decoder/fused.py``, ``models/decoder/mlp.py``, ``models/loss.py``, ``parallel/attention2d.py``); the tests compare what
+is kept with autograd.
+
+Legend: T tokens of a CP rank (S/cp); in elements per such token, divided by tp: H hidden size, q and k widths of all query and
+of all key heads, F width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_vila.config.schema import Config, VisionConfig
+from megatron_vila.plan.sizes import (
+    head_dim,
+    linear_shapes,
+    llm_layer_parameters,
+    parameter_count,
+    patches_per_frame,
+    tokens_per_frame,
+    vision_layers_run,
+)
+
+GIB = 2**30
+
+HEAD_LOGIT_BYTES = 640 * 2**20
+"""Logits and their gradients that the fused loss holds at once (``models/loss.py``)."""
+
+MOST_FRAMES_AT_ONCE = 64
+
+MOST_PEER_BYTES = GIB
+"""Largest buffer of an exchange without NCCL (``parallel/peers.py``). What is larger stays with NCCL: there attention, which
+grows with the square, leaves it little weight."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on the device: ``llm`` and ``vision`` are kept for the backward pass, ``workspace`` is in use on top at the peak."""
+
+    llm: int
+    vision: int
+    workspace: int
+
+
+def activations(config: Config, dp: int, element: int, device_bytes: int) -> Activations:
+    """Of the fullest rank of a pipeline stage with tower, head and an equal share of the layers."""
+    kept, decoder_peak = _decoder(config, dp, element)
+    kept_vision, vision_peak = _vision(config, dp, element, device_bytes)
+    # The tower runs before and after the decoder, and beside it on the frames of the next micro-batch, whose tokens stay.
+    tokens_ahead, frames_ahead = _frames_ahead(config, dp, element, device_bytes)
+    peak = max(kept + _head_workspace(config, element) + frames_ahead, decoder_peak + frames_ahead, vision_peak) + tokens_ahead
+    always = local_tokens(config) * (2 * head_dim(config.model.llm) * element + 24)  # rotary angles, ids, orders of the exchange
+    return Activations(kept, kept_vision, peak - kept + always)
+
+
+def decoder_alone(config: Config, element: int) -> int:
+    """Bytes of a rank that runs the decoder layers alone, forward and backward (``benchmarks/layer.py``): weights and their
+    gradient buffers; the input and the gradient of the output; kept and in use."""
+    llm, tp = config.model.llm, config.parallel.tp
+    per_weight = element + (4 if config.optim.grad_reduce_fp32 else element)
+    weights = llm_layer_parameters(llm) // tp * llm.num_layers * per_weight
+    streams = 2 * local_tokens(config) * llm.hidden_size // tp * element
+    return weights + streams + _decoder(config, 1, element)[1]
+
+
+def tower_alone(config: Config, frames: int, element: int, device_bytes: int) -> int:
+    """Bytes of a rank that runs tower and projector alone on ``frames`` (``benchmarks/vision.py``): weights, their gradients
+    where they learn, pixels, tokens, kept and in use."""
+    counts, optim = parameter_count(config.model), config.optim
+    learning = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
+    weights = counts["vision"] + counts["projector"] + learning
+    pixels = frames * 3 * config.model.vision.image_size**2
+    return (weights + pixels) * element + sum(_tower(config, frames, 1, element, device_bytes))
+
+
+def head_alone(tokens: int, hidden: int, rows: int, element: int, gradient: int) -> int:
+    """Bytes of a rank that runs the fused head alone (``benchmarks/head.py``): hidden states, ``rows`` of the vocabulary, their
+    gradients (the weight's of ``gradient`` bytes a number), and what it works in."""
+    operands = 2 * tokens * hidden * element + rows * hidden * (element + gradient)
+    return operands + _logits(tokens, hidden, rows, element, gradient >= 4)
+
+
+def reshard_alone(made: int, owned: int, gathered: int) -> int:
+    """Bytes of a rank that moves visual tokens alone, forward and backward (``benchmarks/reshard.py``): it makes ``made`` bytes
+    of them and gets ``owned``, or first all of ``gathered``, padded (else 0)."""
+    # Gradients: of all; or as they come back, and once more in order.
+    return made + 2 * owned + (gathered or 2 * made)
+
+
+def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
+    """Bytes that the layers of a stage keep on the device, and the most that they hold in their backward pass."""
+    parallel, memory = config.parallel, config.memory
+    layers = config.model.llm.num_layers // parallel.pp
+    # The first stage of 1F1B holds the activations of up to pp micro-batches.
+    in_flight = min(parallel.pp, max(1, config.train.global_batch_size // dp))
+    again = 0 if memory.recompute == "none" else min(memory.recompute_layers or layers, layers)
+    first, most = _kept_by_policy(config, again, in_flight, element)
+    kept = first + in_flight * local_tokens(config) * (layers - again) * whole_layer_bytes(config, element)
+    # The last layers go back first; those under the policy may need more, later.
+    last, earlier = (_layer_workspace(config, element, policy) for policy in (again == layers, again > 0))
+    return kept, max(kept + last, most + earlier)
+
+
+def _kept_by_policy(config: Config, layers: int, rows: int, element: int) -> tuple[int, int]:
+    """Bytes on the device of what the recompute policy keeps of ``layers`` layers of each of ``rows`` micro-batches: after the
+    forward passes, and at most in the first backward pass, which brings a block of layers and one layer of that before it back
+    from the host (``models/decoder/saved.py``, ``models/decoder/decoder.py``)."""
+    block = config.memory.block_layers if config.memory.recompute == "attention_output" else 1
+    left = int(config.memory.offload_gib * GIB)
+    on_device, on_host = [], []  # by layer, row after row
+    for layer in [*range(layers)] * rows:
+        here = 0
+        pieces = _kept_pieces(config, layer % block == 0, element)
+        for piece in pieces:
+            if piece <= left:
+                left -= piece
+            else:
+                here += piece
+        on_device.append(here)
+        on_host.append(sum(pieces) - here)
+    held = most = sum(on_device)
+    for start in reversed(range(0, layers, block)):
+        end = min(start + block, layers)
+        back = sum(on_host[start:end]) + (on_host[start - block] if start else 0)
+        most = max(most, held + back)
+        held -= sum(on_device[start:end])
+    return sum(on_device), most
+
+
+def _kept_pieces(config: Config, begins_block: bool, element: int) -> list[int]:
+    """Bytes of each tensor that a recompute policy keeps of a layer: the input of a block, attention's output and log-sum-exp."""
+    llm, tokens = config.model.llm, local_tokens(config)
+    heads = llm.num_heads // config.parallel.tp
+    inputs = [llm.hidden_size // config.parallel.tp * element] * begins_block
+    attention = [heads * head_dim(llm) * element, heads * max(element, 4)] * (config.memory.recompute == "attention_output")
+    return [tokens * size for size in (*inputs, *attention)]
+
+
+def local_tokens(config: Config) -> int:
+    return -(-config.train.seq_length // (config.parallel.ulysses * config.parallel.ring))
+
+
+def peer_buffer_bytes(exchanged: int) -> int:
+    """The buffer of a rank whose largest exchange brings ``exchanged`` bytes, in steps of a factor of 2: it seldom grows."""
+    return min(MOST_PEER_BYTES, 2 ** max(0, exchanged - 1).bit_length())
+
+
+def peer_bytes(config: Config, element: int) -> int:
+    """What the buffer of the Ulysses exchange takes on a GPU. The largest brings q, k and v, or the output and its gradient."""
+    if config.parallel.ulysses == 1 or config.parallel.ulysses_chunks > 1:
+        return 0
+    q, k = _widths(config)
+    both = 2 * q if config.memory.recompute == "attention_output" else 0
+    return peer_buffer_bytes(local_tokens(config) * max(q + 2 * k, both) // config.parallel.tp * element)
+
+
+def whole_layer_bytes(config: Config, element: int) -> int:
+    """Bytes per token of a CP rank that one layer keeps when nothing is recomputed."""
+    tp, wide = config.parallel.tp, max(element, 4)
+    return layer_elements(config) * element + config.model.llm.num_heads // tp * wide + 2 * wide // tp
+
+
+def layer_elements(config: Config) -> int:
+    """Elements per token of a CP rank that one layer saves when nothing is recomputed: inputs of the norms and of linear layers
+    that learn, q, k, v, attention's output (twice where the Ulysses exchange makes a copy), gate and up, inner values of LoRA's
+    updates."""
+    llm, lora, tp = config.model.llm, config.model.lora, config.parallel.tp
+    q, kv = llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
+    learning = set(lora.targets if lora.rank else linear_shapes(llm)) if config.optim.llm.trainable else set()
+    tiled = 0 < config.memory.mlp_tile < local_tokens(config) // tp
+    hidden = 2 + ("qkv" in learning) + (tiled or "fc1" in learning)
+    outputs = 2 if config.parallel.ulysses > 1 and "proj" in learning else 1
+    # With updates in the MLP autograd runs it, and keeps the product of gate and up too.
+    product = bool(lora.rank) and "fc2" in learning
+    mlp = 0 if tiled else (2 + product) * llm.ffn_hidden_size
+    # Updates of column-parallel layers (qkv, fc1) keep theirs for the tokens of all tp ranks.
+    per_update = {"qkv": tp, "proj": 1} | ({} if tiled else {"fc1": tp, "fc2": 1})
+    inner = lora.rank * sum(size for name, size in per_update.items() if name in learning)
+    return (hidden * llm.hidden_size + (1 + outputs) * q + 2 * kv + mlp + inner) // tp
+
+
+def _layer_workspace(config: Config, element: int, again: bool) -> int:
+    """The layer whose backward pass runs, ``again``: under a recompute policy. The larger of two moments: gradients of the MLP,
+    and gradients of attention."""
+    llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
+    tokens = local_tokens(config)
+    h, q, k, f = (x / tp for x in (llm.hidden_size, *_widths(config), llm.ffn_hidden_size))
+    tiled = 0 < memory.mlp_tile < tokens // tp
+    tile = memory.mlp_tile * tp / tokens if tiled else 1
+    # What the layer saves for itself: three normed or summed streams, q, k, v.
+    saved = 3 * h + q + 2 * k if again else 0
+    streams = 3 * h if again else 2 * h  # gradients of output and input; the output, as the root of a pass of its own
+    # gate and up, their product in the place of its gradient, their gradients; kept ones count elsewhere; autograd takes one more
+    autograd = bool(config.model.lora.rank and {"fc1", "fc2"} & set(config.model.lora.targets))
+    inner = ((5 if again or tiled else 3) + autograd) * f + (3 * tp * h if tp > 1 else 0)
+    mlp = saved + streams + tile * inner
+    parallel = config.parallel
+    at_heads = _attention_backward(q, k, parallel.ulysses, parallel.ring, parallel.ulysses_chunks, again, packed=True)
+    attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
+    rebuilt = (memory.block_layers - 1) * h if again else 0
+    # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.
+    apart = tiled and element == 2 and not config.optim.grad_reduce_fp32 and config.optim.llm.trainable
+    sums = 3 * llm.hidden_size * llm.ffn_hidden_size // tp * 4 * apart
+    return int(tokens * (max(mlp, attention) + rebuilt) * element) + sums
+
+
+def attention_alone(
+    part: str, q: int, k: int, lse: int, ulysses: int, ring: int, chunks: int, peers: bool, packed: bool
+) -> int:
+    """Bytes of a rank that runs 2D attention alone with fa4, in a ring of at most 2, while ``part`` of it is measured
+    (``benchmarks/attention.py``).
+
+    ``q``, ``k`` and ``lse``: bytes of a rank's queries, keys and log-sum-exp. ``peers``: exchanges go by ``parallel/peers.py``,
+    whose buffer is not counted.
+    """
+    given = q + 2 * k
+    # Of two: all queries with half of the keys, or half of the queries, copied in packed rows, with all keys.
+    ring_forward = q if ring == 1 else max(2 * q + k + 4 * lse, (2 if packed else 1.5) * q + 2 * k)
+    backward = _attention_backward(q, k, ulysses, ring, chunks, False, packed)
+    if ulysses == 1:
+        saved, forward = q + lse, ring_forward + lse
+    else:
+        saved = q + given + q + lse  # the output in both layouts; q, k and v at the heads
+        if chunks > 1:
+            # Behind the last chunk: it arrives, or is worked on, or the one before is, while the output of another leaves.
+            last = q + ((chunks - 1) * (given + q) + 2 * q) / chunks
+            before = last - (given + q) / chunks
+            forward = max(last + 2 * given / chunks, last + (given + ring_forward) / chunks)
+            forward = max(forward, before + (3 * given + ring_forward) / chunks) + lse
+        elif peers:
+            forward, backward = q + given + ring_forward + lse, max(_ring_backward(q, k, ring, packed), 2 * given)
+        else:
+            # What is sent, what has arrived, what is in order; the latter with what was put together.
+            forward = max(q + 3 * given, q + given + ring_forward + lse, q + given + 3 * q + lse)
+    # The results of one forward pass are there from the start; fa4 works in two more of the size of the log-sum-exp.
+    at_work = {"forward": forward, "backward": backward + 2 * lse, "both": max(forward, saved + backward + 2 * lse)}
+    return int(q + given + saved + at_work[part])
+
+
+def plain_ring_alone(part: str, q: int, k: int, lse: int) -> int:
+    """``attention_alone`` for the plain ring of two with flash2 (``benchmarks/plain_ring.py``): outputs and gradients are summed
+    in float32, and flash2 has a gradient of keys and values for each query head."""
+    given, saved = q + 2 * k, q + lse
+    forward, backward = 9 * q + 2 * k + 4 * lse, 8 * q + 10 * k + lse
+    at_work = {"forward": forward, "backward": backward, "both": max(forward, saved + backward)}
+    return q + given + saved + at_work[part]
+
+
+def _attention_backward(q: float, k: float, ulysses: int, ring: int, chunks: int, again: bool, packed: bool) -> float:
+    """The most that the backward pass of attention holds beside what was saved; ``again``: of a kept output, so that q, k, v and
+    output go to the heads too. Exchanges by NCCL."""
+    work, grads = _ring_backward(q, k, ring, packed), q + 2 * k
+    if ulysses == 1:
+        return work
+    inputs, outputs = grads * again, q * (1 + again)
+    given = inputs + outputs
+    if chunks == 1:
+        # What has been put in order, while it is worked on or more arrives; gradients as formed, sent, received and in order.
+        return max(given + work, inputs + 3 * outputs, 4 * grads)
+    # A chunk at work; the next, sent and received, or the gradients of the one before and of all, or both.
+    at_work, coming, returning = given + work, 2 * given, 2 * grads
+    return max((at_work + coming) / chunks, (at_work + returning + coming * (chunks > 2)) / chunks + grads)
+
+
+def _ring_backward(q: float, k: float, ring: int, packed: bool) -> float:
+    """dq, dk, dv and the kernel's float32 sums of them; blocks and totals of the ring, these in float32 from three ranks on."""
+    if ring == 1:
+        return 3 * q + 6 * k
+    # All queries with half of the keys; or, with all keys, half of the queries: packed rows copy it, its output and gradient,
+    # and what is sent of the keys and values meanwhile.
+    copies = 1.5 * q * packed
+    if ring == 2:
+        return max(4 * q + 6 * k, 2.5 * q + 10 * k + copies)
+    return max(5 * q + 12 * k, 3.5 * q + 17 * k + copies + k * packed)
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    llm = config.model.llm
+    return llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
+
+
+def _head_workspace(config: Config, element: int) -> int:
+    """The decoder's output, its norm, hidden states of supervised tokens (at most all) and their gradients; what the head works
+    in."""
+    llm, tp, tokens = config.model.llm, config.parallel.tp, local_tokens(config)
+    wide_sums = element != 2 or config.optim.grad_reduce_fp32
+    logits = _logits(tokens, llm.hidden_size, llm.vocab_size // tp, element, wide_sums)
+    return logits + 4 * tokens * llm.hidden_size // tp * element
+
+
+def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) -> int:
+    """Logits and theirs; without a gradient buffer of 32 bits the float32 sums of a block of rows too."""
+    per_logit = element + max(element, 4)
+    sums = 0 if wide_sums else math.isqrt(HEAD_LOGIT_BYTES // per_logit) * hidden * 4
+    return min(HEAD_LOGIT_BYTES, tokens * rows * per_logit) + sums
+
+
+def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Kept by the tower for its backward pass, and in use while it works on a micro-batch."""
+    in_flight = min(config.parallel.pp, max(1, config.train.global_batch_size // dp))
+    return _tower(config, _local_frames(config), in_flight, element, device_bytes)
+
+
+def _local_frames(config: Config) -> int:
+    """Most frames of a row that a rank encodes."""
+    parallel = config.parallel
+    in_row = config.train.seq_length // tokens_per_frame(config.model)
+    frames = in_row if config.data.packing else min(in_row, config.data.num_frames)
+    return -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
+
+
+def _frames_ahead(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Tokens of the next micro-batch, and the frames of it that are in work under the layers of this one, where the step has a
+    next one and the tower keeps nothing (``models/vision/tower.py``)."""
+    vision, learns = config.model.vision, config.optim.vision.trainable
+    if config.train.global_batch_size <= dp or (learns and not vision.recompute):
+        return 0, 0
+    frames = _local_frames(config)
+    tokens = frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
+    return tokens, _frames_in_work(vision, min(frames, frames_at_once(vision, learns, element, device_bytes)), element)
+
+
+def _frames_in_work(vision: VisionConfig, frames: int, element: int) -> int:
+    """Where no activations are kept: a layer's input, its norm, q, k and v, attention's output and its projection."""
+    return frames * patches_per_frame(vision) * 7 * vision.hidden_size * element
+
+
+def _tower(config: Config, frames: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Kept from forward to backward pass for ``frames`` of each of ``in_flight`` micro-batches, and in use on top: the tokens of
+    all frames, their gradients if something below learns, and the frames that are in work."""
+    vision, learns = config.model.vision, config.optim.vision.trainable
+    streams = 1 + (learns or config.optim.projector.trainable)
+    tokens = streams * frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
+    at_once = min(frames, frames_at_once(vision, learns, element, device_bytes))
+    if not learns:
+        return 0, tokens + _frames_in_work(vision, at_once, element)
+    # The gradients of a layer are about as large as what it keeps.
+    per_layer = patches_per_frame(vision) * vision_activation_elements(vision) * element
+    whole, gradients = vision_layers_run(vision) * per_layer, at_once * per_layer
+    if vision.recompute:
+        return 0, tokens + gradients + at_once * whole
+    return frames * in_flight * whole, tokens + gradients
+
+
+def frames_at_once(vision: VisionConfig, learns: bool, element: int, device_bytes: int) -> int:
+    """Frames of a micro-batch: ``vision.frame_micro_batch``, or (0) as many, up to 64, as take an eighth of the device's memory
+    while their gradients are formed; 16 on a CPU (``device_bytes`` = 0)."""
+    if vision.frame_micro_batch:
+        return vision.frame_micro_batch
+    if not device_bytes:
+        return 16
+    layers = max(1, vision_layers_run(vision)) if learns else 1
+    per_frame = patches_per_frame(vision) * layers * vision_activation_elements(vision) * element
+    return max(1, min(MOST_FRAMES_AT_ONCE, device_bytes // 8 // per_frame))
+
+
+def vision_activation_elements(vision: VisionConfig) -> int:
+    """Elements per patch that one tower layer saves for its backward pass."""
+    return 8 * vision.hidden_size + 2 * vision.ffn_hidden_size

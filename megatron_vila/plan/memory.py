@@ -1,0 +1,215 @@
+"""A prediction of the memory that a rank needs, before anything is started.
+
+Weights, gradients, optimizer state (sharded over dp*cp by Megatron's distributed optimizer, less what ``optim.offload_fraction``
+moves to the host), and what a step keeps and works in (``plan/activations.py``). ``SLACK_BYTES``, with the buffer in which
+GPUs exchange heads, stands for what PyTorch's allocator does not hand out: the CUDA context, NCCL's buffers, fragmentation.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vila.config.load import ConfigError
+from megatron_vila.config.schema import Config
+from megatron_vila.plan.activations import GIB, activations, peer_bytes
+from megatron_vila.plan.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
+
+PLANNED_DEVICE_BYTES = 80 * 10**9
+"""Of a GPU for which a layout is planned somewhere else, if nothing is said about it."""
+
+GPU_GIB = {"a100": 79.1, "b200": 178.3, "h100": 79.1, "h200": 139.8}
+"""Memory that PyTorch sees of well-known GPUs (the larger A100)."""
+
+SLACK_BYTES = 2 * GIB
+"""CUDA context, communication buffers and workspaces of a GPU rank."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the fullest rank, by what they hold."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    llm_activations: int
+    vision_activations: int
+    workspace: int
+    slack: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    @property
+    def allocated(self) -> int:
+        """What tensors take, as ``torch.cuda.max_memory_allocated`` counts."""
+        return self.total - self.slack
+
+    @property
+    def parts(self) -> str:
+        """Each part in GiB."""
+        return ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in vars(self).items())
+
+    def __str__(self) -> str:
+        return f"{self.total / GIB:.1f} GiB ({self.parts})"
+
+
+def element_bytes(precision: str, on_gpu: bool) -> int:
+    """Bytes of a weight or activation; ``auto`` is bf16 on a GPU and fp32 on a CPU."""
+    return {"bf16": 2, "fp32": 4, "fp64": 8, "auto": 2 if on_gpu else 4}[precision]
+
+
+def estimate_memory(config: Config, world_size: int, device_bytes: int) -> MemoryEstimate:
+    """The fullest pipeline stage's rank on GPUs of ``device_bytes``, from which the tower takes its share; 0: on a CPU.
+
+    The layout must divide ``world_size`` (``validate`` checks it first).
+    """
+    parallel, optim = config.parallel, config.optim
+    cp = parallel.ulysses * parallel.ring
+    dp = world_size // (parallel.tp * parallel.pp * cp)
+    element = element_bytes(config.train.precision, device_bytes > 0)
+    held, trained = _stage_parameters(config)
+    grad_bytes = max(element, 4 if optim.grad_reduce_fp32 else element)
+    active = activations(config, dp, element, device_bytes)
+    # 16-bit gradients are copied to float32 for the update, when no activation is left; with offload chunk by chunk.
+    update = 0 if grad_bytes >= 4 or optim.offload_fraction else 4 * trained // (dp * cp)
+    return MemoryEstimate(
+        weights=held * element,
+        gradients=trained * grad_bytes,
+        optimizer=int(trained * _state_bytes(element) // (dp * cp) * (1 - optim.offload_fraction)),
+        llm_activations=active.llm,
+        vision_activations=active.vision,
+        workspace=max(active.workspace, update - active.llm - active.vision),
+        slack=SLACK_BYTES + peer_bytes(config, element) if device_bytes else 0,
+    )
+
+
+def state_on_host(config: Config, world_size: int, on_gpu: bool) -> int:
+    """Bytes of host memory that ``optim.offload_fraction`` takes on a rank of the fullest stage."""
+    parallel = config.parallel
+    replicas = max(1, world_size // (parallel.tp * parallel.pp))
+    _, trained = _stage_parameters(config)
+    state_bytes = _state_bytes(element_bytes(config.train.precision, on_gpu))
+    return int(config.optim.offload_fraction * state_bytes * trained / replicas)
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory that are free or can be freed, within the container's limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank runs on: ``bytes`` of memory; ``name`` stands in messages; ``is_here``: of this machine, else planned for."""
+
+    bytes: int
+    name: str
+    is_gpu: bool = True
+    is_here: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def device_here(local_ranks: int) -> Device:
+    """This machine's GPU, or without one a rank's share of the machine's memory."""
+    gpu = _gpu_here()
+    if gpu is not None:
+        return gpu
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return Device(total // local_ranks, f"each of {local_ranks} processes on this machine", is_gpu=False, is_here=True)
+
+
+def planned_device(gpu: str | None) -> Device:
+    """The GPU that a run is planned for: ``h200`` or another well-known name, or its memory, as ``80GB`` or ``79.2GiB``. None:
+    the GPU of this machine, else one of 80 GB. Raises ``ConfigError`` for anything else."""
+    if gpu is None:
+        return _gpu_here() or Device(PLANNED_DEVICE_BYTES, "a GPU of 80 GB")
+    if gpu.lower() in GPU_GIB:
+        return Device(int(GPU_GIB[gpu.lower()] * GIB), f"an {gpu.upper()}")
+    amount = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?(GB|GiB)", gpu, re.IGNORECASE)
+    size = int(float(amount[1]) * (GIB if amount[2].lower() == "gib" else 10**9)) if amount else 0
+    if size < GIB:
+        raise ConfigError(
+            f"command line: --gpu {gpu} is no GPU that is known here; use {', '.join(GPU_GIB)}, or the memory of one, e.g. 80GB "
+            "or 79.2GiB"
+        )
+    return Device(size, f"a GPU of {amount[1]} {amount[2]}")
+
+
+def describe_memory(config: Config, world_size: int, device: Device) -> str:
+    """The estimate for the fullest rank beside what ``device`` has, as ``explain`` and a dry run print it."""
+    estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
+    where = "of this machine" if device.is_here else "planned for; --gpu names another"
+    text = (
+        f"Memory of the fullest rank, estimated: {estimate.total / GIB:.1f} GiB on {device} with {device.bytes / GIB:.1f} GiB "
+        f"({where}): {estimate.parts}."
+    )
+    ranks = min(world_size, config.parallel.gpus_per_node)
+    on_host = ranks * (config.memory.offload_gib + state_on_host(config, world_size, device.is_gpu) / GIB)
+    return text + (f" Offloading takes {on_host:.1f} GiB of the host memory of a node." if on_host else "")
+
+
+def _gpu_here() -> Device | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return Device(found.total_memory, f"a GPU ({found.name})", is_here=True)
+
+
+def _state_bytes(element: int) -> int:
+    """Per parameter: Adam's two moments, and float32 main weights where the weights have 16 bits."""
+    return 2 * max(element, 4) + (4 if element == 2 else 0)
+
+
+def _stage_parameters(config: Config) -> tuple[int, int]:
+    """Parameters held and trained by a rank of the fullest pipeline stage."""
+    model, parallel, optim = config.model, config.parallel, config.optim
+    counts = parameter_count(model)
+    num_layers = model.llm.num_layers // parallel.pp
+    layers = num_layers * llm_layer_parameters(model.llm) // parallel.tp
+    table = model.llm.vocab_size * model.llm.hidden_size // parallel.tp
+    # Tower and projector are replicated over tensor parallelism.
+    pictures = counts["vision"] + counts["projector"]
+    pictures_trained = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
+    tables = 1 if model.llm.tie_embeddings or parallel.pp > 1 else 2
+    first = layers + tables * table
+    learns = first
+    if model.lora.rank:
+        learns = num_layers * lora_layer_parameters(model, parallel.tp)
+        first += learns
+        learns += table * ("embeddings" in model.lora.also_train)
+        learns += (2 * num_layers + 1) * model.llm.hidden_size * ("norms" in model.lora.also_train)
+    return pictures + first, pictures_trained + learns * optim.llm.trainable
+
+
+def memory_cure(config: Config, estimate: MemoryEstimate) -> str:
+    """The setting that shrinks the largest part of ``estimate``."""
+    biggest = max(vars(estimate), key=lambda name: getattr(estimate, name))
+    if biggest == "llm_activations":
+        more = "raise parallel.ring or parallel.ulysses, or shorten train.seq_length"
+        if config.memory.recompute == "none":
+            return f"set memory.recompute=attention_output, {more}"
+        return f"raise memory.offload_gib or memory.block_layers, {more}"
+    if biggest == "vision_activations":
+        more = "lower data.num_frames or raise parallel.ring"
+        return more if config.model.vision.recompute else f"set model.vision.recompute=true, {more}"
+    if biggest == "workspace":
+        tile = "lower memory.mlp_tile, or shorten train.seq_length" if config.memory.mlp_tile else "set memory.mlp_tile=8192"
+        return tile + ", or encode fewer frames at once (model.vision.frame_micro_batch)" * config.optim.vision.trainable
+    if biggest == "optimizer":
+        return "raise optim.offload_fraction, or start more ranks: the optimizer state is shared by all ranks of dp*cp"
+    return "raise parallel.tp or parallel.pp"

@@ -1,0 +1,383 @@
+"""What one key alone cannot tell: whether a configuration fits together, fits the world and fits the machine.
+
+Pure checks on the configuration, the file system and the device's size; nothing is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from megatron_vila.config.load import ConfigError
+from megatron_vila.config.schema import Config
+from megatron_vila.config.text_rules import MEDIA_FORMATS, TEMPLATES
+from megatron_vila.plan.bounds import MOST_RANKS, size_problems, text_problems, value_of
+from megatron_vila.plan.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
+from megatron_vila.plan.memory import (
+    GIB,
+    Device,
+    device_here,
+    estimate_memory,
+    host_memory,
+    memory_cure,
+    state_on_host,
+)
+from megatron_vila.plan.sizes import PROJECTOR_TYPES, tokens_per_frame
+from megatron_vila.start_checks import data_file_problems, file_problems, tokenizer_problems
+
+CHOICES = {
+    "model.projector.type": PROJECTOR_TYPES,
+    "model.projector.token_order": ("row_major", "legacy_column_major"),
+    "model.attention": ("auto", "fa4", "cudnn", "flash2", "cpu", "reference"),
+    "memory.recompute": ("none", "attention_output", "full"),
+    "data.image_aspect": ("resize", "pad"),
+    "data.fps_rule": ("spread", "first"),
+    "data.media_format": MEDIA_FORMATS,
+    "data.template": ("", *TEMPLATES),
+    "data.over_long": ("truncate", "drop"),
+    "data.bad_records": ("skip", "stop"),
+    "optim.schedule": ("cosine", "constant"),
+    "train.precision": ("auto", "bf16", "fp32", "fp64"),
+    "train.on_nan": ("stop", "skip"),
+    "checkpoint.resume": (True, False, "newest_whole"),
+}
+"""Keys with a fixed set of values."""
+
+AT_LEAST_ONE = {
+    "model.vision": ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "patch_size"),
+    "model.llm": (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_hidden_size",
+        "vocab_size",
+        "max_positions",
+    ),
+    "parallel": ("tp", "pp", "ulysses", "ulysses_chunks", "ring", "gpus_per_node"),
+    "memory": ("block_layers",),
+    "data": ("num_frames", "workers", "prefetch"),
+    "train": ("steps", "global_batch_size", "seq_length", "max_skips", "log_every"),
+}
+
+AT_LEAST_ZERO = {
+    "model.vision": ("frame_micro_batch",),
+    "model.lora": ("rank",),
+    "memory": ("recompute_layers", "mlp_tile", "offload_gib"),
+    "data": ("fps",),
+    "optim": ("min_lr", "warmup_steps", "warmup_fraction", "weight_decay", "clip_grad"),
+    "train": ("seed", "eval_every"),
+    "checkpoint": ("save_every", "keep"),
+}
+
+ABOVE_ZERO = {
+    "model": ("init_std",),
+    "model.lora": ("alpha",),
+    "model.vision": ("layer_norm_eps",),
+    "model.llm": ("norm_eps", "rope_theta", "rope_scaling_factor"),
+    "optim": ("lr", "eps"),
+    "train": ("timeout_minutes",),
+}
+
+LORA_NAMES = {"targets": ("qkv", "proj", "fc1", "fc2"), "also_train": ("embeddings", "norms")}
+"""What the lists of ``model.lora`` may name, each once."""
+
+_OF_SAMPLES = ("data.", "model.", "train.seq_length")
+"""How the keys begin that decide how samples are read and how many tokens they become."""
+
+BF16_ONLY_KERNELS = ("fa4", "cudnn", "flash2")
+
+
+def validate(config: Config, world_size: int, check_files: bool = True, device: Device | None = None) -> list[str]:
+    """Check ``config`` for ``world_size`` ranks; return warnings.
+
+    Raises ``ConfigError`` that lists all problems at once, each with the setting, its value and the cure.
+    ``check_files=False`` skips the file system (``explain`` works without data) and the memory of this machine. ``device`` is
+    the GPU that a run elsewhere is planned for: it is judged in place of this machine.
+    """
+    problems = [*value_problems(config)]
+    if world_size > MOST_RANKS:
+        problems.append(f"world size {world_size} cannot be meant; use at most {MOST_RANKS} ranks")
+    # Everything below divides by these values, so wrong ones are reported first.
+    if not problems:
+        problems += _shape_problems(config)
+        problems += _layout_and_batch_problems(config, world_size)
+        problems += _optim_problems(config)
+        problems += _lora_problems(config)
+        problems += _policy_problems(config)
+        problems += _profile_problems(config, world_size)
+        problems += _saving_problems(config)
+        if check_files and (device is None or device.is_here):
+            problems += _host_problems(config, world_size)
+    if check_files:
+        problems += file_problems(config)
+    _raise(problems)
+    warnings = [*_length_warnings(config), *_grid_warnings(config, world_size)]
+    if check_files and config.train.eval_every and not config.data.eval:
+        warnings.append(f"train.eval_every={config.train.eval_every}, but data.eval is empty: nothing is evaluated")
+    if device is None and check_files:
+        device = device_here(min(world_size, config.parallel.gpus_per_node))
+    if device is not None:
+        warnings += _memory_warnings(config, world_size, device)
+    return warnings
+
+
+def validate_data(config: Config) -> None:
+    """Check the settings by which samples are read as ``validate`` checks them; data.train and data.tokenizer may be empty.
+
+    Raises ``ConfigError`` that lists all problems at once.
+    """
+    problems = [p for p in value_problems(config) if p.startswith(_OF_SAMPLES)]
+    if not problems:
+        problems += [p for p in _shape_problems(config) if p.startswith(_OF_SAMPLES)]
+    problems += data_file_problems(config.data)
+    if config.data.tokenizer:
+        problems += tokenizer_problems(config.data.tokenizer, config.data.template)
+    _raise(problems)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
+
+
+def value_problems(config: Config) -> Iterable[str]:
+    """Values that are impossible whatever the others are; each line begins with its key."""
+    yield from size_problems(config)
+    yield from text_problems(config)
+    for name, choices in CHOICES.items():
+        if value_of(config, name) not in choices:
+            known = (str(choice).lower() if isinstance(choice, bool) else choice for choice in choices)
+            yield f"{name}={value_of(config, name)} is not known; choose one of {', '.join(known)}"
+    for bounds, text in ((AT_LEAST_ONE, "at least 1"), (AT_LEAST_ZERO, "at least 0"), (ABOVE_ZERO, "above 0")):
+        for name in (f"{section}.{leaf}" for section, leaves in bounds.items() for leaf in leaves):
+            value = value_of(config, name)
+            too_small = {"at least 1": value < 1, "at least 0": value < 0, "above 0": value <= 0}[text]
+            if too_small:
+                yield f"{name}={value} must be {text}"
+    for leaf, choices in LORA_NAMES.items():
+        names = value_of(config, f"model.lora.{leaf}")
+        if len(set(names)) < len(names) or not set(names) <= set(choices):
+            yield f"model.lora.{leaf}=[{','.join(names)}] may name {', '.join(choices)}, each at most once"
+    for name in ("optim.beta1", "optim.beta2"):
+        if value_of(config, name) < 0 or value_of(config, name) >= 1:
+            yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
+    if not 0 <= config.data.max_broken <= 1:
+        yield f"data.max_broken={config.data.max_broken} is a share; use 0 (no sample may be broken) to 1 (any number may)"
+    fraction = config.optim.offload_fraction
+    if fraction < 0 or fraction > 1:
+        yield f"optim.offload_fraction={fraction} is a share of the optimizer state; use 0 (none) to 1 (all of it)"
+    for part in ("vision", "projector", "llm"):
+        lr = value_of(config, f"optim.{part}.lr")
+        if lr is not None and lr <= 0:
+            yield f"optim.{part}.lr={lr} must be above 0; to freeze the part set optim.{part}.trainable=false"
+    try:
+        datetime.fromisoformat(config.data.template_clock)
+    except ValueError:
+        yield (
+            f"data.template_clock={config.data.template_clock} is no date; write it as 2024-07-26, or with a time as "
+            "2024-07-26T12:30"
+        )
+    if config.model.llm.head_dim is not None and config.model.llm.head_dim < 1:
+        yield f"model.llm.head_dim={config.model.llm.head_dim} must be at least 1, or null for hidden_size / num_heads"
+
+
+def _shape_problems(config: Config) -> Iterable[str]:
+    vision, llm = config.model.vision, config.model.llm
+    if vision.patch_size > vision.image_size:
+        yield (
+            f"model.vision.patch_size={vision.patch_size} is larger than model.vision.image_size={vision.image_size}, "
+            f"so a picture has no patch; use a patch of at most {vision.image_size}"
+        )
+    if vision.hidden_size % vision.num_heads:
+        yield (
+            f"model.vision.num_heads={vision.num_heads} does not divide model.vision.hidden_size={vision.hidden_size}; "
+            f"use {nearest_divisors(vision.hidden_size, vision.num_heads)} heads"
+        )
+    if not -vision.num_layers - 1 <= vision.select_layer <= vision.num_layers:
+        yield (
+            f"model.vision.select_layer={vision.select_layer} is outside the {vision.num_layers + 1} hidden states of "
+            f"{vision.num_layers} layers; use {-vision.num_layers - 1} to {vision.num_layers} (-2: last layer but one)"
+        )
+    if llm.head_dim is None and llm.hidden_size % llm.num_heads:
+        yield (
+            f"model.llm.num_heads={llm.num_heads} does not divide model.llm.hidden_size={llm.hidden_size}; use "
+            f"{nearest_divisors(llm.hidden_size, llm.num_heads)} heads or set model.llm.head_dim"
+        )
+    elif (llm.head_dim or llm.hidden_size // llm.num_heads) % 2:
+        yield (
+            f"model.llm.head_dim={llm.head_dim or llm.hidden_size // llm.num_heads} is odd, but rotary embeddings turn pairs "
+            f"of channels; use an even size"
+        )
+    if llm.num_heads % llm.num_kv_heads:
+        yield (
+            f"model.llm.num_kv_heads={llm.num_kv_heads} does not divide model.llm.num_heads={llm.num_heads}; use "
+            f"{nearest_divisors(llm.num_heads, llm.num_kv_heads)} key/value heads"
+        )
+    for name in ("data.frame_separator_ids", "data.image_separator_ids"):
+        bad = [i for i in value_of(config, name) if not 0 <= i < llm.vocab_size]
+        if bad:
+            yield f"{name} has the ids {bad} outside the embedding table; use 0 to model.llm.vocab_size-1 = {llm.vocab_size - 1}"
+
+
+def _layout_and_batch_problems(config: Config, world_size: int) -> Iterable[str]:
+    layout, llm = Layout.of(config.parallel), config.model.llm
+    if not llm.num_heads % llm.num_kv_heads and (llm.head_dim or not llm.hidden_size % llm.num_heads):
+        yield from layout_problems(llm, layout)
+        yield from chunk_problems(llm, layout, config.parallel.ulysses_chunks)
+    world = world_problem(llm, layout, world_size)
+    if world:
+        yield world
+        return
+    dp, batch = world_size // layout.size, config.train.global_batch_size
+    if batch % dp:
+        sizes = " or ".join(str(n) for n in (batch // dp * dp, batch // dp * dp + dp) if n > 0)
+        yield (
+            f"train.global_batch_size={batch} is not a multiple of the data-parallel size {dp} (world size {world_size} / "
+            f"{layout.size} ranks of {layout}); use {sizes}"
+        )
+
+
+def _optim_problems(config: Config) -> Iterable[str]:
+    optim, train, attention = config.optim, config.train, config.model.attention
+    if not (optim.vision.trainable or optim.projector.trainable or optim.llm.trainable):
+        yield (
+            "optim.vision.trainable, optim.projector.trainable and optim.llm.trainable are all false: there is nothing to "
+            "train; set one of them to true"
+        )
+    if optim.warmup_fraction >= 1:
+        yield f"optim.warmup_fraction={optim.warmup_fraction} must be below 1: it is a part of train.steps"
+    if optim.warmup_steps >= train.steps > 0 and optim.warmup_steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} leaves no step after the warm-up of train.steps={train.steps}; "
+            f"use at most {train.steps - 1}"
+        )
+    rates = {"optim.lr": optim.lr} | {
+        f"optim.{name}.lr": part.lr
+        for name, part in (("vision", optim.vision), ("projector", optim.projector), ("llm", optim.llm))
+        if part.lr is not None and part.trainable
+    }
+    for name, rate in rates.items():
+        if optim.schedule == "cosine" and optim.min_lr > rate:
+            yield f"optim.min_lr={optim.min_lr} is above {name}={rate}, where the cosine starts; use at most {rate}"
+        if rate * optim.weight_decay >= 1:
+            yield (
+                f"optim.weight_decay={optim.weight_decay} with {name}={rate} takes away each whole weight in one step; keep "
+                "their product below 1 (usual: 0 to 0.1 for the decay)"
+            )
+    if attention in BF16_ONLY_KERNELS and train.precision in ("fp32", "fp64"):
+        yield (
+            f"model.attention={attention} computes in bf16 only, but train.precision={train.precision}; use "
+            f"train.precision=bf16, or model.attention=auto"
+        )
+
+
+def _profile_problems(config: Config, world_size: int) -> Iterable[str]:
+    for name, values, most in (
+        ("steps", config.profile.steps, config.train.steps),
+        ("ranks", config.profile.ranks, world_size - 1),
+    ):
+        first = 1 if name == "steps" else 0
+        outside = [value for value in values if not first <= value <= most]
+        if outside and (config.profile.steps or min(outside) < first):
+            yield f"profile.{name}={values}: {outside} do not exist in this run; use {first} to {most}"
+
+
+def _saving_problems(config: Config) -> Iterable[str]:
+    if config.checkpoint.save_every and not config.checkpoint.save:
+        yield (
+            f"checkpoint.save_every={config.checkpoint.save_every}, but checkpoint.save=false: nothing would be saved; set "
+            "checkpoint.save=true, or save_every=0 for a run that saves nothing"
+        )
+
+
+def _lora_problems(config: Config) -> Iterable[str]:
+    lora = config.model.lora
+    if lora.rank and not lora.targets:
+        yield (
+            f"model.lora.rank={lora.rank}, but model.lora.targets is empty: no layer gets an update; name some of "
+            f"{', '.join(LORA_NAMES['targets'])}, or set rank=0"
+        )
+    if lora.rank and not config.optim.llm.trainable:
+        yield (
+            f"model.lora.rank={lora.rank} adds updates that optim.llm.trainable=false freezes; set optim.llm.trainable=true (the "
+            "weights below the updates stay frozen) or rank=0"
+        )
+    if lora.also_train and not lora.rank:
+        yield (
+            f"model.lora.also_train=[{','.join(lora.also_train)}] is for weights beside LoRA's updates, but model.lora.rank=0: "
+            "optim.llm.trainable decides for the whole language model; set a rank, e.g. 8, or also_train=[]"
+        )
+
+
+def _policy_problems(config: Config) -> Iterable[str]:
+    memory = config.memory
+    if memory.block_layers > 1 and memory.recompute != "attention_output":
+        yield (
+            f"memory.block_layers={memory.block_layers} rebuilds layers from kept attention outputs, but memory.recompute="
+            f"{memory.recompute}; set memory.recompute=attention_output or block_layers=1"
+        )
+    layers = config.model.llm.num_layers // config.parallel.pp
+    if memory.recompute_layers and (memory.recompute == "none" or memory.recompute_layers > layers):
+        yield (
+            f"memory.recompute_layers={memory.recompute_layers} with memory.recompute={memory.recompute} and {layers} layers of "
+            "a stage; set memory.recompute=attention_output and no more layers than a stage has, or recompute_layers=0 for all"
+        )
+    if memory.offload_gib and memory.recompute == "none":
+        yield (
+            f"memory.offload_gib={memory.offload_gib:g} is for what a recompute policy keeps, but memory.recompute=none; set "
+            "memory.recompute=attention_output or offload_gib=0"
+        )
+
+
+def _host_problems(config: Config, world_size: int) -> Iterable[str]:
+    import torch
+
+    ranks, available = min(world_size, config.parallel.gpus_per_node), host_memory() / GIB
+    kept = config.memory.offload_gib
+    state = state_on_host(config, world_size, torch.cuda.is_available()) / GIB
+    wanted = ranks * (kept + state)
+    if wanted > available:
+        settings = [f"memory.offload_gib={kept:g}"] if kept else []
+        if state:
+            settings.append(f"optim.offload_fraction={config.optim.offload_fraction:g} ({state:.1f} GiB a rank)")
+        yield (
+            f"{' and '.join(settings)} on {ranks} ranks of a node asks for {wanted:.1f} GiB of host memory, and "
+            f"{available:.1f} GiB are there; lower {'both' if len(settings) > 1 else 'it'} to {available / ranks:.1f} GiB a rank "
+            "or less"
+        )
+
+
+def _length_warnings(config: Config) -> Iterable[str]:
+    seq, llm, data = config.train.seq_length, config.model.llm, config.data
+    if seq > llm.max_positions and not data.packing:
+        yield (
+            f"train.seq_length={seq} exceeds model.llm.max_positions={llm.max_positions}: later positions are new to the "
+            f"model; raise model.llm.rope_theta for them (stage 4 of the recipe) or shorten the rows"
+        )
+    per_frame = tokens_per_frame(config.model) + len(data.frame_separator_ids)
+    if data.num_frames * per_frame > seq:
+        fate = "are dropped" if data.over_long == "drop" else f"keep at most {seq // per_frame} frames, spread evenly"
+        yield (
+            f"data.num_frames={data.num_frames} frames of {per_frame} tokens make {data.num_frames * per_frame} tokens, more "
+            f"than train.seq_length={seq}: long videos {fate}"
+        )
+
+
+def _grid_warnings(config: Config, world_size: int) -> Iterable[str]:
+    parallel = config.parallel
+    inner = parallel.tp * parallel.ulysses
+    if world_size <= parallel.gpus_per_node or parallel.gpus_per_node % inner == 0:
+        return
+    yield (
+        f"parallel.tp={parallel.tp} * parallel.ulysses={parallel.ulysses} = {inner} ranks do not lie inside nodes of "
+        f"parallel.gpus_per_node={parallel.gpus_per_node}: their all-to-all and all-gather cross the network; choose a product "
+        f"that divides {parallel.gpus_per_node} and put the rest into parallel.ring"
+    )
+
+
+def _memory_warnings(config: Config, world_size: int, device: Device) -> Iterable[str]:
+    estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
+    if estimate.total > device.bytes:
+        yield f"a rank needs about {estimate}, but {device} has {device.bytes / GIB:.1f} GiB; {memory_cure(config, estimate)}"
