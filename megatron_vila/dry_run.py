@@ -76,7 +76,7 @@ def describe_sample(dataset: VilaDataset, name: str, index: int, decode: bool) -
     """
     if index >= len(dataset):
         raise ConfigError(f"command line: --show {index} is not in data.{name}, which has samples 0 to {len(dataset) - 1}")
-    problem = problem_of(dataset, index, dataset.data.image_aspect, decode)
+    problem = problem_of(dataset, index, decode)
     lines = [f"number {index}:"]
     if problem is not None:
         fate = "an evaluation leaves it out" if name == "eval" else "a run takes the next good sample in its place"

@@ -281,7 +281,7 @@ def test_a_sample_of_the_training_data_is_placed(capsys, data, tmp_path):
 def test_a_broken_sample_is_explained_with_the_one_that_replaces_it(capsys, data):
     text = prose(explained(capsys, "tiny", "sample=0", *data))
     assert "Sample pictures[/b]: " in text
-    assert "sample 0 (broken) is replaced by sample 1" in text
+    assert "sample 0 cannot be used (missing) and is replaced by sample 1: " in text
     assert "missing.mp4" in text.replace(" ", "")
 
 

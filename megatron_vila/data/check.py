@@ -84,21 +84,21 @@ def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report
     if data.tokenizer:
         report.tokens = report.longest = 0
     yield report
-    with _loader(dataset, data.image_aspect, threads, prefetch=4 * threads, decode=True) as rows:
+    with _loader(dataset, threads, prefetch=4 * threads, decode=True) as rows:
         for index in range(len(dataset)):
             (row,) = rows.rows(index)
             _add(report, row, dataset, index)
             yield report
 
 
-def problem_of(dataset: VilaDataset, index: int, aspect: str, decode: bool) -> Problem | None:
+def problem_of(dataset: VilaDataset, index: int, decode: bool) -> Problem | None:
     """Why sample ``index`` cannot be used; None if it can. Its pixels are read where ``decode`` says so."""
     log = logging.getLogger(loader.__name__)
     level = log.level
     # The caller tells it.
     log.setLevel(logging.ERROR)
     try:
-        with _loader(dataset, aspect, threads=1, prefetch=0, decode=decode) as rows:
+        with _loader(dataset, threads=1, prefetch=0, decode=decode) as rows:
             (row,) = rows.rows(index)
     finally:
         log.setLevel(level)
@@ -125,7 +125,7 @@ def _dataset(config: Config, records: RecordFiles) -> VilaDataset:
     return VilaDataset(records, tokenizer, config.data, config.model, length)
 
 
-def _loader(dataset: VilaDataset, aspect: str, threads: int, prefetch: int, decode: bool) -> RowLoader:
+def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> RowLoader:
     return RowLoader(
         dataset,
         RowOrder(len(dataset), seed=0, shuffle=False),
@@ -137,7 +137,7 @@ def _loader(dataset: VilaDataset, aspect: str, threads: int, prefetch: int, deco
         local_frames=lambda row: range(len(row.frames) if decode else 0),
         agree=lambda reports: reports,
         image_size=PIXELS,
-        aspect=aspect,
+        aspect=dataset.data.image_aspect,
         workers=threads,
         prefetch=prefetch,
         replace_bad=False,

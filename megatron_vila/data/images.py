@@ -48,6 +48,8 @@ UPRIGHT = {
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _MEANING_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
+# From one grey to the next, by Pillow's names of codings with 2 and 4 bits.
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
@@ -71,8 +73,18 @@ def load_image(path: str | os.PathLike) -> Image.Image:
             check_size(path, *picture.size)
             if picture.format in ("JPEG", "MPO"):
                 _check_scans(path, file, picture.width * picture.height)
+            _scale_hidden_colour(picture)
             picture.load()
             return as_rgb(picture)
+
+
+def _scale_hidden_colour(picture: Image.Image) -> None:
+    """Bring the transparent colour of a PNG file that is not loaded yet to 8 bits, as Pillow does with its pixels alone."""
+    hidden = picture.info.get("transparency") if picture.format == "PNG" else None
+    if isinstance(hidden, int):
+        picture.info["transparency"] = hidden * _GREY_STEPS.get(picture.tile[0].args, 1)
+    elif isinstance(hidden, tuple) and picture.tile[0].args == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in hidden)
 
 
 def _check_scans(path: str | os.PathLike, file: BinaryIO, pixels: int) -> None:

@@ -114,6 +114,7 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
     # Slow to import and needed for real samples only.
     from transformers import AutoTokenizer
 
+    from megatron_vila.data.check import problem_of
     from megatron_vila.data.dataset import VilaDataset
     from megatron_vila.data.records import open_records
 
@@ -123,10 +124,11 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
             f"command line: sample={index} is not in data.train, which has samples 0 to {len(records) - 1}"
         )
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, local_files_only=True)
-    choice = VilaDataset(records, tokenizer, data, config.model, config.train.seq_length).choose(index)
-    notes = [f"sample {broken} is broken: {reason}" for broken, reason in choice.found.items()]
-    if choice.replaced:
-        notes.append(f"sample {index} ({choice.replaced.replace('_', ' ')}) is replaced by sample {choice.index}")
+    dataset = VilaDataset(records, tokenizer, data, config.model, config.train.seq_length)
+    problem, choice, notes = problem_of(dataset, index, decode=False), dataset.choose(index), []
+    if problem is not None:
+        kind = problem.kind.replace("_", " ")
+        notes.append(f"sample {index} cannot be used ({kind}) and is replaced by sample {choice.index}: {problem.reason}")
     if choice.dropped_frames:
         notes.append(
             f"{choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={config.train.seq_length}"

@@ -1,6 +1,7 @@
 """Reading pictures, and what the vision tower gets."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -93,6 +94,25 @@ def test_transparent_pixels_are_laid_on_white(tmp_path):
     assert pixel(load_image(saved(tmp_path, grey))) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)
     assert pixel(load_image(saved(tmp_path, palette, transparency=0))) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "row", "hidden", "shown"),
+    [
+        (1, 0, b"\x80", b"\0\1", [255, 0]), (2, 0, b"\x1b", b"\0\1", [0, 255, 170]), (4, 0, b"\x01", b"\0\1", [0, 255]),
+        (8, 0, b"\0\1", b"\0\1", [0, 255]), (16, 0, b"\0\0\0\1", b"\0\1", [0, 255]),
+        (8, 2, bytes(3) + b"\1\1\1", b"\0\1" * 3, [0, 255]), (16, 2, bytes(6) + b"\1\0" * 3, b"\1\0" * 3, [0, 255]),
+    ],
+)  # fmt: skip
+def test_the_transparent_colour_of_a_png_is_laid_on_white_at_every_depth(tmp_path, bits, kind, row, hidden, shown):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", len(shown), 1, bits, kind, 0, 0, 0))
+    path = tmp_path / "hidden.png"
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", hidden) + pixels + chunk(b"IEND", b""))
+    assert greys(path) == shown
 
 
 def test_grey_palette_and_sixteen_bit_pictures_become_rgb(tmp_path):
