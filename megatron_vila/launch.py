@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
+from megatron_vila import parent
 from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 from megatron_vila.streams import flush_streams, tell
 from megatron_vila.training.stop import ASKING, asking
@@ -100,6 +101,8 @@ def train_rank(arguments: list[str]) -> int:
     status = train.main(arguments)
     if status not in (FINISHED, STOPPED):
         train.leave(status)  # torchrun's agent ends the other ranks
+    # All is done, and SIGTERM ignored: torchrun's agent now has this process wait until it has read the status.
+    parent.end_with_parent(signal.SIGKILL)
     return status
 
 

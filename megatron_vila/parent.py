@@ -15,14 +15,14 @@ LAUNCHED = ("TORCHELASTIC_RUN_ID",)
 PARENT_AT_START = os.getppid()
 
 
-def end_with_parent() -> None:
-    """Under a launcher, ask Linux for a SIGTERM when the parent ends: the run saves and stops as for any SIGTERM.
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Under a launcher, ask Linux for the signal ``number`` when the parent ends: at a SIGTERM the run saves and stops as ever.
 
-    Call it from the main thread. A parent that ended before this call is noticed too.
+    Call it from the main thread; a later call takes the place of an earlier one. A parent that ended before is noticed too.
     """
     if not any(name in os.environ for name in LAUNCHED) or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != PARENT_AT_START:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)

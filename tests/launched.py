@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_vila import launch
+from megatron_vila import launch, parent, train
 from megatron_vila.exit_codes import FAILED, FINISHED, STOPPED, USER_ERROR
 from megatron_vila.training.stop import StopRequest
 
@@ -51,6 +51,13 @@ def refuses(arguments: list[str]) -> int:
 def is_hung_up_on(arguments: list[str]) -> int:
     """As ``trains``; its launcher and all ranks ignore SIGHUP, as under nohup (``_lead``)."""
     return trains(arguments)
+
+
+def ends_as_a_trainer(arguments: list[str]) -> int:
+    """What a real rank does around its training."""
+    parent.PARENT_AT_START = os.getppid()  # a fork has imported it elsewhere
+    train.main = trains
+    return launch.train_rank(arguments)
 
 
 def prints_to_a_full_disk(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,12 @@ def wait_for(*paths):
     while not all(path.exists() for path in paths):
         assert time.monotonic() < end, paths
         time.sleep(0.02)
+
+
+def is_alive(pid):
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 class Launched:
@@ -120,6 +127,22 @@ def test_a_terminal_that_is_closed_does_not_end_a_run_under_nohup(launched):
 def test_an_output_that_takes_no_more_does_not_change_the_status(launched):
     run = launched("prints_to_a_full_disk")
     assert (run.status(), run.said()) == (FINISHED, "")
+
+
+def test_ranks_that_have_ended_do_not_outlive_a_launcher_that_is_killed_before_it_hears_of_it(launched):
+    run = launched("ends_as_a_trainer")
+    run.all_ranks("up")
+    os.kill(run.pid, signal.SIGSTOP)
+    ranks = [int((run.folder / f"up-{rank}").read_text()) for rank in (0, 1)]
+    for rank in ranks:
+        os.kill(rank, signal.SIGTERM)
+    run.all_ranks("saved")
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.status() == -signal.SIGKILL
+    end = time.monotonic() + PATIENCE_S
+    while any(is_alive(rank) for rank in ranks):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_signal_to_one_rank_alone_ends_that_rank_alone(launched):
