@@ -21,6 +21,14 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
+for SETTING in "$@"; do
+  if [[ $SETTING =~ ^checkpoint\.(resume|save)= && ! ${SETTING,,} =~ =(true|newest_whole)$ ]]; then
+    echo "$SETTING cannot be used in a job that queues itself again: it could not go on from where it stopped; for a new run set" \
+      "another OUTPUT" >&2
+    exit 2
+  fi
+done
+
 export MODEL=longvila-7b
 export DATA=${DATA:-/data/longvila_sft/train.json}
 export MEDIA=${MEDIA:-/data/longvila_sft/videos}

@@ -98,15 +98,20 @@ def describe_start(config: Config) -> str:
     Raises ``CheckpointError`` if that is damaged, of another model, or of a run that this one cannot go on from. Sizes of files
     are looked at, not their content.
     """
-    resumed = _resumed(config)
-    if resumed is None and not config.checkpoint.load:
-        return "Start: random weights (checkpoint.load is empty)."
-    folder = resumed or resolve_checkpoint(Path(config.checkpoint.load))
+    try:
+        resumed = _resumed(config)
+        if resumed is None and not config.checkpoint.load:
+            return "Start: random weights (checkpoint.load is empty)."
+        folder = resumed or resolve_checkpoint(Path(config.checkpoint.load))
+    except OSError as error:
+        raise CheckpointError(f"the folder of the checkpoint cannot be read: {error}; make it readable") from error
     lines = []
     try:
         info = read_info(folder)
         check_files(folder, info)
-        stored = {name: tensor.shape for name, tensor in StoredTensors(folder, info["files"]).items()}
+        tensors = StoredTensors(folder, info["files"])
+        require_vocabulary(config.model.llm.vocab_size, tensors, info)
+        stored = {name: tensor.shape for name, tensor in tensors.items()}
         problems = misfits(entries(config.model), stored)
         if problems:
             more = f" and {len(problems) - 3} more tensors" if len(problems) > 3 else ""
@@ -132,7 +137,7 @@ def _resumed(config: Config) -> Path | None:
     """The checkpoint that ``checkpoint.resume`` takes; with newest_whole the newest one whose files are there in full."""
     if not config.checkpoint.resume:
         return None
-    known = newest_first(config.train.output)
+    known = to_resume(config.train.output)
     if config.checkpoint.resume == "newest_whole":
         known = [folder for folder in known if _is_complete(folder)] or known
     return known[0] if known else None
@@ -141,7 +146,7 @@ def _resumed(config: Config) -> Path | None:
 def _is_complete(folder: Path) -> bool:
     try:
         check_files(folder, read_info(folder))
-    except CheckpointError:
+    except DamagedError:
         return False
     return True
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 FINISHED = 0
 """all steps are done, the last evaluation too"""
 FAILED = 1
-"""a fault of the program or of the machine, with a traceback or the name of the rank that is missing"""
+"""a fault of the program or of the machine, with a traceback or the name of the rank that is missing; or stopped by a signal
+where the same command would begin anew: with checkpoint.save=false or checkpoint.resume=false"""
 USER_ERROR = 2
 """something that a user can cure; the one message says how"""
 STOPPED = 75

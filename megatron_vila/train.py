@@ -137,14 +137,14 @@ def _timeout_minutes(options: argparse.Namespace) -> float:
 
 
 def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[str]) -> int:
-    from megatron_vila.parallel.agreement import from_rank_zero
+    from megatron_vila.parallel.agreement import on_rank_zero
     from megatron_vila.training.closing import closing_lines
     from megatron_vila.training.lock import RunLock
 
     lock = RunLock(config.train.output)
     with contextlib.ExitStack() as held:
         # The writer holds it for all ranks.
-        from_rank_zero(lambda: held.enter_context(lock.hold()) and None)
+        on_rank_zero(lambda: held.enter_context(lock.hold()) and None)
         with _busy("starting: the model and its weights"):
             from megatron_vila.training.trainer import Trainer
 
@@ -159,7 +159,8 @@ def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[
             lines = closing_lines(arguments, config, trainer.step, saved, stopped, trainer.skipped, trainer.counts)
             logging.getLogger("megatron_vila").info("%s", "\n".join(lines))
     if trainer.stopped_by:
-        return exit_codes.STOPPED if config.checkpoint.save else exit_codes.FAILED
+        goes_on = config.checkpoint.save and config.checkpoint.resume
+        return exit_codes.STOPPED if goes_on else exit_codes.FAILED
     return exit_codes.FINISHED
 
 

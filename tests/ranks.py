@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import logging
 import multiprocessing as mp
 import os
 import signal
@@ -28,6 +29,8 @@ class RankFailure(AssertionError):
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     # A rank that waits in a collective must not outlive an interrupted test run (PR_SET_PDEATHSIG).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # A forked rank would have pytest's handlers, and so none of those that a command sets up.
+    logging.root.handlers.clear()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch

@@ -189,6 +189,13 @@ def test_the_slurm_job_queues_itself_again_when_it_was_stopped_and_only_then(sta
     assert (requeued.read_text() == "123\n") if again else not requeued.exists()
 
 
+@pytest.mark.parametrize("setting", ["checkpoint.resume=false", "checkpoint.resume=no", "checkpoint.save=false"])
+def test_the_slurm_job_refuses_settings_with_which_it_would_begin_anew_each_time(start, setting):
+    status, output, calls = start("examples/slurm_256gpu.sh", "checkpoint.save_every=5", "checkpoint.resume=True", setting)
+    assert status == 2 and not calls
+    assert f"{setting} cannot be used in a job that queues itself again" in output and "another OUTPUT" in output
+
+
 def test_the_quickstart_stages_are_valid_and_grow():
     configs = [load_config(str(ROOT / f"examples/quickstart/stage_{n}.yaml")) for n in (1, 2, 3, 4)]
     assert all(validate(c, 2, check_files=False) == [] for c in configs)

@@ -24,7 +24,7 @@ import xxhash
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_vila.checkpoint.folder import INFO, is_finished
-from megatron_vila.checkpoint.io import CheckpointError, some
+from megatron_vila.checkpoint.io import CheckpointError, DamagedError, open_plain, require_no_refusal, some
 
 FORMAT = 1
 STATE = "state.pt"
@@ -137,26 +137,27 @@ def write_rest(
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The content of info.json. Raises ``CheckpointError`` if it is not what ``write_info`` or an earlier version wrote."""
+    """The content of info.json. Raises ``DamagedError`` if it is not what ``write_rest`` or an earlier version wrote, and
+    ``CheckpointError`` if it is of a version that this one cannot read, or cannot be read now."""
     try:
         with open_plain(folder / INFO) as file:
             info = json.loads(file.read())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{INFO} is damaged: {error}") from error
+        raise DamagedError(f"{INFO} is damaged: {error}") from error
     if not isinstance(info, dict) or type(info.get("format")) is not int:
-        raise CheckpointError(f"{INFO} is damaged: it holds no format")
+        raise DamagedError(f"{INFO} is damaged: it holds no format")
     if info["format"] > FORMAT:
         raise CheckpointError(
             f"it has format {info['format']}, this version reads up to {FORMAT}; update megatron_vila"
         )
     files = info.get("files")
     if type(info.get("step")) is not int or info["step"] < 0 or not isinstance(files, dict):
-        raise CheckpointError(f"{INFO} is damaged: it holds no step or no files")
+        raise DamagedError(f"{INFO} is damaged: it holds no step or no files")
     wrong = [name for name, size in files.items() if not _is_plain_name(name) or type(size) is not int or size < 0]
     if wrong:
-        raise CheckpointError(f"{INFO} names files that no checkpoint has: {some(list(map(repr, wrong)))}; none was opened")
+        raise DamagedError(f"{INFO} names files that no checkpoint has: {some(list(map(repr, wrong)))}; none was opened")
     if {"sum", "sums"} & info.keys() and info.pop("sum", None) != _sum_of(info):
-        raise CheckpointError(f"{INFO} is damaged: it is not what was written")
+        raise DamagedError(f"{INFO} is damaged: it is not what was written")
     if is_summed(info):
         _require_sums(info)
     return info
@@ -184,11 +185,11 @@ def wrong_files(folder: Path, info: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_files(folder: Path, info: Mapping[str, Any]) -> None:
-    """Raise ``CheckpointError`` if there are ``wrong_files``."""
+    """Raise ``DamagedError`` if there are ``wrong_files``."""
     wrong = wrong_files(folder, info)
     kinds = {kind: [name for name in wrong if wrong[name] == kind] for kind in wrong.values()}
     if wrong:
-        raise CheckpointError("; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items()))
+        raise DamagedError("; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items()))
 
 
 def blocks_to_check(info: Mapping[str, Any]) -> list[tuple[str, int]]:
@@ -211,9 +212,9 @@ def damage(folder: Path, info: Mapping[str, Any], blocks: Iterable[tuple[str, in
 
 
 def check_alone(folder: Path) -> dict[str, Any]:
-    """Check the files of a checkpoint, content included, in this process; returns info.json. Raises ``CheckpointError``."""
+    """Check the files of a checkpoint, content included, in this process; returns info.json. Raises ``DamagedError``."""
     if not is_finished(folder):
-        raise CheckpointError(f"{INFO} is missing")
+        raise DamagedError(f"{INFO} is missing")
     info = read_info(folder)
     check_files(folder, info)
     if is_summed(info):
@@ -222,45 +223,36 @@ def check_alone(folder: Path) -> dict[str, Any]:
 
 
 def raise_damage(damaged: Sequence[str]) -> None:
-    """Raise ``CheckpointError`` if anything is named."""
+    """Raise ``DamagedError`` if anything is named."""
     if damaged:
-        raise CheckpointError(f"damaged files, whose content is not what was written: {some(sorted(damaged))}")
-
-
-@contextmanager
-def open_plain(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain file to read. A link, a device or a pipe raises ``CheckpointError``, without waiting for a writer."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be opened as a plain file: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path.name} is no plain file")
-        yield file
+        raise DamagedError(f"damaged files, whose content is not what was written: {some(sorted(damaged))}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What state.pt holds: ``adam_step``, ``scheduler_steps``, ``extra``. Raises ``CheckpointError``."""
+    """What state.pt holds: ``adam_step``, ``scheduler_steps``, ``extra``. Raises ``DamagedError``."""
     with open_plain(folder / STATE) as file:
         state = load_plain(file, STATE)
     kinds = {"adam_step": (int, type(None)), "scheduler_steps": (int, type(None)), "extra": (dict,)}
     if type(state) is not dict or any(type(state.get(name)) not in kind for name, kind in kinds.items()):
-        raise CheckpointError(f"{STATE} holds no {', '.join(kinds)}")
+        raise DamagedError(f"{STATE} holds no {', '.join(kinds)}")
     negative = [name for name in ("adam_step", "scheduler_steps") if (state[name] or 0) < 0]
     if negative:
-        raise CheckpointError(f"{STATE} is damaged: {negative[0]} is {state[negative[0]]}")
+        raise DamagedError(f"{STATE} is damaged: {negative[0]} is {state[negative[0]]}")
     return state
 
 
 def load_plain(file: BinaryIO, name: str) -> Any:
-    """``torch.load`` of tensors and plain values only. Raises ``CheckpointError``; nothing that the file names is run."""
+    """``torch.load`` of tensors and plain values only. Nothing that the file names is run.
+
+    Raises ``DamagedError``, or ``CheckpointError`` if the system refuses (reading, memory).
+    """
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:
+        require_no_refusal(error, name)
         # torch's text tells how to load the file all the same, which is the last thing to do with it.
         kind = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0][:200]
-        raise CheckpointError(
+        raise DamagedError(
             f"{name} holds more than tensors and plain values, or is damaged: {kind}; nothing of it was run"
         ) from error
 
@@ -293,16 +285,16 @@ def _cut(position: int, length: int) -> Iterator[tuple[int, int]]:
 
 
 def _require_sums(info: Mapping[str, Any]) -> None:
-    """Raise ``CheckpointError`` unless each file of ``info`` has one checksum of a kind that we know for each of its blocks."""
+    """Raise ``DamagedError`` unless each file of ``info`` has one checksum of a kind that we know for each of its blocks."""
     sums = info["sums"]
     if not isinstance(sums, dict) or not isinstance(sums.get("files"), dict):
-        raise CheckpointError(f"{INFO} is damaged: its checksums name no files")
+        raise DamagedError(f"{INFO} is damaged: its checksums name no files")
     if sums.get("algorithm") != _ALGORITHM or sums.get("block_bytes") != BLOCK:
         raise CheckpointError(f"{INFO} has checksums that this version does not know; update megatron_vila")
     files, of_files = info["files"], sums["files"]
     wrong = [name for name in files.keys() | of_files.keys() if not _has_sums(files.get(name), of_files.get(name))]
     if wrong:
-        raise CheckpointError(f"{INFO} is damaged: files without a checksum for each of their blocks: {some(sorted(wrong))}")
+        raise DamagedError(f"{INFO} is damaged: files without a checksum for each of their blocks: {some(sorted(wrong))}")
 
 
 def _has_sums(size: int | None, sums: Any) -> bool:

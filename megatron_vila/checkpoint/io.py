@@ -1,61 +1,49 @@
-"""What saving and loading share: the error, the agreement of all ranks on it, and plain values.
-
-Every step that can fail on one rank alone runs inside ``on_all_ranks`` or ``on_rank_zero``: there it raises nothing until all
-ranks know, so none waits in a collective for one that has given up.
-"""
+"""What saving and loading share: the errors, plain files and plain values."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import torch
-import torch.distributed as dist
 
 from megatron_vila.errors import UserError
 
 SHOWN = 8
-T = TypeVar("T")
+_NOT_PLAIN = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""how opening fails where a file is missing, or a link or a socket stands in its place"""
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or loaded; the text says why, what is intact and what to do. Raised on every rank."""
 
 
-def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
-    """Run ``action`` on every rank; if it raises on any, raise ``CheckpointError`` with that reason on all of them.
+class DamagedError(CheckpointError):
+    """The files of a checkpoint are not what was written: the one reason for which a checkpoint is passed over and renamed."""
 
-    Collective over all ranks, after the action.
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """Open a plain file to read, without waiting for the writer of a pipe.
+
+    Raises ``DamagedError`` if it is missing, a link, a folder, a device or a pipe, ``CheckpointError`` if the system refuses.
     """
-    result, problem = None, None
     try:
-        result = action()
-    except Exception as error:
-        problem = _text(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    bad = [rank for rank, text in enumerate(problems) if text is not None]
-    if bad:
-        where = "" if len(bad) == len(problems) else f" (rank {', '.join(map(str, bad[:SHOWN]))})"
-        raise CheckpointError(f"{failed}{where}: {problems[bad[0]]}" + (f"; {cure}" if cure else ""))
-    return result
-
-
-def on_rank_zero(action: Callable[[], T], failed: str, cure: str = "") -> T:
-    """Run ``action`` on rank 0; its result, or ``CheckpointError`` with what went wrong, on every rank (one broadcast)."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            outcome[1] = _text(error)
-    dist.broadcast_object_list(outcome, src=0)
-    result, problem = outcome
-    if problem is not None:
-        raise CheckpointError(f"{failed}: {problem}" + (f"; {cure}" if cure else ""))
-    return result
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        kind = DamagedError if error.errno in _NOT_PLAIN else CheckpointError
+        raise kind(f"{path.name} cannot be opened as a plain file: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedError(f"{path.name} is no plain file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
 
 
 def require_plain(value: Any, name: str) -> None:
@@ -87,11 +75,24 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _text(error: Exception) -> str:
-    """Our own message; else kind and message, of what the operating system refused if that is behind the error."""
-    if isinstance(error, CheckpointError):
-        return str(error)
+def require_no_refusal(error: BaseException, name: str) -> None:
+    """Raise ``CheckpointError`` if reading file ``name`` failed with ``error`` because the operating system refused something."""
+    refusal = refusal_behind(error)
+    if refusal is not None:
+        raise CheckpointError(f"{name} cannot be read: {type(refusal).__name__}: {refusal}") from error
+
+
+def refusal_behind(error: BaseException) -> BaseException | None:
+    """What the operating system refused, if that is behind ``error``: it says nothing about the content of a file."""
     reason: BaseException | None = error
-    while reason is not None and not isinstance(reason, OSError):
+    while reason is not None and not _is_refusal(reason):
         reason = reason.__cause__ or reason.__context__
-    return f"{type(reason or error).__name__}: {reason or error}"
+    return reason
+
+
+def _is_refusal(error: BaseException) -> bool:
+    # What Python's own files cannot do, and a place to read at that no file has: the content asked for it.
+    if isinstance(error, io.UnsupportedOperation) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
+        return False
+    # torch has no class of its own for host memory.
+    return isinstance(error, (OSError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))

@@ -17,12 +17,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_vila.checkpoint.folder import newest_first
-from megatron_vila.checkpoint.io import CheckpointError, on_rank_zero
+from megatron_vila.checkpoint.folder import to_resume
+from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.save_load import newest_whole
 from megatron_vila.config.load import config_keys
 from megatron_vila.config.schema import Config
 from megatron_vila.data.tokenizer import load_tokenizer
+from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.plan.sizes import head_dim
 
 _NEW_RUN = "or start a new run from the weights (checkpoint.load, and another train.output)"
@@ -144,7 +145,7 @@ def resume_point(config: Config) -> ResumePoint:
         return ResumePoint(*newest_whole(config.train.output), checked=True)
     if not config.checkpoint.resume:
         return ResumePoint()
-    known = on_rank_zero(lambda: newest_first(config.train.output), f"nothing to resume in {config.train.output}")
+    known = on_rank_zero(lambda: to_resume(config.train.output), f"cannot go on in train.output={config.train.output}")
     return ResumePoint(known[0] if known else None)
 
 

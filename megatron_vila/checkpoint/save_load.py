@@ -16,6 +16,7 @@ outcome: a rank that fails leaves nobody waiting.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,8 +44,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vila.checkpoint import files
 from megatron_vila.checkpoint import folder as folders
+from megatron_vila.checkpoint.fit import require_tensors, require_vocabulary
 from megatron_vila.checkpoint.folder import latest_checkpoint, resolve_checkpoint
-from megatron_vila.checkpoint.io import CheckpointError, on_all_ranks, on_rank_zero, require_plain, some
+from megatron_vila.checkpoint.io import CheckpointError, DamagedError, require_plain
 from megatron_vila.checkpoint.optimizer_shards import ensure_state, get_step, set_step, state_shards
 from megatron_vila.checkpoint.tensors import (
     METADATA,
@@ -56,6 +58,7 @@ from megatron_vila.checkpoint.tensors import (
     write_metadata,
 )
 from megatron_vila.models.decoder.lora import FACTORS
+from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
 from megatron_vila.training.offload import reload_main_weights
 
 logger = logging.getLogger(__name__)
@@ -142,13 +145,15 @@ def load_checkpoint(
     folder = on_rank_zero(lambda: resolve_checkpoint(Path(path)), f"nothing to load at {path}")
     failed = f"cannot load checkpoint {folder}"
     try:
-        stored, saved = _open(folder, failed, check)
-    except CheckpointError as error:
+        stored, saved, info = _open(folder, failed, check)
+    except DamagedError as error:
         advice = on_rank_zero(lambda: _other_way(folder, optimizer is not None), failed)
-        raise CheckpointError(f"{error}; {advice}") from None
+        raise DamagedError(f"{error}; {advice}") from None
     if optimizer is not None and saved["adam_step"] is None:
         raise CheckpointError(f"{failed}: it holds weights only; start a new run from it with checkpoint.load={folder}")
 
+    vocab_size = _unwrap(model_chunks[0]).vocab_size
+    on_all_ranks(lambda: require_vocabulary(vocab_size, stored, info), failed)
     model_state = _model_state(model_chunks)
     if optimizer is None:
         _leave_out_new_updates(model_state, stored)
@@ -162,7 +167,7 @@ def load_checkpoint(
         if not has_main:
             shards = {name: shard for name, shard in shards.items() if not shard.key.startswith("optimizer.main.")}
         state["optimizer"] = shards
-    on_all_ranks(lambda: _compare(_tensors(state), stored), failed)
+    on_all_ranks(lambda: require_tensors(_tensors(state), stored), failed)
 
     targets = {name: shard.data for name, shard in shards.items()}
     loaded = on_all_ranks(lambda: _read(state, stored), failed)
@@ -186,15 +191,20 @@ def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint of a run whose files are all as they were written, and what is wrong with newer ones, by folder.
 
     None if the run has no checkpoint yet. Collective over all ranks, which share the reading. Raises ``CheckpointError`` if
-    there are checkpoints and none is whole.
+    there are checkpoints and none is whole, or if one that may be whole cannot be read: by this version, or for now.
     """
-    candidates = on_rank_zero(lambda: folders.newest_first(run_folder), f"nothing to resume in {run_folder}")
+    candidates = on_rank_zero(lambda: folders.to_resume(run_folder), f"cannot go on in train.output={run_folder}")
     passed_over: dict[Path, str] = {}
     for folder in candidates:
         try:
             _open(folder, folder.name, check=True)
-        except CheckpointError as error:
+        except DamagedError as error:
             passed_over[folder] = str(error)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"checkpoint.resume=newest_whole cannot tell whether {folder} is whole: {error}; nothing was renamed: make it "
+                "readable and start again, or move it to another folder to go on without it"
+            ) from None
         else:
             return folder, passed_over
     if passed_over:
@@ -255,10 +265,13 @@ def _after_failure(run_folder: Path) -> str:
     """Remove what a failed save has written, so that it does not fill the disk, and tell what is intact and what to do."""
     root = run_folder / "checkpoints"
     newest, free = None, ""
-    if root.is_dir():
-        folders.clean(root)
-        newest = latest_checkpoint(run_folder)
-        free = f" ({shutil.disk_usage(root).free / GIB:.1f} GiB are free there)"
+    try:
+        if root.is_dir():
+            folders.clean(root)
+            newest = latest_checkpoint(run_folder)
+            free = f" ({shutil.disk_usage(root).free / GIB:.1f} GiB are free there)"
+    except (CheckpointError, OSError) as error:
+        return f"what is left there cannot be read ({error}); mend that and give the same command again"
     if newest is None:
         return (
             f"there is no earlier checkpoint; free space{free} or set train.output to a folder that can be written, and start "
@@ -274,8 +287,11 @@ def _after_failure(run_folder: Path) -> str:
 # loading
 
 
-def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[str, Any]]:
-    """What a checkpoint holds, after a check of all its files whose reading the ranks share."""
+def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[str, Any], dict[str, Any]]:
+    """Tensors, state and info.json of a checkpoint, after a check of all its files whose reading the ranks share.
+
+    Raises ``DamagedError`` if the files are not what was written, ``CheckpointError`` if that cannot be told.
+    """
     info = on_rank_zero(lambda: _structure(folder), failed)
     if check and files.is_summed(info):
         blocks = on_rank_zero(lambda: files.blocks_to_check(info), failed)[dist.get_rank() :: dist.get_world_size()]
@@ -285,7 +301,7 @@ def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[s
         on_all_ranks(lambda: files.raise_damage(sum(everywhere, [])), failed)
     elif check and dist.get_rank() == 0:
         logger.warning(files.UNCHECKED, folder)
-    return on_all_ranks(lambda: (StoredTensors(folder, info["files"]), files.read_state(folder)), failed)
+    return on_all_ranks(lambda: (StoredTensors(folder, info["files"]), files.read_state(folder), info), failed)
 
 
 def _structure(folder: Path) -> dict[str, Any]:
@@ -297,8 +313,9 @@ def _structure(folder: Path) -> dict[str, Any]:
 def _other_way(folder: Path, resuming: bool) -> str:
     """How to go on without a damaged checkpoint."""
     earlier: list[Path] = []
-    if folders.is_ours(folder):
-        earlier = [other for other in folders.finished(folder.parent) if folders.order(other) < folders.order(folder)]
+    with contextlib.suppress(OSError):  # what is wrong with this one must be told
+        if folders.is_ours(folder):
+            earlier = [other for other in folders.finished(folder.parent) if folders.order(other) < folders.order(folder)]
     if not earlier:
         return "restore its files from a copy, or load another checkpoint"
     if not resuming:
@@ -324,36 +341,6 @@ def _read(state: dict[str, Any], stored: StoredTensors) -> dict[str, Any]:
     stored.read_into(targets)
     dict_list_map_inplace(lambda shard: shard.data.detach(), sharded)
     return apply_factory_merges(sharded, factories)
-
-
-def _compare(wanted: Iterable[ShardedTensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Raise ``CheckpointError`` naming the tensors that a checkpoint does not have, or has in another shape, and the LoRA factors
-    that would be lost."""
-    missing, different, known = set(), set(), set()
-    for tensor in wanted:
-        known.add(tensor.key)
-        if tensor.key not in stored:
-            missing.add(tensor.key)
-            continue
-        found, shape = tuple(stored[tensor.key].shape), tuple(tensor.global_shape)
-        # A table of the vocabulary may be padded otherwise.
-        if found[1:] != shape[1:] or (found != shape and not tensor.allow_shape_mismatch):
-            different.add(f"{tensor.key} {list(found)} instead of {list(shape)}")
-    problems = []
-    lost = [key for key in stored.keys() - known if key.endswith(FACTORS) and not key.startswith("optimizer.")]
-    if lost:
-        problems.append(f"{len(lost)} LoRA tensors that the model has no place for: {some(sorted(lost))}")
-    if different:
-        problems.append(f"{len(different)} tensors of another shape: {some(sorted(different))}")
-    if missing:
-        problems.append(f"{len(missing)} tensors missing: {some(sorted(missing))}")
-    if problems:
-        cure = "load it with the model configuration that it was saved with"
-        if lost and not different and not missing:
-            cure = "set model.lora as in the run that saved them, or merge them (tools/convert_checkpoint.py export, then import)"
-        elif not different and all(key.startswith("optimizer.") for key in missing):
-            cure = "parts that were frozen then have no optimizer state; start a new run from the weights with checkpoint.load"
-        raise CheckpointError(f"{'; '.join(problems)}; {cure}")
 
 
 def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:

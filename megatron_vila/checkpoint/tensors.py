@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_vila.checkpoint.files import Written, load_plain, open_plain, summed_file, write_bytes
-from megatron_vila.checkpoint.io import CheckpointError
+from megatron_vila.checkpoint.files import Written, load_plain, summed_file, write_bytes
+from megatron_vila.checkpoint.io import DamagedError, open_plain, require_no_refusal
 
 METADATA = ".metadata"
 Place = tuple[int, ...]
@@ -117,7 +117,7 @@ def write_metadata(folder: Path, pieces: Iterable[Piece]) -> Written:
 class StoredTensors(Mapping[str, StoredTensor]):
     """The tensors of a checkpoint's folder by name. ``files`` are the sizes of its files, as info.json tells them.
 
-    Raises ``CheckpointError`` if ``.metadata`` holds anything but tensors, or a piece does not lie in a file of ``files``.
+    Raises ``DamagedError`` if ``.metadata`` holds anything but tensors, or a piece does not lie in a file of ``files``.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
@@ -134,7 +134,7 @@ class StoredTensors(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
-        """The whole tensor, or place ``layer`` of its leading axis. Raises ``CheckpointError``."""
+        """The whole tensor, or place ``layer`` of its leading axis. Raises ``DamagedError``."""
         tensor = self[key]
         begin = [0] * len(tensor.shape) if layer is None else [layer, *[0] * (len(tensor.shape) - 1)]
         sizes = list(tensor.shape) if layer is None else [1, *tensor.shape[1:]]
@@ -143,13 +143,13 @@ class StoredTensors(Mapping[str, StoredTensor]):
         return result if layer is None else result[0]
 
     def read_into(self, targets: Sequence[Target]) -> None:
-        """Copy parts of tensors into ``targets``, file by file. Raises ``CheckpointError`` if pieces do not cover a target."""
+        """Copy parts of tensors into ``targets``, file by file. Raises ``DamagedError`` if pieces do not cover a target."""
         reads = []
         for target in targets:
             parts = [(piece, part) for piece in self[target.key].pieces if (part := _overlap(target, piece)) is not None]
             covered, wanted = _covered([part for _, part in parts], target), _wanted(target, self[target.key].shape)
             if covered != wanted:
-                raise CheckpointError(f"the pieces of {target.key} cover {covered} of the {wanted} elements that are wanted")
+                raise DamagedError(f"the pieces of {target.key} cover {covered} of the {wanted} elements that are wanted")
             reads += [(piece, target, part) for piece, part in parts]
         reads.sort(key=lambda read: (read[0].file, read[0].begin))
         with ExitStack() as stack:
@@ -180,50 +180,51 @@ class Target:
 def read_metadata(folder: Path) -> Any:
     """torch's ``Metadata`` of a checkpoint, read with nothing but the plain classes of ``ALLOWED``.
 
-    Raises ``CheckpointError`` for anything else in it, before it is run.
+    Raises ``DamagedError`` for anything else in it, before it is run.
     """
     with open_plain(folder / METADATA) as file:
         try:
             return _MetadataUnpickler(file).load()
-        except CheckpointError:
+        except DamagedError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{METADATA} is damaged: {type(error).__name__}: {error}") from error
+            require_no_refusal(error, METADATA)
+            raise DamagedError(f"{METADATA} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _tensors_of(metadata: Any, files: Mapping[str, int]) -> dict[str, StoredTensor]:
     """The entries of ``metadata`` in our own types, each checked; whatever else hangs on them is left behind."""
     entries, places = getattr(metadata, "state_dict_metadata", None), getattr(metadata, "storage_data", None)
     if type(metadata) is not Metadata or type(entries) is not dict or type(places) is not dict:
-        raise CheckpointError(f"{METADATA} is not the metadata of a checkpoint")
+        raise DamagedError(f"{METADATA} is not the metadata of a checkpoint")
     where = {}
     for index, place in places.items():
         if type(index) is not MetadataIndex:
-            raise CheckpointError(f"{METADATA} names a place of {type(index).__name__}, not of a tensor")
+            raise DamagedError(f"{METADATA} names a place of {type(index).__name__}, not of a tensor")
         key, offsets = getattr(index, "fqn", None), _place(getattr(index, "offset", None))
         if type(key) is not str:
-            raise CheckpointError(f"{METADATA} names a place of no tensor")
+            raise DamagedError(f"{METADATA} names a place of no tensor")
         where[key, offsets] = _bytes_of(key, place, files)
     tensors = {}
     for key, entry in entries.items():
         if type(key) is not str or type(entry) is not TensorStorageMetadata:
-            raise CheckpointError(f"{METADATA}: {key!r} is {type(entry).__name__}; a checkpoint of ours holds tensors only")
+            raise DamagedError(f"{METADATA}: {key!r} is {type(entry).__name__}; a checkpoint of ours holds tensors only")
         dtype = getattr(getattr(entry, "properties", None), "dtype", None)
         shape, chunks = _place(getattr(entry, "size", None)), getattr(entry, "chunks", None)
         if type(dtype) is not torch.dtype or shape is None or type(chunks) is not list:
-            raise CheckpointError(f"{METADATA}: {key!r} has no dtype, no shape or no pieces")
+            raise DamagedError(f"{METADATA}: {key!r} has no dtype, no shape or no pieces")
         tensors[key] = StoredTensor(dtype, shape)
         for chunk in chunks:
             offsets, sizes = _place(getattr(chunk, "offsets", None)), _place(getattr(chunk, "sizes", None))
             if (key, offsets) not in where or not _lies_in(offsets, sizes, shape):
-                raise CheckpointError(f"{METADATA}: a piece of {key!r} at {offsets} of size {sizes} has no place or no room")
+                raise DamagedError(f"{METADATA}: a piece of {key!r} at {offsets} of size {sizes} has no place or no room")
             piece = Piece(key, dtype, shape, offsets, sizes, *where[key, offsets])
             if piece.length < math.prod(sizes) * dtype.itemsize:
-                raise CheckpointError(f"{METADATA}: {piece.length} bytes are too few for a piece of {key!r} of size {sizes}")
+                raise DamagedError(f"{METADATA}: {piece.length} bytes are too few for a piece of {key!r} of size {sizes}")
             tensors[key].pieces.append(piece)
         held = sum(math.prod(piece.sizes) for piece in tensors[key].pieces)
         if held != math.prod(shape):
-            raise CheckpointError(f"{METADATA}: the pieces of {key!r} hold {held} of its {math.prod(shape)} elements")
+            raise DamagedError(f"{METADATA}: the pieces of {key!r} hold {held} of its {math.prod(shape)} elements")
     return tensors
 
 
@@ -231,11 +232,11 @@ def _bytes_of(key: Any, place: Any, files: Mapping[str, int]) -> tuple[str, int,
     """File, first byte and length of a piece, all of it inside one of ``files``."""
     file, begin, length = (getattr(place, name, None) for name in ("relative_path", "offset", "length"))
     if type(place) is not _StorageInfo or type(file) is not str or file not in files:
-        raise CheckpointError(f"{METADATA}: {key!r} lies in {file!r}, which is no file of this checkpoint; it was not opened")
+        raise DamagedError(f"{METADATA}: {key!r} lies in {file!r}, which is no file of this checkpoint; it was not opened")
     if getattr(place, "transform_descriptors", None):
-        raise CheckpointError(f"{METADATA}: {key!r} is transformed, which no checkpoint of ours is")
+        raise DamagedError(f"{METADATA}: {key!r} is transformed, which no checkpoint of ours is")
     if type(begin) is not int or type(length) is not int or begin < 0 or length < 0 or begin + length > files[file]:
-        raise CheckpointError(f"{METADATA}: {key!r} lies at bytes {begin} to {begin}+{length} of {file}, which has {files[file]}")
+        raise DamagedError(f"{METADATA}: {key!r} lies at bytes {begin} to {begin}+{length} of {file}, which has {files[file]}")
     return file, begin, length
 
 
@@ -292,7 +293,7 @@ def _load(piece: Piece, file: BinaryIO) -> torch.Tensor:
     tensor = load_plain(_create_file_view(file, piece.begin, piece.length), f"{piece.key} in {piece.file}")
     is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not is_plain or tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
-        raise CheckpointError(f"{piece.file} holds something else in the place of {piece.key} at {piece.offsets}")
+        raise DamagedError(f"{piece.file} holds something else in the place of {piece.key} at {piece.offsets}")
     return tensor
 
 
@@ -303,7 +304,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
             return _member
-        raise CheckpointError(f"{METADATA} refers to {module}.{name}, which no checkpoint of ours holds; it was not run")
+        raise DamagedError(f"{METADATA} refers to {module}.{name}, which no checkpoint of ours holds; it was not run")
 
 
 _DCP = "torch.distributed.checkpoint."
@@ -328,5 +329,5 @@ ALLOWED = {
 def _member(kind: Any, name: Any) -> Any:
     """What stands in for ``getattr``, by which early releases of Python 3.11 pickle the members of an enumeration."""
     if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
-        raise CheckpointError(f"{METADATA} takes {name} of {kind}, which no checkpoint of ours does; it was not run")
+        raise DamagedError(f"{METADATA} takes {name} of {kind}, which no checkpoint of ours does; it was not run")
     return kind[name]

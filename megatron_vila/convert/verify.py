@@ -92,7 +92,7 @@ def verify_files(path: str | Path) -> FileReport:
     """
     try:
         folder = resolve_checkpoint(Path(path))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise ConversionError(f"{path} cannot be verified", [str(error)]) from error
     problems: list[str] = []
     info: Mapping[str, Any] = {"files": {}}

@@ -75,6 +75,8 @@ def _state(path: str) -> tuple[int, int]:
 
 def _read(cache: str, fingerprint: str) -> np.ndarray | None:
     try:
+        if os.path.exists(cache) and not os.path.isfile(cache):
+            raise OSError(0, "it is no plain file")  # a pipe would be waited for
         with open(cache) as stream:
             content = json.load(stream)
         if content["fingerprint"] == fingerprint:

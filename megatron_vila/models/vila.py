@@ -37,6 +37,8 @@ class VilaModel(MegatronModule):
         super().__init__(config=transformer_config(config.model, topology, dtype))
         model, grid = config.model, topology.grid
         self.topology = topology
+        self.vocab_size = model.llm.vocab_size
+        """rows of the tables that ids reach; the others are padding"""
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = topology.is_first_stage, topology.is_last_stage
         self.share_embeddings_and_output_weights = model.llm.tie_embeddings

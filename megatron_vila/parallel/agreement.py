@@ -1,35 +1,83 @@
-"""What rank 0 does for all ranks, so that none waits for a rank that has failed."""
+"""What one rank or each rank does by itself, with an outcome that all ranks agree on, so that none waits for one that has failed.
+
+Every step that can fail on one rank alone runs inside ``on_rank_zero`` or ``on_all_ranks``: there it raises nothing until all
+ranks know.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_vila.errors import PeerError, UserError
+from megatron_vila.checkpoint.io import SHOWN, CheckpointError, DamagedError, refusal_behind
 
 T = TypeVar("T")
 
 
-def from_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T:
     """The result of ``action`` on rank 0, on every rank (a broadcast over all ranks).
 
-    Where it fails every rank raises: rank 0 its own error, the others a ``UserError`` with the same text, or ``PeerError`` for
-    what no user can cure.
+    Where it fails every rank raises. With ``failed``, for what a user can always cure: ``CheckpointError`` that says so, why, and
+    ``cure``. Without: rank 0 its own error, the others a ``UserError`` of the same text, or ``PeerError`` for what no user can
+    cure.
     """
-    result, problem, failure = None, None, None
+    result, failure, told = None, None, None
     if dist.get_rank() == 0:
         try:
             result = action()
         except Exception as error:
-            failure = error
-            problem = str(error) if isinstance(error, UserError) else ""
-    told = [result, problem]
-    dist.broadcast_object_list(told, src=0)
-    result, problem = told
+            failure = _explained(error, failed, cure) if failed else error
+            told = _kind(failure), str(failure)
+    outcome: list[Any] = [result, told]
+    dist.broadcast_object_list(outcome, src=0)
+    result, told = outcome
     if failure is not None:
         raise failure
-    if problem is not None:
-        raise UserError(problem) if problem else PeerError("rank 0 failed in what it does for all ranks")
+    if told is not None:
+        kind, text = told
+        raise PeerError("rank 0 failed in what it does for all ranks") if kind is PeerError else kind(text)
     return result
+
+
+def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
+    """The result of ``action`` on this rank; if it raises on any, ``CheckpointError`` with that reason on all of them.
+
+    Collective over all ranks, after the action. What is damaged for one rank and refused to another counts as refused.
+    """
+    result, told = None, None
+    try:
+        result = action()
+    except Exception as error:
+        told = isinstance(error, DamagedError), _reason(error)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, told)
+    bad = {rank: told for rank, told in enumerate(everywhere) if told is not None}
+    if bad:
+        where = "" if len(bad) == len(everywhere) else f" (rank {', '.join(map(str, list(bad)[:SHOWN]))})"
+        is_damage, reason = min(bad.values(), key=lambda told: told[0])
+        raise _error(is_damage, f"{failed}{where}: {reason}", cure)
+    return result
+
+
+def _explained(error: Exception, failed: str, cure: str) -> CheckpointError:
+    return _error(isinstance(error, DamagedError), f"{failed}: {_reason(error)}", cure)
+
+
+def _error(is_damage: bool, text: str, cure: str) -> CheckpointError:
+    return (DamagedError if is_damage else CheckpointError)(text + (f"; {cure}" if cure else ""))
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """What the other ranks raise: of our own errors only kinds that are made from their text alone."""
+    return next((kind for kind in (DamagedError, CheckpointError, UserError) if isinstance(error, kind)), PeerError)
+
+
+def _reason(error: Exception) -> str:
+    """Our own message; else kind and message, of what the operating system refused if that is behind the error."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    reason = refusal_behind(error) or error
+    return f"{type(reason).__name__}: {reason}"

@@ -20,7 +20,7 @@ from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.models.shard import local_frames
-from megatron_vila.parallel.agreement import from_rank_zero
+from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.report_files import Reporting, replace_file
 
@@ -94,7 +94,7 @@ def training_loader(config: Config, topology: ParallelTopology) -> tuple[RowLoad
     if config.data.packing:
         # One rank measures for all: tables made by several could differ where their copies of the files do.
         cache = str(Path(config.train.output) / "lengths.json")
-        lengths = from_rank_zero(lambda: length_table(dataset, cache, config.data.workers))
+        lengths = on_rank_zero(lambda: length_table(dataset, cache, config.data.workers))
     order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
     return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_vila.plain_files import require_replaceable
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -127,6 +129,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """``write(temporary)``, then put the temporary file in the place of ``path``; a failure leaves the old file and no other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    require_replaceable(path, temporary)
     try:
         write(temporary)
         with open(temporary, "rb") as file:

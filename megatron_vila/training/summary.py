@@ -153,6 +153,8 @@ def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no plain file", str(path))
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: that run has not finished") from error

@@ -37,7 +37,7 @@ from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.decoder.gated import reason_for_apart
 from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
-from megatron_vila.parallel.agreement import from_rank_zero
+from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.flops import model_flops, peak_flops
@@ -141,7 +141,7 @@ class Trainer:
             undo.callback(gc.unfreeze)
             if self.is_writer:
                 self._describe_run()
-            if self.config.data.eval and (gaps := from_rank_zero(lambda: held_out_gaps(self.config))):
+            if self.config.data.eval and (gaps := on_rank_zero(lambda: held_out_gaps(self.config))):
                 self._say(f"warning: {gaps}")
             with MetricsLogger(
                 train.output, self.is_writer, train.steps, world, peak, train.log_every, self.step
@@ -209,7 +209,7 @@ class Trainer:
 
     def _give_way(self) -> None:
         """Raise ``LockedError`` on all ranks: what another run writes to the folder must not be mixed with this one's."""
-        owner = from_rank_zero(lambda: self._lock.lost)
+        owner = on_rank_zero(lambda: self._lock.lost)
         raise LockedError(
             f"train.output={self.config.train.output} was taken over by {owner}; this run ends after step {self.step} and saves "
             "nothing there"

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -59,9 +61,33 @@ def test_missing_tensors_are_named(tmp_path):
     assert_refused(tmp_path, r"tensors missing: .*linear_qkv.bias")
 
 
-def saves_with(rank, folder, options):
+def saves_with(rank, folder, options, with_configuration=False):
     run = build(ONE[1], **options)
-    save_checkpoint(folder, 5, [run.ddp], run.optimizer, run.scheduler)
+    info = {"config": asdict(run.config)} if with_configuration else {}
+    save_checkpoint(folder, 5, [run.ddp], run.optimizer, run.scheduler, info=info)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "with_configuration", "words"),
+    [
+        (60, 100, False, "a vocabulary of 64: its rows from 64 on would be made up; set model.llm.vocab_size=64"),
+        (60, 64, True, "a vocabulary of 60: its rows from 60 on would be made up; set model.llm.vocab_size=60"),
+        (100, 60, True, "a vocabulary of 100: rows from 60 on would be lost; set model.llm.vocab_size=100"),
+    ],
+    ids=["fewer rows", "padding in the place of rows", "more rows"],
+)
+def test_a_checkpoint_of_another_vocabulary_is_refused_and_no_row_is_made_up_or_lost(
+    tmp_path, saved, wanted, with_configuration, words
+):
+    pool.run(1, saves_with, str(tmp_path), {"model__llm__vocab_size": saved}, with_configuration)
+    message = re.escape(f"model.llm.vocab_size={wanted}, and the checkpoint has {words} and data.tokenizer")
+    assert_refused(tmp_path, message, TP2, model__llm__vocab_size=wanted)
+    assert pool.run(1, loads_weights, str(tmp_path), saved)
+
+
+def loads_weights(rank, folder, vocab_size):
+    load_checkpoint(folder, [build(ONE[1], model__llm__vocab_size=vocab_size).model])
+    return True
 
 
 def test_optimizer_state_of_a_part_that_was_frozen_is_not_made_up(tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vila.checkpoint import files as checkpoint_files
+from megatron_vila.checkpoint.io import DamagedError
 from megatron_vila.checkpoint.save_load import (
     CheckpointError,
     latest_checkpoint,
@@ -17,9 +20,12 @@ from megatron_vila.checkpoint.save_load import (
     newest_whole,
     save_checkpoint,
 )
+from megatron_vila.config.load import load_config
 from megatron_vila.convert.stored_model import StoredModel
 from megatron_vila.convert.verify import verify_files
-from tests.checkpoint.damage import flip_a_byte, without_sums
+from megatron_vila.dry_run import describe_start
+from megatron_vila.parallel.agreement import on_all_ranks
+from tests.checkpoint.damage import flip_a_byte, seal_info, without_sums
 from tests.ranks import pool
 from tests.training.real_run import numbers, overrides, train
 from tests.training.small_run import build
@@ -179,6 +185,90 @@ def test_newest_whole_without_a_whole_checkpoint_starts_nothing_anew(two_steps):
         flip_a_byte(two_steps / f"checkpoints/step-0000000{step}/.metadata")
     for text in pool.run(2, choose, str(two_steps)):
         assert "no checkpoint of " in text and "step-00000002: damaged" in text and "step-00000001: damaged" in text
+
+
+def test_newest_whole_renames_nothing_and_ends_where_it_cannot_tell_whether_a_checkpoint_is_whole(two_steps):
+    newest = two_steps / "checkpoints/step-00000002"
+    info = json.loads((newest / "info.json").read_text())
+    seal_info(newest, info | {"format": 2})
+    for text in pool.run(2, choose, str(two_steps)):
+        assert f"checkpoint.resume=newest_whole cannot tell whether {newest} is whole" in text
+        assert "update megatron_vila; nothing was renamed: " in text
+    seal_info(newest, info)
+    assert pool.run(2, choose, str(two_steps)) == [("step-00000002", [])] * 2
+
+
+@pytest.mark.parametrize("name", ["info.json", "__1_0.distcp", ".metadata", "state.pt"])
+def test_a_file_that_the_system_does_not_let_read_is_not_taken_for_damage(saved, name):
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(saved, Path(folder) / "run"))
+        for path in (Path(folder), run):
+            path.chmod(0o755)
+        (run / "checkpoints/step-00000002" / name).chmod(0)
+        for text in pool.run(2, choose_as_another_user, str(run)):
+            assert "cannot tell whether" in text and "Permission denied" in text and "nothing was renamed" in text
+
+
+def choose_as_another_user(rank, folder):
+    if os.geteuid() != 0:
+        return choose(rank, folder)
+    os.seteuid(65534)
+    try:
+        return choose(rank, folder)
+    finally:
+        os.seteuid(0)
+
+
+def test_an_input_output_error_in_the_middle_of_a_file_is_not_taken_for_damage():
+    with open("/proc/self/mem", "rb") as file, pytest.raises(CheckpointError, match="state.pt cannot be read: OSError") as caught:
+        checkpoint_files.load_plain(file, "state.pt")
+    assert not isinstance(caught.value, DamagedError) and "Input/output error" in str(caught.value)
+
+
+def fails_in_two_ways(rank):
+    def fail():
+        raise DamagedError("a hole") if rank == 0 else OSError(5, "Input/output error")
+
+    with pytest.raises(CheckpointError, match=r"cannot load: OSError: .*Input/output error") as caught:
+        on_all_ranks(fail, "cannot load")
+    dist.barrier()
+    return type(caught.value) is CheckpointError
+
+
+def test_what_one_rank_cannot_read_is_not_damaged_because_another_rank_says_so():
+    assert pool.run(2, fails_in_two_ways) == [True, True]
+
+
+def test_a_run_whose_checkpoints_lost_their_info_or_their_folders_does_not_start_anew(videos, two_steps):
+    root = two_steps / "checkpoints"
+    (root / "latest").unlink()
+    for step in (1, 2):
+        (root / f"step-0000000{step}/info.json").unlink()
+    settings = overrides(videos, two_steps, "train.steps=3")
+    (text,) = pool.run(1, resumed, settings)
+    assert "cannot load checkpoint" in text and "step-00000002: info.json cannot be opened as a plain file" in text
+    for text in pool.run(2, choose, str(two_steps)):
+        assert "no checkpoint of " in text and "step-00000002: info.json" in text and "step-00000001: info.json" in text
+    for step in (1, 2):
+        shutil.rmtree(root / f"step-0000000{step}")
+    (root / "latest").write_text("step-00000002\n")
+    words = "latest tells of a checkpoint, and none is there any more; restore it from a copy, or remove that file"
+    for more in ("true", "newest_whole"):
+        (text,) = pool.run(1, resumed, [*settings, f"checkpoint.resume={more}"])
+        assert words in text
+    with pytest.raises(CheckpointError, match=words):
+        describe_start(load_config("tiny", settings))
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_latest_ends_the_start(videos, two_steps):
+    root = two_steps / "checkpoints"
+    settings = overrides(videos, two_steps, "train.steps=3")
+    for make in (os.mkdir, os.mkfifo):
+        (root / "latest").unlink(missing_ok=True)
+        make(root / "latest")
+        (text,) = pool.run(1, resumed, settings)
+        assert f"{root / 'latest'}: latest is no plain file; remove it" in text
+        (root / "latest").rmdir() if make is os.mkdir else (root / "latest").unlink()
 
 
 def test_later_steps_than_latest_says_are_no_candidates_and_a_checkpoint_without_info_is_damaged(two_steps):

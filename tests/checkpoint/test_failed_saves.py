@@ -174,6 +174,28 @@ def test_a_folder_that_cannot_be_made_is_an_error_on_all_ranks(tmp_path):
         assert "there is no earlier checkpoint; free space or set train.output to a folder that can be written" in text
 
 
+def refused_by_what_stands_there(rank, folder):
+    run, outcomes = build(DP2), []
+    root = Path(folder) / "checkpoints"
+    for name, make in (("latest", os.mkdir), (".latest", os.mkfifo), (".latest", os.mkdir)):
+        if rank == 0:
+            root.mkdir(parents=True)
+            make(root / name)
+        torch.distributed.barrier()
+        outcomes.append((attempt(run, folder, 1), files_of(folder) == {name}))
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(root)
+        torch.distributed.barrier()
+    return outcomes
+
+
+def test_a_folder_or_a_pipe_in_the_place_of_latest_ends_the_save_before_anything_is_written(tmp_path):
+    for outcomes in pool.run(2, refused_by_what_stands_there, str(tmp_path)):
+        for text, nothing_else in outcomes:
+            assert "no plain file stands there; remove it" in text and "latest" in text and nothing_else
+
+
 def with_an_old_checkpoint_that_stays(rank, folder):
     """A file system that keeps a folder in use (as NFS does with open files): its old checkpoint cannot be deleted."""
     run = build(DP2)

@@ -148,6 +148,12 @@ def test_a_dry_run_looks_at_the_checkpoint_that_the_run_would_take(videos, tmp_p
     status, _, err = _dry_run(overrides(videos, tmp_path / "two", load, "model.llm.ffn_hidden_size=64"))
     assert status == 2
     assert "it is of another model than this configuration" in err and "linear_fc1.weight is [4, 64, 32]" in err
+    for settings in (overrides(videos, tmp_path / "two", load), [*one, "train.steps=5"]):
+        settings = [*settings, "model.llm.vocab_size=508"]
+        words = "model.llm.vocab_size=508, and the checkpoint has a vocabulary of 512: rows from 508 on would be lost"
+        status, _, err = _dry_run(settings)
+        assert status == 2 and words in err, err
+        assert _refused(Layout(), settings, words) == err
     # Frozen parts and the layout are no part of the model.
     other = ["optim.vision.trainable=false", "parallel.tp=2"]
     assert _dry_run(overrides(videos, tmp_path / "two", load, *other), "--world-size=2")[0] == 0

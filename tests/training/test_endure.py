@@ -19,7 +19,7 @@ PATIENT = "train.timeout_minutes=30"
 PLACES = {
     "joining": "distributed_c10d.py:init_process_group",
     "making the groups": "topology.py:create",
-    "agreeing on the lock": "agreement.py:from_rank_zero",
+    "agreeing on the lock": "agreement.py:on_rank_zero",
     "leaving the groups": "platform.py:end_distributed",
 }
 """from the ranks' meeting to their end"""

@@ -62,10 +62,17 @@ def test_a_ctrl_c_that_ends_what_stderr_is_piped_into_is_noted_all_the_same():
     assert stop.signal == signal.SIGINT
 
 
-def test_a_stop_that_saved_nothing_is_not_called_saved(videos, tmp_path):
-    arguments = ["tiny", *overrides(videos, tmp_path, "train.steps=100000", "checkpoint.save=false")]
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("checkpoint.save=false", "nothing is saved, because checkpoint.save=false"),
+        ("checkpoint.resume=false", "the same command with checkpoint.resume=true goes on from there"),
+    ],
+)
+def test_a_stop_after_which_the_same_command_would_begin_anew_does_not_ask_for_it(videos, tmp_path, setting, words):
+    arguments = ["tiny", *overrides(videos, tmp_path, "train.steps=100000", setting)]
     ((status, out, _),) = pool.run(1, _main_with_signal, 1, arguments, tmp_path, signal.SIGTERM)
-    assert status == 1 and "nothing is saved, because checkpoint.save=false" in out
+    assert status == 1 and words in out
 
 
 def _failing_evaluation(rank, world, arguments):

@@ -93,6 +93,19 @@ def test_a_folder_in_the_place_of_the_list_of_bad_records_does_not_end_the_run(t
     assert "bad_records.txt cannot be written (Is a directory" in caplog.text
 
 
+def test_a_pipe_in_the_place_of_a_temporary_file_is_told_and_not_waited_for(tmp_path, caplog):
+    names = ["summary.json", "loss.png"]
+    for name in names:
+        os.mkfifo(tmp_path / f"{name}.tmp")
+    write_run(tmp_path, 1, 1)
+    for name in names:
+        (told,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith(str(tmp_path / name))]
+        assert f"no plain file stands there; remove it: {tmp_path / name}.tmp" in told
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(UserError, match="it is no plain file"):
+        combine([tmp_path], 1.0)
+
+
 def test_a_screen_that_takes_no_more_does_not_end_the_run(tmp_path):
     screen = open("/dev/full", "w")  # noqa: SIM115
     log = MetricsLogger(tmp_path, True, 10, 1, None, console=Console(file=screen))

@@ -67,8 +67,8 @@ FAULTS = [
     Fault(
         "a run that was told to stop and saved ends as a finished one",
         "megatron_vila/train.py",
-        "return exit_codes.STOPPED if config.checkpoint.save else",
-        "return exit_codes.FINISHED if config.checkpoint.save else",
+        "return exit_codes.STOPPED if goes_on else",
+        "return exit_codes.FINISHED if goes_on else",
         STOPPED,
     ),
     Fault(
