@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vila.checkpoint.files import check_files, read_state
-from megatron_vila.checkpoint.folder import newest_first
-from megatron_vila.checkpoint.io import CheckpointError
+from megatron_vila.checkpoint.fit import require_vocabulary
+from megatron_vila.checkpoint.folder import to_resume
+from megatron_vila.checkpoint.io import CheckpointError, DamagedError
 from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
-from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint
+from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint, undecided
 from megatron_vila.checkpoint.tensors import StoredTensors
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
@@ -138,9 +139,8 @@ def _resumed(config: Config) -> Path | None:
     if not config.checkpoint.resume:
         return None
     known = to_resume(config.train.output)
-    if config.checkpoint.resume == "newest_whole":
-        known = [folder for folder in known if _is_complete(folder)] or known
-    return known[0] if known else None
+    first = known[0] if known else None
+    return next(filter(_is_complete, known), first) if config.checkpoint.resume == "newest_whole" else first
 
 
 def _is_complete(folder: Path) -> bool:
@@ -148,6 +148,8 @@ def _is_complete(folder: Path) -> bool:
         check_files(folder, read_info(folder))
     except DamagedError:
         return False
+    except (CheckpointError, OSError) as error:
+        raise undecided(folder, error) from error
     return True
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.checkpoint.io import CheckpointError, some
 from megatron_vila.checkpoint.tensors import StoredTensor
+from megatron_vila.models.decoder.lora import FACTORS
 
 _TABLES = ("llm.embedding.word_embeddings.weight", "llm.output_layer.weight")
 """one row for each id of the vocabulary, then padding that no id reaches"""

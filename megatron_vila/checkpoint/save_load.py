@@ -72,6 +72,7 @@ __all__ = [
     "resolve_checkpoint",
     "save_checkpoint",
     "set_aside",
+    "undecided",
 ]
 
 GIB = 2**30
@@ -201,10 +202,7 @@ def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
         except DamagedError as error:
             passed_over[folder] = str(error)
         except CheckpointError as error:
-            raise CheckpointError(
-                f"checkpoint.resume=newest_whole cannot tell whether {folder} is whole: {error}; nothing was renamed: make it "
-                "readable and start again, or move it to another folder to go on without it"
-            ) from None
+            raise undecided(folder, error) from None
         else:
             return folder, passed_over
     if passed_over:
@@ -213,6 +211,14 @@ def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
             "run in another train.output"
         )
     return None, {}
+
+
+def undecided(folder: Path, error: Exception) -> CheckpointError:
+    """What ``checkpoint.resume=newest_whole`` ends with where ``error`` says nothing about the files of ``folder``."""
+    return CheckpointError(
+        f"checkpoint.resume=newest_whole cannot tell whether {folder} is whole: {error}; nothing was renamed: make it readable "
+        "and start again, or move it to another folder to go on without it"
+    )
 
 
 def set_aside(damaged: Iterable[Path], whole: Path) -> list[Path]:

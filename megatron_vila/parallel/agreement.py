@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_vila.errors import PeerError, UserError
 from megatron_vila.checkpoint.io import SHOWN, CheckpointError, DamagedError, refusal_behind
+from megatron_vila.errors import PeerError, UserError
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila import accelerator
-from megatron_vila.checkpoint.io import CheckpointError, on_all_ranks, on_rank_zero
+from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.resume import (
     ResumePoint,
     changes,
@@ -37,7 +37,7 @@ from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.decoder.gated import reason_for_apart
 from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
-from megatron_vila.parallel.agreement import on_rank_zero
+from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.flops import model_flops, peak_flops

@@ -21,6 +21,7 @@ from megatron_vila.checkpoint.save_load import (
     save_checkpoint,
 )
 from megatron_vila.config.load import load_config
+from megatron_vila.config.schema import Config
 from megatron_vila.convert.stored_model import StoredModel
 from megatron_vila.convert.verify import verify_files
 from megatron_vila.dry_run import describe_start
@@ -194,6 +195,10 @@ def test_newest_whole_renames_nothing_and_ends_where_it_cannot_tell_whether_a_ch
     for text in pool.run(2, choose, str(two_steps)):
         assert f"checkpoint.resume=newest_whole cannot tell whether {newest} is whole" in text
         assert "update megatron_vila; nothing was renamed: " in text
+    config = Config()
+    config.train.output, config.checkpoint.resume = str(two_steps), "newest_whole"
+    with pytest.raises(CheckpointError, match="cannot tell whether .*step-00000002 is whole: .*update megatron_vila"):
+        describe_start(config)
     seal_info(newest, info)
     assert pool.run(2, choose, str(two_steps)) == [("step-00000002", [])] * 2
 
