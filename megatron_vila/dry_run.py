@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vila.checkpoint.files import check_files, read_state
-from megatron_vila.checkpoint.fit import require_vocabulary
 from megatron_vila.checkpoint.folder import to_resume
 from megatron_vila.checkpoint.io import CheckpointError, DamagedError
 from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
@@ -20,6 +19,7 @@ from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint, un
 from megatron_vila.checkpoint.tensors import StoredTensors
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
+from megatron_vila.convert.fit import require_vocabulary
 from megatron_vila.convert.stored_model import misfits
 from megatron_vila.convert.weight_map import entries
 from megatron_vila.data.chat import describe

@@ -44,7 +44,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vila.checkpoint import files
 from megatron_vila.checkpoint import folder as folders
-from megatron_vila.checkpoint.fit import require_tensors, require_vocabulary
 from megatron_vila.checkpoint.folder import latest_checkpoint, resolve_checkpoint
 from megatron_vila.checkpoint.io import CheckpointError, DamagedError, require_plain
 from megatron_vila.checkpoint.optimizer_shards import ensure_state, get_step, set_step, state_shards
@@ -57,6 +56,7 @@ from megatron_vila.checkpoint.tensors import (
     Target,
     write_metadata,
 )
+from megatron_vila.convert.fit import require_tensors, require_vocabulary
 from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
 from megatron_vila.training.offload import reload_main_weights
