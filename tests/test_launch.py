@@ -118,7 +118,7 @@ def test_a_terminal_that_is_closed_does_not_end_a_run_under_nohup(launched):
     run = launched("is_hung_up_on")
     run.all_ranks("up")
     os.killpg(run.pid, signal.SIGHUP)
-    time.sleep(0.3)
+    time.sleep(1)  # a save takes 0.3 s
     assert run.saved() == []
     os.kill(run.pid, signal.SIGTERM)
     stopped_and_saved(run)
