@@ -16,10 +16,9 @@ from megatron_vila.checkpoint.folder import to_resume
 from megatron_vila.checkpoint.io import CheckpointError, DamagedError
 from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
 from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint, undecided
-from megatron_vila.checkpoint.tensors import StoredTensors
+from megatron_vila.checkpoint.tensors import StoredTensors, require_vocabulary
 from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
-from megatron_vila.convert.fit import require_vocabulary
 from megatron_vila.convert.stored_model import misfits
 from megatron_vila.convert.weight_map import entries
 from megatron_vila.data.chat import describe

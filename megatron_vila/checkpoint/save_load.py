@@ -54,9 +54,10 @@ from megatron_vila.checkpoint.tensors import (
     StoredTensor,
     StoredTensors,
     Target,
+    require_tensors,
+    require_vocabulary,
     write_metadata,
 )
-from megatron_vila.convert.fit import require_tensors, require_vocabulary
 from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
 from megatron_vila.training.offload import reload_main_weights
