@@ -165,7 +165,8 @@ def launch(*arguments: str, processes: int = 1, timeout_s: float = 150) -> tuple
 
 def children(pid: int) -> list[int]:
     """Processes started by ``pid``, in order."""
-    tasks = Path(f"/proc/{pid}/task")
-    if not tasks.exists():
-        return []
-    return sorted(int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split())
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            found += map(int, (task / "children").read_text().split())
+    return sorted(found)
