@@ -24,8 +24,9 @@ from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.parallel.ulysses import HeadSplit
-from megatron_vila.plan.activations import GIB, MOST_PEER_BYTES, attention_alone, plain_ring_alone
+from megatron_vila.plan.activations import attention_alone, plain_ring_alone
+from megatron_vila.plan.budgets import GIB, MOST_PEER_BYTES
+from megatron_vila.plan.heads import HeadSplit
 
 VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto", "method": "mmsp", "exchange": "peers"}
 METHODS = ("mmsp", "plain_ring")

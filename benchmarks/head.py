@@ -19,7 +19,8 @@ from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models.loss import Vocabulary, fused_head
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import GIB, head_alone
+from megatron_vila.plan.activations import head_alone
+from megatron_vila.plan.budgets import GIB
 
 VARIANT = {"method": "fused", "tp": 1, "tokens": 0, "main_grad": 1}
 SAMPLE = 256

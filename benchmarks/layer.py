@@ -38,8 +38,8 @@ from megatron_vila.parallel.megatron_attention import MMSPAttention, RowParams
 from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.activations import decoder_alone
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops, peak_flops
-from megatron_vila.plan.memory import GIB
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.plan.tokens import local_positions
 

@@ -22,7 +22,8 @@ from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.reshard import Reshard
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import GIB, reshard_alone
+from megatron_vila.plan.activations import reshard_alone
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.tokens import plan_reshard
 
 VARIANT = {"tp": 1, "ulysses": 1, "ring": 1, "method": "all_to_all"}

@@ -32,8 +32,9 @@ from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.shard import local_frames
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops, peak_flops
-from megatron_vila.plan.memory import GIB, estimate_memory
+from megatron_vila.plan.memory import estimate_memory
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, pack
 from megatron_vila.training.optimizer import apply_step, build_optimizer, wrap_ddp
 from megatron_vila.training.step import MicroBatch, Pass, mean_loss

@@ -15,7 +15,8 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.models.vision.projector import Projector
 from megatron_vila.models.vision.tower import VisionTower, encode_frames
-from megatron_vila.plan.activations import GIB, tower_alone
+from megatron_vila.plan.activations import tower_alone
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops, peak_flops
 
 VARIANT = {"frame_micro_batch": 0, "trainable": 1, "recompute": 0}

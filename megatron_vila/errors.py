@@ -15,6 +15,10 @@ class SettingError(UserError, ValueError):
     """A setting that cannot be used, alone or with others; the text names it, its value and the cure."""
 
 
+class ConfigError(SettingError):
+    """A configuration that cannot be used; the message lists every problem with its cure."""
+
+
 class LaunchError(UserError, RuntimeError):
     """The processes were started in a way that cannot work; the text says how to start them."""
 

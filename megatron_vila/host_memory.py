@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vila.errors import UserError
-from megatron_vila.plan.memory import GIB
+from megatron_vila.plan.budgets import GIB
 
 
 class HostMemoryError(UserError, MemoryError):

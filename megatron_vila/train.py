@@ -125,8 +125,9 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
 
 def _timeout_minutes(options: argparse.Namespace) -> float:
     """``train.timeout_minutes``, its default where the configuration is wrong: that is told when all ranks have met."""
-    from megatron_vila.config.load import ConfigError, load_config
+    from megatron_vila.config.load import load_config
     from megatron_vila.config.schema import TrainConfig
+    from megatron_vila.errors import ConfigError
     from megatron_vila.plan.bounds import MOST
 
     with contextlib.suppress(ConfigError):
@@ -166,8 +167,9 @@ def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[
 
 def _dry_run(options: argparse.Namespace) -> int:
     """Check the settings, open the data as the trainer would and show samples; no process group is made."""
-    from megatron_vila.config.load import ConfigError, load_config
+    from megatron_vila.config.load import load_config
     from megatron_vila.dry_run import dry_run
+    from megatron_vila.errors import ConfigError
     from megatron_vila.plan.layouts import Layout
     from megatron_vila.plan.memory import planned_device
 

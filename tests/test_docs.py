@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vila.config.load import config_keys, load_config, preset_names
+from megatron_vila.config.keys import config_keys
+from megatron_vila.config.load import load_config, preset_names
 from megatron_vila.data.records import parse_record
 
 ROOT = Path(__file__).parent.parent

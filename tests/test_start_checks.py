@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vila.config.load import ConfigError, load_config
+from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
+from megatron_vila.errors import ConfigError
 from megatron_vila.plan.validate import validate
 from megatron_vila.start_checks import tokenizer_problems
 

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_vila.checkpoint.folder import to_resume
 from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.save_load import newest_whole
-from megatron_vila.config.load import config_keys
+from megatron_vila.config.keys import config_keys
 from megatron_vila.config.schema import Config
 from megatron_vila.data.tokenizer import load_tokenizer
 from megatron_vila.parallel.agreement import on_rank_zero

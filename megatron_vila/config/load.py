@@ -13,11 +13,10 @@ problems of all files are collected and raised together, each with the file (or 
 from __future__ import annotations
 
 import difflib
-import functools
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_vila.config.keys import Key, config_keys, section_names, sections
 from megatron_vila.config.schema import Config
-from megatron_vila.errors import SettingError
+from megatron_vila.errors import ConfigError
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
@@ -37,20 +37,6 @@ UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSE
 
 SHOWN = 200
 """Characters of a value or an error that a message shows."""
-
-
-class ConfigError(SettingError):
-    """A configuration that cannot be used; the message lists every problem with its cure."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """One leaf of the configuration: its dotted name, type, default and documentation."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
 
 
 def load_config(path_or_preset: str, overrides: Sequence[str] = ()) -> Config:
@@ -102,16 +88,10 @@ def preset_names() -> list[str]:
     return sorted(names, key=lambda n: (n.count("/"), n))
 
 
-@functools.cache
-def config_keys() -> tuple[Key, ...]:
-    """Every leaf key in the order of the schema."""
-    return tuple(_walk_schema(Config, ""))
-
-
 def describe_keys() -> str:
     """The text of docs/configuration.md: every key with its type, default and meaning."""
     lines = [_DOCS_HEAD.format(presets="\n".join(f"* `{name}`" for name in preset_names()))]
-    for section, doc, keys in _sections(Config, ""):
+    for section, doc, keys in sections(Config, ""):
         if not keys:
             continue
         lines += [f"## {section}", "", doc, "", "| key | type | default | meaning |", "|---|---|---|---|"]
@@ -121,33 +101,6 @@ def describe_keys() -> str:
             lines.append(f"| `{key.name}` | {_type_name(key.type).removeprefix('a ')} | {shown} | {key.help} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _sections(cls: type, prefix: str) -> Iterator[tuple[str, str, list[Key]]]:
-    leaves = [key for key in _walk_schema(cls, prefix) if "." not in key.name.removeprefix(prefix)]
-    yield prefix.rstrip("."), (cls.__doc__ or "").strip(), leaves
-    for field, hint in _fields(cls):
-        if is_dataclass(hint):
-            yield from _sections(hint, f"{prefix}{field.name}.")
-
-
-def _walk_schema(cls: type, prefix: str) -> Iterator[Key]:
-    for field, hint in _fields(cls):
-        if is_dataclass(hint):
-            yield from _walk_schema(hint, f"{prefix}{field.name}.")
-        else:
-            default = getattr(cls(), field.name)
-            yield Key(f"{prefix}{field.name}", hint, default, field.metadata["help"])
-
-
-def _fields(cls: type) -> list[tuple[Any, Any]]:
-    hints = typing.get_type_hints(cls)
-    return [(field, hints[field.name]) for field in fields(cls)]
-
-
-@functools.cache
-def _section_names() -> frozenset[str]:
-    return frozenset(name for name, _, _ in _sections(Config, "") if name)
 
 
 def _find(name: str, folder: Path, problems: list[str], origin: str = "") -> Path | None:
@@ -204,7 +157,7 @@ def _flatten(tree: dict[Any, Any], prefix: str, origin: str, problems: list[str]
         name = f"{prefix}{part}"
         if name in known:
             values.update(_typed(known[name], value, origin, problems))
-        elif name in _section_names():
+        elif name in section_names():
             if isinstance(value, dict):
                 values.update(_flatten(value, f"{name}.", origin, problems))
             elif value is not None:
@@ -220,7 +173,7 @@ def _parse_override(override: str, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{COMMAND_LINE}: '{override}' must be written as key=value, e.g. parallel.tp=2")
         return {}
     known = {key.name: key for key in config_keys()}
-    if name in _section_names():
+    if name in section_names():
         problems.append(_group_given_a_value(name, text, COMMAND_LINE))
         return {}
     if name not in known:
@@ -284,7 +237,7 @@ def _unknown(name: str, origin: str) -> str:
     likeness = {known: _likeness(name, known) for known in names}
     likely = [known for known in names if likeness[known] >= max(0.7, max(likeness.values()) - 0.05)]
     same_leaf = [known for known in names if _likeness(leaf, known.split(".")[-1]) >= 0.85]
-    if likely and name.rpartition(".")[0] in _section_names():
+    if likely and name.rpartition(".")[0] in section_names():
         same_leaf = []
     proposals = list(dict.fromkeys([*sorted(likely, key=likeness.get, reverse=True), *same_leaf]))[:4]
     cure = f"did you mean {_one_of(proposals)}?" if proposals else "docs/configuration.md lists all keys"

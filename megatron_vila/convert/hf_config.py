@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config, DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.text_rules import TextRules
 from megatron_vila.convert.hf_folder import HfFolder
 from megatron_vila.convert.token_order import is_legacy, projector_type, suggest_token_order
+from megatron_vila.errors import ConfigError
 from megatron_vila.plan.sizes import PROJECTOR_TYPES
 from megatron_vila.plan.validate import validate
 

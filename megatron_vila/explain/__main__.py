@@ -16,8 +16,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_vila.config.load import ConfigError, load_config
+from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
+from megatron_vila.errors import ConfigError
 from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
 from megatron_vila.explain.sample import explain_sample, made_up_document
 from megatron_vila.explain.text import console

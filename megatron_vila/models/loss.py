@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megatron_vila.accelerator import compiled_on_cuda
 from megatron_vila.models.decoder.weight_gradient import add_product, nothing
-from megatron_vila.plan.activations import HEAD_LOGIT_BYTES
+from megatron_vila.plan.budgets import HEAD_LOGIT_BYTES
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vision.projector import Projector
 from megatron_vila.models.vision.tower import FrameEncoder, VisionTower
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.memory import GIB
+from megatron_vila.plan.budgets import GIB
 
 
 class VilaModel(MegatronModule):

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from megatron_vila.parallel.kernels import AttentionKernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.ring import Ring, RingLayout
-from megatron_vila.parallel.ulysses import HeadSplit, Ulysses
+from megatron_vila.parallel.ulysses import Ulysses
+from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.tokens import ulysses_permutation
 
 

@@ -21,7 +21,7 @@ from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIn
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.rope import rotary_qkv
-from megatron_vila.parallel.ulysses import HeadSplit
+from megatron_vila.plan.heads import HeadSplit
 
 
 @dataclass(frozen=True)

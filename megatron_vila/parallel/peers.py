@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from megatron_vila import accelerator
-from megatron_vila.plan.activations import MOST_PEER_BYTES, peer_buffer_bytes
+from megatron_vila.plan.budgets import MOST_PEER_BYTES, peer_buffer_bytes
 
 TIMEOUT_MS = 30 * 60 * 1000
 """How long a GPU waits for one whose process is late or gone, as ``processes.init_distributed`` has it for process groups."""

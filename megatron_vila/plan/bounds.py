@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_vila.config.load import config_keys
+from megatron_vila.config.keys import config_keys
 from megatron_vila.config.schema import Config
 
 LARGEST_WHOLE_NUMBER = 10**9

@@ -12,9 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
-from megatron_vila.plan.activations import GIB, activations, peer_bytes
+from megatron_vila.errors import ConfigError
+from megatron_vila.plan.activations import activations, peer_bytes
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
 
 PLANNED_DEVICE_BYTES = 80 * 10**9

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vila.config.schema import LanguageConfig
-from megatron_vila.parallel.ulysses import HeadSplit
 from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.plan.tokens import FRONT, ReshardPlan, ring_step
 

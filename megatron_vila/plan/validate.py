@@ -8,20 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
 from megatron_vila.config.text_rules import MEDIA_FORMATS, TEMPLATES
+from megatron_vila.errors import ConfigError
 from megatron_vila.plan.bounds import MOST_RANKS, size_problems, text_problems, value_of
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
-from megatron_vila.plan.memory import (
-    GIB,
-    Device,
-    device_here,
-    estimate_memory,
-    host_memory,
-    memory_cure,
-    state_on_host,
-)
+from megatron_vila.plan.memory import Device, device_here, estimate_memory, host_memory, memory_cure, state_on_host
 from megatron_vila.plan.sizes import PROJECTOR_TYPES, tokens_per_frame
 from megatron_vila.start_checks import data_file_problems, file_problems, tokenizer_problems
 

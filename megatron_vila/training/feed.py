@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vila.config.load import ConfigError
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.lengths import length_table
@@ -19,6 +18,7 @@ from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
+from megatron_vila.errors import ConfigError
 from megatron_vila.models.shard import local_frames
 from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology

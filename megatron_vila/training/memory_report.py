@@ -13,7 +13,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_vila import accelerator
 from megatron_vila.config.schema import Config
-from megatron_vila.plan.memory import GIB, estimate_memory, memory_cure
+from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.memory import estimate_memory, memory_cure
 from megatron_vila.training.offload import StreamedAdam
 from megatron_vila.training.report_files import Reporting
 from megatron_vila.training.summary import write_json

@@ -31,7 +31,8 @@ from megatron_vila.models.language import transformer_config
 from megatron_vila.models.vision import tower as encoder
 from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import GIB, decoder_alone, head_alone, tower_alone
+from megatron_vila.plan.activations import decoder_alone, head_alone, tower_alone
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.memory import estimate_memory
 from tests.ranks import pool
 

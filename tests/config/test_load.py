@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vila.config.load import ConfigError, config_keys, describe_keys, dump_config, load_config
+from megatron_vila.config.keys import config_keys
+from megatron_vila.config.load import describe_keys, dump_config, load_config
 from megatron_vila.config.schema import Config
+from megatron_vila.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models.loss import BackwardTile, ForwardTile, Vocabulary, fused_head
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import HEAD_LOGIT_BYTES
+from megatron_vila.plan.budgets import HEAD_LOGIT_BYTES
 from tests.gpu import needs_a_gpu
 from tests.ranks import pool
 

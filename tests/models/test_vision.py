@@ -9,7 +9,7 @@ from transformers import SiglipVisionModel
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.vision.projector import Projector
 from megatron_vila.models.vision.tower import FrameEncoder, VisionTower, encode_frames, layers_to_run, siglip_config
-from megatron_vila.plan.activations import frames_at_once
+from megatron_vila.plan.budgets import frames_at_once
 from tests.gpu import needs_a_gpu
 from tests.ranks import pool
 

@@ -19,8 +19,8 @@ from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.parallel.ulysses import HeadSplit
 from megatron_vila.plan.activations import _decoder, _ring_backward, local_tokens
+from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row import pack
 from tests import samples
 from tests.parallel import contract

@@ -16,7 +16,8 @@ from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIn
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.parallel.ulysses import HeadSplit, Pending, as_vectors, copy_vectors
+from megatron_vila.parallel.ulysses import Pending, as_vectors, copy_vectors
+from megatron_vila.plan.heads import HeadSplit
 from tests import samples
 from tests.gpu import on_gpus
 from tests.parallel import contract

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vila.config.load import ConfigError, config_keys, load_config
+from megatron_vila.config.keys import config_keys
+from megatron_vila.config.load import load_config
+from megatron_vila.errors import ConfigError
 from megatron_vila.plan.bounds import LARGEST_NUMBER, LARGEST_WHOLE_NUMBER, MOST, MOST_RANKS, most, value_of
 from megatron_vila.plan.layouts import Layout
 from megatron_vila.plan.memory import describe_memory, planned_device

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from megatron_vila.config.load import ConfigError, load_config
+from megatron_vila.config.load import load_config
+from megatron_vila.errors import ConfigError
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.memory import (
-    GIB,
     PLANNED_DEVICE_BYTES,
     describe_memory,
     estimate_memory,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vila.parallel.ulysses import HeadSplit
 from megatron_vila.plan.frames import deal_frames, frame_owner
 from megatron_vila.plan.grid import GROUP_KINDS, GridShape
+from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.tokens import (
     ALL,
     BACK,

@@ -2,10 +2,12 @@
 
 import pytest
 
-from megatron_vila.config.load import ConfigError, config_keys, load_config
+from megatron_vila.config.keys import config_keys
+from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import LanguageConfig
-from megatron_vila.parallel.ulysses import HeadSplit
+from megatron_vila.errors import ConfigError
 from megatron_vila.plan.geometry import downsample_rate
+from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.layouts import Layout, chunk_problems, layout_problems, nearest_layouts
 from megatron_vila.plan.sizes import linear_shapes
 from megatron_vila.plan.validate import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vila.config.load import load_config
-from megatron_vila.plan.memory import GIB
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.training import trainer
 from megatron_vila.training.memory_report import out_of_memory_message
 from tests.ranks import pool

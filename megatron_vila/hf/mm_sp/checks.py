@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from megatron_vila.parallel.ulysses import HeadSplit
+from megatron_vila.plan.heads import HeadSplit
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")
 VIDEO_MODELS = ("llava_onevision",)

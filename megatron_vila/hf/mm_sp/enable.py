@@ -27,7 +27,7 @@ from megatron_vila.hf.mm_sp.vision import llava_onevision_tokens, owned_video_fe
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import KERNELS, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
-from megatron_vila.parallel.ulysses import HeadSplit
+from megatron_vila.plan.heads import HeadSplit
 
 ATTENTION = "mm_sp"
 """The name under which Transformers knows this attention."""

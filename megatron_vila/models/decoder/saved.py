@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from megatron_vila.host_memory import page_locked
-from megatron_vila.plan.memory import GIB
+from megatron_vila.plan.budgets import GIB
 
 
 class Kept:

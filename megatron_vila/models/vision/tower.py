@@ -23,7 +23,7 @@ from megatron_vila import accelerator
 from megatron_vila.config.schema import VisionConfig
 from megatron_vila.errors import SettingError
 from megatron_vila.models.vision.initialize import initialise, zero_connected_to
-from megatron_vila.plan.activations import frames_at_once
+from megatron_vila.plan.budgets import frames_at_once
 from megatron_vila.plan.geometry import patches_per_side
 
 
