@@ -48,7 +48,7 @@ class VideoFrames:
         return len(self._indices)
 
     def __getitem__(self, part: slice) -> torch.Tensor:
-        return preprocess(decode_video_frames(self._info.path, self._indices[part], self._info), self._size)
+        return preprocess(decode_video_frames(self._info.source, self._indices[part], self._info), self._size)
 
 
 class VideoQuestions(Dataset):

@@ -9,7 +9,6 @@ makes that sample broken and nothing else.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
 from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.fields import Media
-from megatron_vila.data.media import MediaError, errors_of
+from megatron_vila.data.media import MediaError, errors_of, state_of
 from megatron_vila.data.records import Record, RecordFiles
 from megatron_vila.data.sampling import thin_out, uneven_seconds
 from megatron_vila.data.video import probe_video
@@ -204,7 +203,7 @@ class VilaDataset:
         if medium.is_video:
             return take_frames(medium, self.data, self.probe, self.list_folder)
         with errors_of(medium.path, "cannot be read"):
-            size = os.stat(medium.path).st_size
+            size = state_of(medium.path)[0]
         if not size:
             raise MediaError(medium.path, "the file is empty (0 bytes)")
         return np.zeros(1, dtype=np.int64), ()

@@ -20,9 +20,10 @@ from megatron_vila.data.media import (
     MAX_PIXELS,
     MAX_SCANNED_PIXELS,
     MediaError,
+    MediaSource,
     check_size,
     errors_of,
-    open_regular,
+    open_media,
 )
 
 PAD_COLOUR = (127, 127, 127)
@@ -52,27 +53,28 @@ _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file as ``as_rgb`` shows it; of an animation, the first picture.
+def load_image(source: MediaSource) -> Image.Image:
+    """Read an image as ``as_rgb`` shows it; of an animation, the first picture.
 
     Raises ``MediaError`` for a file that is missing, empty, not a regular file, cut off, of another format than
     ``IMAGE_FORMATS``, larger than ``MAX_PIXELS`` or a JPEG of more scans than it needs, and for values that ``as_rgb`` refuses;
     the size is taken from the header, before anything is decoded.
     """
-    with os.fdopen(open_regular(path), "rb") as file, errors_of(path, "not an image that can be read"):
-        size = os.fstat(file.fileno()).st_size
+    with open_media(source) as file, errors_of(source, "not an image that can be read"):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         if size > LARGEST_PICTURE_FILE:
-            raise MediaError(path, f"{size:,} bytes are more than a picture file may have ({LARGEST_PICTURE_FILE:,})")
+            raise MediaError(source, f"{size:,} bytes are more than a picture file may have ({LARGEST_PICTURE_FILE:,})")
         try:
             opened = Image.open(file, formats=IMAGE_FORMATS)
         except UnidentifiedImageError as error:
             known = ", ".join(IMAGE_FORMATS)
             reason = f"none of {known}, a kind of them that is not read (as float colors), or its header is damaged"
-            raise MediaError(path, f"not an image that can be read: {reason}") from error
+            raise MediaError(source, f"not an image that can be read: {reason}") from error
         with opened as picture:
-            check_size(path, *picture.size)
+            check_size(source, *picture.size)
             if picture.format in ("JPEG", "MPO"):
-                _check_scans(path, file, picture.width * picture.height)
+                _check_scans(source, file, picture.width * picture.height)
             _scale_hidden_colour(picture)
             picture.load()
             return as_rgb(picture)
@@ -87,7 +89,7 @@ def _scale_hidden_colour(picture: Image.Image) -> None:
         picture.info["transparency"] = tuple(value >> 8 for value in hidden)
 
 
-def _check_scans(path: str | os.PathLike, file: BinaryIO, pixels: int) -> None:
+def _check_scans(source: MediaSource, file: BinaryIO, pixels: int) -> None:
     """Raise ``MediaError`` if the scans of a JPEG go over too many pixels. Coded data never hold the mark that begins a scan."""
     place, scans, last = file.tell(), 0, b""
     file.seek(0)
@@ -96,7 +98,7 @@ def _check_scans(path: str | os.PathLike, file: BinaryIO, pixels: int) -> None:
         last = block[-1:]
     file.seek(place)
     if scans * pixels > MAX_SCANNED_PIXELS:
-        raise MediaError(path, f"{scans} scans of {pixels:,} pixels are more than a JPEG may have")
+        raise MediaError(source, f"{scans} scans of {pixels:,} pixels are more than a JPEG may have")
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 import numpy as np
 
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.media import MediaSource, state_of
 
 RULES_VERSION = 2
 """Counts the changes of the rules by which frames are found, counted and sampled: tables made by earlier ones are not used."""
@@ -65,12 +66,11 @@ def _fingerprint(dataset: VilaDataset) -> str:
     return digest.hexdigest()
 
 
-def _state(path: str) -> tuple[int, int]:
+def _state(source: MediaSource) -> tuple[int | str, ...]:
     try:
-        status = os.stat(path)
+        return state_of(source)
     except OSError:
         return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _read(cache: str, fingerprint: str) -> np.ndarray | None:

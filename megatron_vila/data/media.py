@@ -1,5 +1,8 @@
 """What a media file may be: a regular file of a known format, with pictures within a budget; and one error for all that fails.
 
+A medium is named by its ``MediaSource``: the path of a file, a ``Member`` of a larger file (a shard), or its bytes. All are
+opened by ``open_media``.
+
 Files come from anywhere, so nothing in one may reach another file or the network, wait for ever, fill the memory or end a run.
 FFmpeg gets an open file and may open nothing else (the ``fd`` protocol is the only one allowed, and playlists, patterns and
 network formats are not among ``VIDEO_FORMATS``); Pillow gets an open file and tries ``IMAGE_FORMATS`` only, so that it starts no
@@ -10,10 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import io
 import os
 import shlex
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import av
 
@@ -60,12 +67,35 @@ _TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19
 """Tags that are not UTF-8 make PyAV 18 refuse a file unless it is told to replace them; later versions take them as they are."""
 
 
-class MediaError(Exception):
-    """An image or video that cannot be used: ``path`` names the file, ``reason`` says what is wrong with it."""
+@dataclass(frozen=True)
+class Member:
+    """A medium inside a larger regular file, as in a tar file: ``size`` bytes from byte ``offset`` of the file ``path``.
+    ``name`` is what it is called there."""
 
-    def __init__(self, path: str | os.PathLike, reason: str) -> None:
-        super().__init__(str(path), reason)
-        self.path = str(path)
+    path: str
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.name}"
+
+
+MediaSource = str | os.PathLike | Member | bytes
+"""Where a medium lies. It can be a key of a dictionary."""
+
+
+def name_of(source: MediaSource) -> str:
+    """What a medium is called in messages."""
+    return f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source)
+
+
+class MediaError(Exception):
+    """An image or video that cannot be used: ``path`` names it, ``reason`` says what is wrong with it."""
+
+    def __init__(self, source: MediaSource, reason: str) -> None:
+        self.path = name_of(source)
+        super().__init__(self.path, reason)
         self.reason = reason
 
     def __str__(self) -> str:
@@ -74,8 +104,8 @@ class MediaError(Exception):
 
 
 @contextlib.contextmanager
-def errors_of(path: str | os.PathLike, failure: str) -> Iterator[None]:
-    """Turn every exception about the file ``path`` into a ``MediaError`` that begins with ``failure``.
+def errors_of(source: MediaSource, failure: str) -> Iterator[None]:
+    """Turn every exception about the medium ``source`` into a ``MediaError`` that begins with ``failure``.
 
     A media library raises whatever its author did not foresee, lack of memory included. None of it may end a run.
     """
@@ -84,101 +114,172 @@ def errors_of(path: str | os.PathLike, failure: str) -> Iterator[None]:
     except MediaError:
         raise
     except av.error.ExitError as error:
-        raise MediaError(path, f"{failure}: it took longer than {TIME_LIMIT_S:.0f} s") from error
+        raise MediaError(source, f"{failure}: it took longer than {TIME_LIMIT_S:.0f} s") from error
     except av.error.BlockingIOError as error:
         # What the reader of transport streams gives after 64 KiB without the byte that begins a packet.
-        raise MediaError(path, f"{failure}: a stretch of it holds no packet (a hole, or overwritten bytes)") from error
+        raise MediaError(source, f"{failure}: a stretch of it holds no packet (a hole, or overwritten bytes)") from error
     except Exception as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise MediaError(path, f"{failure}: {text}") from error
+        raise MediaError(source, f"{failure}: {text}") from error
 
 
-def open_regular(path: str | os.PathLike) -> int:
-    """A descriptor of ``path``, open for reading, which the caller closes. Links are followed.
+def open_media(source: MediaSource) -> BinaryIO:
+    """A medium, open for reading, which the caller closes: a file that can be sought in and holds the bytes of the medium alone.
 
-    Raises ``MediaError`` for a file that is missing, empty or not a regular file. A pipe or device is not waited for; files of
-    ``/proc``, of which some are, have no size and count as empty.
+    Links are followed. Raises ``MediaError`` for a file that is missing, empty or not a regular file, and for a member that its
+    file does not hold in full. A pipe or device is not waited for; files of ``/proc``, of which some are, have no size and count
+    as empty. Only a file named by its path has a descriptor (``fileno``).
     """
+    if isinstance(source, bytes):
+        if not source:
+            raise MediaError(source, "the file is empty (0 bytes)")
+        return io.BytesIO(source)
+    if not isinstance(source, Member):
+        return os.fdopen(_open_regular(source, source), "rb")
+    descriptor = _open_regular(source.path, source)
+    try:
+        if not source.size:
+            raise MediaError(source, "the file is empty (0 bytes)")
+        if source.offset + source.size > os.fstat(descriptor).st_size:
+            raise MediaError(source, f"cut off: the file that holds it ends before byte {source.offset + source.size:,}")
+        return io.BufferedReader(_Window(descriptor, source.offset, source.size))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def state_of(source: MediaSource) -> tuple[int | str, ...]:
+    """What is another one once the content of a medium has changed, and its size in bytes first. Raises ``OSError``."""
+    if isinstance(source, bytes):
+        return len(source), hashlib.sha256(source).hexdigest()
+    status = os.stat(source.path if isinstance(source, Member) else source)
+    if isinstance(source, Member):
+        return source.size, source.offset, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
+
+
+class _Window(io.RawIOBase):
+    """``size`` bytes from ``offset`` of an open file, which is closed with it."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self._descriptor, self._offset, self._size, self._place = descriptor, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        room = memoryview(buffer)[: max(0, self._size - self._place)]
+        count = os.preadv(self._descriptor, [room], self._offset + self._place) if room else 0
+        self._place += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"cannot seek to byte {start + offset}")
+        self._place = start + offset
+        return self._place
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def _open_regular(path: str | os.PathLike, source: MediaSource) -> int:
+    """A descriptor of the regular file ``path``, in which ``source`` lies."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError as error:
-        raise MediaError(path, "no such file") from error
+        raise MediaError(source, "no such file") from error
     except (OSError, ValueError) as error:
-        raise MediaError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+        raise MediaError(source, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise MediaError(path, f"not a regular file but a {_kind(status.st_mode)}")
+            raise MediaError(source, f"not a regular file but a {_kind(status.st_mode)}")
         if status.st_size == 0:
-            raise MediaError(path, "the file is empty (0 bytes)")
+            raise MediaError(source, "the file is empty (0 bytes)")
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def check_size(path: str | os.PathLike, width: int, height: int) -> None:
+def check_size(source: MediaSource, width: int, height: int) -> None:
     """Raise ``MediaError`` if a picture or frame of ``width`` x ``height`` pixels is over the budget."""
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise MediaError(
-            path,
+            source,
             f"{width} x {height} pixels are more than a picture may have ({MAX_PIXELS:,} in all, {MAX_SIDE:,} a side)",
         )
 
 
-def open_video(path: str | os.PathLike) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """The video file ``path``, open in FFmpeg, which can open nothing else from it, and its video stream.
+def open_video(source: MediaSource) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """The video ``source``, open in FFmpeg, which can open nothing else from it, and its video stream.
 
     The stream is the first one that is no cover picture; the others are not read. It decodes in the calling thread alone.
     Raises ``MediaError``.
     """
-    descriptor = open_regular(path)
+    file = open_media(source)
     try:
-        with errors_of(path, "not a video that can be read"), _container_told(path):
-            container = av.open(
-                "fd:",
-                container_options={
-                    "fd": str(descriptor),
-                    "protocol_whitelist": "fd",
-                    "format_whitelist": ",".join(VIDEO_FORMATS),
-                },
-                # Streams are looked at with this; a decoder gets it again when it is opened.
-                options={"max_pixels": str(MAX_PIXELS)},
-                **_TAGS,
-                timeout=(TIME_LIMIT_S, TIME_LIMIT_S),
-            )
-    finally:
-        os.close(descriptor)
+        with errors_of(source, "not a video that can be read"), _container_told(source):
+            container = _open_container(file)
+    except BaseException:
+        file.close()
+        raise
     try:
-        return container, _video_stream(container, path)
+        return container, _video_stream(container, source)
     except BaseException:
         container.close()
         raise
 
 
+def _open_container(file: BinaryIO) -> av.container.InputContainer:
+    options = {"protocol_whitelist": "fd", "format_whitelist": ",".join(VIDEO_FORMATS)}
+    named: str | BinaryIO = file
+    with contextlib.suppress(io.UnsupportedOperation):
+        # FFmpeg reads a whole file by itself and without Python, from a descriptor of its own.
+        options["fd"], named = str(file.fileno()), "fd:"
+    container = av.open(
+        named,
+        container_options=options,
+        # Streams are looked at with this; a decoder gets it again when it is opened.
+        options={"max_pixels": str(MAX_PIXELS)},
+        **_TAGS,
+        timeout=(TIME_LIMIT_S, TIME_LIMIT_S),
+    )
+    if named != file:
+        file.close()
+    return container
+
+
 @contextlib.contextmanager
-def _container_told(path: str | os.PathLike) -> Iterator[None]:
+def _container_told(source: MediaSource) -> Iterator[None]:
     """Say which containers are read where FFmpeg knows the format of a file and it is none of them: "Invalid argument" to it."""
     try:
         yield
     except av.error.ArgumentError as error:
+        name = shlex.quote(os.path.basename(name_of(source)))
         raise MediaError(
-            path,
+            source,
             f"not a video that can be read: its format is none of {_CONTAINERS}, or its header is damaged; "
-            f"`ffmpeg -i {shlex.quote(os.path.basename(path))} -c copy out.mp4` makes an mp4 of a video (without `-c copy` if "
-            "its codec cannot be copied)",
+            f"`ffmpeg -i {name} -c copy out.mp4` makes an mp4 of a video (without `-c copy` if its codec cannot be copied)",
         ) from error
 
 
-def _video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.VideoStream:
+def _video_stream(container: av.container.InputContainer, source: MediaSource) -> av.VideoStream:
     """The first stream of ``container`` with moving pictures."""
     attached = av.stream.Disposition.attached_pic
     stream = next((s for s in container.streams.video if not s.disposition & attached), None)
     if stream is None:
-        raise MediaError(path, "the file holds no video stream")
+        raise MediaError(source, "the file holds no video stream")
     if stream.codec_context is None:
-        raise MediaError(path, "no decoder is installed for the codec of this video")
-    check_size(path, stream.codec_context.width, stream.codec_context.height)
+        raise MediaError(source, "no decoder is installed for the codec of this video")
+    check_size(source, stream.codec_context.width, stream.codec_context.height)
     # Frames may change their size on the way: the decoder refuses to make room for one over the budget.
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     for other in container.streams:

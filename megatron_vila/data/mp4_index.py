@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_vila.data.media import open_regular
+from megatron_vila.data.media import MediaSource, open_media
 
 LARGEST_MOOV = 2**26
 """Bytes of the largest ``moov`` box that is read: some 40 hours of video."""
@@ -46,12 +46,12 @@ class _Unusual(Exception):
     """The file is not of the plain kind that is read here."""
 
 
-def read_sample_table(path: str | os.PathLike, track_id: int) -> SampleTable | None:
+def read_sample_table(source: MediaSource, track_id: int) -> SampleTable | None:
     """The samples of track ``track_id``, or None if the file is not of the plain kind.
 
-    Raises ``MediaError`` if the file cannot be opened.
+    Raises ``MediaError`` if it cannot be opened.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_media(source) as file:
         try:
             return _track(_moov(file), track_id)
         except (_Unusual, struct.error, ValueError, IndexError, OverflowError, OSError, MemoryError):
@@ -60,13 +60,13 @@ def read_sample_table(path: str | os.PathLike, track_id: int) -> SampleTable | N
 
 def _moov(file: BinaryIO) -> memoryview:
     """The content of the only ``moov`` box."""
-    size, place, boxes, found = os.fstat(file.fileno()).st_size, 0, 0, []
+    size, place, boxes, found = file.seek(0, os.SEEK_END), 0, 0, []
     while place + 8 <= size:
         boxes += 1
-        length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, place))
+        length, kind = struct.unpack(">I4s", _read(file, 8, place))
         header = 8
         if length == 1:
-            (length,), header = struct.unpack(">Q", os.pread(file.fileno(), 8, place + 8)), 16
+            (length,), header = struct.unpack(">Q", _read(file, 8, place + 8)), 16
         elif length == 0:
             length = size - place
         if length < header or kind == b"moof" or boxes > MOST_BOXES:
@@ -76,7 +76,12 @@ def _moov(file: BinaryIO) -> memoryview:
         place += length
     if len(found) != 1 or found[0][1] > LARGEST_MOOV or sum(found[0]) > size:
         raise _Unusual
-    return memoryview(os.pread(file.fileno(), found[0][1], found[0][0]))
+    return memoryview(_read(file, found[0][1], found[0][0]))
+
+
+def _read(file: BinaryIO, size: int, place: int) -> bytes:
+    file.seek(place)
+    return file.read(size)
 
 
 def _boxes(content: memoryview) -> Iterator[tuple[bytes, memoryview]]:

@@ -11,7 +11,6 @@ Legend: N frames of the file, n wanted frames.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import av
@@ -20,27 +19,27 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from megatron_vila.data.images import UPRIGHT
-from megatron_vila.data.media import MediaError, check_size, errors_of, open_video
+from megatron_vila.data.media import MediaError, MediaSource, check_size, errors_of, name_of, open_video
 from megatron_vila.data.video_index import PartCounter, probe_video
 from megatron_vila.data.video_info import VideoInfo
 
 
 def decode_video_frames(
-    path: str | os.PathLike, indices: Sequence[int], info: VideoInfo | None = None
+    source: MediaSource, indices: Sequence[int], info: VideoInfo | None = None
 ) -> list[Image.Image]:
-    """Decode the frames ``indices`` (ascending, repeats allowed) of ``path`` as RGB pictures, upright.
+    """Decode the frames ``indices`` (ascending, repeats allowed) of ``source`` as RGB pictures, upright.
 
     ``info`` saves a second probe of the same file. Decoding uses the calling thread alone, so many files can be decoded at
     once from many threads or forked workers. Raises ``MediaError`` if the file cannot be read or a frame cannot be had,
     ``ValueError`` for indices that are not ascending or out of range.
     """
     wanted = [int(i) for i in indices]
-    info = info or probe_video(path)
+    info = info or probe_video(source)
     if wanted != sorted(wanted):
         raise ValueError(f"frame indices must ascend, got {wanted}")
     if wanted and not 0 <= wanted[0] <= wanted[-1] < info.num_frames:
         raise ValueError(
-            f"frames {wanted[0]}..{wanted[-1]} asked of {info.path}, which has frames 0..{info.num_frames - 1}"
+            f"frames {wanted[0]}..{wanted[-1]} asked of {name_of(info.source)}, which has frames 0..{info.num_frames - 1}"
         )
     if not wanted:
         return []
@@ -73,11 +72,11 @@ class VideoReader:
 
     def frame(self, index: int) -> Image.Image:
         """Frame ``index``, which must lie after every frame asked for before; RGB and upright. Raises ``MediaError``."""
-        with errors_of(self.info.path, f"decoding frame {index} of {self.info.num_frames} failed"):
+        with errors_of(self.info.source, f"decoding frame {index} of {self.info.num_frames} failed"):
             frame = self._find(index)
             if frame is None or frame.is_corrupt:
-                raise MediaError(self.info.path, f"frame {index} of {self.info.num_frames} cannot be decoded")
-            check_size(self.info.path, frame.width, frame.height)
+                raise MediaError(self.info.source, f"frame {index} of {self.info.num_frames} cannot be decoded")
+            check_size(self.info.source, frame.width, frame.height)
             picture = Image.fromarray(self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
             turn = UPRIGHT.get(_orientation(frame))
             return picture if turn is None else picture.transpose(turn)
@@ -122,7 +121,7 @@ class VideoReader:
         return None
 
     def _open(self) -> None:
-        self._container, self._stream = open_video(self.info.path)
+        self._container, self._stream = open_video(self.info.source)
         self._leaves_out = self._wanted is not None and _marks_references(self._stream.codec_context)
         self._read_key = (int(self.info.key_parts[0]), int(self.info.key_pts[0]))
         self._frames = self._decode_parts(self._container.demux(self._stream), PartCounter(self._stream))

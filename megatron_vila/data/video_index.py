@@ -23,7 +23,7 @@ import av
 import numpy as np
 
 from megatron_vila.data.index_cache import cached
-from megatron_vila.data.media import MediaError, errors_of, open_video
+from megatron_vila.data.media import MediaError, MediaSource, Member, errors_of, open_video, state_of
 from megatron_vila.data.mp4_index import SampleTable, read_sample_table
 from megatron_vila.data.video_info import VideoInfo
 
@@ -85,18 +85,18 @@ class PartCounter:
         return self._jumps and key and now > last + JUMP_S * self._second
 
 
-def probe_video(path: str | os.PathLike) -> VideoInfo:
-    """The frame table of ``path``: of an mp4 or mov file from its index, else from all of its packets, or as kept from then.
+def probe_video(source: MediaSource) -> VideoInfo:
+    """The frame table of ``source``: of an mp4 or mov file from its index, else from all of its packets, or as kept from then.
 
     Raises ``MediaError`` for a file that is missing, empty, not a video, without a frame, or cut off. (A container without an
     index of its frames, such as a cut Matroska file, cannot tell that it was cut: the frames that are there are counted.)
     """
-    container, stream = open_video(path)
-    with container, errors_of(path, "not a video that can be read"):
-        return from_index(path, stream) or cached(path, lambda: from_packets(path))
+    container, stream = open_video(source)
+    with container, errors_of(source, "not a video that can be read"):
+        return from_index(source, stream) or cached(source, lambda: from_packets(source))
 
 
-def from_index(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo | None:
+def from_index(source: MediaSource, stream: av.VideoStream) -> VideoInfo | None:
     """The table from the ``moov`` box of a plain mp4 or mov file; None if it must be read from the packets.
 
     The table counts only if FFmpeg's index of the file says the same, as far as that can be asked: the number of samples, and for
@@ -104,18 +104,18 @@ def from_index(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo | N
     """
     if "mov" not in stream.container.format.name.split(","):
         return None
-    table = read_sample_table(path, stream.id)
+    table = read_sample_table(source, stream.id)
     if table is None or not _agrees(table, stream):
         return None
-    size = os.stat(path).st_size
+    size = state_of(source)[0]
     whole = int((table.offsets + table.sizes <= size).sum())
     if whole < len(table.pts):
-        raise MediaError(path, f"cut off or corrupt: {whole} of {len(table.pts)} frames can be read")
+        raise MediaError(source, f"cut off or corrupt: {whole} of {len(table.pts)} frames can be read")
     keys = np.flatnonzero(table.key)
     first_group = table.pts[: keys[1] if len(keys) > 1 else None]
     if (first_group < table.pts[0]).any():
         return None  # leading pictures
-    return make_info(path, stream, [np.unique(table.pts)], [(0, int(pts), -1) for pts in table.pts[keys]], [0])
+    return make_info(source, stream, [np.unique(table.pts)], [(0, int(pts), -1) for pts in table.pts[keys]], [0])
 
 
 def _agrees(table: SampleTable, stream: av.VideoStream) -> bool:
@@ -132,14 +132,14 @@ def _agrees(table: SampleTable, stream: av.VideoStream) -> bool:
     return all(p.pts == table.pts[i] and p.is_keyframe == table.key[i] for i, p in enumerate(packets))
 
 
-def from_packets(path: str | os.PathLike) -> VideoInfo:
+def from_packets(source: MediaSource) -> VideoInfo:
     """The table from the packets: the file is read once from end to end, without decoding. Raises ``MediaError``."""
-    container, stream = open_video(path)
-    with container, errors_of(path, "not a video that can be read"):
-        return _read_packets(path, stream)
+    container, stream = open_video(source)
+    with container, errors_of(source, "not a video that can be read"):
+        return _read_packets(source, stream)
 
 
-def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
+def _read_packets(source: MediaSource, stream: av.VideoStream) -> VideoInfo:
     container, counter = stream.container, PartCounter(stream)
     parts: list[list[Stamp]] = [[]]
     for packet in container.demux(stream):
@@ -150,18 +150,18 @@ def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
             parts[-1].append(Stamp(packet.pts, packet.pos, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
     indexed = sum(entry.size > 0 for entry in stream.index_entries)
     skipped = [next((place for place, stamp in enumerate(part) if stamp.key), 0) for part in parts]
-    _refuse_damage(path, parts, skipped, indexed)
+    _refuse_damage(source, parts, skipped, indexed)
     parts = [part[first:] for part, first in zip(parts, skipped, strict=True)]
     if container.format.name in COUNTED_FORMATS or not all(map(_is_timed, parts)):
-        return _counted(path, stream, parts, skipped)
-    lost = _undecodable(path, parts, skipped)
+        return _counted(source, stream, parts, skipped)
+    lost = _undecodable(source, parts, skipped)
     shown = [
         np.array([s.pts for i, s in enumerate(part) if not s.discarded and i not in gone], dtype=np.int64)
         for part, gone in zip(parts, lost, strict=True)
     ]
     times = list(map(np.unique, shown))
     if container.format.name in BROADCAST_FORMATS and sum(map(len, times)) < sum(map(len, shown)):
-        return _counted(path, stream, parts, skipped)
+        return _counted(source, stream, parts, skipped)
     # Only transport streams can be entered at any byte.
     by_place = container.format.name == "mpegts"
     keys = [
@@ -170,11 +170,11 @@ def _read_packets(path: str | os.PathLike, stream: av.VideoStream) -> VideoInfo:
         for stamp in part
         if stamp.key
     ]
-    return make_info(path, stream, times, keys, skipped)
+    return make_info(source, stream, times, keys, skipped)
 
 
 def make_info(
-    path: str | os.PathLike,
+    source: MediaSource,
     stream: av.VideoStream,
     parts: Sequence[np.ndarray],
     keys: Sequence[tuple[int, int, int]],
@@ -183,31 +183,31 @@ def make_info(
     """The table of the frames ``parts`` (ascending int64 PTS of each part) with the key frames ``keys`` (part, PTS, place)."""
     pts, bounds = np.concatenate(parts), np.cumsum([0, *map(len, parts)])
     if not len(pts):
-        raise MediaError(path, "the video stream holds no frame")
+        raise MediaError(source, "the video stream holds no frame")
     spans = [part[-1] - part[0] for part in parts if len(part)]
     gaps, span_s = len(pts) - len(spans), float(sum(map(int, spans)) * stream.time_base)
     fps = gaps / span_s if span_s > 0 else float(stream.average_rate or 1)
     # A stream refreshed bit by bit may mark no key frame at all.
     key_table = np.unique(np.array(keys or [(0, pts[0], -1)], dtype=np.int64), axis=0)
-    return _info(path, stream, pts, key_table, bounds, skipped, fps, has_pts=True)
+    return _info(source, stream, pts, key_table, bounds, skipped, fps, has_pts=True)
 
 
 def _counted(
-    path: str | os.PathLike, stream: av.VideoStream, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]
+    source: MediaSource, stream: av.VideoStream, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]
 ) -> VideoInfo:
     """The table of a file whose frames are told by their number only, as the decoder gives them."""
     lost = [0] * len(parts)
     if stream.container.format.name != "avi":  # there a packet may hold two frames, and the next one none
         groups = [next((i for i, s in enumerate(part) if i and s.key), len(part)) for part in parts]
         heads = [min(group, HEAD_PACKETS) for group in groups]
-        given = _decode_heads(path, list(zip(skipped, heads, strict=True)))
+        given = _decode_heads(source, list(zip(skipped, heads, strict=True)))
         lost = [max(0, head - len(frames)) for head, frames in zip(heads, given, strict=True)]
     lengths = [sum(not s.discarded for s in part) - gone for part, gone in zip(parts, lost, strict=True)]
     frames = sum(lengths)
     if not frames:
-        raise MediaError(path, "the video stream holds no frame")
+        raise MediaError(source, "the video stream holds no frame")
     pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or _rate_of(parts) / stream.time_base or 1)
-    return _info(path, stream, pts, np.array([[0, 0, -1]]), np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
+    return _info(source, stream, pts, np.array([[0, 0, -1]]), np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
 
 
 def _rate_of(parts: Sequence[Sequence[Stamp]]) -> Fraction:
@@ -218,7 +218,7 @@ def _rate_of(parts: Sequence[Sequence[Stamp]]) -> Fraction:
 
 
 def _info(
-    path: str | os.PathLike,
+    source: MediaSource,
     stream: av.VideoStream,
     pts: np.ndarray,
     keys: np.ndarray,
@@ -228,7 +228,7 @@ def _info(
     has_pts: bool,
 ) -> VideoInfo:
     return VideoInfo(
-        path=os.fspath(path),
+        source=source if isinstance(source, bytes | Member) else os.fspath(source),
         num_frames=len(pts),
         fps=fps,
         duration_s=len(pts) / fps,
@@ -246,7 +246,7 @@ def _info(
 
 
 def _refuse_damage(
-    path: str | os.PathLike, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int], indexed: int
+    source: MediaSource, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int], indexed: int
 ) -> None:
     """Raise ``MediaError`` if frames of the index are missing or the container marks a packet as corrupt.
 
@@ -261,7 +261,7 @@ def _refuse_damage(
                 damaged.append(sum(map(len, parts[:number])) + place)
     if damaged or stamps < indexed:
         found = damaged[0] if damaged else stamps
-        raise MediaError(path, f"cut off or corrupt: {found} of {max(indexed, stamps)} frames can be read")
+        raise MediaError(source, f"cut off or corrupt: {found} of {max(indexed, stamps)} frames can be read")
 
 
 def _is_timed(part: Sequence[Stamp]) -> bool:
@@ -276,13 +276,13 @@ def _leading(part: Sequence[Stamp]) -> list[int]:
     return [i for i in range(1, group) if part[i].pts is None or part[i].pts < part[0].pts]
 
 
-def _undecodable(path: str | os.PathLike, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]) -> list[set[int]]:
+def _undecodable(source: MediaSource, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]) -> list[set[int]]:
     """The places in each part of the leading pictures that the decoder does not give."""
     leading = [_leading(part) for part in parts]
     if not any(leading):
         return [set() for _ in parts]
     counts = [places[-1] + 1 if places else 0 for places in leading]
-    given = _decode_heads(path, list(zip(skipped, counts, strict=True)))
+    given = _decode_heads(source, list(zip(skipped, counts, strict=True)))
     whole = [{pts for pts, corrupt in frames if not corrupt} - {None} for frames in given]
     return [
         {place for place in places if part[place].pts not in known}
@@ -290,9 +290,9 @@ def _undecodable(path: str | os.PathLike, parts: Sequence[Sequence[Stamp]], skip
     ]
 
 
-def _decode_heads(path: str | os.PathLike, heads: Sequence[tuple[int, int]]) -> list[list[tuple[int | None, bool]]]:
+def _decode_heads(source: MediaSource, heads: Sequence[tuple[int, int]]) -> list[list[tuple[int | None, bool]]]:
     """(PTS, is corrupt) of the frames of the first packets of each part; ``heads`` are (packets to skip, packets)."""
-    container, stream = open_video(path)
+    container, stream = open_video(source)
     given: list[list[tuple[int | None, bool]]] = [[] for _ in heads]
     left, counter, decoder = sum(count > 0 for _, count in heads), PartCounter(stream), stream.codec_context
     with container:

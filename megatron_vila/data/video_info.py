@@ -10,6 +10,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from megatron_vila.data.media import Member
+
 
 @dataclass(frozen=True, eq=False)
 class VideoInfo:
@@ -24,7 +26,7 @@ class VideoInfo:
     goes through the file from its start.
     """
 
-    path: str
+    source: str | Member | bytes
     num_frames: int
     fps: float
     duration_s: float

@@ -67,9 +67,9 @@ def test_frames_of_a_variable_rate_are_chosen_by_their_time(folder):
     pts = info.pts.copy()
     pts[16:] += 9 * (pts[16:] - pts[15])
     slow = dataclasses.replace(info, pts=pts)
-    medium = Media(info.path, True, 0, 3)
+    medium = Media(info.source, True, 0, 3)
     assert frames_of(medium, probe=lambda path: slow) == list(range(16))
-    assert frames_of(Media(info.path, True, 3, 5.7), probe=lambda path: slow) == [16, 17, 18]
+    assert frames_of(Media(info.source, True, 3, 5.7), probe=lambda path: slow) == [16, 17, 18]
 
 
 def test_pictures_of_a_folder_are_in_natural_order_and_other_files_are_not_looked_at(folder):

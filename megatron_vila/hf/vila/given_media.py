@@ -126,7 +126,7 @@ def read_frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Imag
     ``ValueError``."""
     if isinstance(video, str | os.PathLike):
         info = probe_video(_path(video))
-        return decode_video_frames(info.path, sample_frame_indices(info, num_frames, fps, rule), info)
+        return decode_video_frames(info.source, sample_frame_indices(info, num_frames, fps, rule), info)
     return [read_picture(frame) for frame in video]
 
 
