@@ -178,7 +178,7 @@ def _batch(config: Config, topology: ParallelTopology, length: int, settings: di
     """A row of at most ``length`` tokens and this rank's random frames."""
     row = pack([made_up(config, length, settings["video"], settings["supervised"])], *_multiples(topology))
     size, frames = config.model.vision.image_size, len(local_frames(row, topology))
-    return MicroBatch(row, torch.rand(frames, 3, size, size) * 2 - 1)
+    return MicroBatch(row, torch.randint(256, (frames, 3, size, size), dtype=torch.uint8))
 
 
 def _multiples(topology: ParallelTopology) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from megatron_vila.data.images import preprocess
 from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.video import decode_video_frames, probe_video
 from megatron_vila.hf.mm_sp.data import VideoTokens
+from megatron_vila.models.vision.tower import scale_pixels
 from megatron_vila.plan.row import IGNORE
 
 
@@ -48,7 +49,8 @@ class VideoFrames:
         return len(self._indices)
 
     def __getitem__(self, part: slice) -> torch.Tensor:
-        return preprocess(decode_video_frames(self._info.source, self._indices[part], self._info), self._size)
+        frames = decode_video_frames(self._info.source, self._indices[part], self._info)
+        return scale_pixels(preprocess(frames, self._size))
 
 
 class VideoQuestions(Dataset):

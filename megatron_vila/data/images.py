@@ -1,4 +1,4 @@
-"""Pictures as the SigLIP tower wants them.
+"""Pictures as they go to the vision tower: bytes, which it scales itself on its device.
 
 Legend: F pictures, H = W side in pixels.
 """
@@ -154,11 +154,11 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def preprocess(images: Sequence[Image.Image], image_size: int, aspect: str = "resize") -> torch.Tensor:
-    """Turn RGB pictures into the tower's input: float32 [F, 3, image_size, image_size], scaled to -1..1.
+    """Turn RGB pictures into the tower's input: uint8 [F, 3, image_size, image_size].
 
     ``aspect`` is ``resize`` (bicubic to the square, the proportions change) or ``pad`` (first centred on a square of the mean
-    colour). Equal to transformers' SigLIP image processor: bicubic on bytes, times 1/255, mean = deviation = 0.5. No pictures
-    give a tensor with F = 0. Raises ``ValueError`` for another ``aspect``.
+    colour). With ``scale_pixels`` behind it, equal to transformers' SigLIP image processor, which is bicubic on bytes too. No
+    pictures give a tensor with F = 0. Raises ``ValueError`` for another ``aspect``.
     """
     if aspect not in ("resize", "pad"):
         raise ValueError(f"image aspect {aspect!r} is unknown; use resize or pad")
@@ -168,8 +168,7 @@ def preprocess(images: Sequence[Image.Image], image_size: int, aspect: str = "re
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         scaled = _scale_padded(rgb, image_size) if aspect == "pad" else rgb.resize(side, Image.Resampling.BICUBIC)
         pixels[place] = np.asarray(scaled)
-    pixels_F3HW = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-    return pixels_F3HW.mul_(2 / 255).sub_(1)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _scale_padded(image: Image.Image, size: int) -> Image.Image:

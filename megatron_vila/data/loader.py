@@ -70,7 +70,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """Row ``number`` of the run with ``pixels`` float32 [F, 3, H, W] of the frames ``row.frames[frames]`` of this rank.
+    """Row ``number`` of the run with ``pixels`` uint8 [F, 3, H, W] of the frames ``row.frames[frames]`` of this rank.
 
     ``row`` is None if all of its samples are ``left_out``, which only happens where bad samples are not replaced.
     """
@@ -302,7 +302,7 @@ class RowLoader:
         return pixels, undecodable
 
     def _no_pixels(self, frames: int) -> torch.Tensor:
-        return torch.zeros(frames, 3, self._image_size, self._image_size)
+        return torch.zeros(frames, 3, self._image_size, self._image_size, dtype=torch.uint8)
 
     def _decode_frames(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
         """Decode and preprocess picture by picture, so that no more than one picture of full size is held."""

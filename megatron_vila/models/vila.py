@@ -92,7 +92,7 @@ class VilaModel(MegatronModule):
     ) -> torch.Tensor | HeadOutput:
         """The last stage gives a ``HeadOutput``, earlier ones hidden states [t, 1, H] for the next.
 
-        ``pixels_F3HW`` are the normalised frames that this rank encodes (none after the first stage), on any device;
+        ``pixels_F3HW`` are the pictures that this rank encodes (none after the first stage), bytes or scaled, on any device;
         ``next_F3HW`` those of the step's next micro-batch, which the first stage encodes under the layers of this one.
         Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the
         head's over tp.

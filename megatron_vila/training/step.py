@@ -25,7 +25,7 @@ from megatron_vila.plan.row import Row
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A row and the frames that this rank encodes: float [F, 3, image_size, image_size], on the host; the tower copies them to
+    """A row and the frames that this rank encodes: uint8 [F, 3, image_size, image_size], on the host; the tower copies them to
     the device a few at a time."""
 
     row: Row

@@ -136,11 +136,13 @@ def stamp(index: int) -> np.ndarray:
 
 
 def read_stamps(pixels_F3HW) -> list[int]:
-    """The frame numbers that preprocessed pixels (-1..1) of stamped videos show."""
+    """The frame numbers that preprocessed pixels (bytes, or scaled to -1..1) of stamped videos show."""
     numbers = []
-    for picture in np.asarray(pixels_F3HW).mean(axis=1):
+    pixels_F3HW = np.asarray(pixels_F3HW)
+    middle = 127.5 if pixels_F3HW.dtype == np.uint8 else 0
+    for picture in pixels_F3HW.mean(axis=1):
         side = picture.shape[0] // 4
-        bits = picture.reshape(4, side, 4, side).mean(axis=(1, 3)).reshape(-1) > 0
+        bits = picture.reshape(4, side, 4, side).mean(axis=(1, 3)).reshape(-1) > middle
         numbers.append(int(sum(1 << bit for bit in range(BITS) if bits[bit])))
     return numbers
 

@@ -36,11 +36,11 @@ def test_each_rank_decodes_its_own_frames_and_all_ranks_hold_the_same_rows(tmp_p
     data = Data(tmp_path, folder, GOOD, shuffle=False)
     for ranks in (1, 3):
         for (_, names, frames, *_), pixels in together(data.block(ranks, steps=4, shuffle=False)):
-            assert pixels.dtype == torch.float32 and pixels.shape == (len(frames), 3, 32, 32)
+            assert pixels.dtype == torch.uint8 and pixels.shape == (len(frames), 3, 32, 32)
             if names[0].endswith("mp4"):
                 assert read_stamps(pixels) == [f.index for f in frames]
             elif names[0].endswith("png"):
-                assert (pixels == 1).all()
+                assert (pixels == 255).all()
 
 
 def test_the_rows_of_a_step_are_dealt_to_the_replicas_in_turn(tmp_path, folder):

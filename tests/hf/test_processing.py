@@ -16,6 +16,7 @@ from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.data.video import MediaError, decode_video_frames
 from megatron_vila.hf import VilaConfig, VilaProcessor
+from megatron_vila.models.vision.tower import scale_pixels
 from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import (
     QWEN2_TEMPLATE,
@@ -78,7 +79,7 @@ def trained(tmp_path, media, record, tokenizer, **data):
     )  # fmt: skip
     with loader:
         (loaded,) = loader.rows(0)
-    return loaded.row.token_ids, loaded.pixels, loaded.row.frames
+    return loaded.row.token_ids, scale_pixels(loaded.pixels), loaded.row.frames
 
 
 def messages(record, turns=None):

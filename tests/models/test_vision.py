@@ -2,13 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import SiglipVisionModel
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.vision.projector import Projector
-from megatron_vila.models.vision.tower import FrameEncoder, VisionTower, encode_frames, layers_to_run, siglip_config
+from megatron_vila.models.vision.tower import (
+    FrameEncoder,
+    VisionTower,
+    encode_frames,
+    layers_to_run,
+    scale_pixels,
+    siglip_config,
+)
 from megatron_vila.plan.budgets import frames_at_once
 from tests.gpu import needs_a_gpu
 from tests.ranks import pool
@@ -139,6 +147,44 @@ def test_recompute_keeps_nothing_but_the_pictures():
 def test_pictures_of_another_float_type_are_cast_to_the_tower_s():
     tower, pixels = build_tower(SMALL), pictures(2).float()
     assert torch.equal(tower(pixels), tower(pixels.double()))
+
+
+BYTES = torch.arange(256, dtype=torch.uint8)
+SCALED = torch.from_numpy(np.arange(256, dtype=np.float32) * np.float32(2 / 255) - np.float32(1))
+"""Each byte scaled to -1..1, rounded to float32 after the product and after the difference."""
+
+
+def test_each_byte_of_a_picture_becomes_its_one_float_from_minus_one_to_one():
+    assert torch.equal(scale_pixels(BYTES), SCALED) and SCALED[0] == -1 and SCALED[-1] == 1
+    assert torch.equal(scale_pixels(BYTES.expand(33, 256)), SCALED.expand(33, 256))
+    exact = (BYTES.double() / 255 - 0.5) / 0.5
+    assert (SCALED.double() - exact).abs().max() < 2e-7
+    assert scale_pixels(SCALED) is SCALED
+
+
+@needs_a_gpu
+def test_a_gpu_scales_each_byte_as_the_host_does():
+    assert torch.equal(scale_pixels(BYTES.cuda()).cpu(), SCALED)
+    assert torch.equal(scale_pixels(BYTES.cuda().expand(999, 256)).cpu(), SCALED.expand(999, 256))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bytes_give_a_tower_what_their_floats_give_to_the_bit(dtype, recompute):
+    shape = (5, 3, SMALL.image_size, SMALL.image_size)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    found = []
+    for given in (pixels, SCALED[pixels.int()]):
+        tower = build_tower(replace(SMALL, recompute=recompute)).to(dtype)
+        features_FPC = tower(given)
+        features_FPC.float().square().sum().backward()
+        found.append([features_FPC, *gradients(tower).values()])
+    assert all(torch.equal(bytes_, floats) for bytes_, floats in zip(*found, strict=True))
+
+
+def test_whole_numbers_that_are_no_bytes_are_refused():
+    with pytest.raises(TypeError, match="uint8 .0 to 255., or floats from -1 to 1, not torch.int64"):
+        build_tower(SMALL)(torch.zeros(1, 3, 30, 30, dtype=torch.int64))
 
 
 @needs_a_gpu

@@ -8,16 +8,16 @@ ODD = (EVENTS, "-k", "not_work and straight")
 FAULTS = [
     Fault(
         "pixels are normalised twice",
-        "megatron_vila/data/loader.py",
-        "out_3HW.copy_(preprocess([picture], self._image_size, self._aspect)[0])",
-        "out_3HW.copy_(preprocess([picture], self._image_size, self._aspect)[0].mul(2).sub(1))",
+        "megatron_vila/models/vision/tower.py",
+        ".mul_(2 / 255).sub_(1)",
+        ".mul_(2 / 255).sub_(1).mul_(2).sub_(1)",
         QWEN2,
     ),
     Fault(
         "pixels go from -1 to 0.992",
-        "megatron_vila/data/images.py",
-        "pixels_F3HW.mul_(2 / 255).sub_(1)",
-        "pixels_F3HW.mul_(2 / 256).sub_(1)",
+        "megatron_vila/models/vision/tower.py",
+        ".mul_(2 / 255).sub_(1)",
+        ".mul_(2 / 256).sub_(1)",
         QWEN2,
     ),
     Fault(

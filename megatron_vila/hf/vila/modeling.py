@@ -108,7 +108,8 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.llm.get_decoder()
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected tokens [F, T, H] of normalised pictures [F, 3, P, P], images and video frames alike."""
+        """Projected tokens [F, T, H] of pictures [F, 3, P, P], images and video frames alike: floats as the processor
+        makes them, or uint8."""
         return encode_frames(self.vision_tower, self.mm_projector, pixel_values)
 
     def forward(

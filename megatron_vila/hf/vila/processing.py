@@ -40,6 +40,7 @@ from megatron_vila.hf.vila.given_media import (
     text_and_media,
 )
 from megatron_vila.hf.vila.modeling import local_folder
+from megatron_vila.models.vision.tower import scale_pixels
 from megatron_vila.plan.row import Document, FrameRef
 
 _logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class VilaProcessor(ProcessorMixin):
             pictures += [preprocess(own, self.image_size, self.image_aspect) for own in media]
         inputs = self._pad(rows, padding)
         if pictures:
-            inputs["pixel_values"] = torch.cat(pictures)
+            inputs["pixel_values"] = scale_pixels(torch.cat(pictures))
         return BatchFeature(inputs)
 
     def apply_chat_template(

@@ -59,6 +59,19 @@ def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
     )
 
 
+def scale_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes of pictures, uint8 of any shape, as float32 from -1 to 1 (SigLIP: mean = deviation = 0.5), on their device.
+
+    Two operations that round alike on every device, so that a byte is the same number everywhere. Floats are scaled already and
+    come back as they are. Raises ``TypeError`` for other whole numbers.
+    """
+    if pixels.is_floating_point():
+        return pixels
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"pictures are uint8 (0 to 255), or floats from -1 to 1, not {pixels.dtype}; cast them to uint8")
+    return pixels.to(torch.float32).mul_(2 / 255).sub_(1)
+
+
 class VisionTower(nn.Module):
     """SigLIP up to the configured hidden layer.
 
@@ -96,11 +109,11 @@ class VisionTower(nn.Module):
             parameter.requires_grad_(trainable)
 
     def forward(self, pixels_F3HW: torch.Tensor) -> torch.Tensor:
-        """Features [F, P, C], in the tower's dtype, of normalised pictures [F, 3, image_size, image_size].
+        """Features [F, P, C], in the tower's dtype, of pictures [F, 3, image_size, image_size]: uint8, or floats that are scaled.
 
-        The pictures may be on another device or of another float dtype: each micro-batch is copied when its turn
-        comes. No frames give an empty tensor from which every trainable parameter gets a gradient of exact zeros.
-        Raises ``ValueError`` for pictures of another size. No collectives.
+        The pictures may be on another device: each micro-batch is copied when its turn comes, and scaled and cast there. No
+        frames give an empty tensor from which every trainable parameter gets a gradient of exact zeros. Raises ``ValueError``
+        for pictures of another size, ``TypeError`` for other whole numbers. No collectives.
         """
         return in_frame_micro_batches(self, self._encode, pixels_F3HW)
 
@@ -116,7 +129,8 @@ class VisionTower(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(parameter.requires_grad for parameter in used)):
             if len(pixels_F3HW) == 0:
                 return used[0].new_zeros(0, self.num_patches, self.config.hidden_size) + zero_connected_to(used)
-            hidden_FPC = self.vision_model.embeddings(accelerator.to_device(pixels_F3HW, used[0].device))  # casts them
+            # The embeddings cast them to the tower's dtype.
+            hidden_FPC = self.vision_model.embeddings(scale_pixels(accelerator.to_device(pixels_F3HW, used[0].device)))
             if hidden_FPC.is_cuda and accelerator.compiles() and not self._layers_are_compiled:
                 self._compile_layers()
             for layer in self._layers_run():
@@ -152,7 +166,7 @@ def in_frame_micro_batches(
 
 
 def encode_frames(tower: VisionTower, projector: nn.Module, pixels_F3HW: torch.Tensor) -> torch.Tensor:
-    """Projected tokens [F, T, D] of pictures [F, 3, H, W]: tower and projector together, micro-batch by micro-batch.
+    """Projected tokens [F, T, D] of pictures [F, 3, H, W] as the tower takes them: both together, micro-batch by micro-batch.
 
     Equal to ``projector(tower(pixels))``, but the patch features of all frames never exist at once, and ``recompute``
     covers the projector too. No collectives.
