@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -16,6 +16,7 @@ from megatron_vila.errors import LaunchError, PeerError, StallError
 STARTED = "megatron_vila/started"
 """key of what each rank that has come to the start is: ``this_process``"""
 _store: dist.Store | None = None
+_before_end: list[Callable[[], None]] = []
 
 
 def backend() -> str:
@@ -109,6 +110,13 @@ def collective_timeout(minutes: float) -> timedelta:
     return timedelta(minutes=minutes + (1 if torch.cuda.is_available() else 0))
 
 
+def before_end(leave: Callable[[], None]) -> None:
+    """Have ``end_distributed`` call ``leave``, which forgets process groups, before the groups are left. A second call with the
+    same function changes nothing."""
+    if leave not in _before_end:
+        _before_end.append(leave)
+
+
 def end_distributed() -> None:
     """Leave all process groups and wait for their threads; what holds a group (models, optimizers) must be out of scope.
 
@@ -117,7 +125,7 @@ def end_distributed() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()  # DTensor's cache, so FSDP2's, holds meshes, and these hold groups
-    if (topology := sys.modules.get("megatron_vila.parallel.topology")) is not None:
-        topology.ParallelTopology.destroy()
+    for leave in _before_end:
+        leave()
     dist.destroy_process_group()
     accelerator.collect_garbage()  # the threads live until the last reference to their group goes
