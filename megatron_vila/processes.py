@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vila import accelerator
-from megatron_vila.errors import LaunchError, PeerError, StallError
+from megatron_vila.errors import LaunchError, PeerError, StallError, some
 
 STARTED = "megatron_vila/started"
 """key of what each rank that has come to the start is: ``this_process``"""
@@ -81,8 +81,7 @@ def meet(timeout_minutes: float = 30.0) -> None:
         there = [store.check([key]) for key in keys]
         if rank != there.index(True):
             raise PeerError("a rank has not come") from error
-        missing = [str(other) for other in range(world) if not there[other]]
-        shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
+        shown = some([str(other) for other in range(world) if not there[other]])
         raise StallError(
             f"rank {shown} has not come to the start within train.timeout_minutes={timeout_minutes:g}; look whether its process "
             "was started, and whether it stands still"
