@@ -27,6 +27,7 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.activations import attention_alone, plain_ring_alone
 from megatron_vila.plan.budgets import GIB, MOST_PEER_BYTES
 from megatron_vila.plan.heads import HeadSplit
+from megatron_vila.plan.row_plan import AttentionPlan
 
 VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto", "method": "mmsp", "exchange": "peers"}
 METHODS = ("mmsp", "plain_ring")
@@ -75,7 +76,7 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
         split = HeadSplit(heads, kv_heads, grid.ulysses, variant["ulysses_chunks"])
         peers = PeerMemory.of(topology.ulysses, device) if variant["exchange"] == "peers" else None
         attention = Attention2D.of(split, kernel, dim**-0.5, topology.ulysses, topology.ring, device, peers)
-        row = RowIndices.of(cu_seqlens, grid.ulysses, grid.ring, topology.place.ring, device)
+        row = RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), device)
 
         def forward():
             return attention(q_sHD, k_sKD, v_sKD, row)

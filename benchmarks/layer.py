@@ -40,6 +40,7 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.activations import decoder_alone
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops, peak_flops
+from megatron_vila.plan.row_plan import AttentionPlan
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.plan.tokens import local_positions
 
@@ -133,7 +134,7 @@ def _mmsp(
     cu_seqlens = np.array([0, length])
     positions = torch.from_numpy(local_positions(cu_seqlens, grid.cp, topology.cp_rank)).to(device)
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
-    row = RowParams.of(cu_seqlens, *angles, grid.ulysses, grid.ring, topology.place.ring)
+    row = RowParams(*angles, RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), device))
     host = HostMemory(int(config.memory.offload_gib * GIB), device)
     return attention_kernel(decoder), decoder, lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
 
@@ -190,8 +191,7 @@ def put_attention_inside(
     spec: ModuleSpec, config: Config, topology: ParallelTopology, device: torch.device, length: int
 ) -> None:
     """Give Megatron's layers this project's attention, for a document of ``length`` tokens."""
-    grid = topology.grid
-    indices = RowIndices.of(np.array([0, length]), grid.ulysses, grid.ring, topology.place.ring, device)
+    indices = RowIndices.of(AttentionPlan.of(np.array([0, length]), topology.grid, topology.place.ring), device)
     spec.submodules.self_attention.submodules.core_attention = core_attention(
         _InsideMegatron, config.model, topology, device, config.parallel.ulysses_chunks, indices=indices
     )

@@ -93,11 +93,11 @@ def _prepare(topology: ParallelTopology, frames: int, each: int, hidden: int):
     length = -(-frames * each // unit) * unit
     cu_seqlens = np.array([0, length])
     plan = plan_reshard(cu_seqlens, each * np.arange(frames), [each] * frames, [1] * frames, grid.cp, grid.tp)
-    reshard = Reshard.of(plan, topology.encoder_rank, topology.tp_cp, device)
+    reshard = Reshard.of(plan.of_rank(topology.encoder_rank), topology.tp_cp, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    made_NH = torch.randn(sum(reshard.send_counts), hidden, device=device, dtype=dtype).requires_grad_()
-    downed_MH = torch.randn(sum(reshard.recv_counts), hidden, device=device, dtype=dtype)
-    made = [sum(plan.send_counts(rank)) for rank in range(grid.encoders)]
+    made_NH = torch.randn(sum(reshard.plan.send_counts), hidden, device=device, dtype=dtype).requires_grad_()
+    downed_MH = torch.randn(sum(reshard.plan.recv_counts), hidden, device=device, dtype=dtype)
+    made = plan.traffic.sum(axis=1).tolist()
     wanted = _places_of_owned(plan, topology.encoder_rank, grid.encoders, max(made)).to(device)
 
     def full_gather(x_NH):
@@ -110,9 +110,9 @@ def _places_of_owned(plan, rank: int, ranks: int, padded: int) -> torch.Tensor:
     """Where the tokens that ``rank`` owns stand in the gathered buffer, in the order in which it would receive them."""
     places = []
     for source in range(ranks):
-        counts, order = plan.send_counts(source), plan.send_order(source)
-        first = sum(counts[:rank])
-        places.append(source * padded + order[first : first + counts[rank]])
+        sent = plan.of_rank(source)
+        first = sum(sent.send_counts[:rank])
+        places.append(source * padded + sent.send_order[first : first + sent.send_counts[rank]])
     return torch.from_numpy(np.concatenate(places))
 
 

@@ -27,17 +27,18 @@ from megatron_vila import accelerator
 from megatron_vila.checkpoint.optimizer_shards import ensure_state
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
+from megatron_vila.data.loader import LoadedRow
 from megatron_vila.explain.sample import made_up_document
 from megatron_vila.models.language import attention_kernel
-from megatron_vila.models.shard import local_frames
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops, peak_flops
 from megatron_vila.plan.memory import estimate_memory
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, pack
+from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.training.optimizer import apply_step, build_optimizer, wrap_ddp
-from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+from megatron_vila.training.step import Pass, mean_loss
 
 FRAME_SHARE = 15 / 16
 """Part of a video row that is frames."""
@@ -69,7 +70,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     losses: list[float] = []
     clock = _VisionClock(built)
 
-    def train(batch: MicroBatch) -> None:
+    def train(batch: LoadedRow) -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         clock.start()
@@ -174,15 +175,12 @@ def _note(settings: dict[str, Any]) -> str:
     return "; ".join(filter(None, [part, "without attention's products: memory only" * settings["without_attention"]]))
 
 
-def _batch(config: Config, topology: ParallelTopology, length: int, settings: dict[str, Any]) -> MicroBatch:
+def _batch(config: Config, topology: ParallelTopology, length: int, settings: dict[str, Any]) -> LoadedRow:
     """A row of at most ``length`` tokens and this rank's random frames."""
-    row = pack([made_up(config, length, settings["video"], settings["supervised"])], *_multiples(topology))
-    size, frames = config.model.vision.image_size, len(local_frames(row, topology))
-    return MicroBatch(row, torch.randint(256, (frames, 3, size, size), dtype=torch.uint8))
-
-
-def _multiples(topology: ParallelTopology) -> tuple[int, int]:
-    return topology.grid.document_multiple, topology.grid.row_multiple
+    document = made_up(config, length, settings["video"], settings["supervised"])
+    grid, size = topology.grid, config.model.vision.image_size
+    plan = RowPlan.of(pack([document], grid.document_multiple, grid.row_multiple), grid).shard(topology.rank)
+    return LoadedRow(0, plan, torch.randint(256, (len(plan.frames), 3, size, size), dtype=torch.uint8))
 
 
 def made_up(config: Config, length: int, video: bool, supervised: int) -> Document:
@@ -203,7 +201,7 @@ class _Enough(Exception):
     """The layers that ``partial`` asks for are through."""
 
 
-def _partial(model: VilaModel, forward: Pass, batch: MicroBatch, layers: int) -> None:
+def _partial(model: VilaModel, forward: Pass, batch: LoadedRow, layers: int) -> None:
     """A step that ends once the backward pass reaches the layer before the last ``layers`` ones. Without pipeline stages."""
     decoder = model.llm.decoder.layers
     if not 0 < layers < len(decoder):

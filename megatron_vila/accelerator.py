@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_vila import megatron_on_cpu
 from megatron_vila.errors import SettingError
 
 _MCORE = "megatron.core"
@@ -143,7 +142,9 @@ def prepare() -> None:
     for name in quiet:
         logging.getLogger(f"{_MCORE}.{name}").addFilter(_is_news)
     if not torch.cuda.is_available():
-        megatron_on_cpu.redirect(cuda())
+        from megatron_vila import megatron_on_cpu
+
+        megatron_on_cpu.redirect()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

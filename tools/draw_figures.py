@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 from megatron_vila.plan.frames import frame_owner
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
-from megatron_vila.plan.tokens import ReshardPlan, local_positions, owners, plan_reshard
+from megatron_vila.plan.row_plan import RowPlan
+from megatron_vila.plan.tokens import ReshardPlan, local_positions, owners
 
 INK, FAINT, LINE, TEXT_TOKEN = "#1f2933", "#616e7c", "#cbd2d9", "#e4e7eb"
 GROUP_COLOURS = {"tp": "#c2410c", "ulysses": "#1d4ed8", "ring": "#047857", "dp": "#7e22ce"}
@@ -139,10 +140,7 @@ def draw_two_stage_sharding() -> Figure:
     row = pack(
         [_document(VIDEOS[0], 3, 9, 9), _document(VIDEOS[1], 2, 4, 5)], grid.document_multiple, grid.row_multiple
     )
-    tokens = [frame.tokens for frame in row.frames]
-    plan = plan_reshard(
-        row.cu_seqlens, row.frame_starts, tokens, [frame.cost for frame in row.frames], grid.cp, grid.tp
-    )
+    plan = RowPlan.of(row, grid).reshard
     maker_S = np.full(row.length, -1)
     maker_S[row.token_ids == MEDIA_TOKEN] = plan.maker
     title = f"One packed row of {row.length} tokens, {len(row.frames)} frames, on {grid.encoders} ranks (ulysses 2 × ring 2)"

@@ -41,6 +41,7 @@ from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import open_records
 from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_vila.plan.grid import GridShape
 
 IN_A_FILE, GOOD_IN_A_FILE, TRAINED, STEPS = 100, 10, 2, 11
 """Damaged and good records of a file; every second file is trained on, for an epoch of so many steps."""
@@ -124,8 +125,7 @@ def _use(config: Config, counts: Counter) -> None:
     lengths = length_table(dataset, f"{config.train.output}-lengths.json", 2)
     for order in (RowOrder(len(records), 0, False), RowOrder(len(records), 0, True, lengths, config.train.seq_length)):
         with RowLoader(
-            dataset, order, global_batch_size=1, dp_rank=0, dp_size=1, document_multiple=1, row_multiple=1,
-            local_frames=lambda row: range(len(row.frames)), agree=lambda reports: reports, image_size=28,
+            dataset, order, GridShape(), 0, global_batch_size=1, agree=lambda reports: reports, image_size=28,
             aspect="resize", workers=2, prefetch=4,
         ) as loader:  # fmt: skip
             for step in range(order.rows_of_epoch(0)):

@@ -21,6 +21,7 @@ from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
 from megatron_vila.plan.bounds import MOST
+from megatron_vila.plan.grid import GridShape
 
 PIXELS = 14
 """Side of the pictures that decoded frames are scaled to: they are only looked at by the decoder."""
@@ -129,18 +130,16 @@ def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> 
     return RowLoader(
         dataset,
         RowOrder(len(dataset), seed=0, shuffle=False),
+        GridShape(),
+        rank=0,
         global_batch_size=1,
-        dp_rank=0,
-        dp_size=1,
-        document_multiple=1,
-        row_multiple=1,
-        local_frames=lambda row: range(len(row.frames) if decode else 0),
         agree=lambda reports: reports,
         image_size=PIXELS,
         aspect=dataset.data.image_aspect,
         workers=threads,
         prefetch=prefetch,
         replace_bad=False,
+        decode=decode,
     )
 
 
@@ -154,8 +153,8 @@ def _add(report: Report, row: LoadedRow, dataset: VilaDataset, index: int) -> No
     report.truncated += row.stats.truncated
     report.unanswered += row.stats.unsupervised
     if report.tokens is not None:
-        report.tokens += row.row.length
-        report.longest = max(report.longest, row.row.length)
+        report.tokens += sum(row.row.lengths)
+        report.longest = max(report.longest, *row.row.lengths)
 
 
 def _problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Problem:

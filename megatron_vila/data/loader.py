@@ -24,7 +24,9 @@ from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSample
 from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.video import VideoReader
+from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import FrameRef, Row, pack
+from megatron_vila.plan.row_plan import RowPlan, ShardPlan
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +45,15 @@ class RowStats:
     and ``wait_s`` (seconds that the training loop stood still for this row) belong to this rank.
     """
 
-    documents: int
-    replaced_broken: int
-    replaced_too_long: int
-    truncated: int
-    unsupervised: int
-    left_out: int
-    decoded_frames: int
-    decode_s: float
-    wait_s: float
+    documents: int = 0
+    replaced_broken: int = 0
+    replaced_too_long: int = 0
+    truncated: int = 0
+    unsupervised: int = 0
+    left_out: int = 0
+    decoded_frames: int = 0
+    decode_s: float = 0.0
+    wait_s: float = 0.0
 
     @property
     def drawn(self) -> int:
@@ -70,17 +72,20 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """Row ``number`` of the run with ``pixels`` uint8 [F, 3, H, W] of the frames ``row.frames[frames]`` of this rank.
+    """Row ``number`` of the run with this rank's plan of it and ``pixels`` uint8 [F, 3, H, W] of the frames ``plan.frames``.
 
-    ``row`` is None if all of its samples are ``left_out``, which only happens where bad samples are not replaced.
+    ``plan`` is None if all samples are ``left_out``, which only happens where bad samples are not replaced.
     """
 
     number: int
-    row: Row | None
-    frames: range
+    plan: ShardPlan | None
     pixels: torch.Tensor
-    stats: RowStats
+    stats: RowStats = RowStats()
     left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def row(self) -> Row | None:
+        return self.plan and self.plan.row
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,7 @@ class _Attempt:
     choices: tuple[Choice, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     found: dict[int, str] = field(default_factory=dict)
-    row: Row | None = None
-    frames: range = range(0)
+    plan: ShardPlan | None = None
     pixels: torch.Tensor | None = None
     decode_s: float = 0.0
     error: Exception | None = None
@@ -109,13 +113,13 @@ class RowLoader:
     """The rows of one rank. Use it as a context manager, or call ``close``: it owns threads.
 
     * ``order``: which samples form row g; the same on every rank.
-    * ``document_multiple``, ``row_multiple``: padding, see ``row.pack``.
-    * ``local_frames(row)``: the frames of a row that this rank decodes; empty for ranks without a vision tower.
+    * ``grid`` and this ``rank`` in it: its replica, how rows are padded, and the rank's part of each (``plan/row_plan.py``).
     * ``agree(reports)``: the union, in one order, of the reports of all ranks of the model-parallel block. A collective: it is
       called in the thread of the caller, once per row and round, in the same order on every rank of the block.
     * ``workers`` threads decode up to ``prefetch`` rows ahead.
     * ``replace_bad``: whether another sample takes the place of one that cannot be used, as in training. Held-out samples are
       left out instead, each in a row of its own.
+    * ``decode``: whether pixels are read; without them rows have none.
 
     What the loader gives depends on the step alone: a run resumed at any step gets the same rows.
     """
@@ -124,31 +128,28 @@ class RowLoader:
         self,
         dataset: VilaDataset,
         order: RowOrder,
+        grid: GridShape,
+        rank: int,
         *,
         global_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        document_multiple: int,
-        row_multiple: int,
-        local_frames: Callable[[Row], range],
         agree: Callable[[list[str]], list[str]],
         image_size: int,
         aspect: str,
         workers: int,
         prefetch: int,
         replace_bad: bool = True,
+        decode: bool = True,
     ) -> None:
-        if global_batch_size % dp_size:
+        if global_batch_size % grid.dp:
             raise ValueError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of the data parallel size {dp_size}; "
-                f"use {-(-global_batch_size // dp_size) * dp_size}"
+                f"train.global_batch_size={global_batch_size} is not a multiple of the data parallel size {grid.dp}; "
+                f"use {-(-global_batch_size // grid.dp) * grid.dp}"
             )
         if order.samples != len(dataset):
             raise ValueError(f"the row order is made for {order.samples} samples, the data set has {len(dataset)}")
         self._dataset, self._order = dataset, order
-        self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
-        self._multiples = (document_multiple, row_multiple)
-        self._local_frames, self._agree = local_frames, agree
+        self._grid, self._rank, self._agree = grid, rank, agree
+        self._global_batch_size, self._decodes = global_batch_size, decode
         self._image_size, self._aspect = image_size, aspect
         self._prefetch, self._replace_bad = max(0, prefetch), replace_bad
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
@@ -180,7 +181,7 @@ class RowLoader:
         Collective: ``agree``, over the model-parallel block. Raises ``LoaderError`` on all ranks of the block if any of them
         failed for another reason than a broken sample.
         """
-        per_step = self._global_batch_size // self._dp_size
+        per_step = self._global_batch_size // self._grid.dp
         first = step * per_step
         for place in [p for p in self._jobs if not first <= p < first + per_step + self._prefetch]:
             self._jobs.pop(place)[1].cancel()
@@ -201,11 +202,12 @@ class RowLoader:
             attempt = self._attempt(slots, dict(self._broken), attempt)
         self._warn(attempt)
         stats = _stats(attempt, wait_s=time.perf_counter() - started_s)
-        return LoadedRow(self._number(place), attempt.row, attempt.frames, attempt.pixels, stats, attempt.left_out)
+        return LoadedRow(self._number(place), attempt.plan, attempt.pixels, stats, attempt.left_out)
 
     def _number(self, place: int) -> int:
-        step, micro_batch = divmod(place, self._global_batch_size // self._dp_size)
-        return step * self._global_batch_size + micro_batch * self._dp_size + self._dp_rank
+        dp_size, dp_rank = self._grid.dp, self._grid.coordinates(self._rank).dp
+        step, micro_batch = divmod(place, self._global_batch_size // dp_size)
+        return step * self._global_batch_size + micro_batch * dp_size + dp_rank
 
     def _learn(self, reports: Sequence[str], own_error: Exception | None) -> None:
         """Take in what the ranks of the block found; each broken sample is logged once."""
@@ -239,13 +241,11 @@ class RowLoader:
                 return _Attempt((), left_out, found, pixels=self._no_pixels(0))
             if previous is not None and [c.index for c in choices] == [c.index for c in previous.choices]:
                 return replace(previous, choices=choices, left_out=left_out, found=found)
-            row = pack([choice.document for choice in choices], *self._multiples)
-            frames = self._local_frames(row)
+            row = pack([choice.document for choice in choices], self._grid.document_multiple, self._grid.row_multiple)
+            plan = RowPlan.of(row, self._grid).shard(self._rank)
             started_s = time.perf_counter()
-            pixels, undecodable = self._decode(choices, frames)
-            return _Attempt(
-                choices, left_out, found | undecodable, row, frames, pixels, time.perf_counter() - started_s
-            )
+            pixels, undecodable = self._decode(choices, plan.frames if self._decodes else range(0))
+            return _Attempt(choices, left_out, found | undecodable, plan, pixels, time.perf_counter() - started_s)
         except Exception as error:
             return _Attempt(choices=tuple(choices), error=error)
 
@@ -342,7 +342,7 @@ def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
         truncated=sum(c.dropped_frames > 0 for c in choices),
         unsupervised=sum(not c.supervised for c in choices),
         left_out=len(attempt.left_out),
-        decoded_frames=len(attempt.frames),
+        decoded_frames=len(attempt.pixels),
         decode_s=attempt.decode_s,
         wait_s=wait_s,
     )

@@ -16,8 +16,8 @@ from megatron_vila.plan import traffic
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.memory import element_bytes
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.sizes import patches_per_frame, tokens_per_frame
-from megatron_vila.plan.tokens import ReshardPlan, local_positions, plan_reshard
 
 LISTED_RANKS = 16
 """Ranks of a table, half of them from its start and half from its end, unless all are asked for."""
@@ -41,7 +41,7 @@ def explain_sample(
 ) -> None:
     """Print the frame plan, the token plan and the traffic of a row with this one document; ``note`` is shown beside it."""
     row = pack([document], grid.document_multiple, grid.row_multiple)
-    plan = plan_row(row, grid)
+    plan = RowPlan.of(row, grid)
     visual = sum(frame.tokens for frame in row.frames)
     out.print(
         f"Sample {document.sample_id}: {number(len(document))} tokens "
@@ -51,14 +51,8 @@ def explain_sample(
         out.print(f"({note})")
     out.print()
     _media(out, row)
-    _frames_and_tokens(out, grid, row, plan, all_ranks)
-    _traffic(out, config, grid, row, plan)
-
-
-def plan_row(row: Row, grid: GridShape) -> ReshardPlan:
-    """Stage 1 and stage 2 of a row."""
-    tokens, costs = [f.tokens for f in row.frames], [f.cost for f in row.frames]
-    return plan_reshard(row.cu_seqlens, row.frame_starts, tokens, costs, grid.cp, grid.tp)
+    _frames_and_tokens(out, plan, all_ranks)
+    _traffic(out, config, plan)
 
 
 def _media(out: Console, row: Row) -> None:
@@ -72,16 +66,14 @@ def _media(out: Console, row: Row) -> None:
         table(out, "Media", ["file", "frames of the row", "decoded", "tokens each"], rows)
 
 
-def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPlan, all_ranks: bool) -> None:
-    rows = []
-    per_rank = row.length // grid.encoders
-    made = plan.traffic.sum(axis=1)
+def _frames_and_tokens(out: Console, plan: RowPlan, all_ranks: bool) -> None:
+    rows, grid, tokens = [], plan.grid, plan.reshard.traffic
+    per_rank = plan.row.length // grid.encoders
+    made = tokens.sum(axis=1)
     for encoder, rank in enumerate(traffic.block_ranks(grid)):
         place = grid.coordinates(rank)
-        frames = range(int(plan.boundaries[encoder]), int(plan.boundaries[encoder + 1]))
-        local = local_positions(row.cu_seqlens, grid.cp, grid.cp_rank(rank))
-        places = local[place.tp * per_rank : (place.tp + 1) * per_rank]
-        stays = int(plan.traffic[encoder, encoder])
+        frames, places = plan.reshard.frames(encoder), plan.places(rank)
+        stays = int(tokens[encoder, encoder])
         where = f"{place.tp}/{place.ulysses}/{place.ring}"
         rows.append([rank, where, ranges(frames), len(frames), number(made[encoder]), number(stays), ranges(places)])
     hidden = 0 if all_ranks else max(0, len(rows) - LISTED_RANKS)
@@ -103,11 +95,11 @@ def _frames_and_tokens(out: Console, grid: GridShape, row: Row, plan: ReshardPla
     )
 
 
-def _traffic(out: Console, config: Config, grid: GridShape, row: Row, plan: ReshardPlan) -> None:
-    llm = config.model.llm
+def _traffic(out: Console, config: Config, plan: RowPlan) -> None:
+    llm, grid, row = config.model.llm, plan.grid, plan.row
     element = element_bytes(config.train.precision, on_gpu=True)
     nodes = np.array(traffic.block_ranks(grid)) // config.parallel.gpus_per_node
-    reshard = traffic.reshard_bytes(plan, llm.hidden_size, element)
+    reshard = traffic.reshard_bytes(plan.reshard, llm.hidden_size, element)
     exchanges = [("stage-2 re-shard, once a row", reshard, reshard.T)]
     for name, function in (
         ("TP gather and scatter, a layer", traffic.tensor_bytes),
@@ -123,9 +115,8 @@ def _traffic(out: Console, config: Config, grid: GridShape, row: Row, plan: Resh
             rows.append([name if direction == "forward" else "", direction, *cells])
     columns = ["exchange", "pass", "most sent\nby a rank", "all, inside\nnodes", "all, between\nnodes"]
     table(out, f"Bytes of one micro-batch in one replica ({element} bytes an element)", columns, rows)
-    out.print(
-        f"Stage 2 moves {number(plan.moved)} of {number(int(plan.traffic.sum()))} visual tokens: the lower bound."
-    )
+    visual = int(plan.reshard.traffic.sum())
+    out.print(f"Stage 2 moves {number(plan.reshard.moved)} of {number(visual)} visual tokens: the lower bound.")
     if config.memory.recompute == "full":
         out.print("memory.recompute=full runs the forward exchanges of each layer once more in the backward pass.")
     elif config.memory.recompute == "attention_output":

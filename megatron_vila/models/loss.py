@@ -15,7 +15,7 @@ C those scored at once, H hidden size, V vocabulary rows of this tp rank, W rows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ def fused_head(
     hidden_nH: torch.Tensor,
     weight_VH: torch.Tensor,
     labels_n: torch.Tensor,
-    counts: list[int],
+    counts: Sequence[int],
     vocabulary: Vocabulary,
     logit_bytes: int = HEAD_LOGIT_BYTES,
 ) -> HeadOutput:

@@ -15,21 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_vila import accelerator
 from megatron_vila.parallel.kernels import AttentionKernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.ring import Ring, RingLayout
 from megatron_vila.parallel.ulysses import Ulysses
 from megatron_vila.plan.heads import HeadSplit
-from megatron_vila.plan.tokens import ulysses_permutation
+from megatron_vila.plan.row_plan import AttentionPlan
 
 
 @dataclass(frozen=True)
 class RowIndices:
-    """What the exchanges of one row need on the device.
+    """A row's ``AttentionPlan`` on the device.
 
     ``order`` and ``inverse`` int64 [T] permute tokens at the Ulysses exchange (None when ulysses = 1).
     """
@@ -39,14 +39,12 @@ class RowIndices:
     inverse: torch.Tensor | None
 
     @classmethod
-    def of(cls, cu_seqlens: np.ndarray, ulysses: int, ring: int, ring_rank: int, device: torch.device) -> RowIndices:
-        """``cu_seqlens`` int64 [D+1] on the host. No collective, no synchronisation."""
-        order = inverse = None
-        if ulysses > 1:
-            permutation = torch.from_numpy(ulysses_permutation(cu_seqlens, ulysses, ring, ring_rank))
-            order = permutation.to(device, non_blocking=True)
-            inverse = torch.argsort(permutation).to(device, non_blocking=True)
-        return cls(RingLayout.of(cu_seqlens, ring, device), order, inverse)
+    def of(cls, plan: AttentionPlan, device: torch.device) -> RowIndices:
+        """Copies to the device only. No collective, no synchronization."""
+        order, inverse = (
+            None if x is None else accelerator.to_device(torch.from_numpy(x), device) for x in (plan.order, plan.inverse)
+        )
+        return cls(RingLayout.of(plan, device), order, inverse)
 
 
 class KeptAttention:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -39,11 +38,6 @@ class RowParams:
     def keeping(self, kept: KeptAttention | None) -> RowParams:
         """The same row for one layer, whose attention fills ``kept`` or, once it is filled, is taken from it."""
         return replace(self, kept=kept)
-
-    @classmethod
-    def of(cls, cu_seqlens: np.ndarray, cos_SD, sin_SD, ulysses: int, ring: int, ring_rank: int) -> RowParams:
-        """Index tensors for one row on the device of ``cos_SD``; ``cu_seqlens`` int64 [D+1] on the host."""
-        return cls(cos_SD, sin_SD, RowIndices.of(cu_seqlens, ulysses, ring, ring_rank, cos_SD.device))
 
 
 class MMSPAttention(nn.Module):

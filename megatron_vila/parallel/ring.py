@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_vila import accelerator
 from megatron_vila.accelerator import compiled_on_cuda
 from megatron_vila.parallel.kernels import AttentionKernel, Segments
-from megatron_vila.plan.tokens import ALL, BACK, FRONT, half_indices, ring_step
+from megatron_vila.plan.row_plan import AttentionPlan
+from megatron_vila.plan.tokens import ALL, BACK, FRONT, ring_step
 
 Tensors = Sequence[torch.Tensor]
 
@@ -38,14 +39,13 @@ class RingLayout:
     halves: dict[str, slice | torch.Tensor]
 
     @classmethod
-    def of(cls, cu_seqlens: np.ndarray, ring: int, device: torch.device) -> RingLayout:
-        lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))
-        shorter = tuple(n // 2 for n in lengths)
-        front, back = half_indices(cu_seqlens, ring)
-        if len(lengths) == 1:
-            halves = {FRONT: slice(0, len(front)), BACK: slice(len(front), 2 * len(front))}
+    def of(cls, plan: AttentionPlan, device: torch.device) -> RingLayout:
+        lengths, shorter = plan.lengths, tuple(n // 2 for n in plan.lengths)
+        if plan.halves is None:
+            halves = {FRONT: slice(0, shorter[0]), BACK: slice(shorter[0], lengths[0])}
         else:
-            halves = {FRONT: torch.from_numpy(front).to(device), BACK: torch.from_numpy(back).to(device)}
+            front, back = (accelerator.to_device(torch.from_numpy(x), device) for x in plan.halves)
+            halves = {FRONT: front, BACK: back}
         return cls(
             whole=Segments(lengths, lengths),
             half=Segments(shorter, shorter),

@@ -100,6 +100,22 @@ def ring_step(ring: int, rank: int, step: int) -> RingStep:
 
 
 @dataclass(frozen=True)
+class RankReshard:
+    """Stage 2 for one row as one block rank sees it.
+
+    ``send_counts`` and ``recv_counts`` are the tokens to and from each block rank, itself included. ``send_order`` int64 is the
+    order in which it lays out its own visual tokens (numbered as made) for sending: by receiver, then place. ``slots`` int64 are
+    the local slots of what it receives. ``moved`` counts the tokens that change rank in the whole block: at 0 nobody sends.
+    """
+
+    send_counts: list[int]
+    recv_counts: list[int]
+    send_order: np.ndarray
+    slots: np.ndarray
+    moved: int
+
+
+@dataclass(frozen=True)
 class ReshardPlan:
     """Stage 2 for one row: how visual tokens go from the encoder that made them to the rank that owns their place.
 
@@ -113,21 +129,20 @@ class ReshardPlan:
     owner: np.ndarray
     slot: np.ndarray
 
-    def send_counts(self, rank: int) -> list[int]:
-        """Tokens that block rank ``rank`` sends to each block rank, itself included."""
-        return self.traffic[rank].tolist()
+    def frames(self, encoder: int) -> range:
+        """The frames of the row that ``encoder`` decodes and encodes."""
+        return range(int(self.boundaries[encoder]), int(self.boundaries[encoder + 1]))
 
-    def recv_counts(self, rank: int) -> list[int]:
-        """Tokens that ``rank`` receives from each block rank, itself included."""
-        return self.traffic[:, rank].tolist()
-
-    def send_order(self, rank: int) -> np.ndarray:
-        """Order in which ``rank`` lays out its own visual tokens (numbered as made) for sending: by receiver, then place."""
-        return np.argsort(self.owner[self.maker == rank], kind="stable")
-
-    def recv_slots(self, rank: int) -> np.ndarray:
-        """Local slot of each token that ``rank`` receives. Makers ascend with the row, so row order is arrival order."""
-        return self.slot[self.owner == rank]
+    def of_rank(self, rank: int) -> RankReshard:
+        """What block rank ``rank`` sends and receives."""
+        return RankReshard(
+            send_counts=self.traffic[rank].tolist(),
+            recv_counts=self.traffic[:, rank].tolist(),
+            send_order=np.argsort(self.owner[self.maker == rank], kind="stable"),
+            # Makers ascend with the row, so row order is arrival order.
+            slots=self.slot[self.owner == rank],
+            moved=self.moved,
+        )
 
     @cached_property
     def traffic(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.loader import LoadedRow
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.training.feed import chance_level, evaluation_loader
-from megatron_vila.training.step import MicroBatch, Pass, exact_matches
+from megatron_vila.training.step import Pass, exact_matches
 
 LEFT_OUT = {
     "broken": "broken (the log names them)",
@@ -51,13 +51,13 @@ def evaluate(config: Config, forward: Pass) -> dict[str, float]:
                 states[row.number] = _state(row, dataset.records)
             if row.row is None:
                 continue
-            reports = forward.run([MicroBatch(row.row, row.pixels)], forward_only=True)
+            reports = forward.run([row], forward_only=True)
             if not topology.is_last_stage:
                 continue
             (match,) = exact_matches(reports, topology, device)
             if counted and match is not None:
                 right += match
-                losses += torch.stack([reports[0]["loss_sum"].double(), losses.new_tensor(reports[0]["supervised"])])
+                losses += torch.stack([reports[0].loss_sum.double(), losses.new_tensor(reports[0].supervised)])
     dist.all_reduce(states, op=dist.ReduceOp.MAX, group=topology.dp)
     if topology.is_last_stage:
         dist.all_reduce(right, group=topology.dp)

@@ -19,7 +19,6 @@ from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError
-from megatron_vila.models.shard import local_frames
 from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.report_files import Reporting, replace_file
@@ -161,12 +160,9 @@ def _loader(
     return RowLoader(
         dataset,
         order,
+        topology.grid,
+        topology.rank,
         global_batch_size=batch,
-        dp_rank=topology.place.dp,
-        dp_size=topology.grid.dp,
-        document_multiple=topology.grid.document_multiple,
-        row_multiple=topology.grid.row_multiple,
-        local_frames=lambda row: local_frames(row, topology),
         agree=agreement(topology.block_cpu),
         image_size=config.model.vision.image_size,
         aspect=config.data.image_aspect,

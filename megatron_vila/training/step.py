@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,24 +17,19 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vila.config.schema import LanguageConfig
+from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.loss import HeadOutput
 from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.row import Row
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A row and the frames that this rank encodes: uint8 [F, 3, image_size, image_size], on the host; the tower copies them to
-    the device a few at a time."""
-
-    row: Row
-    pixels: torch.Tensor
+from megatron_vila.plan.row_plan import ShardPlan
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Runs rows through the model: ``run(rows)`` trains, ``run(rows, forward_only=True)`` evaluates."""
+    """Runs rows through the model: ``run(rows)`` trains, ``run(rows, forward_only=True)`` evaluates.
+
+    Rows come with their plan and with pixels on the host, which the tower copies to the device a few at a time.
+    """
 
     model: torch.nn.Module
     topology: ParallelTopology
@@ -42,8 +37,8 @@ class Pass:
     dtype: torch.dtype
     device: torch.device
 
-    def run(self, rows: Sequence[MicroBatch], forward_only: bool = False) -> list[dict[str, Any]]:
-        """One dict per row on the last pipeline stage (see ``_report``), an empty list on the others.
+    def run(self, rows: Sequence[LoadedRow], forward_only: bool = False) -> list[RowReport]:
+        """A report of each row on the last pipeline stage, an empty list on the others.
 
         Collectives: all of the model's, pipeline point-to-point, and with gradients Megatron's reduction over dp x cp.
         """
@@ -57,41 +52,44 @@ class Pass:
             forward_only=forward_only,
         )
 
-    def _forward_step(self, rows: Iterator[tuple[MicroBatch, MicroBatch | None]], model: torch.nn.Module):
-        batch, following = next(rows)
-        head_dim = self.llm.head_dim or self.llm.hidden_size // self.llm.num_heads
-        shard = RowShard.of(batch.row, self.topology, self.llm, head_dim, self.dtype, self.device)
-        output = model(shard, batch.pixels, following and following.pixels)
+    def _forward_step(self, rows: Iterator[tuple[LoadedRow, LoadedRow | None]], model: torch.nn.Module):
+        loaded, following = next(rows)
+        shard = RowShard.of(loaded.plan, self.topology, self.llm, self.dtype, self.device)
+        output = model(shard, loaded.pixels, following and following.pixels)
         if isinstance(output, HeadOutput):
-            return output.loss_sum, partial(_loss, shard, batch.row, output.correct_n)
+            return output.loss_sum, partial(_loss, loaded.plan, output.correct_n)
         return output, None
 
 
-def _loss(shard: RowShard, row: Row, correct_n: torch.Tensor, loss_sum: torch.Tensor):
+class RowReport(NamedTuple):
+    """What came of a row on a rank of the last pipeline stage.
+
+    ``loss_sum`` [] and ``supervised`` tokens of its CP rank; ``correct_n`` bool [n] tells for each supervised token held here
+    whether it was predicted, ``documents_n`` int64 [n] (host) its document, of ``documents`` in the row.
+    """
+
+    loss_sum: torch.Tensor
+    supervised: int
+    correct_n: torch.Tensor
+    documents_n: np.ndarray
+    documents: int
+
+
+def _loss(plan: ShardPlan, correct_n: torch.Tensor, loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, RowReport]:
     """Megatron's loss function: (sum, number of tokens, report); nothing is averaged here."""
-    tokens = torch.tensor(shard.supervised, dtype=torch.int, device=loss_sum.device)
-    return loss_sum, tokens, _report(shard, row, correct_n, loss_sum)
+    supervised = sum(plan.counts)
+    report = RowReport(loss_sum.detach(), supervised, correct_n, plan.documents, len(plan.row.lengths))
+    return loss_sum, torch.tensor(supervised, dtype=torch.int, device=loss_sum.device), report
 
 
-def _report(shard: RowShard, row: Row, correct_n: torch.Tensor, loss_sum: torch.Tensor) -> dict[str, Any]:
-    """``loss_sum`` and ``supervised`` of this CP rank; ``correct_n`` and the document of each supervised token held here."""
-    return {
-        "loss_sum": loss_sum.detach(),
-        "supervised": shard.supervised,
-        "row": row,
-        "correct_n": correct_n,
-        "documents_n": shard.documents_n,
-    }
-
-
-def mean_loss(reports: Sequence[dict[str, Any]], topology: ParallelTopology, device: torch.device) -> tuple[float, int]:
+def mean_loss(reports: Sequence[RowReport], topology: ParallelTopology, device: torch.device) -> tuple[float, int]:
     """Mean loss per supervised token of the global batch and their number, on every rank.
 
     All-reduce over dp x cp on the last pipeline stage, then a broadcast over the pipeline group. Zero tokens: (0.0, 0).
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for report in reports:
-        total += torch.stack([report["loss_sum"].double(), torch.tensor(report["supervised"], device=device).double()])
+        total += torch.stack([report.loss_sum.double(), torch.tensor(report.supervised, device=device).double()])
     if topology.is_last_stage:
         dist.all_reduce(total, group=topology.dp_cp)
     if topology.grid.pp > 1:
@@ -100,17 +98,16 @@ def mean_loss(reports: Sequence[dict[str, Any]], topology: ParallelTopology, dev
     return (loss / tokens if tokens else 0.0), int(tokens)
 
 
-def exact_matches(reports: Sequence[dict[str, Any]], topology: ParallelTopology, device: torch.device) -> list[bool | None]:
+def exact_matches(reports: Sequence[RowReport], topology: ParallelTopology, device: torch.device) -> list[bool | None]:
     """For each document of the reports' rows, in order: was every supervised token predicted (arg-max)? None without any.
 
     Called on the last pipeline stage. All-reduce over cp, then over tp under sequence parallelism.
     """
     wrong, seen = [], []
     for report in reports:
-        documents = len(report["row"].lengths)
-        missed = ~report["correct_n"].cpu().numpy()
-        wrong += np.bincount(report["documents_n"][missed], minlength=documents).tolist()
-        seen += np.bincount(report["documents_n"], minlength=documents).tolist()
+        missed = ~report.correct_n.cpu().numpy()
+        wrong += np.bincount(report.documents_n[missed], minlength=report.documents).tolist()
+        seen += np.bincount(report.documents_n, minlength=report.documents).tolist()
     counts = torch.tensor([wrong, seen], device=device)
     dist.all_reduce(counts, group=topology.cp)
     if topology.grid.tp > 1:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila import accelerator
+from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.resume import (
     ResumePoint,
     changes,
@@ -33,7 +34,6 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
-from megatron_vila.errors import CheckpointError
 from megatron_vila.models.decoder.gated import reason_for_apart
 from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
@@ -58,7 +58,7 @@ from megatron_vila.training.metrics import MetricsLogger, StepMetrics
 from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
-from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+from megatron_vila.training.step import Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
 from megatron_vila.training.watch import Watch
 
@@ -244,7 +244,7 @@ class Trainer:
         """Forward, backward and update. No weight changes if the step has no label or anything is not finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self.forward.run([MicroBatch(row.row, row.pixels) for row in rows])
+        reports = self.forward.run(rows)
         loss, supervised = mean_loss(reports, self.topology, self.device)
         updated, norm = False, 0.0
         if supervised:

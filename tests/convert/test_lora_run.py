@@ -9,12 +9,12 @@ from megatron_vila.config.schema import LoraConfig, ParallelConfig
 from megatron_vila.convert.exporter import export_checkpoint
 from megatron_vila.convert.importer import import_checkpoint
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
-from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.row import pack
 from tests import samples
 from tests.convert import material
+from tests.parallel import contract
 from tests.ranks import pool
 
 LORA = LoraConfig(rank=3, alpha=5.0, targets=["qkv", "proj", "fc1", "fc2"])
@@ -50,7 +50,7 @@ def loss(rank, imported, checkpoint, lora):
     load_checkpoint(checkpoint, [model])
     row = pack([samples.document("text", "t" * 30)], 2, 2)
     llm = config.model.llm
-    shard = RowShard.of(row, topology, llm, llm.hidden_size // llm.num_heads, torch.float32, torch.device("cpu"))
+    shard = contract.shard_of(row, topology, llm, torch.float32)
     side = config.model.vision.image_size
     topology.destroy()
     return model(shard, torch.zeros(0, 3, side, side)).loss_sum.item()

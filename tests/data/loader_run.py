@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -14,7 +15,7 @@ from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import RecordFiles
-from megatron_vila.plan.frames import deal_frames
+from megatron_vila.plan.grid import GridShape
 from tests.data.material import byte_level_tokenizer, conversation, write_jsonl
 
 MODEL = ModelConfig(
@@ -69,6 +70,7 @@ class Data:
         self.cache = str(tmp_path / "lengths.json")
 
     def loader(self, rank=0, ranks=1, agree=no_other_rank, *, batch=2, dp_rank=0, dp_size=1, seed=5, **more):
+        """Of rank ``rank`` of a block of ``ranks`` tensor-parallel ranks."""
         dataset = VilaDataset(
             RecordFiles([self.files], more.pop("folder", self.folder), skip_bad=self.skip_bad),
             TOKENIZER,
@@ -79,13 +81,10 @@ class Data:
         lengths = length_table(dataset, self.cache, 1) if self.packing else more.pop("lengths", None)
         order = RowOrder(len(dataset), seed, more.pop("shuffle", True), lengths, SEQ_LENGTH)
 
-        def local_frames(row):
-            ends = deal_frames([f.cost for f in row.frames], ranks)
-            return range(int(ends[rank]), int(ends[rank + 1]))
-
-        options = {"document_multiple": 4, "row_multiple": 8, "local_frames": local_frames, "agree": agree}
-        options |= {"image_size": 32, "aspect": "resize", "workers": 2, "prefetch": 3}
-        return RowLoader(dataset, order, global_batch_size=batch, dp_rank=dp_rank, dp_size=dp_size, **(options | more))
+        grid = more.pop("grid", None) or GridShape(tp=ranks, dp=dp_size)
+        options = {"agree": agree, "image_size": 32, "aspect": "resize", "workers": 2, "prefetch": 3}
+        options |= {"rank": rank + ranks * dp_rank, "global_batch_size": batch}
+        return RowLoader(dataset, order, grid, **(options | more))
 
     def block(self, ranks, steps, **options):
         """The rows that each rank of a model-parallel block gets in ``steps`` steps, with the number of agreements."""
@@ -121,14 +120,15 @@ class Agreement:
 
 
 def contents(row):
-    """What a row holds, to compare rows."""
-    return (row.number, row.row.sample_ids, row.row.frames, row.row.token_ids.tolist(), row.row.labels.tolist())
+    """What a row holds, to compare rows: without the padding, which depends on the grid."""
+    used = np.concatenate([s + np.arange(n) for s, n in zip(row.row.cu_seqlens, row.row.lengths, strict=False)])
+    return (row.number, row.row.sample_ids, row.row.frames, row.row.token_ids[used].tolist(), row.row.labels[used].tolist())
 
 
 def together(rows_of_ranks):
     """Rows of a block with the pixels of all its ranks, in the order of the frames."""
     for rows in zip(*rows_of_ranks, strict=True):
         assert len({repr(contents(row)) for row in rows}) == 1
-        places = [place for row in rows for place in row.frames]
+        places = [place for row in rows for place in row.plan.frames]
         assert places == list(range(len(rows[0].row.frames))), "every frame is decoded once"
         yield contents(rows[0]), torch.cat([row.pixels for row in rows])

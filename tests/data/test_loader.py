@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vila.data.loader import LoaderError
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.row_plan import RowPlan
 from tests.data.loader_run import BROKEN, GOOD, SEQ_LENGTH, TEXT, Agreement, Data, contents, sample, together
 from tests.data.material import conversation, cut_off, destroy_frames, read_stamps, write_video
 
@@ -190,12 +192,13 @@ def test_an_unexpected_error_on_one_rank_ends_all_ranks(tmp_path, folder):
     data = Data(tmp_path, folder, GOOD)
     agreement = Agreement(2)
 
-    def no_memory(row):
+    def no_memory(frames):
         raise MemoryError("out of memory")
 
     def run(rank):
-        more = {"local_frames": no_memory} if rank else {}
-        with data.loader(rank, 2, lambda reports: agreement(rank, reports), **more) as loader:
+        with data.loader(rank, 2, lambda reports: agreement(rank, reports), prefetch=0) as loader:
+            if rank:
+                loader._no_pixels = no_memory
             with pytest.raises(LoaderError, match=r"MemoryError: out of memory \(samples of the row: ") as error:
                 loader.rows(0)
             return error.value.__cause__
@@ -252,7 +255,7 @@ def test_packed_rows_are_full_and_stay_within_the_length_when_samples_turn_out_b
     for (number, names, *_), pixels in together(rows_of_ranks):
         row = next(r for r in rows_of_ranks[0] if r.number == number)
         ends = row.row.cu_seqlens
-        assert (ends % 4 == 0).all() and ends[-1] % 8 == 0
+        assert (ends % 2 == 0).all() and ends[-1] % 4 == 0
         assert (row.row.positions == 0).sum() == len(names), "positions start anew in each document"
         assert row.row.length <= SEQ_LENGTH + 4 * len(names) + 8
         assert "middle.mp4" not in names
@@ -316,7 +319,23 @@ def test_a_batch_that_does_not_divide_among_the_replicas_is_refused(tmp_path, fo
 
 def test_pixels_of_ranks_without_frames_are_empty(tmp_path, folder):
     data = Data(tmp_path, folder, [TEXT])
-    with data.loader(batch=1, local_frames=lambda row: range(0)) as loader:
+    grid = GridShape(tp=2, ulysses=2, pp=2)
+    with data.loader(batch=1, grid=grid, rank=grid.rank(pp=1)) as loader:
         (row,) = loader.rows(0)
-    assert row.pixels.shape == (0, 3, 32, 32)
+    assert row.pixels.shape == (0, 3, 32, 32) and row.plan.reshard is None
     assert np.array_equal(row.row.cu_seqlens % 8, [0, 0])
+
+
+def test_the_plan_of_a_row_is_made_in_the_thread_that_decodes_it(tmp_path, folder, monkeypatch):
+    threads = []
+    original = RowPlan.shard
+
+    def noted(plan, rank):
+        threads.append(threading.current_thread().name)
+        return original(plan, rank)
+
+    monkeypatch.setattr(RowPlan, "shard", noted)
+    with Data(tmp_path, folder, GOOD).loader(batch=2, prefetch=2) as loader:
+        rows = loader.rows(0)
+    assert all(np.array_equal(row.plan.positions, row.row.positions) for row in rows)
+    assert len(threads) >= 2 and all(name.startswith("decode") for name in threads)

@@ -20,12 +20,12 @@ from megatron_vila.config.schema import (
     VisionConfig,
 )
 from megatron_vila.convert.exporter import export_checkpoint
-from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vision.tower import encode_frames
 from megatron_vila.plan.geometry import tokens_per_frame
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, pack
 from tests.data.material import byte_level_tokenizer
-from tests.parallel.contract import CPU, build
+from tests.parallel import contract
+from tests.parallel.contract import build
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ def answer(rank: int, settings: Config, prompts: list[Prompt], new_tokens: int) 
         starts = np.flatnonzero(token_ids == MEDIA_TOKEN)[::size]
         frames = tuple(FrameRef("", i, size, 1, True) for i in range(len(starts)))
         document = Document(token_ids, np.full(len(token_ids), IGNORE), frames, starts, "prompt")
-        head_dim = llm.head_dim or llm.hidden_size // llm.num_heads
-        shard = RowShard.of(pack([document], 2, 2), topology, llm, head_dim, torch.float32, CPU)
+        shard = contract.shard_of(pack([document], 2, 2), topology, llm, torch.float32)
         model(shard, pixels)
         return (kept["hidden"][: len(token_ids), 0] @ output.T)[:, : llm.vocab_size]
 

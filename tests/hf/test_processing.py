@@ -17,6 +17,7 @@ from megatron_vila.data.records import RecordFiles
 from megatron_vila.data.video import MediaError, decode_video_frames
 from megatron_vila.hf import VilaConfig, VilaProcessor
 from megatron_vila.models.vision.tower import scale_pixels
+from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import (
     QWEN2_TEMPLATE,
@@ -73,13 +74,12 @@ def trained(tmp_path, media, record, tokenizer, **data):
     loader = RowLoader(
         VilaDataset(files, tokenizer, settings, MODEL, 600),
         RowOrder(1, 0, shuffle=False),
-        global_batch_size=1, dp_rank=0, dp_size=1, document_multiple=1, row_multiple=1,
-        local_frames=lambda row: range(len(row.frames)), agree=lambda reports: reports,
+        GridShape(), 0, global_batch_size=1, agree=lambda reports: reports,
         image_size=MODEL.vision.image_size, aspect=settings.image_aspect, workers=1, prefetch=0,
     )  # fmt: skip
     with loader:
         (loaded,) = loader.rows(0)
-    return loaded.row.token_ids, scale_pixels(loaded.pixels), loaded.row.frames
+    return loaded.row.token_ids[: loaded.row.lengths[0]], scale_pixels(loaded.pixels), loaded.row.frames
 
 
 def messages(record, turns=None):

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from megatron_vila.config.schema import Config, LanguageConfig, ParallelConfig
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
 from megatron_vila.models.language import padded_vocab_size
-from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.row import pack
@@ -76,7 +75,7 @@ def _losses(rank: int, config: Config) -> tuple[float, float]:
     other = _huggingface(llm).float()
     _copy_weights(model, other, llm)
     row = pack([DOCUMENT], 2, 2)
-    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.float32, torch.device("cpu"))
+    shard = contract.shard_of(row, topology, llm, torch.float32)
     ours = model(shard, samples.pixels([]).float()).loss_sum.item()
     logits = other(torch.from_numpy(DOCUMENT.token_ids)[None]).logits[0, :-1]
     theirs = torch.nn.functional.cross_entropy(logits, torch.from_numpy(DOCUMENT.labels)[:-1], reduction="sum").item()
@@ -129,7 +128,7 @@ def _finer_than_bfloat16(rank: int, config: Config, parallel: ParallelConfig) ->
     ddp.zero_grad_buffer()
     row = pack([DOCUMENT], topology.grid.document_multiple, topology.grid.row_multiple)
     llm = config.model.llm
-    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, torch.device("cpu"))
+    shard = contract.shard_of(row, topology, llm, torch.bfloat16)
     with ddp.no_sync():
         ddp(shard, samples.pixels([]).bfloat16()).loss_sum.backward()
     topology.destroy()

@@ -11,12 +11,12 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila.config.schema import LoraConfig, ParallelConfig
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
-from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.row import pack
 from megatron_vila.plan.sizes import lora_layer_parameters
 from tests import samples
+from tests.parallel import contract
 from tests.ranks import pool
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_updates_leave_the_other_weights_as_they_are_and_begin_with_zero_b_and_r
 def loss_of(rank, lora):
     topology, model = build(ParallelConfig(), lora)
     row = pack([samples.document("text", "t" * 30)], 2, 2)
-    shard = RowShard.of(row, topology, samples.config().model.llm, 4, torch.float32, CPU)
+    shard = contract.shard_of(row, topology, samples.config().model.llm, torch.float32)
     topology.destroy()
     return model(shard, samples.pixels([]).float()).loss_sum.item()
 

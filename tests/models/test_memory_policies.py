@@ -11,7 +11,6 @@ from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
 from megatron_vila.models.decoder import saved as keep
 from megatron_vila.models.decoder.gated import Apart
 from megatron_vila.models.decoder.saved import HostMemory
-from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.ring import Ring
 from megatron_vila.plan.activations import _kept_by_policy, whole_layer_bytes
 from megatron_vila.plan.row import pack
@@ -104,7 +103,7 @@ def one_step(rank, memory):
     runs = Counter()
     with counted(runs, Ring, "forward"), counted(runs, Ring, "backward"), counted(runs, Apart, "gate_up"):
         row = pack([samples.document("counted", "ttFtttFttt")], 1, 1)
-        shard = RowShard.of(row, topology, config.model.llm, 4, torch.float64, CPU)
+        shard = contract.shard_of(row, topology, config.model.llm, torch.float64)
         model(shard, samples.pixels(row.frames)).loss_sum.backward()
     topology.destroy()
     return dict(runs), model.host.peak_bytes, model.host.used_bytes
@@ -236,7 +235,7 @@ def saved_bytes(rank, *settings):
     llm = config.model.llm
     topology, model, _ = contract.build(config, ParallelConfig(), torch.bfloat16)
     row = pack([samples.document("long", "t" * 512, slice(0, 1))], 1, 1)
-    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, CPU)
+    shard = contract.shard_of(row, topology, llm, torch.bfloat16)
     held = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
 
     def hold(x):

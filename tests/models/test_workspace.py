@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import unfilled
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
-from megatron_vila.models.shard import RowShard
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.activations import _decoder, _ring_backward, local_tokens
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row import pack
+from megatron_vila.plan.row_plan import AttentionPlan
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool
@@ -70,7 +70,7 @@ def most_alive(rank, parallel, memory):
     topology, model, _ = contract.build(config, parallel, torch.bfloat16)
     grid = topology.grid
     row = pack([samples.document("long", "t" * LENGTH, slice(0, 1))], grid.document_multiple, grid.row_multiple)
-    shard = RowShard.of(row, topology, llm, llm.head_dim, torch.bfloat16, CPU)
+    shard = contract.shard_of(row, topology, llm, torch.bfloat16)
     found = []
     # The threads that move data on a CPU let go of it a little later than a stream of a GPU does.
     for _ in range(3):
@@ -97,7 +97,7 @@ def alive_in_ring(rank, ring, documents, heads, kv_heads, dim):
     topology = ParallelTopology.create(ParallelConfig(ring=ring))
     kernel = select_kernel(unfilled.NAME, dim, torch.bfloat16, CPU)
     attention = Attention2D.of(HeadSplit(heads, kv_heads, 1), kernel, 1.0, topology.ulysses, topology.ring, CPU)
-    row = RowIndices.of(np.concatenate([[0], np.cumsum(documents)]), 1, ring, topology.place.ring, CPU)
+    row = RowIndices.of(AttentionPlan.of(np.cumsum([0, *documents]), topology.grid, topology.place.ring), CPU)
     tokens = sum(documents) // ring
     q, k, v = (torch.randn(tokens, n, dim).bfloat16().requires_grad_() for n in (heads, kv_heads, kv_heads))
     out = attention(q, k, v, row)

@@ -13,15 +13,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila import accelerator, processes
-from megatron_vila.config.schema import Config, ParallelConfig
+from megatron_vila.config.schema import Config, LanguageConfig, ParallelConfig
+from megatron_vila.data.loader import LoadedRow
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
-from megatron_vila.models.shard import local_frames
+from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.models.vision.tower import encode_frames
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.row import Document, pack
+from megatron_vila.plan.row import Document, Row, pack
+from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.training.optimizer import finalize_gradients
-from megatron_vila.training.step import MicroBatch, Pass, mean_loss
+from megatron_vila.training.step import Pass, RowReport, mean_loss
 from tests import truth
 from tests.samples import pixels
 
@@ -88,13 +90,16 @@ def write_truth_in_a_process_without_gpus(config: Config, rows: Rows, path: Path
         raise RuntimeError(f"the truth was not written: exit status {process.exitcode}")
 
 
-def micro_batches(rows: Rows, topology: ParallelTopology) -> list[MicroBatch]:
-    """The rows of this rank's replica with the frames that the rank encodes."""
-    batches = []
-    for documents in rows[topology.place.dp :: topology.grid.dp]:
-        row = pack(documents, topology.grid.document_multiple, topology.grid.row_multiple)
-        batches.append(MicroBatch(row, pixels([row.frames[i] for i in local_frames(row, topology)])))
-    return batches
+def loaded(documents: list[Document], topology: ParallelTopology) -> LoadedRow:
+    """The row of ``documents`` with its plan and the frames that this rank encodes."""
+    row = pack(documents, topology.grid.document_multiple, topology.grid.row_multiple)
+    plan = RowPlan.of(row, topology.grid).shard(topology.rank)
+    return LoadedRow(0, plan, pixels([row.frames[i] for i in plan.frames]))
+
+
+def shard_of(row: Row, topology: ParallelTopology, llm: LanguageConfig, dtype: torch.dtype) -> RowShard:
+    """This rank's part of ``row`` on the CPU."""
+    return RowShard.of(RowPlan.of(row, topology.grid).shard(topology.rank), topology, llm, dtype, CPU)
 
 
 def _alone(config: Config, rows: Rows, path: Path) -> None:
@@ -105,7 +110,7 @@ def _alone(config: Config, rows: Rows, path: Path) -> None:
 
 def steps(
     config: Config, rows: Rows, parallel: ParallelConfig, dtype: torch.dtype
-) -> tuple[ParallelTopology, VilaModel, int, Callable[[], list[dict]]]:
+) -> tuple[ParallelTopology, VilaModel, int, Callable[[], list[RowReport]]]:
     """As ``build``, under DDP; and a call that leaves the gradients of a whole step in the buffers and returns its reports.
 
     Rows go round-robin to data-parallel replicas, several per replica as micro-batches. On a machine with GPUs each rank uses
@@ -117,7 +122,8 @@ def steps(
     ddp = DistributedDataParallel(model.config, ddp_config, model)
     model.config.finalize_model_grads_func = finalize_gradients
     model.config.no_sync_func = ddp.no_sync
-    batches, forward = micro_batches(rows, topology), Pass(ddp, topology, config.model.llm, dtype, device)
+    batches = [loaded(documents, topology) for documents in rows[topology.place.dp :: topology.grid.dp]]
+    forward = Pass(ddp, topology, config.model.llm, dtype, device)
 
     def step():
         ddp.zero_grad_buffer()

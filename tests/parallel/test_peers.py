@@ -18,6 +18,7 @@ from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.parallel.ulysses import Pending, as_vectors, copy_vectors
 from megatron_vila.plan.heads import HeadSplit
+from megatron_vila.plan.row_plan import AttentionPlan
 from tests import samples
 from tests.gpu import on_gpus
 from tests.parallel import contract
@@ -47,7 +48,7 @@ def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torc
     same, generator = True, torch.Generator().manual_seed(rank)
     for documents in ROWS * repeats:
         cu_seqlens = unit * np.concatenate([[0], np.cumsum(documents)])
-        row = RowIndices.of(cu_seqlens, grid.ulysses, grid.ring, topology.place.ring, device)
+        row = RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), device)
         tokens = int(cu_seqlens[-1]) // grid.cp
         q, k, v, dout = (
             torch.randn(tokens, n, dim, generator=generator).to(device, dtype) for n in (heads, kv_heads, kv_heads, heads)

@@ -12,7 +12,8 @@ from megatron_vila.parallel.reshard import Reshard
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import pack
-from megatron_vila.plan.tokens import owners, plan_reshard
+from megatron_vila.plan.row_plan import RowPlan
+from megatron_vila.plan.tokens import RankReshard, owners
 from tests import samples
 from tests.ranks import pool
 
@@ -23,9 +24,7 @@ ROW = [samples.document("a", "tt" + "Ft" * 5), samples.document("b", "t" * 20), 
 
 def _plan(grid: GridShape):
     row = pack(ROW, grid.document_multiple, grid.row_multiple)
-    return row, plan_reshard(
-        row.cu_seqlens, row.frame_starts, [f.tokens for f in row.frames], [f.cost for f in row.frames], grid.cp, grid.tp
-    )
+    return row, RowPlan.of(row, grid).reshard
 
 
 def _exchange(rank: int, parallel: ParallelConfig):
@@ -34,7 +33,7 @@ def _exchange(rank: int, parallel: ParallelConfig):
     row, plan = _plan(topology.grid)
     places = np.concatenate([s + np.arange(f.tokens) for s, f in zip(row.frame_starts, row.frames, strict=True)])
     mine = places[plan.maker == topology.encoder_rank]
-    reshard = Reshard.of(plan, topology.encoder_rank, topology.tp_cp, torch.device("cpu"))
+    reshard = Reshard.of(plan.of_rank(topology.encoder_rank), topology.tp_cp, torch.device("cpu"))
     sent = []
     original = dist.all_to_all_single
 
@@ -88,12 +87,14 @@ def test_no_buffer_is_larger_than_what_a_rank_makes_or_owns(parallel):
     row, plan = _plan(grid)
     per_rank = row.length // grid.encoders
     for rank, (*_, wire) in enumerate(pool.run(4, _exchange, parallel)):
-        assert sum(plan.recv_counts(rank)) <= per_rank
-        assert {wire[0][1], wire[1][2]} == {sum(plan.recv_counts(rank)) * HIDDEN}
-        assert {wire[0][2], wire[1][1]} == {sum(plan.send_counts(rank)) * HIDDEN}
+        received, sent = sum(plan.of_rank(rank).recv_counts), sum(plan.of_rank(rank).send_counts)
+        assert received <= per_rank
+        assert {wire[0][1], wire[1][2]} == {received * HIDDEN}
+        assert {wire[0][2], wire[1][1]} == {sent * HIDDEN}
 
 
 def test_a_wrong_number_of_tokens_is_refused_before_anything_is_sent():
-    reshard = Reshard(None, [2, 1], [0, 3], torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 3)
+    order = np.zeros(3, dtype=np.int64)
+    reshard = Reshard.of(RankReshard([2, 1], [0, 3], order, order, moved=3), None, torch.device("cpu"))
     with pytest.raises(ValueError, match="2 visual tokens were made here but the plan has 3"):
         reshard(torch.zeros(2, HIDDEN))

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from megatron_vila.parallel.ring import RingLayout
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.row_plan import AttentionPlan
 from megatron_vila.plan.tokens import ALL, BACK, FRONT
 
 HEADS, DIM, RING = 3, 4, 2
@@ -12,7 +14,7 @@ HEADS, DIM, RING = 3, 4, 2
 
 def layout_of(lengths):
     """Layout and the local tokens of each part."""
-    layout = RingLayout.of(RING * np.cumsum([0, *lengths]), RING, torch.device("cpu"))
+    layout = RingLayout.of(AttentionPlan.of(RING * np.cumsum([0, *lengths]), GridShape(ring=RING), 0), torch.device("cpu"))
     starts = np.cumsum([0, *lengths[:-1]])
     front = np.concatenate([np.arange(s, s + n // 2) for s, n in zip(starts, lengths, strict=True)])
     back = np.concatenate([np.arange(s + n // 2, s + n) for s, n in zip(starts, lengths, strict=True)])

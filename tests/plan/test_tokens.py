@@ -136,12 +136,13 @@ def test_the_reshard_plan_brings_every_visual_token_to_its_slot_and_sends_nothin
     plan = plan_reshard(cu_seqlens, starts, [tokens] * len(starts), costs, cp, tp)
     made = np.concatenate([s + np.arange(tokens) for s in starts]) if len(starts) else np.zeros(0, dtype=np.int64)
     row_of = {(o, s): p for p in range(total) for o, s in [tuple(int(x[0]) for x in owners(cu_seqlens, cp, tp, np.array([p])))]}
-    sent = [made[plan.maker == e][plan.send_order(e)] for e in range(cp * tp)]
-    offsets = [np.cumsum([0, *plan.send_counts(e)]) for e in range(cp * tp)]
+    of_ranks = [plan.of_rank(e) for e in range(cp * tp)]
+    sent = [made[plan.maker == e][of_ranks[e].send_order] for e in range(cp * tp)]
+    offsets = [np.cumsum([0, *of_ranks[e].send_counts]) for e in range(cp * tp)]
     for rank in range(cp * tp):
         arriving = np.concatenate([sent[e][offsets[e][rank] : offsets[e][rank + 1]] for e in range(cp * tp)])
-        assert plan.recv_counts(rank) == [int(offsets[e][rank + 1] - offsets[e][rank]) for e in range(cp * tp)]
-        assert [row_of[rank, int(s)] for s in plan.recv_slots(rank)] == arriving.tolist()
+        assert of_ranks[rank].recv_counts == [int(offsets[e][rank + 1] - offsets[e][rank]) for e in range(cp * tp)]
+        assert [row_of[rank, int(s)] for s in of_ranks[rank].slots] == arriving.tolist()
     assert plan.moved == int((plan.maker != plan.owner).sum())
 
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config, ParallelConfig
-from megatron_vila.explain.sample import plan_row
 from megatron_vila.plan import traffic
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import pack
+from megatron_vila.plan.row_plan import RowPlan
 from tests import samples
 from tests.ranks import pool
 
@@ -87,10 +87,9 @@ def measure(rank: int, config: Config, parallel: ParallelConfig, document) -> di
     """Bytes sent by this rank in the forward and in the backward pass of one row through the whole model."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_vila.models.shard import RowShard, local_frames
     from megatron_vila.models.vila import VilaModel
     from megatron_vila.parallel.topology import ParallelTopology
-    from megatron_vila.plan.sizes import head_dim
+    from tests.parallel import contract
 
     topology = ParallelTopology.create(parallel)
     model_parallel_cuda_manual_seed(1)
@@ -98,12 +97,11 @@ def measure(rank: int, config: Config, parallel: ParallelConfig, document) -> di
     model = VilaModel(config, topology, torch.float64, cpu)
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter)
-    row = pack([document], topology.grid.document_multiple, topology.grid.row_multiple)
-    shard = RowShard.of(row, topology, config.model.llm, head_dim(config.model.llm), torch.float64, cpu)
-    frames = samples.pixels([row.frames[i] for i in local_frames(row, topology)])
+    loaded = contract.loaded([document], topology)
+    shard = contract.shard_of(loaded.row, topology, config.model.llm, torch.float64)
     recorder, result = Recorder(), {}
     with recorder.listening():
-        loss_sum = model(shard, frames).loss_sum
+        loss_sum = model(shard, loaded.pixels).loss_sum
         result["forward"] = recorder.sent
         recorder.clear()
         loss_sum.backward()
@@ -140,7 +138,7 @@ def test_explained_bytes_are_those_that_the_model_sends(parallel):
             # What two layers send beyond one layer is the traffic of a layer.
             a_layer = [np.array(b[direction][kind]) - a[direction][kind] for a, b in zip(at_one, at_two, strict=True)]
             np.testing.assert_array_equal(np.array(a_layer), wanted, err_msg=f"{kind} {direction}")
-    reshard = traffic.reshard_bytes(plan_row(row, grid), llm.hidden_size, element)
+    reshard = traffic.reshard_bytes(RowPlan.of(row, grid).reshard, llm.hidden_size, element)
     assert reshard.any()
     for direction, wanted in (("forward", reshard), ("backward", reshard.T)):
         np.testing.assert_array_equal(np.array([rank[direction]["reshard"] for rank in at_one]), wanted)

@@ -182,8 +182,8 @@ FAULTS = [
     Fault(
         "each replica reads the rows of the first",
         "megatron_vila/data/loader.py",
-        "micro_batch * self._dp_size + self._dp_rank",
-        "micro_batch * self._dp_size",
+        "micro_batch * dp_size + dp_rank",
+        "micro_batch * dp_size",
         RING,
     ),
     Fault(

@@ -9,15 +9,15 @@ SEVERAL_STEPS = ("tests/models/test_vision.py", "-k", "overlapped_gradient_reduc
 FAULTS = [
     Fault(
         "labels shifted by one",
-        "megatron_vila/models/shard.py",
-        "labels_n=_to(row.labels[held], device)",
-        "labels_n=_to(np.roll(row.labels, 1)[held].clip(min=0), device)",
+        "megatron_vila/plan/row_plan.py",
+        "labels=row.labels[held]",
+        "labels=np.roll(row.labels, 1)[held].clip(min=0)",
     ),
     Fault(
         "positions count local tokens",
-        "megatron_vila/models/shard.py",
-        "_to(row.positions[mine], device)",
-        "_to(np.arange(len(mine)), device)",
+        "megatron_vila/plan/row_plan.py",
+        "positions=row.positions[mine]",
+        "positions=np.arange(len(mine))",
     ),
     Fault(
         "rotary scaling is ignored",

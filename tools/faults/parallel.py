@@ -22,8 +22,8 @@ FAULTS = [
     Fault(
         "visual tokens land in reversed slots",
         "megatron_vila/plan/tokens.py",
-        "return self.slot[self.owner == rank]",
-        "return self.slot[self.owner == rank][::-1].copy()",
+        "slots=self.slot[self.owner == rank],",
+        "slots=self.slot[self.owner == rank][::-1].copy(),",
     ),
     Fault(
         "zigzag takes the wrong second half",
@@ -63,9 +63,9 @@ FAULTS = [
     ),
     Fault(
         "packed documents attend to each other",
-        PARALLEL + "ring.py",
-        "lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))",
-        "cu_seqlens = cu_seqlens[[0, -1]]\n        lengths = tuple(int(n) // ring for n in np.diff(cu_seqlens))",
+        "megatron_vila/plan/row_plan.py",
+        "lengths = tuple((np.diff(cu_seqlens) // grid.ring).tolist())",
+        "cu_seqlens = cu_seqlens[[0, -1]]\n        lengths = tuple((np.diff(cu_seqlens) // grid.ring).tolist())",
     ),
     Fault(
         "Ulysses and ring groups swapped",
@@ -137,7 +137,7 @@ FAULTS = [
     ),
     Fault(
         "a rank takes its neighbour's key/value heads",
-        PARALLEL + "ulysses.py",
+        "megatron_vila/plan/heads.py",
         "queries = self.query_range(rank, chunk)",
         "queries = self.query_range((rank + 1) % self.ulysses, chunk)",
     ),

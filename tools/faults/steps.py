@@ -85,8 +85,8 @@ FAULTS = [
     Fault(
         "the loss is a mean over rows",
         "megatron_vila/training/step.py",
-        "return loss_sum, tokens, _report(shard, row, correct_n, loss_sum)",
-        "return loss_sum / tokens, torch.ones_like(tokens), _report(shard, row, correct_n, loss_sum)",
+        "return loss_sum, torch.tensor(supervised, dtype=torch.int, device=loss_sum.device), report",
+        "return loss_sum / supervised, torch.tensor(1, dtype=torch.int, device=loss_sum.device), report",
         QWEN2,
     ),
     Fault(

@@ -28,6 +28,7 @@ from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import KERNELS, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.plan.heads import HeadSplit
+from megatron_vila.plan.row_plan import AttentionPlan
 
 ATTENTION = "mm_sp"
 """The name under which Transformers knows this attention."""
@@ -153,8 +154,7 @@ class MMSP:
         device = _device(model)
         kwargs = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         row: ShardedRow = kwargs["mm_sp_row"]
-        grid = self.groups.grid
-        indices = RowIndices.of(row.cu_seqlens, grid.ulysses, grid.ring, self.groups.ring_rank, device)
+        indices = RowIndices.of(AttentionPlan.of(row.cu_seqlens, self.groups.grid, self.groups.ring_rank), device)
         kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
         if kwargs.get("labels") is not None:
             selected_n = torch.from_numpy(row.selected).to(device, non_blocking=True)

@@ -58,7 +58,7 @@ def owned_video_features(
     source_H = torch.cat([*frames, newline_1H])
     order_N = _token_order(row, groups.sample.rank(), video)
     made_NH = source_H.index_select(0, torch.from_numpy(order_N).to(source_H.device))
-    return Reshard.of(row.plan, groups.sample.rank(), groups.sample, source_H.device)(made_NH)
+    return Reshard.of(row.plan.of_rank(groups.sample.rank()), groups.sample, source_H.device)(made_NH)
 
 
 def _encode(model: nn.Module, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tensor:
