@@ -118,6 +118,18 @@ def test_the_two_commands_stand_in_the_readme():
     assert "bash tests/run.sh\n" in commands
 
 
+def test_the_five_numbers_of_the_readme_are_those_of_the_pages_they_link_to():
+    table = (ROOT / "README.md").read_text().split("<!-- numbers -->")[1].split("<!-- /numbers -->")[0]
+    rows = [line for line in table.splitlines() if "](" in line]
+    assert len(rows) == 5
+    for row in rows:
+        path, _, anchor = LINK.findall(row)[0].partition("#")
+        page = (ROOT / path).read_text()
+        assert anchor in anchors(ROOT / path)
+        for number in re.findall(r"\d[\d,.]*\d(?!\w)", row.split("](")[0]):
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d])", page), f"{number} does not stand in {path}"
+
+
 def test_the_pictures_are_small_and_drawn_by_the_code():
     spec = importlib.util.spec_from_file_location("draw_figures", ROOT / "tools/draw_figures.py")
     tool = importlib.util.module_from_spec(spec)
