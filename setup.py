@@ -35,10 +35,19 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_vila", "megatron_vila.*"]),
-    package_data={"megatron_vila": ["config/presets/**/*.yaml"]},
+    package_data={"megatron_vila": ["py.typed", "config/presets/**/*.yaml"]},
     install_requires=REQUIRED,
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            # of tools/check.sh
+            "ruff>=0.9",
+            "import-linter>=2.7",
+            "mypy>=1.19",
+            "types-pyyaml>=6",
+        ],
         # pre-release: pinned here, because pip takes one only when asked for it by its exact version; the constraints files pin
         # what it brings
         "gpu": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels>=0.6.5"],

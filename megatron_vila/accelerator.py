@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vila import megatron_on_cpu
 from megatron_vila.errors import SettingError
 
 _MCORE = "megatron.core"
@@ -142,9 +143,7 @@ def prepare() -> None:
     for name in quiet:
         logging.getLogger(f"{_MCORE}.{name}").addFilter(_is_news)
     if not torch.cuda.is_available():
-        from megatron_vila import megatron_on_cpu
-
-        megatron_on_cpu.redirect()
+        megatron_on_cpu.redirect(cuda())
 
 
 def _is_news(record: logging.LogRecord) -> bool:

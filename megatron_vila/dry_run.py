@@ -13,7 +13,6 @@ from pathlib import Path
 
 from megatron_vila.checkpoint.files import check_files, read_state
 from megatron_vila.checkpoint.folder import to_resume
-from megatron_vila.checkpoint.io import CheckpointError, DamagedError
 from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
 from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint, undecided
 from megatron_vila.checkpoint.tensors import StoredTensors, require_vocabulary
@@ -25,7 +24,7 @@ from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.records import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
-from megatron_vila.errors import ConfigError
+from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
 from megatron_vila.explain.text import console
 from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.plan.memory import Device, describe_memory

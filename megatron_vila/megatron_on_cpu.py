@@ -14,8 +14,6 @@ import types
 
 import torch
 
-from megatron_vila.accelerator import cuda
-
 _MCORE = "megatron.core"
 _FACTORIES = (
     *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "empty_strided"),
@@ -24,13 +22,12 @@ _FACTORIES = (
 )
 
 
-
-def redirect() -> None:
+def redirect(cuda: types.ModuleType) -> None:
     """Redirect the modules of ``megatron.core``, those imported already and those to come, to the CPU, and switch off their
-    ``torch.compile`` fusions. Calling again is free."""
+    ``torch.compile`` fusions. ``cuda`` is what they get in the place of ``torch.cuda``. Calling again is free."""
     if any(isinstance(finder, _RedirectingFinder) for finder in sys.meta_path):
         return
-    finder = _RedirectingFinder(_cpu_torch())
+    finder = _RedirectingFinder(_cpu_torch(cuda))
     sys.meta_path.insert(0, finder)
     for name, module in list(sys.modules.items()):
         if name == _MCORE or name.startswith(_MCORE + "."):
@@ -65,20 +62,20 @@ class _RedirectingFinder(importlib.abc.MetaPathFinder):
         if module.__name__ == f"{_MCORE}.jit":
             module.disable_jit_fuser()
         if module.__name__ == f"{_MCORE}.tensor_parallel.random":
-            module._get_cuda_rng_state = cuda().get_rng_state
-            module._set_cuda_rng_state = cuda().set_rng_state
+            module._get_cuda_rng_state = self._torch.cuda.get_rng_state
+            module._set_cuda_rng_state = self._torch.cuda.set_rng_state
         # A module that was imported before prepare() may hold compiled helpers: put the plain functions back.
         for name, value in list(names.items()):
             if isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
                 names[name] = value._torchdynamo_orig_callable
 
 
-def _cpu_torch() -> types.ModuleType:
+def _cpu_torch(cuda: types.ModuleType) -> types.ModuleType:
     """A twin of ``torch`` whose factories and ``cuda`` part live on the CPU; everything else is torch's own."""
     twin = types.ModuleType("torch", torch.__doc__)
     vars(twin).update(vars(torch))
     twin.__getattr__ = functools.partial(getattr, torch)
-    twin.cuda = cuda()
+    twin.cuda = cuda
     for name in _FACTORIES:
         setattr(twin, name, _on_cpu(getattr(torch, name)))
     return twin

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_vila import accelerator
-from megatron_vila.errors import LaunchError, PeerError, StallError
+from megatron_vila.errors import LaunchError, PeerError, StallError, some
 
 STARTED = "megatron_vila/started"
 """key of what each rank that has come to the start is: ``this_process``"""
 _store: dist.Store | None = None
+_before_end: list[Callable[[], None]] = []
 
 
 def backend() -> str:
@@ -80,8 +81,7 @@ def meet(timeout_minutes: float = 30.0) -> None:
         there = [store.check([key]) for key in keys]
         if rank != there.index(True):
             raise PeerError("a rank has not come") from error
-        missing = [str(other) for other in range(world) if not there[other]]
-        shown = ", ".join(missing[:8]) + f" and {len(missing) - 8} more" * (len(missing) > 8)
+        shown = some([str(other) for other in range(world) if not there[other]])
         raise StallError(
             f"rank {shown} has not come to the start within train.timeout_minutes={timeout_minutes:g}; look whether its process "
             "was started, and whether it stands still"
@@ -109,6 +109,13 @@ def collective_timeout(minutes: float) -> timedelta:
     return timedelta(minutes=minutes + (1 if torch.cuda.is_available() else 0))
 
 
+def before_end(leave: Callable[[], None]) -> None:
+    """Have ``end_distributed`` call ``leave``, which forgets process groups, before the groups are left. A second call with the
+    same function changes nothing."""
+    if leave not in _before_end:
+        _before_end.append(leave)
+
+
 def end_distributed() -> None:
     """Leave all process groups and wait for their threads; what holds a group (models, optimizers) must be out of scope.
 
@@ -117,7 +124,7 @@ def end_distributed() -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()  # DTensor's cache, so FSDP2's, holds meshes, and these hold groups
-    if (topology := sys.modules.get("megatron_vila.parallel.topology")) is not None:
-        topology.ParallelTopology.destroy()
+    for leave in _before_end:
+        leave()
     dist.destroy_process_group()
     accelerator.collect_garbage()  # the threads live until the last reference to their group goes

@@ -341,19 +341,20 @@ def test_what_the_package_imports_is_what_setup_py_requires():
     assert {distributions.get(name, name) for name in third_party - optional} == declared - indirect
 
 
-def test_the_presets_are_in_a_built_package(tmp_path):
+def test_a_built_package_is_the_package_with_its_presets_and_types_and_nothing_else(tmp_path):
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "megatron_vila", tmp_path / "megatron_vila", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("megatron_vila", "benchmarks", "tools", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"],
         cwd=tmp_path,
         check=True,
         capture_output=True,
     )
-    presets = {p.relative_to(ROOT) for p in ROOT.glob("megatron_vila/config/presets/**/*.yaml")}
-    assert len(presets) > 10
-    assert presets == {p.relative_to(tmp_path / "built") for p in (tmp_path / "built").glob("**/*.yaml")}
+    ours = {p.relative_to(ROOT) for p in (ROOT / "megatron_vila").rglob("*") if p.suffix in (".py", ".yaml", ".typed")}
+    assert len([path for path in ours if path.suffix == ".yaml"]) > 10
+    assert {p.relative_to(tmp_path / "built") for p in (tmp_path / "built").rglob("*") if p.is_file()} == ours
 
 
 def test_every_file_that_the_readme_runs_exists():

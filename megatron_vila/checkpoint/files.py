@@ -24,7 +24,8 @@ import xxhash
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_vila.checkpoint.folder import INFO, is_finished
-from megatron_vila.checkpoint.io import CheckpointError, DamagedError, open_plain, require_no_refusal, some
+from megatron_vila.checkpoint.io import open_plain, require_no_refusal
+from megatron_vila.errors import CheckpointError, DamagedError, some
 
 FORMAT = 1
 STATE = "state.pt"

@@ -17,7 +17,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_vila.checkpoint.io import CheckpointError, DamagedError, flush, open_plain
+from megatron_vila.checkpoint.io import flush, open_plain
+from megatron_vila.errors import CheckpointError, DamagedError
 from megatron_vila.plain_files import has_kind, require_replaceable
 
 logger = logging.getLogger(__name__)

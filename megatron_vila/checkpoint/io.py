@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from megatron_vila.errors import UserError
+from megatron_vila.errors import CheckpointError, DamagedError, refusal_behind
 
-SHOWN = 8
 _NOT_PLAIN = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 """how opening fails where a file is missing, or a link or a socket stands in its place"""
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be saved or loaded; the text says why, what is intact and what to do. Raised on every rank."""
-
-
-class DamagedError(CheckpointError):
-    """The files of a checkpoint are not what was written: the one reason for which a checkpoint is passed over and renamed."""
 
 
 @contextmanager
@@ -70,29 +60,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def require_no_refusal(error: BaseException, name: str) -> None:
     """Raise ``CheckpointError`` if reading file ``name`` failed with ``error`` because the operating system refused something."""
     refusal = refusal_behind(error)
     if refusal is not None:
         raise CheckpointError(f"{name} cannot be read: {type(refusal).__name__}: {refusal}") from error
-
-
-def refusal_behind(error: BaseException) -> BaseException | None:
-    """What the operating system refused, if that is behind ``error``: it says nothing about the content of a file."""
-    reason: BaseException | None = error
-    while reason is not None and not _is_refusal(reason):
-        reason = reason.__cause__ or reason.__context__
-    return reason
-
-
-def _is_refusal(error: BaseException) -> bool:
-    # What Python's own files cannot do, and a place to read at that no file has: the content asked for it.
-    if isinstance(error, io.UnsupportedOperation) or (isinstance(error, OSError) and error.errno == errno.EINVAL):
-        return False
-    # torch has no class of its own for host memory.
-    return isinstance(error, (OSError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))

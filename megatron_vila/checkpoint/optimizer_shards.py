@@ -90,6 +90,21 @@ def set_step(optimizer: DistributedOptimizer, step: int) -> None:
             group["step"] = step
 
 
+def reload_main_weights(optimizer: DistributedOptimizer) -> None:
+    """Take the main weights that Adam updates from the model's weights. No collectives."""
+    optimizer.reload_model_params()
+    if optimizer.optimizer is not None:
+        take_main_weights(optimizer.optimizer)
+
+
+@torch.no_grad()
+def take_main_weights(adam: torch.optim.Optimizer) -> None:
+    """As ``reload_main_weights`` for an Adam with main weights of its own, not Megatron's (``training/offload.py``)."""
+    for shard, state in adam.state.items():
+        if "master_param" in state:
+            state["master_param"].copy_(shard)
+
+
 def state_shards(optimizer: DistributedOptimizer, model_state: dict) -> dict[str, ShardedTensor]:
     """This rank's Adam state (after ``ensure_state``) as views, so that loading them loads the optimizer.
 

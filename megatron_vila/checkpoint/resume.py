@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vila.checkpoint.folder import to_resume
-from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.save_load import newest_whole
 from megatron_vila.config.keys import config_keys
 from megatron_vila.config.schema import Config
 from megatron_vila.data.tokenizer import load_tokenizer
+from megatron_vila.errors import CheckpointError
 from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.plan.sizes import head_dim
 

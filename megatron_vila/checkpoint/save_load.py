@@ -45,8 +45,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vila.checkpoint import files
 from megatron_vila.checkpoint import folder as folders
 from megatron_vila.checkpoint.folder import latest_checkpoint, resolve_checkpoint
-from megatron_vila.checkpoint.io import CheckpointError, DamagedError, require_plain
-from megatron_vila.checkpoint.optimizer_shards import ensure_state, get_step, set_step, state_shards
+from megatron_vila.checkpoint.io import require_plain
+from megatron_vila.checkpoint.optimizer_shards import (
+    ensure_state,
+    get_step,
+    reload_main_weights,
+    set_step,
+    state_shards,
+)
 from megatron_vila.checkpoint.tensors import (
     METADATA,
     Piece,
@@ -58,14 +64,13 @@ from megatron_vila.checkpoint.tensors import (
     require_vocabulary,
     write_metadata,
 )
+from megatron_vila.errors import CheckpointError, DamagedError
 from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
-from megatron_vila.training.offload import reload_main_weights
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "CheckpointError",
     "latest_checkpoint",
     "load_checkpoint",
     "newest_whole",

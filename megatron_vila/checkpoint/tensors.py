@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_vila.checkpoint.files import Written, load_plain, summed_file, write_bytes
-from megatron_vila.checkpoint.io import CheckpointError, DamagedError, open_plain, require_no_refusal, some
+from megatron_vila.checkpoint.io import open_plain, require_no_refusal
+from megatron_vila.errors import CheckpointError, DamagedError, some
 from megatron_vila.models.decoder.lora import FACTORS
 
 METADATA = ".metadata"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vila.convert.tensor_files import FileTensor, find_tensors, some
+from megatron_vila.convert.tensor_files import FileTensor, find_tensors
+from megatron_vila.errors import some
 
 PARTS = ("llm", "vision_tower", "mm_projector")
 TOKENIZER_FILES = (

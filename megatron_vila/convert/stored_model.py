@@ -15,14 +15,13 @@ import torch
 
 from megatron_vila.checkpoint.files import UNCHECKED, check_alone, is_summed
 from megatron_vila.checkpoint.folder import resolve_checkpoint
-from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.tensors import StoredTensors
 from megatron_vila.config.load import config_from_dict
 from megatron_vila.config.schema import Config
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.convert.tensor_files import TensorInfo
 from megatron_vila.convert.weight_map import Entry, entries
-from megatron_vila.errors import ConfigError
+from megatron_vila.errors import CheckpointError, ConfigError
 from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.plan.validate import value_problems
 

@@ -10,13 +10,15 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from megatron_vila.errors import some
 
 SHARD_BYTES = 5 * 10**9
 """Largest file that is written, if no single tensor is larger."""
@@ -176,11 +178,6 @@ def write_tensors(
 def file_size(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of the one safetensors file that holds ``tensors``."""
     return len(_header(tensors)) + sum(_bytes(info) for info in tensors.values())
-
-
-def some(names: Sequence[str], shown: int = 8) -> str:
-    """The first names, and how many more."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _bytes(info: TensorInfo) -> int:

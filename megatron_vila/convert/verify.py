@@ -12,15 +12,15 @@ import torch
 
 from megatron_vila.checkpoint import files
 from megatron_vila.checkpoint.folder import resolve_checkpoint
-from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.tensors import StoredTensors
 from megatron_vila.config.schema import ModelConfig
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.convert.hf_config import describe_model
 from megatron_vila.convert.hf_folder import open_folder
 from megatron_vila.convert.stored_model import StoredModel
-from megatron_vila.convert.tensor_files import TensorInfo, some
+from megatron_vila.convert.tensor_files import TensorInfo
 from megatron_vila.convert.weight_map import shapes
+from megatron_vila.errors import CheckpointError, some
 
 SHOWN = 20
 _BLOCK = 1 << 24

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_vila.checkpoint.io import SHOWN, CheckpointError, DamagedError, refusal_behind
-from megatron_vila.errors import PeerError, UserError
+from megatron_vila.errors import CheckpointError, DamagedError, PeerError, UserError, refusal_behind, some
 
 T = TypeVar("T")
 
@@ -56,7 +55,7 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
     dist.all_gather_object(everywhere, told)
     bad = {rank: told for rank, told in enumerate(everywhere) if told is not None}
     if bad:
-        where = "" if len(bad) == len(everywhere) else f" (rank {', '.join(map(str, list(bad)[:SHOWN]))})"
+        where = "" if len(bad) == len(everywhere) else f" (rank {some(list(map(str, bad)))})"
         is_damage, reason = min(bad.values(), key=lambda told: told[0])
         raise _error(is_damage, f"{failed}{where}: {reason}", cure)
     return result

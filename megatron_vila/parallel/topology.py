@@ -54,6 +54,7 @@ class ParallelTopology:
         """
         grid = GridShape.of(dist.get_world_size(), parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
         timeout = processes.collective_timeout(timeout_minutes)
+        processes.before_end(cls.destroy)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=grid.tp,
             pipeline_model_parallel_size=grid.pp,

@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.optim.adamw import adamw
 
 from megatron_vila import accelerator
+from megatron_vila.checkpoint.optimizer_shards import take_main_weights
 from megatron_vila.host_memory import page_locked
 
 CHUNK_ELEMENTS = 2**23
@@ -39,13 +40,6 @@ def offload_state(optimizer: DistributedOptimizer, fraction: float) -> None:
     inner = optimizer.optimizer
     if inner is not None:  # a rank without anything to train
         optimizer.optimizer = StreamedAdam(inner.param_groups, fraction)
-
-
-def reload_main_weights(optimizer: DistributedOptimizer) -> None:
-    """Take the main weights from the model's weights. No collectives."""
-    optimizer.reload_model_params()
-    if isinstance(optimizer.optimizer, StreamedAdam):
-        optimizer.optimizer.reload_main_weights()
 
 
 class StreamedAdam(torch.optim.Optimizer):
@@ -67,7 +61,7 @@ class StreamedAdam(torch.optim.Optimizer):
         ]
         for section in self._sections:
             self.state.update(section.views())
-        self.reload_main_weights()
+        take_main_weights(self)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -82,13 +76,6 @@ class StreamedAdam(torch.optim.Optimizer):
                 own.update(own.state, self.grad_scale)
             chunk.update(state, self.grad_scale)
         self.grad_scale = 1.0
-
-    @torch.no_grad()
-    def reload_main_weights(self) -> None:
-        """Take the main weights from the model's weights."""
-        for shard, state in self.state.items():
-            if "master_param" in state:
-                state["master_param"].copy_(shard)
 
     def bytes_held(self) -> tuple[int, int]:
         """Bytes of state and main weights on the device, and on the host."""

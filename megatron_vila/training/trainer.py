@@ -18,7 +18,6 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_vila import accelerator
-from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.resume import (
     ResumePoint,
     changes,
@@ -34,6 +33,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.loader import LoadedRow
+from megatron_vila.errors import CheckpointError
 from megatron_vila.models.decoder.gated import reason_for_apart
 from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel

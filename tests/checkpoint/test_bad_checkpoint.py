@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from megatron_vila.checkpoint.save_load import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.checkpoint.save_load import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_vila.checkpoint.tensors import read_metadata
+from megatron_vila.errors import CheckpointError
 from tests.checkpoint.damage import seal_info
 from tests.checkpoint.test_checkpoint import DP2, ONE, TP2, save_weights, saves
 from tests.ranks import pool

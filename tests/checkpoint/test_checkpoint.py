@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 
 from megatron_vila.checkpoint.optimizer_shards import blocks_of_range
-from megatron_vila.checkpoint.save_load import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.checkpoint.save_load import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.errors import CheckpointError
 from tests.ranks import pool
 from tests.training.small_run import build, same
 

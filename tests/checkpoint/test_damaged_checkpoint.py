@@ -12,19 +12,13 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vila.checkpoint import files as checkpoint_files
-from megatron_vila.checkpoint.io import DamagedError
-from megatron_vila.checkpoint.save_load import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    newest_whole,
-    save_checkpoint,
-)
+from megatron_vila.checkpoint.save_load import latest_checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.convert.stored_model import StoredModel
 from megatron_vila.convert.verify import verify_files
 from megatron_vila.dry_run import describe_start
+from megatron_vila.errors import CheckpointError, DamagedError
 from megatron_vila.parallel.agreement import on_all_ranks
 from tests.checkpoint.damage import flip_a_byte, seal_info, without_sums
 from tests.ranks import pool

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vila.checkpoint.save_load import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.checkpoint.save_load import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vila.errors import CheckpointError
 from tests.ranks import pool
 from tests.training.small_run import build
 

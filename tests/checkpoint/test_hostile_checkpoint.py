@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vila.checkpoint.save_load import CheckpointError, load_checkpoint, newest_whole, save_checkpoint
+from megatron_vila.checkpoint.save_load import load_checkpoint, newest_whole, save_checkpoint
 from megatron_vila.checkpoint.tensors import ALLOWED
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.convert.importer import import_checkpoint
 from megatron_vila.convert.stored_model import StoredModel
 from megatron_vila.convert.verify import verify, verify_files
+from megatron_vila.errors import CheckpointError
 from tests.checkpoint.damage import FORGED_INFO, FORGERIES, UNREAD, Attack, seal, seal_info
 from tests.ranks import pool
 from tests.training.small_run import build

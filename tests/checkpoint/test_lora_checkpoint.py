@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from megatron_vila.checkpoint.io import CheckpointError
 from megatron_vila.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_vila.config.schema import LoraConfig
+from megatron_vila.errors import CheckpointError
 from tests.checkpoint.test_checkpoint import ONE, PP2, RING2, TP2, TP2_PP2, TP2_RING2, check, content
 from tests.ranks import pool
 from tests.training.real_run import Layout, numbers, overrides, train, weights

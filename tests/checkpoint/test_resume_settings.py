@@ -8,11 +8,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vila.checkpoint.resume import RULES, UNWATCHED, changes, kept_settings, other_text, settings_of
-from megatron_vila.checkpoint.save_load import CheckpointError, load_checkpoint, save_checkpoint
+from megatron_vila.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_vila.config.keys import config_keys
 from megatron_vila.config.load import load_config
 from megatron_vila.data.synthetic import corpus
 from megatron_vila.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from megatron_vila.errors import CheckpointError
 from tests.ranks import pool
 from tests.training.real_run import overrides, train
 from tests.training.small_run import build

@@ -20,7 +20,7 @@ PLACES = {
     "joining": "distributed_c10d.py:init_process_group",
     "making the groups": "topology.py:create",
     "agreeing on the lock": "agreement.py:on_rank_zero",
-    "leaving the groups": "platform.py:end_distributed",
+    "leaving the groups": "processes.py:end_distributed",
 }
 """from the ranks' meeting to their end"""
 
