@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the training scripts: finds the Python environment and defines launch.
+# Sourced by the training scripts: finds the Python environment and defines launch and train_stage.
 #
 #   source examples/launch.sh
 #   launch CONFIG key=value ...
+#   train_stage 5 key=value ...
 #
 # One node needs no setting. On several nodes run the same script on each with:
 #   NNODES       number of nodes
@@ -38,16 +39,39 @@ launch() {
     "$@"
 }
 
-# rotary_base CONTEXT: the base that the released scripts train a context of so many tokens with
-rotary_base() {
-  case $1 in
-    131072) echo 15300000.0 ;;
-    262144) echo 207112184.0 ;;
-    524288) echo 1062356830.0 ;;
-    1048576) echo 3580165449.0 ;;
-    *)
-      echo "CONTEXT=$1 has no known rotary base; use 131072, 262144, 524288 or 1048576" >&2
-      return 1
-      ;;
+# train_stage STAGE key=value ...: the body of the stage scripts. Variables:
+#   DATA        LLaVA-format JSON or JSONL file of the samples; several: a.json,b.json
+#   TOKENIZER   folder of the Hugging Face tokenizer of the LLM
+#   MODEL       longvila-1.5b, longvila-7b (default) or llama3-longvila-8b
+#   MEDIA       folder of the files that DATA names (default: the folder of DATA)
+#   CHECKPOINT  weights to start from, a run's folder or one of its steps (default: the stage before; stage 1: random ones)
+#   CONTEXT     stages 4 and 5: tokens of a row of stage 4 (default 262144); rotary base, steps and batch follow from it
+#   OUTPUT      folder of the run (default: runs/MODEL-stageN)
+train_stage() {
+  local stage=$1 model=${MODEL:-longvila-7b} context=${CONTEXT:-262144}
+  local presets=${LAUNCH_DIR%/*}/megatron_vila/config/presets before="" output=runs/$model-stage$stage settings=()
+  shift
+  : "${DATA:?set DATA to the LLaVA-format JSON or JSONL file of the samples; several: a.json,b.json}"
+  : "${TOKENIZER:?set TOKENIZER to the folder of the Hugging Face tokenizer of the LLM}"
+  if ((stage >= 4)) && [[ ! -f $presets/rope/$context.yaml ]]; then
+    echo "CONTEXT=$context has no known rotary base; use one of" \
+      "$(cd "$presets/rope" && printf '%s\n' *.yaml | sort -n | sed 's/\.yaml//' | paste -sd ' ')" >&2
+    return 1
+  fi
+  case $stage in
+    1) settings=(checkpoint.save_every=100) ;;
+    2) settings=(checkpoint.save_every=500) before=stage1 ;;
+    3) settings=(checkpoint.save_every=200) before=stage2 ;;
+    4) settings=(checkpoint.save_every=20 "include=[contexts/$context]") before=stage3 output+=-$context ;;
+    # the published longvila-7b has another pair of base and factor, the preset's: to go on from it, override both
+    5) settings=(checkpoint.save_every=50 "include=[rope/$context]") before=stage4-$context ;;
   esac
+  launch "$model-stage$stage" \
+    data.train="[$DATA]" \
+    data.media_dir="${MEDIA:-}" \
+    data.tokenizer="$TOKENIZER" \
+    checkpoint.load="${CHECKPOINT:-${before:+runs/$model-$before}}" \
+    train.output="${OUTPUT:-$output}" \
+    "${settings[@]}" \
+    "$@"
 }

@@ -153,7 +153,7 @@ def test_a_dry_run_with_a_mistake_ends_a_stage_script_with_2_and_one_message(tmp
 def test_stage_4_refuses_a_context_without_a_known_base(start):
     status, output, calls = start("examples/train_stage4.sh", CONTEXT="1000", **DATA)
     assert status == 1 and calls == []
-    assert "use 131072, 262144, 524288 or 1048576" in output
+    assert "use one of 131072 262144 524288 1048576" in output
 
 
 @pytest.mark.parametrize("missing", sorted(DATA))

@@ -6,7 +6,8 @@ A file may name other files to start from::
     train:
       steps: 100                                     # the file's own keys win over what it includes
 
-Overrides (``parallel.tp=2``) win over every file. Each value is checked against the type of its dataclass field; all
+Overrides (``parallel.tp=2``) win over every file; ``include=[contexts/524288]`` among them takes in files after that of the run,
+relative to the working folder. Each value is checked against the type of its dataclass field; all
 problems of all files are collected and raised together, each with the file (or "command line") that holds it.
 """
 
@@ -50,8 +51,12 @@ def load_config(path_or_preset: str, overrides: Sequence[str] = ()) -> Config:
     path = _find(path_or_preset, Path(), problems)
     if path is not None:
         values.update(_read(path, (), problems))
+    included = [override for override in overrides if override.startswith("include=")]
+    for override in included:
+        values.update(_included(_value(override, problems), Path(), COMMAND_LINE, (), problems))
     for override in overrides:
-        values.update(_parse_override(override, problems))
+        if override not in included:
+            values.update(_parse_override(override, problems))
     if problems:
         raise ConfigError("\n".join(problems))
     return _filled(values)
@@ -137,16 +142,21 @@ def _read(path: Path, chain: tuple[Path, ...], problems: list[str]) -> dict[str,
     if not isinstance(tree, dict):
         problems.append(f"{path}: must hold 'key: value' lines, found a {type(tree).__name__}")
         return {}
-    includes = tree.pop("include", None) or []
-    if not isinstance(includes, list) or not all(isinstance(i, str) for i in includes):
-        problems.append(f"{path}: include={includes!r} must be a list of files or presets, e.g. [models/tiny]")
-        includes = []
-    values: dict[str, Any] = {}
-    for name in includes:
-        found = _find(name, path.parent, problems, str(path))
-        if found is not None:
-            values.update(_read(found, (*chain, path.resolve()), problems))
+    values = _included(tree.pop("include", None) or [], path.parent, str(path), (*chain, path.resolve()), problems)
     values.update(_flatten(tree, "", str(path), problems))
+    return values
+
+
+def _included(names: Any, folder: Path, origin: str, chain: tuple[Path, ...], problems: list[str]) -> dict[str, Any]:
+    """Typed values of the files that ``origin`` includes; later ones win."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problems.append(f"{origin}: include={names!r} must be a list of files or presets, e.g. [models/tiny]")
+        return {}
+    values: dict[str, Any] = {}
+    for name in names:
+        found = _find(name, folder, problems, origin)
+        if found is not None:
+            values.update(_read(found, chain, problems))
     return values
 
 
@@ -182,12 +192,20 @@ def _parse_override(override: str, problems: list[str]) -> dict[str, Any]:
     if known[name].type is str:
         # A path such as 2024 or 1e3 is meant literally: a shell user cannot be asked for quotes inside quotes.
         return {name: text}
+    before = len(problems)
+    value = _value(override, problems)
+    return _typed(known[name], value, COMMAND_LINE, problems) if len(problems) == before else {}
+
+
+def _value(override: str, problems: list[str]) -> Any:
+    """What stands behind the equals sign, read as YAML; None where it cannot be read."""
+    name, _, text = override.partition("=")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
+        container = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
     except UNREADABLE as error:
         problems.append(f"{COMMAND_LINE}: {name}={text[:SHOWN]}: cannot be read as YAML: {_one_line(error)}")
-        return {}
-    return _typed(known[name], value, COMMAND_LINE, problems)
+        return None
+    return container["value"] if isinstance(container, dict) else None
 
 
 def _typed(key: Key, value: Any, origin: str, problems: list[str]) -> dict[str, Any]:
@@ -285,7 +303,8 @@ data:
 
 Paths are relative to the folder the run starts in (only `include` is relative to its file), and `~` does not stand for a home
 folder: write `$HOME/...`. `${{oc.env:NAME}}` in a value is replaced by the environment variable NAME. On the command line a
-list is written `data.train=[a.json,b.json]` (in zsh within quotes). Every run writes the whole configuration it used to
+list is written `data.train=[a.json,b.json]` (in zsh within quotes), and `include=[contexts/524288]` takes in presets or files
+after that of the run. Every run writes the whole configuration it used to
 `config.yaml` in its output folder. `--dry-run` checks everything and exits;
 `python -m megatron_vila.explain my_run.yaml world_size=256` shows what the layout means, with no process started
 ([launching](launching.md#before)). Each number has a largest value, far above what is trained, so that a slip of the keyboard is

@@ -58,6 +58,18 @@ def test_an_include_is_relative_to_its_file_and_may_include_again(tmp_path):
     assert load_config(run, []).train.steps == 5
 
 
+def test_an_include_on_the_command_line_wins_over_the_file_and_loses_to_every_other_override(tmp_path):
+    run = write(tmp_path / "run.yaml", "include: [stages/stage4]\ntrain: {steps: 5}\n")
+    config = load_config(run, ["train.seq_length=7", "include=[stages/stage4, contexts/524288]"])
+    assert (config.model.llm.max_positions, config.train.steps, config.train.seq_length) == (524288, 80, 7)
+
+
+@pytest.mark.parametrize("value", ["rope/262144", "[3]", "[nowhere]", "[", ""])
+def test_an_include_on_the_command_line_that_is_no_list_of_files_is_refused(value):
+    with pytest.raises(ConfigError, match="^command line: include"):
+        load_config("tiny", [f"include={value}"])
+
+
 def test_a_preset_is_included_by_its_name(tmp_path):
     run = write(tmp_path / "run.yaml", "include: [models/qwen2-7b]\ntrain: {steps: 5}\n")
     config = load_config(run, [])

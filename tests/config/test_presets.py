@@ -60,7 +60,7 @@ def test_every_complete_run_is_valid_on_its_smallest_worlds(name, factor):
 def test_stage_presets_set_no_model_shape():
     for stage in range(1, 6):
         tree = yaml.safe_load((PRESET_FOLDER / "stages" / f"stage{stage}.yaml").read_text())
-        assert set(tree) <= {"model", "memory", "optim", "data", "train"}
+        assert set(tree) <= {"include", "model", "memory", "optim", "data", "train"}
         shape = set(tree.get("model", {}).get("llm", {})) - {"rope_theta", "rope_scaling_factor", "max_positions"}
         assert shape == set()
 
