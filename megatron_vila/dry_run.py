@@ -122,7 +122,7 @@ def describe_start(config: Config) -> str:
             if saved["adam_step"] is None:
                 raise CheckpointError("it holds weights only, a run cannot go on from it: choose another train.output")
             lines = changes(kept_settings(saved["extra"]), settings_of(config))
-    except (CheckpointError, OSError, ValueError, KeyError) as error:
+    except (CheckpointError, OSError) as error:
         raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
     if resumed is None:
         return f"Start: weights of {folder}."
@@ -147,7 +147,7 @@ def _is_complete(folder: Path) -> bool:
     except DamagedError:
         return False
     except (CheckpointError, OSError) as error:
-        raise undecided(folder, error) from error
+        raise CheckpointError(undecided(folder, error)) from error
     return True
 
 

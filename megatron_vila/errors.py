@@ -1,18 +1,30 @@
-"""The two kinds of errors, what a user can cure and everything else, and how messages are made.
+"""The two kinds of errors: what a user can cure, and everything else; how messages are made, and what a command says of each.
 
-A ``UserError`` ends a run with its text as the only message. Any other exception is a fault of the program or of the machine
-and keeps its traceback.
+A ``UserError`` ends a command with its text as the only message. Any other exception is a fault of the program or of the machine
+and keeps its traceback. Every entry point is an ``entry_point``; a run of several ranks tells in ``training/failures.py`` what a
+single process tells here.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
+
+from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
+from megatron_vila.streams import tell
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
     """Something a user can cure; the text names what was set or found, and what to do."""
+
+    elsewhere = False
+    """whether another rank found it: this one only heard of it"""
 
 
 class SettingError(UserError, ValueError):
@@ -26,6 +38,12 @@ class ConfigError(SettingError):
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be saved or loaded; the text says why, what is intact and what to do. Raised on every rank."""
 
+    def worded(self, text: str) -> CheckpointError:
+        """The same error with another text."""
+        error = type(self)(text)
+        error.elsewhere = self.elsewhere
+        return error
+
 
 class DamagedError(CheckpointError):
     """The files of a checkpoint are not what was written: the one reason for which a checkpoint is passed over and renamed."""
@@ -36,7 +54,7 @@ class LaunchError(UserError, RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """Another rank failed, and says why; this one ends without a word."""
+    """A rank failed, and says why; the others end without a word. ``__cause__`` is what failed, on the rank that failed."""
 
 
 class StallError(RuntimeError):
@@ -62,3 +80,38 @@ def _is_refusal(error: BaseException) -> bool:
         return False
     # torch has no class of its own for host memory.
     return isinstance(error, (OSError, MemoryError)) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What failed on this rank, if ``error`` passes it on to others."""
+    return error.__cause__ if isinstance(error, PeerError) and error.__cause__ is not None else error
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with that ``error`` ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return USER_ERROR if isinstance(cause_of(error), UserError) else FAILED
+
+
+def described(error: BaseException) -> str:
+    """What the screen shows of ``error``: the text of a ``UserError``, the traceback of anything else."""
+    cause = cause_of(error)
+    if isinstance(cause, UserError):
+        return f"megatron_vila: {cause}"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def entry_point(main: Callable[P, int]) -> Callable[P, int]:
+    """``main`` returns an exit code; an error that comes out of it is told and has its exit code too."""
+
+    @functools.wraps(main)
+    def told(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            if not isinstance(error, KeyboardInterrupt):
+                tell(described(error))
+            return exit_code(error)
+
+    return told

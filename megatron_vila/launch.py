@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
 from megatron_vila import parent
+from megatron_vila.errors import entry_point
 from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 from megatron_vila.streams import flush_streams, tell
 from megatron_vila.training.stop import ASKING, asking
@@ -49,6 +50,7 @@ class World:
         return self.nodes * self.ranks_per_node
 
 
+@entry_point
 def main(arguments: Sequence[str]) -> int:
     """Run the ranks of this node; returns the exit status."""
     hold_back_signals()
@@ -150,9 +152,6 @@ def launch(world: World, rank: Worker, arguments: list[str], start_method: str =
     except SignalException as error:
         tell(f"megatron_vila: ended by {error.sigval.name}; what was saved before is intact")
         return 128 + error.sigval
-    except Exception as error:
-        tell(f"megatron_vila: the ranks could not be started: {type(error).__name__}: {error}")
-        return FAILED
     return STOPPED if STOPPED in outcome else FINISHED
 
 

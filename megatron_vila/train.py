@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vila import exit_codes, parent
 from megatron_vila.busy import CurrentStdout, busy
+from megatron_vila.errors import entry_point
 from megatron_vila.streams import flush_streams
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _SAMPLE = re.compile("([a-z]+:)?[0-9]+")
 
 
+@entry_point
 def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: None) -> int:
     """Returns the exit code. ``before_parting`` is the last that may take time: then this rank lets the others end."""
     options = parse(arguments)

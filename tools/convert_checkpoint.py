@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 from megatron_vila.busy import CurrentStdout, busy
 from megatron_vila.config.text_rules import TEMPLATES
 from megatron_vila.convert.token_order import ORDERS
+from megatron_vila.errors import entry_point
 
 
+@entry_point
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[CurrentStdout()])
@@ -30,14 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         from megatron_vila import accelerator
 
         accelerator.prepare()
-        # Imported late: Megatron-Core must find the platform prepared.
-        from megatron_vila.convert.errors import ConversionError
-
-        try:
-            return options.run(options)
-        except ConversionError as error:
-            print(error, file=sys.stderr)
-            return 2
+        return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from megatron_vila.busy import busy, counted
 from megatron_vila.data.synthetic import ANSWERS, corpus, write_synthetic_set
+from megatron_vila.errors import UserError, entry_point
 
 
-def main() -> None:
+@entry_point
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to")
     parser.add_argument(
@@ -59,12 +61,13 @@ def main() -> None:
             from megatron_vila.data.tokenizer import train_tokenizer
 
             tokenizer = train_tokenizer(corpus(), args.out / "tokenizer", args.vocab_size, args.fill)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error}; name another folder or free space") from error
     for path in written:
         print(path)
     print(f"{args.out / 'tokenizer'}: {len(tokenizer)} pieces")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ from megatron_vila.checkpoint.save_load import newest_whole
 from megatron_vila.config.keys import config_keys
 from megatron_vila.config.schema import Config
 from megatron_vila.data.tokenizer import load_tokenizer
-from megatron_vila.errors import CheckpointError
+from megatron_vila.errors import CheckpointError, SettingError
 from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.plan.sizes import head_dim
 
@@ -159,7 +159,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     settings["model.llm.head_dim"] = head_dim(config.model.llm)
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
-    except (ValueError, FileNotFoundError):
+    except SettingError:
         return settings
     # Where the folder lies does not matter.
     del settings["data.tokenizer"]

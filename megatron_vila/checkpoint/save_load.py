@@ -128,7 +128,7 @@ def save_checkpoint(
         on_rank_zero(finish, failed)
     except CheckpointError as error:
         advice = on_rank_zero(lambda: _after_failure(Path(run_folder)), failed)
-        raise CheckpointError(f"{error}; {advice}") from None
+        raise error.worded(f"{error}; {advice}") from error.__cause__
     on_rank_zero(lambda: folders.delete_older(final, keep), failed)
     return final
 
@@ -155,7 +155,7 @@ def load_checkpoint(
         stored, saved, info = _open(folder, failed, check)
     except DamagedError as error:
         advice = on_rank_zero(lambda: _other_way(folder, optimizer is not None), failed)
-        raise DamagedError(f"{error}; {advice}") from None
+        raise error.worded(f"{error}; {advice}") from error.__cause__
     if optimizer is not None and saved["adam_step"] is None:
         raise CheckpointError(f"{failed}: it holds weights only; start a new run from it with checkpoint.load={folder}")
 
@@ -208,7 +208,7 @@ def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
         except DamagedError as error:
             passed_over[folder] = str(error)
         except CheckpointError as error:
-            raise undecided(folder, error) from None
+            raise error.worded(undecided(folder, error)) from error.__cause__
         else:
             return folder, passed_over
     if passed_over:
@@ -219,9 +219,9 @@ def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
     return None, {}
 
 
-def undecided(folder: Path, error: Exception) -> CheckpointError:
+def undecided(folder: Path, error: Exception) -> str:
     """What ``checkpoint.resume=newest_whole`` ends with where ``error`` says nothing about the files of ``folder``."""
-    return CheckpointError(
+    return (
         f"checkpoint.resume=newest_whole cannot tell whether {folder} is whole: {error}; nothing was renamed: make it readable "
         "and start again, or move it to another folder to go on without it"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_vila.errors import UserError
 
-class ConversionError(ValueError):
+
+class ConversionError(UserError, ValueError):
     """A checkpoint cannot be converted or compared. ``problems`` are all that were found, each with its cure."""
 
     def __init__(self, what: str, problems: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_vila import accelerator
 from megatron_vila.data.check import ANY_VOCABULARY, Report, check
+from megatron_vila.errors import UserError, entry_point
 
 DEFAULT = "models/longvila-7b"
 """Whose pictures and lengths are counted where no configuration is given."""
@@ -27,6 +28,7 @@ SHOWN = 20
 """Problems on the screen; a JSON report has all."""
 
 
+@entry_point
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_vila.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,28 +49,23 @@ def main(arguments: Sequence[str]) -> int:
     from megatron_vila.config.load import load_config
     from megatron_vila.plan.validate import validate_data
 
-    try:
-        config = load_config(options.config or DEFAULT, options.set)
-        config.data.media_dir = config.data.media_dir if options.media_dir is None else options.media_dir
-        config.data.tokenizer = config.data.tokenizer if options.tokenizer is None else options.tokenizer
-        if options.files:
-            config.data.train, config.data.eval = [], []
-        if not options.config:
-            config.model.llm.vocab_size = ANY_VOCABULARY
-        validate_data(config)
-        files = options.files or [*config.data.train, *config.data.eval]
-        report = _last(check(config, files, max(1, options.threads)))
-    except (ValueError, OSError) as error:
-        print(f"megatron_vila: {error}", file=sys.stderr)
-        return 2
+    config = load_config(options.config or DEFAULT, options.set)
+    config.data.media_dir = config.data.media_dir if options.media_dir is None else options.media_dir
+    config.data.tokenizer = config.data.tokenizer if options.tokenizer is None else options.tokenizer
+    if options.files:
+        config.data.train, config.data.eval = [], []
+    if not options.config:
+        config.model.llm.vocab_size = ANY_VOCABULARY
+    validate_data(config)
+    files = options.files or [*config.data.train, *config.data.eval]
+    report = _last(check(config, files, max(1, options.threads)))
     if options.json != "-":
         print(describe(report))
     try:
         if options.json:
             _write_json(report, options.json)
     except OSError as error:
-        print(f"megatron_vila: --json {options.json} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+        raise UserError(f"--json {options.json} cannot be written: {error.strerror}; name another file") from error
     return 1 if report.problems else 0
 
 

@@ -72,7 +72,7 @@ def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report
     """The same report after each sample of ``files``, first with nothing checked; ``threads`` read at once.
 
     Without ``data.tokenizer`` texts are rendered with a tokenizer of single bytes and nothing is said of lengths. Raises
-    ``RecordError`` for a file that holds no list of records, ``ValueError`` or ``FileNotFoundError`` for settings.
+    ``RecordError`` for a file that holds no list of records, ``SettingError`` for settings.
     """
     data = replace(config.data, bad_records="skip")
     try:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.data.placement import IMAGE, VIDEO
 from megatron_vila.data.signs import CONTROL_TEXT, CONTROL_TOKEN
+from megatron_vila.errors import UserError
 
 MEDIA_NAMES = (IMAGE, VIDEO, "<vila/video>", "<vila/sentinel>")
 # What some tokenizers make of characters that their vocabulary lacks.
@@ -37,7 +38,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
     return ControlTokens(tokenizer)
 
 
-class ControlTokenError(ValueError):
+class ControlTokenError(UserError, ValueError):
     """A control token that is text cannot be told from one that is none."""
 
 

@@ -38,11 +38,11 @@ class NoUsableSampleError(UserError, RuntimeError):
         self.found = found
 
 
-class TooLongError(Exception):
+class TooLongError(UserError):
     """A sample does not fit train.seq_length, and data.over_long does not let it be cut, or not far enough."""
 
 
-class BrokenSampleError(Exception):
+class BrokenSampleError(UserError):
     """A sample cannot be read or rendered; the text says why."""
 
 
@@ -70,7 +70,7 @@ class Choice:
 class VilaDataset:
     """Documents of ``records``, tokenised by ``tokenizer`` for ``model``, of at most ``seq_length`` tokens. Safe for threads.
 
-    Raises ``ChatTemplateError`` for a tokenizer without a usable chat template, ``ValueError`` for settings that do not fit.
+    Raises ``ChatTemplateError`` for a tokenizer without a usable chat template, ``SettingError`` for settings that do not fit.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class VilaDataset:
         """The sample's id, or file and number of a record that cannot be read."""
         try:
             return self.records[index].sample_id
-        except (ValueError, OSError):
+        except (UserError, OSError):
             return self.records.name(index)
 
     def _build(self, record: Record) -> tuple[Document, int]:
@@ -194,7 +194,7 @@ class VilaDataset:
             raise RenderError(f"sample {record.sample_id} renders to no token")
         try:
             self._check_vocabulary(document.token_ids, f"sample {record.sample_id}")
-        except ValueError as error:
+        except SettingError as error:
             raise RenderError(str(error)) from error
         return document, sum(map(len, chosen)) - len(document.frames)
 

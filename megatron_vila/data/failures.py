@@ -9,13 +9,12 @@ from collections.abc import Iterator
 
 import jinja2
 
-from megatron_vila.data.chat import ChatTemplateError, RenderError
 from megatron_vila.data.media import MediaError
-from megatron_vila.data.places import RecordError
+from megatron_vila.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORESEEN = (MediaError, RenderError, RecordError, ChatTemplateError, jinja2.TemplateError)
+_FORESEEN = (UserError, jinja2.TemplateError)
 _NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
 
 

@@ -24,6 +24,7 @@ from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSample
 from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.video import VideoReader
+from megatron_vila.errors import PeerError
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import FrameRef, Row, pack
 from megatron_vila.plan.row_plan import RowPlan, ShardPlan
@@ -31,7 +32,7 @@ from megatron_vila.plan.row_plan import RowPlan, ShardPlan
 logger = logging.getLogger(__name__)
 
 
-class LoaderError(RuntimeError):
+class LoaderError(PeerError):
     """Loading failed on a rank of the model-parallel block; raised on every rank of it."""
 
 

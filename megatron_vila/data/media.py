@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 import av
 
+from megatron_vila.errors import UserError
+
 MAX_PIXELS = 2**26
 """Most pixels of a picture or video frame (8192 x 8192): 256 MiB for each copy that is held while it is turned into RGB."""
 
@@ -90,7 +92,7 @@ def name_of(source: MediaSource) -> str:
     return f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source)
 
 
-class MediaError(Exception):
+class MediaError(UserError):
     """An image or video that cannot be used: ``path`` names it, ``reason`` says what is wrong with it."""
 
     def __init__(self, source: MediaSource, reason: str) -> None:

@@ -15,6 +15,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_vila.errors import UserError
+
 IMAGE, VIDEO = "<image>", "<video>"
 _WORD = re.compile("<(?:image|video)>")
 MARKER = re.compile(rf"(?<!\\){_WORD.pattern}")
@@ -29,7 +31,7 @@ _HIDDEN = {IMAGE: "\ufdd0", VIDEO: "\ufdd1"}
 _PLACED = re.compile(rf"\A\s*+{MARKER.pattern}[ \t]*+(?:\r?\n|\Z)|(?:\A|\n)[ \t]*+{MARKER.pattern}\s*+\Z")
 
 
-class PlacementError(ValueError):
+class PlacementError(UserError, ValueError):
     """Media and markers of a conversation do not fit; the text says how, and what to do."""
 
 

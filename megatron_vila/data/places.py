@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_vila.errors import UserError
+
 # A string of JSON ends on its line: a lost quotation mark in an indented file spoils one record only.
 _TOKEN = re.compile(rb'"(?:[^"\\\x00-\x1f]++|\\.)*+"|[\[\]{},]')
 _OPENING, _CLOSING, _QUOTE = b"[{", b"]}", ord('"')
 _BOM = b"\xef\xbb\xbf"
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A record or a file of records that cannot be used; the message names the file, the record and the field."""
 
 

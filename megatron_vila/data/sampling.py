@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from megatron_vila.data.video_info import VideoInfo
+from megatron_vila.errors import SettingError
 
 FPS_RULES = ("spread", "first")
 """Rules for a number of frames per second, see ``sample_frame_indices``."""
@@ -34,19 +35,19 @@ def sample_frame_indices(
     shown at several of them is taken once.
 
     n is never above N: VILA's inference repeats frames of a shorter video to fill the count, its training does not, and a
-    repeated frame costs time and teaches nothing. Raises ``ValueError`` for a count, rate or video that makes no sense.
+    repeated frame costs time and teaches nothing. Raises ``SettingError`` for a count, rate or video that makes no sense.
     """
     total, rate = (video.num_frames, video.fps) if isinstance(video, VideoInfo) else video
     if num_frames < 1 or total < 1 or fps < 0:
-        raise ValueError(
+        raise SettingError(
             f"cannot take num_frames={num_frames} at fps={fps} from a video of {total} frames: all must be positive"
         )
     if rule not in FPS_RULES:
-        raise ValueError(f"fps_rule={rule} is unknown; use one of {', '.join(FPS_RULES)}")
+        raise SettingError(f"fps_rule={rule} is unknown; use one of {', '.join(FPS_RULES)}")
     if fps == 0:
         return np.round(np.linspace(0, total - 1, min(num_frames, total))).astype(np.int64)
     if rate <= 0:
-        raise ValueError(f"fps={fps} needs a video with a frame rate, got {rate}; set fps=0 to take frames uniformly")
+        raise SettingError(f"fps={fps} needs a video with a frame rate, got {rate}; set fps=0 to take frames uniformly")
     seconds, duration_s = uneven_seconds(video), total / rate
     if rule == "first":
         count = max(1, min(num_frames, math.ceil(duration_s / (1.0 / fps))))

@@ -22,6 +22,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from megatron_vila.errors import SettingError
+
 COLOURS = {
     "red": (225, 20, 20),
     "green": (10, 200, 20),
@@ -89,15 +91,15 @@ def write_synthetic_set(
     second of the file, ``hold`` frames per step. Each record also says in which frame of the file the needle begins
     (``needle_frame``). The same arguments give the same files. ``on_sample`` is called after each sample.
 
-    Raises ``ValueError`` for arguments that cannot be drawn.
+    Raises ``SettingError`` for arguments that cannot be drawn.
     """
     unknown = [k for k in kinds if k not in ANSWERS]
     if unknown or not kinds:
-        raise ValueError(f"kinds={list(kinds)} must be some of {', '.join(ANSWERS)}")
+        raise SettingError(f"kinds={list(kinds)} must be some of {', '.join(ANSWERS)}")
     if size < 16 or size % 2:
-        raise ValueError(f"size={size} cannot be encoded; use an even number of at least 16 pixels")
+        raise SettingError(f"size={size} cannot be encoded; use an even number of at least 16 pixels")
     if min([*lengths, fps, hold]) < 1 or min(train, evaluation) < 0:
-        raise ValueError(
+        raise SettingError(
             f"lengths={list(lengths)}, fps={fps} and hold={hold} must be at least 1, "
             f"train={train} and evaluation={evaluation} at least 0"
         )

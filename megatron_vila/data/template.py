@@ -16,6 +16,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vila.errors import UserError
+
 _SIGHT = (
     "You are able to understand the visual content that the user provides, and assist the user with a variety of tasks using "
     "natural language."
@@ -63,11 +65,11 @@ _PROBE = [
 ]
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(UserError, ValueError):
     """A chat template cannot be used for training."""
 
 
-class RenderError(ValueError):
+class RenderError(UserError, ValueError):
     """One conversation cannot be rendered or tokenised, for example because its roles do not alternate."""
 
 

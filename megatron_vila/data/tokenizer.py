@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_vila.config.schema import Config
 from megatron_vila.data.control_tokens import MEDIA_NAMES
+from megatron_vila.errors import SettingError
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
@@ -49,14 +50,14 @@ def train_tokenizer(
     ``len`` of the result is its size. With ``fill`` it is filled up to ``vocab_size`` with pieces that no text uses, in the fast
     form alone: so the tokenizer fits a model of that size. The same texts in the same order give the same files.
 
-    Raises ``ValueError`` for texts without a character and for a ``vocab_size`` below what bytes and characters need.
+    Raises ``SettingError`` for texts without a character and for a ``vocab_size`` below what bytes and characters need.
     """
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError("cannot train a tokenizer: the texts are empty")
+        raise SettingError("cannot train a tokenizer: the texts are empty")
     least = 4 + 256 + 1 + len({c for line in lines for c in line})
     if vocab_size < least:
-        raise ValueError(
+        raise SettingError(
             f"vocab_size={vocab_size} is too small for bytes and the characters of the texts; use {least} or more"
         )
     model = io.BytesIO()
@@ -101,24 +102,24 @@ def train_tokenizer(
 def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a local folder; nothing is downloaded and no code of the folder is run.
 
-    Raises ``FileNotFoundError`` if there is no such folder, ``ValueError`` if it holds no tokenizer, no fast one (character
-    offsets are needed to mark the answers), or no chat template where ``template`` names none.
+    Raises ``SettingError`` if there is no such folder or it holds no tokenizer, no fast one (character offsets are needed to
+    mark the answers), or no chat template where ``template`` names none.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
+        raise SettingError(
             f"data.tokenizer={str(folder)!r} is not a folder; give the folder of a Hugging Face tokenizer"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"data.tokenizer={str(folder)!r} holds no tokenizer that can be loaded: {error}") from error
+        raise SettingError(f"data.tokenizer={str(folder)!r} holds no tokenizer that can be loaded: {error}") from error
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise SettingError(
             f"data.tokenizer={str(folder)!r} is a slow tokenizer without character offsets; save it again as a fast one "
             "(it needs a tokenizer.json file)"
         )
     if not tokenizer.chat_template and not template:
-        raise ValueError(
+        raise SettingError(
             f"data.tokenizer={str(folder)!r} has no chat template; put chat_template.jinja into the folder, as the "
             "tokenizers of instruction-tuned models have it, or set data.template"
         )
@@ -126,7 +127,7 @@ def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedT
 
 
 def tokenizer_warnings(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Why ``tokenizer`` may not be that of the model of ``config``. Raises ``ValueError`` where it cannot be."""
+    """Why ``tokenizer`` may not be that of the model of ``config``. Raises ``SettingError`` where it cannot be."""
     separators = {f"data.{name}": getattr(config.data, name) for name in ("frame_separator_ids", "image_separator_ids")}
     return check_tokenizer(tokenizer, config.model.llm.vocab_size, separators)
 
@@ -134,8 +135,8 @@ def tokenizer_warnings(config: Config, tokenizer: PreTrainedTokenizerFast) -> li
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: Mapping[str, Sequence[int]]) -> list[str]:
     """Whether ``tokenizer`` can be that of a model with ``rows`` embeddings, with ``separators``, ids by the name of their key.
 
-    Returns warnings. Raises ``ValueError`` for pieces beyond the table, for a table of which more than half would never be used,
-    and for separators that are no tokens. Control tokens may lie beyond the table: VILA's media tokens do.
+    Returns warnings. Raises ``SettingError`` for pieces beyond the table, for a table of which more than half would never be
+    used, and for separators that are no tokens. Control tokens may lie beyond the table: VILA's media tokens do.
     """
     size, added = len(tokenizer), tokenizer.added_tokens_decoder
     own = f"data.tokenizer={str(tokenizer.name_or_path)!r}"
@@ -143,19 +144,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: M
     beyond = [text for text, id_ in tokenizer.get_vocab().items() if id_ >= rows and not (id_ in added and added[id_].special)]
     beyond = [text for text in beyond if text not in MEDIA_NAMES]
     if beyond:
-        raise ValueError(
+        raise SettingError(
             f"{own} has {len(beyond)} tokens beyond model.llm.vocab_size={rows}, such as {beyond[0]!r}; {cure}, or a larger "
             "vocabulary"
         )
     if rows > 2 * size + _PADDING:
-        raise ValueError(f"{own} has {size} tokens, but model.llm.vocab_size={rows}: it is that of another model; {cure}")
+        raise SettingError(f"{own} has {size} tokens, but model.llm.vocab_size={rows}: it is that of another model; {cure}")
     warnings = []
     if rows - size > max(_PADDING, rows // 20):
         warnings.append(f"{own} uses {size} of the model's {rows} embeddings; is it the tokenizer of this model?")
     for name, ids in separators.items():
         strange = [id_ for id_ in ids if tokenizer.convert_ids_to_tokens(id_) is None]
         if strange:
-            raise ValueError(f"{name} holds id {strange[0]}, which is no token of {own}; {cure}, or other separators")
+            raise SettingError(f"{name} holds id {strange[0]}, which is no token of {own}; {cure}, or other separators")
         text = tokenizer.decode(ids)
         if text.strip() and not all(id_ in added for id_ in ids):
             warnings.append(f"{name}={list(ids)} is the text {text!r} in {own}; VILA writes line breaks or nothing")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
-from megatron_vila.errors import ConfigError
+from megatron_vila.errors import ConfigError, entry_point
 from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
 from megatron_vila.explain.sample import explain_sample, made_up_document
 from megatron_vila.explain.text import console
@@ -39,6 +39,7 @@ OWN_KEYS = {
 """Keys of this command alone, and the largest value that can be meant."""
 
 
+@entry_point
 def main(arguments: Sequence[str]) -> int:
     """Print the explanation of the command line ``arguments``; returns the exit status (2: bad input)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -50,17 +51,13 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if options.help else 2
     name, *rest = settings
-    try:
-        own, overrides = _split(rest)
-        config, device = load_config(name, overrides), planned_device(options.gpu)
-        parallel = config.parallel
-        world_size = own.get("world_size", Layout.of(parallel).size)
-        warnings = validate(config, world_size, check_files=False, device=device)
-        grid = GridShape.of(world_size, parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
-        document, note = _document(config, own)
-    except (ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    own, overrides = _split(rest)
+    config, device = load_config(name, overrides), planned_device(options.gpu)
+    parallel = config.parallel
+    world_size = own.get("world_size", Layout.of(parallel).size)
+    warnings = validate(config, world_size, check_files=False, device=device)
+    grid = GridShape.of(world_size, parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
+    document, note = _document(config, own)
     out = console(sys.stdout)
     explain_grid(out, config, grid)
     explain_model(out, config, grid, device)

@@ -19,16 +19,18 @@ T = TypeVar("T")
 def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T:
     """The result of ``action`` on rank 0, on every rank (a broadcast over all ranks).
 
-    Where it fails every rank raises. With ``failed``, for what a user can always cure: ``CheckpointError`` that says so, why, and
-    ``cure``. Without: rank 0 its own error, the others a ``UserError`` of the same text, or ``PeerError`` for what no user can
-    cure.
+    Where it fails every rank raises. What a user can cure: rank 0 its own error, or with ``failed`` a ``CheckpointError`` that
+    says so, why, and ``cure``; the others one of the same text. A fault of the program: rank 0 that, the others ``PeerError``.
     """
     result, failure, told = None, None, None
     if dist.get_rank() == 0:
         try:
             result = action()
         except Exception as error:
-            failure = _explained(error, failed, cure) if failed else error
+            failure = error
+            if failed and _is_curable(error):
+                failure = _error(isinstance(error, DamagedError), f"{failed}: {_reason(error)}", cure)
+                failure.__cause__ = error
             told = _kind(failure), str(failure)
     outcome: list[Any] = [result, told]
     dist.broadcast_object_list(outcome, src=0)
@@ -37,32 +39,42 @@ def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T
         raise failure
     if told is not None:
         kind, text = told
-        raise PeerError("rank 0 failed in what it does for all ranks") if kind is PeerError else kind(text)
+        raise PeerError("rank 0 failed in what it does for all ranks") if kind is PeerError else _heard(kind(text))
     return result
 
 
 def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
     """The result of ``action`` on this rank; if it raises on any, ``CheckpointError`` with that reason on all of them.
 
-    Collective over all ranks, after the action. What is damaged for one rank and refused to another counts as refused.
+    Collective over all ranks, after the action. What is damaged for one rank and refused to another counts as refused. A fault of
+    the program is raised on its rank as it is, and the others raise ``PeerError``.
     """
-    result, told = None, None
+    result, told, failure = None, None, None
     try:
         result = action()
     except Exception as error:
-        told = isinstance(error, DamagedError), _reason(error)
+        told, failure = (_is_curable(error), isinstance(error, DamagedError), _reason(error)), error
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, told)
     bad = {rank: told for rank, told in enumerate(everywhere) if told is not None}
     if bad:
         where = "" if len(bad) == len(everywhere) else f" (rank {some(list(map(str, bad)))})"
-        is_damage, reason = min(bad.values(), key=lambda told: told[0])
-        raise _error(is_damage, f"{failed}{where}: {reason}", cure)
+        is_curable, is_damage, reason = min(bad.values(), key=lambda told: told[:2])
+        if not is_curable:
+            raise failure or PeerError("a rank failed in what each does by itself")
+        raised = _error(is_damage, f"{failed}{where}: {reason}", cure)
+        raise raised from failure if failure else _heard(raised)
     return result
 
 
-def _explained(error: Exception, failed: str, cure: str) -> CheckpointError:
-    return _error(isinstance(error, DamagedError), f"{failed}: {_reason(error)}", cure)
+def _is_curable(error: Exception) -> bool:
+    """Whether a user can: our own messages say how, and so does what the operating system refuses."""
+    return isinstance(error, UserError) or refusal_behind(error) is not None
+
+
+def _heard(error: UserError) -> UserError:
+    error.elsewhere = True
+    return error
 
 
 def _error(is_damage: bool, text: str, cure: str) -> CheckpointError:

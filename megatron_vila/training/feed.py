@@ -18,7 +18,7 @@ from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
-from megatron_vila.errors import ConfigError
+from megatron_vila.errors import ConfigError, UserError
 from megatron_vila.parallel.agreement import on_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.training.report_files import Reporting, replace_file
@@ -34,7 +34,7 @@ JUDGED_FROM = 500
 
 
 def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
-    """The samples of ``files`` as documents. Reads text only. Raises ``ConfigError`` that names file, place and cure."""
+    """The samples of ``files`` as documents. Reads text only. Raises ``UserError`` that names file, place and cure."""
     try:
         records = open_records(config.data, files)
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
@@ -45,8 +45,6 @@ def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
         if config.data.bad_records == "stop":
             cure += ", or leave them out with data.bad_records=skip"
         raise ConfigError(f"{error}\n{cure}; `python -m megatron_vila.data check` lists all of them") from error
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
 
 
 def tell_bad_records(config: Config) -> None:
@@ -58,7 +56,7 @@ def tell_bad_records(config: Config) -> None:
             records = open_records(config.data, files)
         except BadRecordsError as error:
             bad += error.bad.values()
-        except ValueError:
+        except UserError:
             continue
         else:
             bad += records.bad.values()
@@ -107,8 +105,8 @@ def evaluation_loader(config: Config, topology: ParallelTopology) -> tuple[RowLo
 
 
 def held_out_gaps(config: Config) -> str:
-    """A line about files that the records of ``data.eval`` name and that are not there; empty if all are. Raises ``ConfigError``
-    as ``open_dataset``. Called on one rank."""
+    """A line about files that the records of ``data.eval`` name and that are not there; empty if all are. Raises as
+    ``open_dataset``. Called on one rank."""
     records = open_dataset(config, config.data.eval).records
     media = [medium for record in records.good() for medium in record.media]
     paths = dict.fromkeys(path for medium in media for path in medium.pictures or (medium.path,))

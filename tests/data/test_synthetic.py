@@ -183,12 +183,12 @@ def test_sets_that_cannot_be_drawn_are_refused(tmp_path, change, message):
 def test_the_command_writes_a_set_and_its_tokenizer(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["make_synthetic_videos.py", str(tmp_path / "set"), *arguments])
-        runpy.run_path(str(ROOT / "tools" / "make_synthetic_videos.py"), run_name="__main__")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools" / "make_synthetic_videos.py"), run_name="__main__")
+        return ended.value.code
 
-    run("--frames", "2", "--train", "8", "--eval", "8")
+    assert run("--frames", "2", "--train", "8", "--eval", "8") == 0
     assert len(records(tmp_path / "set", "train_2")) == len(records(tmp_path / "set", "eval_2")) == 8
     assert load_tokenizer(tmp_path / "set" / "tokenizer").chat_template
     assert "train_2.json" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        run("--size", "15")
-    assert ended.value.code == 2 and "size=15" in capsys.readouterr().err
+    assert run("--size", "15") == 2 and "size=15" in capsys.readouterr().err

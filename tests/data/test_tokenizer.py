@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vila.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from megatron_vila.errors import SettingError
 from tests.data.material import byte_level_tokenizer
 
 TEXTS = [
@@ -123,7 +124,7 @@ def test_the_least_vocabulary_that_the_message_names_works(tmp_path):
 
 
 def test_loading_says_what_is_missing(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a folder"):
+    with pytest.raises(SettingError, match="not a folder"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)

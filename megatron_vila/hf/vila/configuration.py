@@ -31,6 +31,7 @@ from megatron_vila.convert.hf_config import (
 from megatron_vila.convert.hf_config_out import flat_root, language_config, vision_config
 from megatron_vila.convert.token_order import ORDERS, suggest_token_order
 from megatron_vila.data.sampling import FPS_RULES
+from megatron_vila.errors import UserError
 from megatron_vila.plan.geometry import tokens_per_frame
 from megatron_vila.plan.sizes import PROJECTOR_TYPES
 
@@ -40,7 +41,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _logger = logging.getLogger(__name__)
 
 
-class VilaConfigError(RuntimeError):
+class VilaConfigError(UserError, RuntimeError):
     """A configuration that cannot be used.
 
     No ``ValueError``: ``AutoProcessor`` takes one for "not a model of mine" and gives the bare tokenizer instead.
