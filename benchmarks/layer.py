@@ -39,7 +39,7 @@ from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.activations import decoder_alone
 from megatron_vila.plan.budgets import GIB
-from megatron_vila.plan.flops import mfu, model_flops, peak_flops
+from megatron_vila.plan.flops import mfu, model_flops
 from megatron_vila.plan.row_plan import AttentionPlan
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.plan.tokens import local_positions
@@ -88,7 +88,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     found = measure(step, settings["warmup"], settings["timed"])
     world = dist.get_world_size()
     flops = model_flops([length], 0, 0, config.model, config.optim).total * topology.grid.dp
-    peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
+    peak = accelerator.machine().peak_flops
     share = mfu(flops, found.seconds, world, peak)
     topology.destroy()
     return {

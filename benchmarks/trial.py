@@ -33,7 +33,7 @@ from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
-from megatron_vila.plan.flops import mfu, model_flops, peak_flops
+from megatron_vila.plan.flops import mfu, model_flops
 from megatron_vila.plan.memory import estimate_memory
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, pack
 from megatron_vila.plan.row_plan import RowPlan
@@ -92,7 +92,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     row, world = batch.row, dist.get_world_size()
     flops = model_flops(row.lengths, row.supervised_tokens, len(row.frames), config.model, config.optim).total
     rate = flops * topology.grid.dp / found.seconds / world
-    peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
+    peak = accelerator.machine().peak_flops
     estimate = estimate_memory(config, world, accelerator.device_memory_bytes())
     share = mfu(rate, 1.0, 1, peak)
     whole = not (settings["partial"] or settings["without_attention"])

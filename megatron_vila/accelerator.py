@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_vila import megatron_on_cpu
+from megatron_vila import host_memory, megatron_on_cpu
 from megatron_vila.errors import SettingError
+from megatron_vila.plan.hardware import Machine, peak_flops
 
 _MCORE = "megatron.core"
 _COMPILED_DEVICE = "cuda"  # a test counts versions on a CPU
@@ -75,6 +76,15 @@ def collect_garbage() -> None:
 def device_memory_bytes() -> int:
     """Memory of this process's GPU, 0 on a CPU."""
     return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else 0
+
+
+def machine() -> Machine:
+    """The machine at hand, as far as it is known from within: its links are not."""
+    host_bytes = host_memory.most_bytes()
+    if not torch.cuda.is_available():
+        return Machine("this machine", 0, host_bytes=host_bytes, is_here=True)
+    name = torch.cuda.get_device_name()
+    return Machine(f"a GPU ({name})", device_memory_bytes(), peak_flops(name), host_bytes, is_here=True)
 
 
 def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:

@@ -27,8 +27,9 @@ from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
 from megatron_vila.explain.text import console
 from megatron_vila.models.decoder.lora import FACTORS
-from megatron_vila.plan.memory import Device, describe_memory
-from megatron_vila.plan.validate import validate
+from megatron_vila.plan.hardware import Machine
+from megatron_vila.plan.memory import describe_memory
+from megatron_vila.start_checks import check_start
 from megatron_vila.training.feed import open_dataset
 
 SETS = ("train", "eval")
@@ -36,18 +37,18 @@ SETS = ("train", "eval")
 logger = logging.getLogger(__name__)
 
 
-def dry_run(config: Config, world_size: int, device: Device, show: Sequence[str] | None = None) -> None:
-    """Check ``config`` for ``world_size`` ranks on ``device``s and print what was found.
+def dry_run(config: Config, world_size: int, machine: Machine, show: Sequence[str] | None = None) -> None:
+    """Check ``config`` for ``world_size`` ranks on ``machine``s and print what was found.
 
     ``show`` lists samples to print, whose pixels are read too: ``N`` of data.train, ``eval:N`` of data.eval; None: the first of
     each, without its pixels. Raises ``ConfigError``, ``CheckpointError`` or ``NoUsableSampleError`` with the cure for the first
     thing that does not fit.
     """
     wanted = [_parse(text, config) for text in show or []]
-    warnings = validate(config, world_size, device=device)
+    warnings = check_start(config, world_size, machine)
     for warning in warnings:
         logger.warning("warning: %s", warning)
-    _say(describe_memory(config, world_size, device))
+    _say(describe_memory(config, world_size, machine))
     _say(describe_start(config))
     for name in SETS:
         files = getattr(config.data, name)

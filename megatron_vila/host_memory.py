@@ -7,6 +7,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,28 @@ from megatron_vila.plan.budgets import GIB
 
 class HostMemoryError(UserError, MemoryError):
     """The host does not page-lock as much memory as a setting asks for."""
+
+
+def most_bytes() -> int:
+    """Memory of this machine, within the container's limit."""
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _limit()
+    return total if limit is None else min(total, limit)
+
+
+def free_bytes() -> int:
+    """Bytes of this machine's memory that are free or can be freed, within the container's limit."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available, limit = int(fields["MemAvailable"].split()[0]) * 1024, _limit()
+    if limit is None:
+        return available
+    return min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+
+
+def _limit() -> int | None:
+    """The container's limit of memory, if it has one."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def page_locked(size: int, setting: str) -> torch.Tensor:

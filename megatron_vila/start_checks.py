@@ -1,4 +1,5 @@
-"""The files and folders that a configuration names: there, readable, and of the kind that is meant. Nothing is made.
+"""What is looked at before a run starts: the numbers of its configuration (``plan/validate.py``), and after them the files that
+it names and the machine at hand. Nothing is made. Torch is imported where there is a GPU to ask, or host memory to count.
 """
 
 from __future__ import annotations
@@ -9,6 +10,58 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_vila.config.schema import Config, DataConfig
+from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.hardware import UNNAMED, Machine, machine_of
+from megatron_vila.plan.memory import ranks_of_a_node, state_on_host
+from megatron_vila.plan.validate import number_problems, number_warnings, refuse, shape_problems, value_problems
+
+_OF_SAMPLES = ("data.", "model.", "train.seq_length")
+"""How the keys begin that decide how samples are read and how many tokens they become."""
+
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
+"""Without one of these there is no GPU that torch could find (the second: Windows' subsystem for Linux)."""
+
+
+def check_start(config: Config, world_size: int, machine: Machine) -> list[str]:
+    """Check all of ``config`` for ``world_size`` ranks on ``machine``; return warnings.
+
+    Raises ``ConfigError`` that lists all problems of numbers, files and (of the machine at hand) host memory at once.
+    """
+    problems = number_problems(config, world_size)
+    if machine.is_here and not any(value_problems(config)):
+        problems += _host_problems(config, world_size, machine)
+    refuse([*problems, *file_problems(config)])
+    warnings = number_warnings(config, world_size, machine)
+    if config.train.eval_every and not config.data.eval:
+        warnings.append(f"train.eval_every={config.train.eval_every}, but data.eval is empty: nothing is evaluated")
+    return warnings
+
+
+def check_data(config: Config) -> None:
+    """Check the settings by which samples are read as ``check_start`` checks them; data.train and data.tokenizer may be empty.
+
+    Raises ``ConfigError`` that lists all problems at once.
+    """
+    problems = [p for p in value_problems(config) if p.startswith(_OF_SAMPLES)]
+    if not problems:
+        problems += [p for p in shape_problems(config) if p.startswith(_OF_SAMPLES)]
+    problems += data_file_problems(config.data)
+    if config.data.tokenizer:
+        problems += tokenizer_problems(config.data.tokenizer, config.data.template)
+    refuse(problems)
+
+
+def planned_machine(gpu: str | None) -> Machine:
+    """What ``--gpu`` names; without it this machine where it has a GPU, else one of 80 GB. Raises ``ConfigError``."""
+    if gpu is not None:
+        return machine_of(gpu)
+    if any(map(os.path.exists, _GPU_DEVICES)):
+        from megatron_vila import accelerator
+
+        here = accelerator.machine()
+        if here.gpu_bytes:
+            return here
+    return UNNAMED
 
 
 def file_problems(config: Config) -> Iterable[str]:
@@ -118,3 +171,21 @@ def _is_folder(path: str | Path) -> bool:
 
 def _is_file(path: str | Path) -> bool:
     return os.path.isfile(path)
+
+
+def _host_problems(config: Config, world_size: int, machine: Machine) -> Iterable[str]:
+    from megatron_vila.host_memory import free_bytes
+
+    ranks, available = ranks_of_a_node(config, world_size), free_bytes() / GIB
+    kept = config.memory.offload_gib
+    state = state_on_host(config, world_size, machine.gpu_bytes > 0) / GIB
+    wanted = ranks * (kept + state)
+    if wanted > available:
+        settings = [f"memory.offload_gib={kept:g}"] if kept else []
+        if state:
+            settings.append(f"optim.offload_fraction={config.optim.offload_fraction:g} ({state:.1f} GiB a rank)")
+        yield (
+            f"{' and '.join(settings)} on {ranks} ranks of a node asks for {wanted:.1f} GiB of host memory, and "
+            f"{available:.1f} GiB are there; lower {'both' if len(settings) > 1 else 'it'} to {available / ranks:.1f} GiB a rank "
+            "or less"
+        )

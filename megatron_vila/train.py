@@ -95,9 +95,9 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
     import torch
     import torch.distributed as dist
 
-    from megatron_vila import processes
+    from megatron_vila import accelerator, processes
     from megatron_vila.config.load import load_config
-    from megatron_vila.plan.validate import validate
+    from megatron_vila.start_checks import check_start
     from megatron_vila.training.errors import NoMemoryError
     from megatron_vila.training.memory_report import out_of_memory_message
     from megatron_vila.training.stop import StopRequest
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
         stop = StopRequest()
         stop.install()
         config = load_config(options.config, options.overrides)
-        for warning in validate(config, dist.get_world_size()):
+        for warning in check_start(config, dist.get_world_size(), accelerator.machine()):
             logging.getLogger("megatron_vila").warning("warning: %s", warning)
         try:
             status = _train(config, stop, watch, [options.config, *options.overrides])
@@ -173,15 +173,15 @@ def _dry_run(options: argparse.Namespace) -> int:
     from megatron_vila.dry_run import dry_run
     from megatron_vila.errors import ConfigError
     from megatron_vila.plan.layouts import Layout
-    from megatron_vila.plan.memory import planned_device
+    from megatron_vila.start_checks import planned_machine
 
-    config, device = load_config(options.config, options.overrides), planned_device(options.gpu)
+    config, machine = load_config(options.config, options.overrides), planned_machine(options.gpu)
     world_size = options.world_size
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", Layout.of(config.parallel).size))
     if world_size < 1 and options.world_size is not None:
         raise ConfigError(f"command line: --world-size {world_size} must be at least 1")
-    dry_run(config, world_size, device, options.show)
+    dry_run(config, world_size, machine, options.show)
     return exit_codes.FINISHED
 
 

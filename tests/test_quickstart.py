@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
+from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import check_start
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples/quickstart"
@@ -71,7 +73,7 @@ def test_the_quickstart_uses_the_gpus_that_are_there(tmp_path, gpus, usable, pro
     for call in runs:
         assert call[:4] == ["-m", "megatron_vila.launch", "--nproc-per-node", str(processes)]
         config = load_config(str(ROOT / call[4]), call[5:])
-        assert validate(config, processes, check_files=False) == []
+        assert validate(config, processes) == []
         assert config.parallel.ulysses == processes
         assert (config.train.steps, config.train.seed) == (4, 7)
     assert calls[-1][:2] == ["examples/quickstart/next_steps.py", "runs/quickstart-short"]
@@ -132,7 +134,7 @@ def test_the_commands_that_the_quickstart_ends_with_are_accepted(tmp_path, monke
 
     assert train[:5] == [ask[0], "-m", "megatron_vila.launch", "--nproc-per-node", str(processes)]
     config = load_config(str(ROOT / train[5]), train[6:])
-    assert validate(config, processes) == []
+    assert check_start(config, processes, accelerator.machine()) == []
     records = RecordFiles(config.data.train)
     assert len(records) == tool.RECORDS and all(Path(m.path).is_file() for record in records for m in record.media)
 

@@ -89,7 +89,7 @@ def test_each_stage_of_each_model_starts_a_valid_run(start, model, stage):
     assert status == 0, output
     config, ranks, _ = started_config(calls[0])
     assert ranks == 32
-    assert validate(config, ranks, check_files=False) == []
+    assert validate(config, ranks) == []
     assert config.data.train == ["/data/a.json", "/data/b.json"]
     assert config.optim.projector.trainable == (stage != 4)
 
@@ -103,7 +103,7 @@ def test_each_context_of_stage_4_sets_its_rotary_base(start, context, nodes, rin
     )
     assert status == 0, output
     config, ranks, _ = started_config(calls[0])
-    assert validate(config, ranks, check_files=False) == []
+    assert validate(config, ranks) == []
     assert config.train.seq_length == config.model.llm.max_positions == context
     assert config.model.llm.rope_theta > 1.5e7
 
@@ -175,7 +175,7 @@ def test_the_slurm_job_runs_256_ranks_that_find_each_other(start):
     config, ranks, options = started_config(calls[0])
     assert ranks == 256 and config.train.steps == 7
     assert options["--master-addr"] == "node-07" and options["--node-rank"] == "31"
-    assert validate(config, ranks, check_files=False) == []
+    assert validate(config, ranks) == []
     nodes = re.search(r"#SBATCH --nodes=(\d+)", (ROOT / "examples/slurm_256gpu.sh").read_text())
     assert int(nodes[1]) * 8 == 256
 
@@ -198,7 +198,7 @@ def test_the_slurm_job_refuses_settings_with_which_it_would_begin_anew_each_time
 
 def test_the_quickstart_stages_are_valid_and_grow():
     configs = [load_config(str(ROOT / f"examples/quickstart/stage_{n}.yaml")) for n in (1, 2, 3, 4)]
-    assert all(validate(c, 2, check_files=False) == [] for c in configs)
+    assert all(validate(c, 2) == [] for c in configs)
     assert [c.data.num_frames for c in configs] == [1, 4, 16, 32]
     assert all(c.parallel.ulysses == 2 and c.model == configs[0].model for c in configs)
 

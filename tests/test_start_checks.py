@@ -8,18 +8,18 @@ import pytest
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import ConfigError
-from megatron_vila.plan.validate import validate
-from megatron_vila.start_checks import tokenizer_problems
+from megatron_vila.plan.hardware import UNNAMED
+from megatron_vila.start_checks import check_start, tokenizer_problems
+
+
+def checked(overrides: list[str]) -> list[str]:
+    return check_start(load_config("tiny", overrides), 1, UNNAMED)
 
 
 def files_refused(overrides: list[str], *changes: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        validate(load_config("tiny", [*overrides, *changes]), 1)
+        checked([*overrides, *changes])
     return str(caught.value).splitlines()[1:]
-
-
-def test_files_are_not_looked_at_when_told_so():
-    assert validate(load_config("tiny", ["data.train=[nowhere.json]"]), 1, check_files=False) == []
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_an_empty_output_is_refused(data_folder, output):
 
 
 def test_evaluations_without_held_out_samples_are_warned_about(data_folder):
-    (warning,) = validate(load_config("tiny", [*data_folder, "train.eval_every=5"]), 1)
+    (warning,) = checked([*data_folder, "train.eval_every=5"])
     assert warning == "train.eval_every=5, but data.eval is empty: nothing is evaluated"
 
 
 def test_the_output_folder_is_not_made_by_validation(data_folder, tmp_path):
-    validate(load_config("tiny", data_folder), 1)
+    checked(data_folder)
     assert not (tmp_path / "runs").exists()
 
 
@@ -107,5 +107,5 @@ def test_problems_of_values_and_of_files_come_together(data_folder):
 
 def test_the_default_configuration_lacks_only_data():
     with pytest.raises(ConfigError) as caught:
-        validate(Config(), 1)
+        check_start(Config(), 1, UNNAMED)
     assert [line[2:].split(" ")[0] for line in str(caught.value).splitlines()[1:]] == ["data.train", "data.tokenizer"]

@@ -78,7 +78,7 @@ def describe_model(
     if not problems:
         try:
             # Shapes that do not fit together are told as for any run.
-            validate(Config(model=model), world_size=1, check_files=False)
+            validate(Config(model=model), world_size=1)
         except ConfigError as error:
             problems += [line.removeprefix("- ") for line in str(error).splitlines()[1:]]
     return description

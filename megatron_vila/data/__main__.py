@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     accelerator.prepare()
     # Imported late: Megatron-Core must find the platform prepared.
     from megatron_vila.config.load import load_config
-    from megatron_vila.plan.validate import validate_data
+    from megatron_vila.start_checks import check_data
 
     config = load_config(options.config or DEFAULT, options.set)
     config.data.media_dir = config.data.media_dir if options.media_dir is None else options.media_dir
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         config.data.train, config.data.eval = [], []
     if not options.config:
         config.model.llm.vocab_size = ANY_VOCABULARY
-    validate_data(config)
+    check_data(config)
     files = options.files or [*config.data.train, *config.data.eval]
     report = _last(check(config, files, max(1, options.threads)))
     if options.json != "-":

@@ -6,7 +6,7 @@ sample=3           sample number 3 of data.train: where its frames and tokens go
 frames=600         a made-up video of 600 frames ...
 text=2000          ... with 2000 text tokens
 parallel.tp=4 ...  any key of the configuration
---gpu h200         GPU that is planned for: a100, b200, h100, h200 or its memory, e.g. 80GB (default: this machine's, else 80GB)
+--gpu h200         GPU planned for: a100, b200, gb200, h100, h200 or its memory, e.g. 80GB (default: this machine's, else 80GB)
 --all-ranks        every rank of a sample's table, not the first and last ones
 """
 
@@ -25,10 +25,9 @@ from megatron_vila.explain.text import console
 from megatron_vila.plan.bounds import MOST
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.layouts import Layout
-from megatron_vila.plan.memory import planned_device
 from megatron_vila.plan.row import Document
 from megatron_vila.plan.validate import validate
-from megatron_vila.start_checks import tokenizer_problems
+from megatron_vila.start_checks import planned_machine, tokenizer_problems
 
 OWN_KEYS = {
     "world_size": 10**15,
@@ -52,15 +51,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if options.help else 2
     name, *rest = settings
     own, overrides = _split(rest)
-    config, device = load_config(name, overrides), planned_device(options.gpu)
+    config, machine = load_config(name, overrides), planned_machine(options.gpu)
     parallel = config.parallel
     world_size = own.get("world_size", Layout.of(parallel).size)
-    warnings = validate(config, world_size, check_files=False, device=device)
+    warnings = validate(config, world_size, machine)
     grid = GridShape.of(world_size, parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
     document, note = _document(config, own)
     out = console(sys.stdout)
     explain_grid(out, config, grid)
-    explain_model(out, config, grid, device)
+    explain_model(out, config, grid, machine)
     explain_tokens(out, config, grid)
     if document is not None:
         explain_sample(out, config, grid, document, note, options.all_ranks)

@@ -7,7 +7,8 @@ from rich.console import Console
 from megatron_vila.config.schema import Config
 from megatron_vila.explain.text import count, number, ranges, rank_list, table
 from megatron_vila.plan.grid import GridShape
-from megatron_vila.plan.memory import Device, describe_memory
+from megatron_vila.plan.hardware import Machine
+from megatron_vila.plan.memory import describe_memory
 from megatron_vila.plan.sizes import head_dim, parameter_count, tokens_per_frame
 from megatron_vila.plan.traffic import head_split
 
@@ -83,8 +84,8 @@ def _groups(out: Console, grid: GridShape, gpus: int) -> None:
     )
 
 
-def explain_model(out: Console, config: Config, grid: GridShape, device: Device) -> None:
-    """Print what of the model lives where, and an estimate of the memory of a rank on ``device``."""
+def explain_model(out: Console, config: Config, grid: GridShape, machine: Machine) -> None:
+    """Print what of the model lives where, and an estimate of the memory of a rank on ``machine``."""
     llm, counts = config.model.llm, parameter_count(config.model)
     per_stage = llm.num_layers // grid.pp
     stage_ranks = grid.world_size // grid.pp
@@ -98,7 +99,7 @@ def explain_model(out: Console, config: Config, grid: GridShape, device: Device)
     _heads(out, config, grid)
     millions = ", ".join(f"{name} {parameters / 1e6:,.1f} M" for name, parameters in counts.items())
     out.print(f"Parameters: {millions}.")
-    out.print(describe_memory(config, grid.world_size, device) + "\n")
+    out.print(describe_memory(config, grid.world_size, machine) + "\n")
 
 
 def _heads(out: Console, config: Config, grid: GridShape) -> None:

@@ -136,38 +136,3 @@ def _projector_products(projector: ProjectorConfig, vision_hidden: int, llm_hidd
     if projector.type == "mlp_downsample_3x3_fix":
         return [cell * 3 * vision_hidden, 3 * vision_hidden * llm_hidden, llm_hidden**2]
     return [cell * llm_hidden, llm_hidden**2]
-
-
-# Dense bf16/fp16 tensor-core peaks in TFLOP/s from NVIDIA's data sheets (half of the figures given there with sparsity):
-# B200/B300 HGX 2250 and GB200/GB300 2500 ("NVIDIA Blackwell Architecture Technical Brief"; B300 keeps B200's 16-bit rate),
-# H100 SXM, H200 SXM, H800, GH200 989, PCIe and NVL cards less ("H100/H200 Tensor Core GPU data sheet"), H20 148,
-# A100 and A800 312 ("A100 data sheet"), L40S 362, L40 181. The first entry whose words all stand in the device's name counts.
-_PEAK_TFLOPS = (
-    (("GB300",), 2500.0),
-    (("GB200",), 2500.0),
-    (("B300",), 2250.0),
-    (("B200",), 2250.0),
-    (("B100",), 1750.0),
-    (("H200", "NVL"), 835.5),
-    (("H200",), 989.4),
-    (("H100", "NVL"), 835.5),
-    (("H100", "PCIe"), 756.5),
-    (("H100",), 989.4),
-    (("H800", "PCIe"), 756.5),
-    (("H800",), 989.4),
-    (("H20",), 148.0),
-    (("A100",), 312.0),
-    (("A800",), 312.0),
-    (("L40S",), 362.0),
-    (("L40",), 181.0),
-)
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak dense FLOP/s of a GPU (its name as ``torch.cuda.get_device_name`` gives it) in ``bf16`` or ``fp16``.
-
-    None for a CPU, an unknown GPU and other precisions: no MFU is shown then.
-    """
-    if precision not in ("bf16", "fp16"):
-        return None
-    return next((t * 1e12 for words, t in _PEAK_TFLOPS if all(word in device_name for word in words)), None)

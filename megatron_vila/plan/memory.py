@@ -7,22 +7,13 @@ GPUs exchange heads, stands for what PyTorch's allocator does not hand out: the 
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_vila.config.schema import Config
-from megatron_vila.errors import ConfigError
 from megatron_vila.plan.activations import activations, peer_bytes
 from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
-
-PLANNED_DEVICE_BYTES = 80 * 10**9
-"""Of a GPU for which a layout is planned somewhere else, if nothing is said about it."""
-
-GPU_GIB = {"a100": 79.1, "b200": 178.3, "h100": 79.1, "h200": 139.8}
-"""Memory that PyTorch sees of well-known GPUs (the larger A100)."""
 
 SLACK_BYTES = 2 * GIB
 """CUDA context, communication buffers and workspaces of a GPU rank."""
@@ -97,78 +88,21 @@ def state_on_host(config: Config, world_size: int, on_gpu: bool) -> int:
     return int(config.optim.offload_fraction * state_bytes * trained / replicas)
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory that are free or can be freed, within the container's limit."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
-    return available
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a rank runs on: ``bytes`` of memory; ``name`` stands in messages; ``is_here``: of this machine, else planned for."""
-
-    bytes: int
-    name: str
-    is_gpu: bool = True
-    is_here: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def device_here(local_ranks: int) -> Device:
-    """This machine's GPU, or without one a rank's share of the machine's memory."""
-    gpu = _gpu_here()
-    if gpu is not None:
-        return gpu
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return Device(total // local_ranks, f"each of {local_ranks} processes on this machine", is_gpu=False, is_here=True)
-
-
-def planned_device(gpu: str | None) -> Device:
-    """The GPU that a run is planned for: ``h200`` or another well-known name, or its memory, as ``80GB`` or ``79.2GiB``. None:
-    the GPU of this machine, else one of 80 GB. Raises ``ConfigError`` for anything else."""
-    if gpu is None:
-        return _gpu_here() or Device(PLANNED_DEVICE_BYTES, "a GPU of 80 GB")
-    if gpu.lower() in GPU_GIB:
-        return Device(int(GPU_GIB[gpu.lower()] * GIB), f"an {gpu.upper()}")
-    amount = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?(GB|GiB)", gpu, re.IGNORECASE)
-    size = int(float(amount[1]) * (GIB if amount[2].lower() == "gib" else 10**9)) if amount else 0
-    if size < GIB:
-        raise ConfigError(
-            f"command line: --gpu {gpu} is no GPU that is known here; use {', '.join(GPU_GIB)}, or the memory of one, e.g. 80GB "
-            "or 79.2GiB"
-        )
-    return Device(size, f"a GPU of {amount[1]} {amount[2]}")
-
-
-def describe_memory(config: Config, world_size: int, device: Device) -> str:
-    """The estimate for the fullest rank beside what ``device`` has, as ``explain`` and a dry run print it."""
-    estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
-    where = "of this machine" if device.is_here else "planned for; --gpu names another"
+def describe_memory(config: Config, world_size: int, machine: Machine) -> str:
+    """The estimate for the fullest rank beside what it has on ``machine``, as ``explain`` and a dry run print it."""
+    estimate, ranks = estimate_memory(config, world_size, machine.gpu_bytes), ranks_of_a_node(config, world_size)
+    where = "of this machine" if machine.is_here else "planned for; --gpu names another"
     text = (
-        f"Memory of the fullest rank, estimated: {estimate.total / GIB:.1f} GiB on {device} with {device.bytes / GIB:.1f} GiB "
-        f"({where}): {estimate.parts}."
+        f"Memory of the fullest rank, estimated: {estimate.total / GIB:.1f} GiB on {machine.of_a_rank(ranks)} with "
+        f"{machine.rank_bytes(ranks) / GIB:.1f} GiB ({where}): {estimate.parts}."
     )
-    ranks = min(world_size, config.parallel.gpus_per_node)
-    on_host = ranks * (config.memory.offload_gib + state_on_host(config, world_size, device.is_gpu) / GIB)
+    on_host = ranks * (config.memory.offload_gib + state_on_host(config, world_size, machine.gpu_bytes > 0) / GIB)
     return text + (f" Offloading takes {on_host:.1f} GiB of the host memory of a node." if on_host else "")
 
 
-def _gpu_here() -> Device | None:
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(0)
-    return Device(found.total_memory, f"a GPU ({found.name})", is_here=True)
+def ranks_of_a_node(config: Config, world_size: int) -> int:
+    """Ranks on a node that is filled as far as the run goes."""
+    return min(world_size, config.parallel.gpus_per_node)
 
 
 def _state_bytes(element: int) -> int:

@@ -1,6 +1,6 @@
-"""What one key alone cannot tell: whether a configuration fits together, fits the world and fits the machine.
+"""What one key alone cannot tell: whether a configuration fits together, and fits its world and its machine.
 
-Pure checks on the configuration, the file system and the device's size; nothing is started.
+Rules on numbers alone: ``start_checks`` looks at files and at the machine at hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from megatron_vila.config.text_rules import MEDIA_FORMATS, TEMPLATES
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.bounds import MOST_RANKS, size_problems, text_problems, value_of
 from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
-from megatron_vila.plan.memory import Device, device_here, estimate_memory, host_memory, memory_cure, state_on_host
+from megatron_vila.plan.memory import estimate_memory, memory_cure, ranks_of_a_node
 from megatron_vila.plan.sizes import PROJECTOR_TYPES, tokens_per_frame
-from megatron_vila.start_checks import data_file_problems, file_problems, tokenizer_problems
 
 CHOICES = {
     "model.projector.type": PROJECTOR_TYPES,
@@ -75,64 +75,49 @@ ABOVE_ZERO = {
 LORA_NAMES = {"targets": ("qkv", "proj", "fc1", "fc2"), "also_train": ("embeddings", "norms")}
 """What the lists of ``model.lora`` may name, each once."""
 
-_OF_SAMPLES = ("data.", "model.", "train.seq_length")
-"""How the keys begin that decide how samples are read and how many tokens they become."""
-
 BF16_ONLY_KERNELS = ("fa4", "cudnn", "flash2")
 
 
-def validate(config: Config, world_size: int, check_files: bool = True, device: Device | None = None) -> list[str]:
-    """Check ``config`` for ``world_size`` ranks; return warnings.
+def validate(config: Config, world_size: int, machine: Machine | None = None) -> list[str]:
+    """Check the numbers of ``config`` for ``world_size`` ranks; return warnings, about memory too where ``machine`` is given.
 
-    Raises ``ConfigError`` that lists all problems at once, each with the setting, its value and the cure.
-    ``check_files=False`` skips the file system (``explain`` works without data) and the memory of this machine. ``device`` is
-    the GPU that a run elsewhere is planned for: it is judged in place of this machine.
+    Raises ``ConfigError`` that lists all problems at once, each with the setting, its value and the cure. Files and the machine
+    at hand are looked at by ``start_checks``.
     """
+    refuse(number_problems(config, world_size))
+    return number_warnings(config, world_size, machine)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ``ConfigError`` that lists ``problems``, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
+
+
+def number_problems(config: Config, world_size: int) -> list[str]:
+    """Why ``config`` cannot run on ``world_size`` ranks: impossible values; without any, what does not fit together."""
     problems = [*value_problems(config)]
     if world_size > MOST_RANKS:
         problems.append(f"world size {world_size} cannot be meant; use at most {MOST_RANKS} ranks")
     # Everything below divides by these values, so wrong ones are reported first.
-    if not problems:
-        problems += _shape_problems(config)
-        problems += _layout_and_batch_problems(config, world_size)
-        problems += _optim_problems(config)
-        problems += _lora_problems(config)
-        problems += _policy_problems(config)
-        problems += _profile_problems(config, world_size)
-        problems += _saving_problems(config)
-        if check_files and (device is None or device.is_here):
-            problems += _host_problems(config, world_size)
-    if check_files:
-        problems += file_problems(config)
-    _raise(problems)
-    warnings = [*_length_warnings(config), *_grid_warnings(config, world_size)]
-    if check_files and config.train.eval_every and not config.data.eval:
-        warnings.append(f"train.eval_every={config.train.eval_every}, but data.eval is empty: nothing is evaluated")
-    if device is None and check_files:
-        device = device_here(min(world_size, config.parallel.gpus_per_node))
-    if device is not None:
-        warnings += _memory_warnings(config, world_size, device)
-    return warnings
-
-
-def validate_data(config: Config) -> None:
-    """Check the settings by which samples are read as ``validate`` checks them; data.train and data.tokenizer may be empty.
-
-    Raises ``ConfigError`` that lists all problems at once.
-    """
-    problems = [p for p in value_problems(config) if p.startswith(_OF_SAMPLES)]
-    if not problems:
-        problems += [p for p in _shape_problems(config) if p.startswith(_OF_SAMPLES)]
-    problems += data_file_problems(config.data)
-    if config.data.tokenizer:
-        problems += tokenizer_problems(config.data.tokenizer, config.data.template)
-    _raise(problems)
-
-
-def _raise(problems: Sequence[str]) -> None:
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"- {p}" for p in problems))
+        return problems
+    return [
+        *shape_problems(config),
+        *_layout_and_batch_problems(config, world_size),
+        *_optim_problems(config),
+        *_lora_problems(config),
+        *_policy_problems(config),
+        *_profile_problems(config, world_size),
+        *_saving_problems(config),
+    ]
+
+
+def number_warnings(config: Config, world_size: int, machine: Machine | None) -> list[str]:
+    """What runs, but hardly as it is meant; ``config`` has no ``number_problems``."""
+    memory = [] if machine is None else _memory_warnings(config, world_size, machine)
+    return [*_length_warnings(config), *_grid_warnings(config, world_size), *memory]
 
 
 def value_problems(config: Config) -> Iterable[str]:
@@ -176,7 +161,8 @@ def value_problems(config: Config) -> Iterable[str]:
         yield f"model.llm.head_dim={config.model.llm.head_dim} must be at least 1, or null for hidden_size / num_heads"
 
 
-def _shape_problems(config: Config) -> Iterable[str]:
+def shape_problems(config: Config) -> Iterable[str]:
+    """Sizes of a model that do not fit each other; each line begins with its key. Values are possible ones."""
     vision, llm = config.model.vision, config.model.llm
     if vision.patch_size > vision.image_size:
         yield (
@@ -324,24 +310,6 @@ def _policy_problems(config: Config) -> Iterable[str]:
         )
 
 
-def _host_problems(config: Config, world_size: int) -> Iterable[str]:
-    import torch
-
-    ranks, available = min(world_size, config.parallel.gpus_per_node), host_memory() / GIB
-    kept = config.memory.offload_gib
-    state = state_on_host(config, world_size, torch.cuda.is_available()) / GIB
-    wanted = ranks * (kept + state)
-    if wanted > available:
-        settings = [f"memory.offload_gib={kept:g}"] if kept else []
-        if state:
-            settings.append(f"optim.offload_fraction={config.optim.offload_fraction:g} ({state:.1f} GiB a rank)")
-        yield (
-            f"{' and '.join(settings)} on {ranks} ranks of a node asks for {wanted:.1f} GiB of host memory, and "
-            f"{available:.1f} GiB are there; lower {'both' if len(settings) > 1 else 'it'} to {available / ranks:.1f} GiB a rank "
-            "or less"
-        )
-
-
 def _length_warnings(config: Config) -> Iterable[str]:
     seq, llm, data = config.train.seq_length, config.model.llm, config.data
     if seq > llm.max_positions and not data.packing:
@@ -370,7 +338,11 @@ def _grid_warnings(config: Config, world_size: int) -> Iterable[str]:
     )
 
 
-def _memory_warnings(config: Config, world_size: int, device: Device) -> Iterable[str]:
-    estimate = estimate_memory(config, world_size, device.bytes if device.is_gpu else 0)
-    if estimate.total > device.bytes:
-        yield f"a rank needs about {estimate}, but {device} has {device.bytes / GIB:.1f} GiB; {memory_cure(config, estimate)}"
+def _memory_warnings(config: Config, world_size: int, machine: Machine) -> Iterable[str]:
+    estimate, ranks = estimate_memory(config, world_size, machine.gpu_bytes), ranks_of_a_node(config, world_size)
+    there = machine.rank_bytes(ranks)
+    if estimate.total > there:
+        yield (
+            f"a rank needs about {estimate}, but {machine.of_a_rank(ranks)} has {there / GIB:.1f} GiB; "
+            f"{memory_cure(config, estimate)}"
+        )

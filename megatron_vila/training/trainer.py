@@ -40,7 +40,7 @@ from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.flops import model_flops, peak_flops
+from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
 from megatron_vila.training.evaluate import evaluate, remarks
@@ -410,6 +410,4 @@ def _due(step: int, every: int) -> bool:
 
 
 def _peak_of_device(dtype: torch.dtype) -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    return peak_flops(torch.cuda.get_device_name(), "bf16" if dtype == torch.bfloat16 else str(dtype))
+    return accelerator.machine().peak_flops if dtype == torch.bfloat16 else None

@@ -54,7 +54,7 @@ def test_every_complete_run_is_valid_on_its_smallest_worlds(name, factor):
     config = load_config(name, [])
     block = Layout.of(config.parallel).size
     nodes = max(block, config.parallel.gpus_per_node) if name != "tiny" else 1
-    assert validate(config, nodes * factor, check_files=False) == []
+    assert validate(config, nodes * factor) == []
 
 
 def test_stage_presets_set_no_model_shape():
@@ -155,7 +155,7 @@ def test_stage_4_with_lora_is_stage_4_with_what_the_paper_trains():
     assert lora == plain
     overrides = ["model.lora.rank=8", "model.lora.also_train=[embeddings,norms]"]
     assert load_config("stages/stage4", overrides) == lora
-    assert validate(load_config("longvila-7b-stage4", overrides), 64, check_files=False) == []
+    assert validate(load_config("longvila-7b-stage4", overrides), 64) == []
 
 
 def test_published_long_context_settings_are_kept_together():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
-from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import check_start
 from megatron_vila.training.trainer import Trainer
 from tests.convert import material
 from tests.convert.test_bad_input import edit
@@ -49,7 +50,7 @@ def source(tmp_path_factory):
 
 def train(rank, path, overrides):
     config = load_config(path, overrides)
-    validate(config, 2)
+    check_start(config, 2, accelerator.machine())
     return Trainer(config).run()
 
 

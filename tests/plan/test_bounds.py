@@ -14,9 +14,11 @@ from megatron_vila.config.keys import config_keys
 from megatron_vila.config.load import load_config
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.bounds import LARGEST_NUMBER, LARGEST_WHOLE_NUMBER, MOST, MOST_RANKS, most, value_of
+from megatron_vila.plan.hardware import UNNAMED
 from megatron_vila.plan.layouts import Layout
-from megatron_vila.plan.memory import describe_memory, planned_device
+from megatron_vila.plan.memory import describe_memory
 from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import check_start
 
 KEYS = {key.name: key for key in config_keys()}
 NUMBERS = {name: bound for name, key in KEYS.items() if (bound := most(name, key.type)) is not None}
@@ -59,9 +61,8 @@ def check(overrides):
     """What a dry run does with the settings: the whole validation and the estimate of memory."""
     config = load_config(str(EMPTY), overrides)
     world = Layout.of(config.parallel).size
-    device = planned_device(None)
-    validate(config, world, device=device)
-    describe_memory(config, world, device)
+    check_start(config, world, UNNAMED)
+    describe_memory(config, world, UNNAMED)
     return config
 
 
@@ -115,7 +116,7 @@ def test_a_random_value_of_any_key_of_a_file_passes_or_is_refused_by_its_name(da
             # The file comes first: what it says of the key must hold against no override of the same name.
             kept = [text for text in data_folder if not text.startswith(f"{name}=")]
             config = load_config(str(tmp_path / "run.yaml"), kept)
-            validate(config, Layout.of(config.parallel).size, device=planned_device("80GB"))
+            check_start(config, Layout.of(config.parallel).size, UNNAMED)
     except ConfigError as error:
         assert name in str(error) or name.rpartition(".")[0] in str(error), error
 
@@ -156,12 +157,12 @@ def test_what_cannot_be_meant_is_refused_with_the_most_that_can(setting, words):
 
 def test_a_world_that_no_machine_has_is_refused_at_once():
     with pytest.raises(ConfigError, match=f"world size {10**12} cannot be meant; use at most {MOST_RANKS} ranks"), at_most(20):
-        validate(load_config("tiny"), 10**12, check_files=False)
+        validate(load_config("tiny"), 10**12)
 
 
 def test_a_world_at_the_bound_that_the_layout_does_not_divide_gets_its_proposals():
     with pytest.raises(ConfigError, match=r"start 1048575 processes|for 1048576 use"), at_most(20):
-        validate(load_config("tiny", ["parallel.ring=3"]), MOST_RANKS, check_files=False)
+        validate(load_config("tiny", ["parallel.ring=3"]), MOST_RANKS)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "longvila-7b-stage5", "llama3-longvila-8b-stage5", "longvila-1.5b-stage1"])

@@ -4,23 +4,22 @@ import dataclasses
 
 import pytest
 
+from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.hardware import UNNAMED
 from megatron_vila.plan.memory import (
-    PLANNED_DEVICE_BYTES,
-    describe_memory,
     estimate_memory,
     memory_cure,
-    planned_device,
     state_on_host,
 )
-from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import check_start
 
 
 def test_memory_that_cannot_fit_is_a_warning_with_a_cure(data_folder):
     overrides = [*data_folder, "train.seq_length=200000000", "model.llm.max_positions=200000000"]
-    warnings = validate(load_config("tiny", overrides), 1)
+    warnings = check_start(load_config("tiny", overrides), 1, accelerator.machine())
     (warning,) = [w for w in warnings if "GiB" in w]
     assert warning.startswith("a rank needs about ")
     assert "set memory.recompute=attention_output" in warning
@@ -30,7 +29,7 @@ def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
     def workspace(chunks):
         settings = ["parallel.ulysses=2", f"parallel.ulysses_chunks={chunks}", "train.seq_length=524288"]
         settings += ["memory.recompute=attention_output", "memory.mlp_tile=8192"]
-        return estimate_memory(load_config("models/llama3-8b", settings), 2, PLANNED_DEVICE_BYTES).workspace
+        return estimate_memory(load_config("models/llama3-8b", settings), 2, UNNAMED.gpu_bytes).workspace
 
     assert workspace(4) < workspace(2) < workspace(1)
 
@@ -38,7 +37,7 @@ def test_chunks_of_the_exchange_take_less_memory_in_the_backward_pass():
 def test_gpus_that_write_heads_to_each_other_need_a_buffer_of_at_most_a_gib():
     def slack(*overrides):
         settings = ["train.seq_length=65536", *overrides]
-        return estimate_memory(load_config("models/llama3-8b", settings), 2, PLANNED_DEVICE_BYTES).slack / GIB
+        return estimate_memory(load_config("models/llama3-8b", settings), 2, UNNAMED.gpu_bytes).slack / GIB
 
     alone = slack("parallel.ring=2")
     # 32K tokens of a GPU, q, k and v 6,144 wide in 16 bits: 384 MiB; the output with its gradient is 512 MiB.
@@ -49,13 +48,13 @@ def test_gpus_that_write_heads_to_each_other_need_a_buffer_of_at_most_a_gib():
 
 
 def test_a_small_model_fits(data_folder):
-    assert validate(load_config("tiny", data_folder), 1) == []
+    assert check_start(load_config("tiny", data_folder), 1, accelerator.machine()) == []
 
 
 def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
     """7.6 G parameters: bf16 weights, float32 gradients, 12 bytes of optimizer state shared by the whole world."""
     config = load_config("models/qwen2-7b", ["optim.vision.trainable=false", "optim.projector.trainable=false"])
-    estimate = estimate_memory(config, 8, PLANNED_DEVICE_BYTES)
+    estimate = estimate_memory(config, 8, UNNAMED.gpu_bytes)
     llm, frozen = 7_612_634_624, 428_225_600 + 29_376_512
     assert estimate.weights == pytest.approx(2 * (llm + frozen), rel=1e-3)
     assert estimate.gradients == pytest.approx(4 * llm, rel=1e-3)
@@ -65,11 +64,11 @@ def test_weights_and_gradients_of_a_7b_model_are_what_is_known():
 def test_with_lora_only_what_learns_has_gradients_and_optimizer_state():
     """Rank 8 on q, k, v and o of Qwen2-7B: 28 layers of 8 * (3584 + 4608 + 3584 + 3584) parameters, 2 bytes a weight."""
     frozen = ["optim.vision.trainable=false", "optim.projector.trainable=false"]
-    whole = estimate_memory(load_config("models/qwen2-7b", frozen), 8, PLANNED_DEVICE_BYTES)
+    whole = estimate_memory(load_config("models/qwen2-7b", frozen), 8, UNNAMED.gpu_bytes)
 
     def estimate(*overrides):
         return estimate_memory(
-            load_config("models/qwen2-7b", [*frozen, "model.lora.rank=8", *overrides]), 8, PLANNED_DEVICE_BYTES
+            load_config("models/qwen2-7b", [*frozen, "model.lora.rank=8", *overrides]), 8, UNNAMED.gpu_bytes
         )
 
     updates = 28 * 8 * (3584 + 4608 + 3584 + 3584)
@@ -85,7 +84,7 @@ def test_with_lora_only_what_learns_has_gradients_and_optimizer_state():
 
 def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():
     def optimizer(*overrides):
-        return estimate_memory(load_config("models/qwen2-7b", list(overrides)), 8, PLANNED_DEVICE_BYTES).optimizer
+        return estimate_memory(load_config("models/qwen2-7b", list(overrides)), 8, UNNAMED.gpu_bytes).optimizer
 
     assert optimizer("parallel.ring=2", "parallel.ulysses=4") == optimizer()
 
@@ -93,7 +92,7 @@ def test_optimizer_state_is_shared_by_data_and_context_parallel_ranks():
 def test_offloaded_optimizer_state_leaves_the_device_for_the_host():
     def both(fraction):
         config = load_config("models/qwen2-7b", [f"optim.offload_fraction={fraction}"])
-        return estimate_memory(config, 8, PLANNED_DEVICE_BYTES).optimizer, state_on_host(config, 8, on_gpu=True)
+        return estimate_memory(config, 8, UNNAMED.gpu_bytes).optimizer, state_on_host(config, 8, on_gpu=True)
 
     (whole, nothing), (half, half_on_host), (none, on_host) = both(0), both(0.5), both(1)
     assert nothing == none == 0
@@ -104,7 +103,7 @@ def test_offloaded_optimizer_state_leaves_the_device_for_the_host():
 def test_activations_shrink_with_tp_and_cp_and_with_recompute():
     def activations(*overrides):
         settings = ["train.seq_length=1048576", *overrides]
-        return estimate_memory(load_config("models/qwen2-7b", settings), 16, PLANNED_DEVICE_BYTES).llm_activations
+        return estimate_memory(load_config("models/qwen2-7b", settings), 16, UNNAMED.gpu_bytes).llm_activations
 
     whole = activations()
     for split in ("parallel.tp=4", "parallel.ring=4"):
@@ -123,7 +122,7 @@ def test_activations_shrink_with_tp_and_cp_and_with_recompute():
 def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
     def activations(*overrides):
         settings = ["train.seq_length=262144", "data.num_frames=512", *overrides]
-        return estimate_memory(load_config("models/qwen2-7b", settings), 1, PLANNED_DEVICE_BYTES).vision_activations
+        return estimate_memory(load_config("models/qwen2-7b", settings), 1, UNNAMED.gpu_bytes).vision_activations
 
     pixels = 512 * 3 * 384**2 * 4
     assert activations("model.vision.recompute=true") == activations("optim.vision.trainable=false") == 0
@@ -133,7 +132,7 @@ def test_tower_activations_shrink_with_its_recompute_and_vanish_when_frozen():
 def test_frames_of_the_next_micro_batch_take_memory_where_they_are_encoded_ahead():
     def workspace(rows, *overrides):
         settings = ["train.seq_length=32768", "data.num_frames=128", f"train.global_batch_size={rows}", *overrides]
-        return estimate_memory(load_config("models/longvila-7b", settings), 1, PLANNED_DEVICE_BYTES).workspace
+        return estimate_memory(load_config("models/longvila-7b", settings), 1, UNNAMED.gpu_bytes).workspace
 
     tokens, in_work = 128 * 196 * 3584 * 2, 729 * 7 * 1152 * 2
     for tower, at_once in ("optim.vision.trainable=false", 64), ("model.vision.recompute=true", 8):
@@ -147,13 +146,13 @@ def test_frames_of_the_next_micro_batch_take_memory_where_they_are_encoded_ahead
 
 
 def test_the_estimate_reads_as_a_sum():
-    estimate = estimate_memory(load_config("models/qwen2-7b", []), 8, PLANNED_DEVICE_BYTES)
+    estimate = estimate_memory(load_config("models/qwen2-7b", []), 8, UNNAMED.gpu_bytes)
     assert str(estimate).startswith(f"{estimate.total / GIB:.1f} GiB (weights ")
 
 
 def test_published_long_runs_fit_80_gib():
     for name, world in (("longvila-7b-stage5", 256), ("longvila-7b-stage4", 64), ("llama3-longvila-8b-stage5", 64)):
-        assert estimate_memory(load_config(name, []), world, PLANNED_DEVICE_BYTES).total < 80 * GIB
+        assert estimate_memory(load_config(name, []), world, UNNAMED.gpu_bytes).total < 80 * GIB
 
 
 def test_more_host_memory_than_there_is_is_refused_with_the_largest_value(data_folder):
@@ -161,20 +160,21 @@ def test_more_host_memory_than_there_is_is_refused_with_the_largest_value(data_f
     with pytest.raises(
         ConfigError, match=r"50000 on 1 ranks of a node asks for 50000.0 GiB of host memory, and .* lower it to"
     ):
-        validate(load_config("tiny", settings), 1)
+        check_start(load_config("tiny", settings), 1, accelerator.machine())
 
 
 def test_optimizer_state_counts_towards_host_memory(data_folder, monkeypatch):
-    monkeypatch.setattr("megatron_vila.plan.validate.host_memory", lambda: 100 * GIB)
+    monkeypatch.setattr("megatron_vila.host_memory.free_bytes", lambda: 100 * GIB)
     settings = [*data_folder, "train.global_batch_size=4", "memory.recompute=attention_output", "memory.offload_gib=20"]
-    assert not [warning for warning in validate(load_config("models/qwen2-7b", settings), 4) if "host" in warning]
+    warnings = check_start(load_config("models/qwen2-7b", settings), 4, accelerator.machine())
+    assert not [warning for warning in warnings if "host" in warning]
     settings.append("optim.offload_fraction=0.5")
     with pytest.raises(
         ConfigError,
         match=r"memory.offload_gib=20 and optim.offload_fraction=0.5 \(7.5 GiB a rank\) on 4 ranks of a node asks for 110.1 "
         r"GiB of host memory, and 100.0 GiB are there; lower both to 25.0 GiB a rank or less",
     ):
-        validate(load_config("models/qwen2-7b", settings), 4)
+        check_start(load_config("models/qwen2-7b", settings), 4, accelerator.machine())
 
 
 @pytest.mark.parametrize(
@@ -192,53 +192,7 @@ def test_optimizer_state_counts_towards_host_memory(data_folder, monkeypatch):
 )
 def test_the_largest_part_names_the_setting_that_shrinks_it(part, overrides, cure):
     config = load_config("models/longvila-7b", overrides)
-    estimate = estimate_memory(config, 8, PLANNED_DEVICE_BYTES)
+    estimate = estimate_memory(config, 8, UNNAMED.gpu_bytes)
     said = memory_cure(config, dataclasses.replace(estimate, **{part: 1000 * GIB}))
     assert said.startswith(cure)
     assert ("frame_micro_batch" in said) == (part == "workspace" and config.optim.vision.trainable)
-
-
-# --------------------------------------------------------------------------------------------- the machine that is planned for
-
-
-@pytest.mark.parametrize(
-    ("gpu", "gib"), [("h200", 139.8), ("H100", 79.1), ("80GB", 80e9 / GIB), ("79.2GiB", 79.2), ("24 gb", 24e9 / GIB)]
-)
-def test_the_planned_gpu_is_a_known_name_or_an_amount_of_memory(gpu, gib):
-    device = planned_device(gpu)
-    assert device.bytes / GIB == pytest.approx(gib, abs=0.01)
-    assert device.is_gpu and not device.is_here
-
-
-def test_without_a_gpu_here_one_of_80_gb_is_planned_for():
-    assert planned_device(None).bytes == PLANNED_DEVICE_BYTES
-    assert "on a GPU of 80 GB with 74.5 GiB (planned for; --gpu names another)" in describe_memory(
-        load_config("tiny"), 1, planned_device(None)
-    )
-
-
-@pytest.mark.parametrize("gpu", ["h900", "", "80", "-1GB", "0GB", "nanGiB", "1e3GB", "9999999GB"])
-def test_a_gpu_that_is_not_known_is_refused_with_those_that_are(gpu):
-    with pytest.raises(ConfigError, match=r"--gpu .* use a100, b200, h100, h200, or the memory of one, e.g. 80GB"):
-        planned_device(gpu)
-
-
-def test_the_planned_gpu_is_judged_and_not_this_machine(data_folder):
-    """128 GB are asked for: too much for an H100, not for a B200, whatever this machine has."""
-    settings = [*data_folder, "parallel.tp=2", "train.seq_length=8192", "train.global_batch_size=1"]
-    config = load_config("models/qwen2-7b", settings)
-
-    def warned(gpu):
-        return [w for w in validate(config, 2, device=planned_device(gpu)) if "GiB" in w]
-
-    (warning,) = warned("h100")
-    needed = estimate_memory(config, 2, planned_device("h100").bytes)
-    assert f"a rank needs about {needed}, but an H100 has 79.1 GiB" in warning
-    assert warned("b200") == []
-
-
-def test_host_memory_of_another_machine_is_told_and_not_judged(data_folder):
-    settings = [*data_folder, "memory.recompute=attention_output", "memory.offload_gib=50000"]
-    config = load_config("tiny", settings)
-    assert validate(config, 1, device=planned_device("h100")) == []
-    assert "Offloading takes 50000.0 GiB of the host memory of a node." in describe_memory(config, 1, planned_device("h100"))

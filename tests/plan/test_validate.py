@@ -22,12 +22,12 @@ from megatron_vila.plan.validate import (
 
 def refused(world_size: int, *overrides: str, preset: str = "tiny") -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        validate(load_config(preset, list(overrides)), world_size, check_files=False)
+        validate(load_config(preset, list(overrides)), world_size)
     return [line.removeprefix("- ") for line in str(caught.value).splitlines()[1:]]
 
 
 def warned(world_size: int, *overrides: str, preset: str = "tiny") -> list[str]:
-    return validate(load_config(preset, list(overrides)), world_size, check_files=False)
+    return validate(load_config(preset, list(overrides)), world_size)
 
 
 def test_a_good_configuration_has_neither_problems_nor_warnings():

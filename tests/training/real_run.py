@@ -26,7 +26,7 @@ from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import check_start
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests import exit_threads
@@ -84,7 +84,7 @@ def overrides(videos: Path, output: Path, *more: str, train: Sequence[str] = ("3
 def train(rank: int, settings: Sequence[str], stop_at: int | None = None) -> dict:
     """The run's summary. Rank 1 (or a lone rank) gets a SIGTERM once ``stop_at`` steps are written."""
     config = load_config("tiny", settings)
-    validate(config, torch.distributed.get_world_size())
+    check_start(config, torch.distributed.get_world_size(), accelerator.machine())
     done = threading.Event()
     if stop_at is not None and rank == torch.distributed.get_world_size() - 1:
         threading.Thread(target=_terminate_at, args=(config.train.output, stop_at, done), daemon=True).start()

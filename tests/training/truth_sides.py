@@ -15,7 +15,7 @@ from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
 from megatron_vila.convert.exporter import export_checkpoint
 from megatron_vila.convert.importer import import_checkpoint
-from megatron_vila.plan.validate import validate
+from megatron_vila.start_checks import check_start
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests.training.independent import files, model
@@ -86,7 +86,7 @@ class World:
 def trained(rank: int, config: Path | str, settings: Sequence[str]) -> dict[str, Any]:
     """The summary of a run of the real trainer, as ``python -m megatron_vila.train`` would make it."""
     config = load_config(str(config), settings)
-    validate(config, torch.distributed.get_world_size())
+    check_start(config, torch.distributed.get_world_size(), accelerator.machine())
     try:
         return Trainer(config).run()
     finally:
