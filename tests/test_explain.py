@@ -156,7 +156,7 @@ def test_traffic_of_the_plan_is_in_the_table(capsys):
     config = load_config("longvila-7b-stage5", [])
     grid = GridShape.of(32, 2, 1, 2, 8)
     row = pack([made_up_document(config, 600, 2000)], grid.document_multiple, grid.row_multiple)
-    sent = traffic.reshard_bytes(RowPlan.of(row, grid).reshard, 3584, 2)
+    sent, _ = traffic.reshard_bytes(RowPlan.of(row, grid).reshard, 3584, 2)
     links = traffic.Links.of(sent, np.arange(32) // 8)
     text = explained(capsys, "longvila-7b-stage5", "frames=600", "text=2000")
     (line,) = [line for line in text.splitlines() if line.startswith("stage-2 re-shard")]

@@ -69,16 +69,18 @@ def _media(out: Console, row: Row) -> None:
 def _frames_and_tokens(out: Console, plan: RowPlan, all_ranks: bool) -> None:
     rows, grid, tokens = [], plan.grid, plan.reshard.traffic
     per_rank = plan.row.length // grid.encoders
-    made = tokens.sum(axis=1)
-    for encoder, rank in enumerate(traffic.block_ranks(grid)):
+    ranks, made = traffic.block_ranks(grid), tokens.sum(axis=1)
+    hidden = 0 if all_ranks else max(0, len(ranks) - LISTED_RANKS)
+    for encoder, rank in enumerate(ranks):
+        if hidden and LISTED_RANKS // 2 <= encoder < len(ranks) - LISTED_RANKS // 2:
+            continue
         place = grid.coordinates(rank)
         frames, places = plan.reshard.frames(encoder), plan.places(rank)
         stays = int(tokens[encoder, encoder])
         where = f"{place.tp}/{place.ulysses}/{place.ring}"
         rows.append([rank, where, ranges(frames), len(frames), number(made[encoder]), number(stays), ranges(places)])
-    hidden = 0 if all_ranks else max(0, len(rows) - LISTED_RANKS)
     if hidden:
-        rows = [*rows[: LISTED_RANKS // 2], [".."] * 7, *rows[-LISTED_RANKS // 2 :]]
+        rows.insert(LISTED_RANKS // 2, [".."] * 7)
     columns = [
         "rank",
         "t/u/r",
@@ -99,8 +101,7 @@ def _traffic(out: Console, config: Config, plan: RowPlan) -> None:
     llm, grid, row = config.model.llm, plan.grid, plan.row
     element = element_bytes(config.train.precision, on_gpu=True)
     nodes = np.array(traffic.block_ranks(grid)) // config.parallel.gpus_per_node
-    reshard = traffic.reshard_bytes(plan.reshard, llm.hidden_size, element)
-    exchanges = [("stage-2 re-shard, once a row", reshard, reshard.T)]
+    exchanges = [("stage-2 re-shard, once a row", *traffic.reshard_bytes(plan.reshard, llm.hidden_size, element))]
     for name, function in (
         ("TP gather and scatter, a layer", traffic.tensor_bytes),
         ("Ulysses all-to-all, a layer", traffic.ulysses_bytes),
@@ -109,8 +110,8 @@ def _traffic(out: Console, config: Config, plan: RowPlan) -> None:
         exchanges.append((name, *function(grid, llm, row.length, element)))
     rows = []
     for name, forward, backward in exchanges:
-        for direction, matrix in (("forward", forward), ("backward", backward)):
-            links = traffic.Links.of(matrix, nodes)
+        for direction, sent in (("forward", forward), ("backward", backward)):
+            links = traffic.Links.of(sent, nodes)
             cells = [size(n) for n in (links.most_sent_by_a_rank, links.inside_nodes, links.between_nodes)]
             rows.append([name if direction == "forward" else "", direction, *cells])
     columns = ["exchange", "pass", "most sent\nby a rank", "all, inside\nnodes", "all, between\nnodes"]

@@ -8,8 +8,11 @@ Megatron-Core's rank order ``tp-cp-ep-dp-pp`` with cp = ulysses x ring and ulyss
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from megatron_vila.errors import SettingError
 
@@ -116,10 +119,8 @@ class GridShape:
 
     def groups(self, kind: str) -> list[list[int]]:
         """All groups of a kind, ordered by their first rank."""
-        seen: dict[tuple[int, ...], list[int]] = {}
-        axes = _AXES_OF_KIND[kind]
-        for rank in range(self.world_size):
-            place = self.coordinates(rank)
-            fixed = tuple(getattr(place, axis) for axis in Coordinates._fields if axis not in axes)
-            seen.setdefault(fixed, []).append(rank)
-        return sorted(seen.values())
+        axes = ("pp", "dp", "ring", "ulysses", "tp")  # the outermost first
+        ranks = np.arange(self.world_size).reshape([getattr(self, axis) for axis in axes])
+        inner = [n for n, axis in enumerate(axes) if axis in _AXES_OF_KIND[kind]]
+        grouped = np.moveaxis(ranks, inner, range(-len(inner), 0))
+        return grouped.reshape(-1, math.prod(getattr(self, axes[n]) for n in inner)).tolist()

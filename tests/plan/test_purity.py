@@ -25,8 +25,8 @@ for place, names in (
 
 from megatron_vila.config.schema import Config
 from megatron_vila.plan import (
-    activations, bounds, budgets, flops, frames, geometry, grid, hardware, heads, layouts, memory, row, sizes, tokens, traffic,
-    validate,
+    activations, bounds, budgets, flops, frames, geometry, grid, hardware, heads, layouts, memory, row, row_plan, sizes,
+    tokens, traffic, validate,
 )
 used = {name for name in sys.modules if name.startswith("megatron_vila.plan.")}
 
@@ -49,12 +49,12 @@ ids = numpy.full(8 * each, row.MEDIA_TOKEN)
 document = row.Document(ids, numpy.full(len(ids), row.IGNORE), pictures, each * numpy.arange(8), "a video")
 packed = row.pack([document], shape.document_multiple, shape.row_multiple)
 assert frames.deal_frames([f.cost for f in pictures], shape.encoders)[-1] == 8
-plan = tokens.plan_reshard(
-    packed.cu_seqlens, packed.frame_starts, [f.tokens for f in pictures], [f.cost for f in pictures], shape.cp, shape.tp
-)
+plan = row_plan.RowPlan.of(packed, shape)
+assert sum(len(plan.shard(rank).frames) for rank in range(shape.encoders)) == 8
+assert isinstance(plan.reshard, tokens.ReshardPlan)
 nodes = numpy.array(traffic.block_ranks(shape)) // 2
 for sent in (
-    traffic.reshard_bytes(plan, 64, 2),
+    *traffic.reshard_bytes(plan.reshard, 64, 2),
     *traffic.tensor_bytes(shape, config.model.llm, packed.length, 2),
     *traffic.ulysses_bytes(shape, config.model.llm, packed.length, 2),
     *traffic.ring_bytes(shape, config.model.llm, packed.length, 2),

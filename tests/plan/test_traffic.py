@@ -137,24 +137,34 @@ def test_explained_bytes_are_those_that_the_model_sends(parallel):
         for direction, wanted in zip(("forward", "backward"), passes, strict=True):
             # What two layers send beyond one layer is the traffic of a layer.
             a_layer = [np.array(b[direction][kind]) - a[direction][kind] for a, b in zip(at_one, at_two, strict=True)]
-            np.testing.assert_array_equal(np.array(a_layer), wanted, err_msg=f"{kind} {direction}")
+            np.testing.assert_array_equal(np.array(a_layer), wanted.matrix(), err_msg=f"{kind} {direction}")
     reshard = traffic.reshard_bytes(RowPlan.of(row, grid).reshard, llm.hidden_size, element)
-    assert reshard.any()
-    for direction, wanted in (("forward", reshard), ("backward", reshard.T)):
-        np.testing.assert_array_equal(np.array([rank[direction]["reshard"] for rank in at_one]), wanted)
+    for direction, wanted in zip(("forward", "backward"), reshard, strict=True):
+        assert wanted.matrix().any()
+        np.testing.assert_array_equal(np.array([rank[direction]["reshard"] for rank in at_one]), wanted.matrix())
 
 
 def test_a_ring_moves_three_quarters_of_passing_every_block_to_every_rank():
     grid, llm = GridShape.of(8, ring=8), load_config("models/qwen2-7b", []).model.llm
     forward, _ = traffic.ring_bytes(grid, llm, 1024, 2)
     everything = 8 * 7 * (1024 // 8) * 2 * llm.num_kv_heads * 128 * 2
-    assert forward.sum() == everything * 3 // 4
+    assert forward.matrix().sum() == everything * 3 // 4
 
 
 def test_bytes_are_booked_on_the_link_that_carries_them():
-    sent = np.array([[0, 1, 10], [2, 0, 20], [100, 200, 0]])
-    links = traffic.Links.of(sent, np.array([0, 0, 1]))
+    sent_NN = np.array([[0, 1, 10], [2, 0, 20], [100, 200, 0]])
+    links = traffic.Links.of(traffic.Sent(np.arange(3)[None], sent_NN[None]), np.array([0, 0, 1]))
     assert (links.inside_nodes, links.between_nodes, links.most_sent_by_a_rank) == (3, 330, 300)
+
+
+def test_bytes_told_once_count_for_each_group():
+    """Two groups, encoders 0 and 2, 1 and 3: the first lies in one node, the second in two."""
+    groups, nodes = np.array([[0, 2], [1, 3]]), np.array([0, 0, 0, 1])
+    told_once = traffic.Sent(groups, np.array([[[0, 5], [7, 0]]]))
+    told_twice = traffic.Sent(groups, np.array([[[0, 5], [7, 0]]] * 2))
+    for sent in (told_once, told_twice):
+        assert traffic.Links.of(sent, nodes) == (12, 12, 7)
+        assert sent.matrix().tolist() == [[0, 0, 5, 0], [0, 0, 0, 5], [7, 0, 0, 0], [0, 7, 0, 0]]
 
 
 def test_the_block_of_a_later_replica_and_stage_is_found():
