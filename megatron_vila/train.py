@@ -149,9 +149,9 @@ def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[
         # The writer holds it for all ranks.
         on_rank_zero(lambda: held.enter_context(lock.hold()) and None)
         with _busy("starting: the model and its weights"):
-            from megatron_vila.training.trainer import Trainer
+            from megatron_vila.training.start import make_trainer
 
-            trainer = Trainer(config, stop, lock, watch)
+            trainer = make_trainer(config, stop, lock, watch)
         if trainer.topology.block_cpu.rank() == 0:
             # Each replica names the broken samples that it meets.
             level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING

@@ -138,12 +138,12 @@ def _use(config: Config, counts: Counter) -> None:
 
 def _train(config: Config, counts: Counter) -> None:
     # Imported late: Megatron-Core must find the platform prepared.
-    from megatron_vila.training.trainer import Trainer
+    from megatron_vila.training.start import make_trainer
 
     processes.init_distributed()
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            Trainer(config).run()
+            make_trainer(config).run()
     finally:
         processes.end_distributed()
     counts["runs"] += 1

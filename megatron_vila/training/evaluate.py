@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vila.config.schema import Config
 from megatron_vila.data.loader import LoadedRow
 from megatron_vila.data.records import RecordFiles
-from megatron_vila.training.feed import chance_level, evaluation_loader
+from megatron_vila.training.feed import chance_level, evaluation_loader, held_out_gaps
 from megatron_vila.training.step import Pass, exact_matches
 
 LEFT_OUT = {
@@ -23,6 +23,32 @@ LEFT_OUT = {
     "unanswered": "have no answer",
 }
 """Why a held-out sample does not count; ``left_out_<key>`` of an evaluation says how many."""
+
+
+class HeldOut:
+    """The task (``roles.Task``) of a run with ``data.eval``: after the last step and every ``train.eval_every`` steps."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def warnings(self) -> list[str]:
+        gaps = held_out_gaps(self._config)
+        return [gaps] if gaps else []
+
+    def is_due(self, step: int, is_last: bool) -> bool:
+        every = self._config.train.eval_every
+        return is_last or (every > 0 and step % every == 0)
+
+    def run(self, forward: Pass) -> dict[str, float]:
+        return evaluate(self._config, forward)
+
+    def remarks(self, results: Mapping[str, float]) -> list[str]:
+        return remarks(results)
+
+    def summary(self, results: Mapping[str, float]) -> dict[str, float]:
+        if "accuracy" not in results:
+            return {}
+        return {"held_out_accuracy": results["accuracy"], "chance": results["chance"]}
 
 
 def evaluate(config: Config, forward: Pass) -> dict[str, float]:

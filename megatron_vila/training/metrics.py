@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,91 +30,46 @@ from megatron_vila.busy import LastingConsole
 from megatron_vila.plan.flops import mfu
 from megatron_vila.training.progress import progress_display
 from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
+from megatron_vila.training.roles import RunFacts, StepMetrics, Watcher
 from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_records, summarize, write_json
 
 PLOT_FILE = "loss.png"
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One optimizer step, measured by the trainer over all ranks."""
-
-    step: int
-    """steps done, this one included"""
-    loss: float
-    """mean over the supervised tokens of the global batch"""
-    lr: Mapping[str, float]
-    """learning rate of each trained part (``llm``, ``projector``, ``vision``)"""
-    grad_norm: float
-    """global norm before clipping"""
-    tokens: int
-    """LLM tokens of the global batch without padding"""
-    supervised_tokens: int
-    frames: int
-    """pictures encoded in the step"""
-    model_flops: float
-    """by ``flops.model_flops``, all ranks together"""
-    step_s: float
-    """wall time of the step, waiting for data included"""
-    data_wait_s: float
-    """of which waiting for data, on the rank that waited longest"""
-    peak_memory_gib: float
-    """largest memory of a rank since the start"""
-    skipped: int
-    """updates skipped so far"""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """what became of the samples so far, over all replicas: counts of ``RowStats`` by name"""
-
-
-class MetricsLogger:
-    """Writes the records of a run; use it as a context manager, so that the files are complete on every way out.
+class MetricsLogger(Watcher):
+    """Writes the records of a run, from ``start`` to ``close``, which makes the files complete.
 
     No method raises because of a file or the screen: that is told in one line, and tried again at the next record.
 
-    ``gpus`` is the number of ranks and ``peak`` the FLOP/s of one of them (None: no MFU is shown). ``start_step`` is the
-    step of the checkpoint that the run goes on from, 0 for a new run: a new run starts ``metrics.jsonl`` afresh.
-    Lines and TensorBoard scalars of a step appear every ``log_every`` steps, with rates over the steps since the line before;
-    ``metrics.jsonl`` has every step.
+    A new run starts ``metrics.jsonl`` afresh. Without a known peak no MFU is shown. Lines and TensorBoard scalars of a step
+    appear every ``log_every`` steps, with rates over the steps since the line before; ``metrics.jsonl`` has every step.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        is_writer: bool,
-        total_steps: int,
-        gpus: int,
-        peak: float | None,
-        log_every: int = 1,
-        start_step: int = 0,
-        console: Console | None = None,
-    ):
+    def __init__(self, output_dir: str | Path, log_every: int = 1, console: Console | None = None) -> None:
         self.folder = Path(output_dir)
-        self.is_writer = is_writer
-        self._total_steps, self._gpus, self._peak, self._log_every = total_steps, gpus, peak, log_every
+        self._log_every, self._console = log_every, console
         self._window: list[StepMetrics] = []
-        self._started = time.monotonic()
-        self._open = is_writer
-        if not is_writer:
+        self._open = False
+
+    def start(self, facts: RunFacts) -> None:
+        """Open the files and drop what they hold of steps after ``facts.start_step``."""
+        self._facts, self._started = facts, time.monotonic()
+        self._open = facts.is_writer
+        if not facts.is_writer:
             return
         # tensorboard is slow to import: only the writer pays for it
         from megatron_vila.training.event_file import EventFile
 
         self._report = Reporting()
-        self._try(METRICS_FILE, lambda: truncate_after(self.folder / METRICS_FILE, start_step))
+        self._try(METRICS_FILE, lambda: truncate_after(self.folder / METRICS_FILE, facts.start_step))
         self._jsonl = AppendFile(self.folder / METRICS_FILE)
-        self._tensorboard = EventFile(self.folder / "tensorboard", first_step=start_step + 1)
-        self._progress = progress_display(console or LastingConsole(), total_steps, start_step)
-        if peak is not None:
+        self._tensorboard = EventFile(self.folder / "tensorboard", first_step=facts.start_step + 1)
+        self._progress = progress_display(self._console or LastingConsole(), facts.total_steps, facts.start_step)
+        if facts.peak is not None:
             self.message(
-                f"MFU: model FLOPs against {peak / 1e12:.0f} TFLOP/s per GPU; causal attention counts as half, "
+                f"MFU: model FLOPs against {facts.peak / 1e12:.0f} TFLOP/s per GPU; causal attention counts as half, "
                 "recomputation and padding do not count"
             )
-
-    def __enter__(self) -> MetricsLogger:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one step."""
@@ -122,7 +77,7 @@ class MetricsLogger:
             return
         self._write_line(self._record([metrics]))
         self._window.append(metrics)
-        if metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
+        if metrics.step % self._log_every == 0 or metrics.step == self._facts.total_steps:
             record = self._record(self._window)
             self._window = []
             self._show(lambda: self._progress.step(record))
@@ -146,13 +101,13 @@ class MetricsLogger:
         if self._open:
             self._show(lambda: self._progress.message(text))
 
-    def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Close the files and write ``summary.json``: totals of the whole run and ``results``; returns it ({} elsewhere)."""
+    def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Close the files and write ``summary.json``: totals of the whole run and ``summary``; returns it ({} elsewhere)."""
         self.close()
-        if not self.is_writer:
+        if not self._facts.is_writer:
             return {}
         totals = self._try(METRICS_FILE, lambda: summarize(self.folder)) or {}
-        summary = dict(results) | totals | {"wall_s": time.monotonic() - self._started}
+        summary = dict(summary) | totals | {"wall_s": time.monotonic() - self._started}
         self._try(SUMMARY_FILE, lambda: write_json(self.folder / SUMMARY_FILE, summary))
         return summary
 
@@ -183,9 +138,9 @@ class MetricsLogger:
         last = asdict(window[-1])
         seconds = sum(m.step_s for m in window)
         rates = {
-            "tokens_per_s_per_gpu": sum(m.tokens for m in window) / seconds / self._gpus,
+            "tokens_per_s_per_gpu": sum(m.tokens for m in window) / seconds / self._facts.ranks,
             "frames_per_s": sum(m.frames for m in window) / seconds,
-            "mfu": mfu(sum(m.model_flops for m in window), seconds, self._gpus, self._peak),
+            "mfu": mfu(sum(m.model_flops for m in window), seconds, self._facts.ranks, self._facts.peak),
             "data_wait_s": sum(m.data_wait_s for m in window) / len(window),
             "step_s": seconds / len(window),
         }

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,41 +42,24 @@ from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.sizes import head_dim
-from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
-from megatron_vila.training.evaluate import evaluate, remarks
 from megatron_vila.training.feed import (
     JUDGED_FROM,
-    held_out_gaps,
     open_dataset,
     tell_bad_records,
     tokenizer_warnings,
     training_loader,
 )
+from megatron_vila.training.guards import DATA_COUNTS, Outcome, UpdateGuard, too_many_broken
 from megatron_vila.training.lock import LockedError, RunLock
 from megatron_vila.training.memory_report import write_memory_report
-from megatron_vila.training.metrics import MetricsLogger, StepMetrics
-from megatron_vila.training.optimizer import PARTS, apply_step, build_optimizer, learning_rates, wrap_ddp
+from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
+from megatron_vila.training.roles import RunFacts, StepMetrics, Task, Watcher
 from megatron_vila.training.step import Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
-from megatron_vila.training.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-DATA_COUNTS = ("drawn", "replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out")
-"""Counts of ``RowStats`` that are summed over the run and reported."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step came to; equal on all ranks. ``lr`` are the rates that it used."""
-
-    loss: float
-    supervised: int
-    updated: bool
-    grad_norm: float
-    lr: dict[str, float]
 
 
 class Trainer:
@@ -85,16 +68,18 @@ class Trainer:
     The order of construction matters: groups, seeds, model, weights of ``checkpoint.load``, DDP and optimizer (which copies
     16-bit weights), then the state of a run that goes on.
 
+    ``tasks`` are what the run does beside training and ``watchers`` what is told of it (``roles.py``); ``start.py`` chooses them.
     ``stop`` notes signals from its installation on; without one the run notes those that come while it runs. ``lock`` is the
-    writer's lock of the folder and ``watch`` what the other ranks know of this one's progress; both are for runs of processes.
+    writer's lock of the folder, for runs of processes.
     """
 
     def __init__(
         self,
         config: Config,
+        tasks: Sequence[Task] = (),
+        watchers: Sequence[Watcher] = (),
         stop: StopRequest | None = None,
         lock: RunLock | None = None,
-        watch: Watch | None = None,
     ) -> None:
         self.config = config
         self.device, self.dtype = accelerator.device(), accelerator.dtype_of(config.train.precision)
@@ -121,53 +106,59 @@ class Trainer:
         # An export needs the files that the weights once came with.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
         self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
-        self._stop, self._lock, self._watch = stop or StopRequest(), lock, watch
+        self._tasks, self._watchers = tasks, watchers
+        self._stop, self._lock = stop or StopRequest(), lock
         self.stopped_by = 0
         """signal that ended the run before ``train.steps``, the same on all ranks; 0 without one"""
         self.saved = found.checkpoint
         """the checkpoint of the step that this run stands at, None without one"""
 
     def run(self) -> dict[str, Any]:
-        """Train to ``train.steps``, save, evaluate; returns the run's summary on the writer rank, {} elsewhere.
+        """Train to ``train.steps``, save, do the tasks; returns the run's summary on the writer rank, {} elsewhere.
 
         After a signal to any rank (``stop.py``) the step in work is finished and saved, ``stopped_by`` is set, and the method
         returns. Raises ``NonFiniteError`` as ``train.on_nan`` says, ``NothingToLearnError`` if an epoch holds no label and
         ``TooManyBrokenError`` by ``data.max_broken`` once all is saved, on all ranks at once.
         """
         train = self.config.train
-        peak = _peak_of_device(self.dtype)
-        world = self.topology.grid.world_size
+        facts = RunFacts(
+            self.is_writer, train.steps, self.step, self.topology.grid.world_size, _peak_of_device(self.dtype)
+        )
         with self._stop, contextlib.ExitStack() as undo:
             undo.callback(gc.unfreeze)
             if self.is_writer:
                 self._describe_run()
-            if self.config.data.eval and (gaps := on_rank_zero(lambda: held_out_gaps(self.config))):
-                self._say(f"warning: {gaps}")
-            with MetricsLogger(
-                train.output, self.is_writer, train.steps, world, peak, train.log_every, self.step
-            ) as metrics:
-                results = self._loop(metrics)
-                self._at("ending")
-                comparison = write_memory_report(
-                    self.config, self.model, self.optimizer, self.model.module.host.peak_bytes
-                )
-                if torch.cuda.is_available():  # on a CPU libraries outweigh a model that fits there
-                    metrics.message(comparison)
-                if self.stopped_by:
-                    metrics.message(self._stop_line())
-                summary = metrics.finish({"stopped": bool(self.stopped_by), **self.counts, **results})
+            for task in self._tasks:
+                for line in on_rank_zero(task.warnings):
+                    self._say(f"warning: {line}")
+            for watcher in self._watchers:
+                undo.callback(watcher.close)
+                watcher.start(facts)
+            results = self._loop()
+            self._at("ending")
+            comparison = write_memory_report(
+                self.config, self.model, self.optimizer, self.model.module.host.peak_bytes
+            )
+            if torch.cuda.is_available():  # on a CPU libraries outweigh a model that fits there
+                self._message(comparison)
+            if self.stopped_by:
+                self._message(self._stop_line())
+            summary: dict[str, Any] = {"stopped": bool(self.stopped_by), **self.counts, **results}
+            for watcher in self._watchers:
+                summary = watcher.finish(summary)
             if not self.stopped_by:
                 self._refuse_broken(at_least=1)
-            return summary
+            return summary if self.is_writer else {}
 
-    def _loop(self, metrics: MetricsLogger) -> dict[str, float]:
-        """All steps that are left; returns the last evaluation, nothing if a signal ended the loop (``stopped_by``).
+    def _loop(self) -> dict[str, float]:
+        """All steps that are left; returns what the tasks say after the last, nothing if a signal ended the loop.
 
-        Evaluation can fail for what is wrong with held-out files: a checkpoint that is due at the same step is saved first.
+        A task can fail, as an evaluation by what is wrong with held-out files: a checkpoint that is due at the same step is saved
+        first.
         """
-        train, data, saving = self.config.train, self.config.data, self.config.checkpoint
+        train, saving = self.config.train, self.config.checkpoint
         loader, rows_per_epoch = training_loader(self.config, self.topology)
-        first, barren_rows, skips_in_a_row = self.step + 1, 0, 0
+        first, guard = self.step + 1, UpdateGuard(self.config, rows_per_epoch)
         accelerator.reset_peak_memory()
         with loader:
             if self.step < train.steps:
@@ -183,14 +174,13 @@ class Trainer:
                 self.skipped += not outcome.updated
                 self._at("adding up what was measured")
                 self.stopped_by, record = self._measure(rows, outcome, started_s)
-                metrics.step(record)
+                for watcher in self._watchers:
+                    watcher.step(record)
                 if self.step == first:
                     # A full collection over a model and its compiled code halts one rank, and so all, for some half a second.
                     gc.collect()
                     gc.freeze()
-                barren_rows = 0 if outcome.supervised else barren_rows + train.global_batch_size
-                skips_in_a_row = 0 if outcome.updated or not outcome.supervised else skips_in_a_row + 1
-                self._guard(outcome, skips_in_a_row, barren_rows >= rows_per_epoch, metrics)
+                guard.judge(self.step, outcome, self.skipped, self._message)
                 finished = self.step == train.steps
                 too_broken = self._too_broken(JUDGED_FROM)
                 if saving.save and (finished or self.stopped_by or too_broken or _due(self.step, saving.save_every)):
@@ -198,14 +188,31 @@ class Trainer:
                     self._save()
                 if too_broken and not finished:
                     self._refuse_broken(JUDGED_FROM)
-                if data.eval and not self.stopped_by and _due(self.step, train.eval_every) and not finished:
-                    self._evaluate(metrics)
-        if self.step == train.steps and not data.eval:
+                if not self.stopped_by and not finished:
+                    self._do_tasks(is_last=False)
+        if self.step == train.steps and not self._due_tasks(is_last=True):
             self.stopped_by = 0  # the signal came with the last step: nothing is left to go on with
-        if self.stopped_by or not data.eval:
-            return {}
-        found = self._evaluate(metrics)
-        return {"held_out_accuracy": found["accuracy"], "chance": found["chance"]} if "accuracy" in found else {}
+        return {} if self.stopped_by else self._do_tasks(is_last=True)
+
+    def _due_tasks(self, is_last: bool) -> list[Task]:
+        return [task for task in self._tasks if task.is_due(self.step, is_last)]
+
+    def _do_tasks(self, is_last: bool) -> dict[str, float]:
+        """What the tasks that are due now leave in the run's summary."""
+        kept: dict[str, float] = {}
+        for task in self._due_tasks(is_last):
+            self._at("evaluating")
+            results = task.run(self.forward)
+            for watcher in self._watchers:
+                watcher.evaluation(self.step, results)
+            for line in task.remarks(results):
+                self._message(line)
+            kept |= task.summary(results)
+        return kept
+
+    def _message(self, text: str) -> None:
+        for watcher in self._watchers:
+            watcher.message(text)
 
     def _give_way(self) -> None:
         """Raise ``LockedError`` on all ranks: what another run writes to the folder must not be mixed with this one's."""
@@ -216,8 +223,8 @@ class Trainer:
         )
 
     def _at(self, phase: str, step: int | None = None) -> None:
-        if self._watch is not None:
-            self._watch.at(self.step if step is None else step, phase)
+        for watcher in self._watchers:
+            watcher.at(self.step if step is None else step, phase)
 
     def _agreed_signal(self) -> int:
         """The signal that any rank was sent, 0 without one. A maximum over all ranks."""
@@ -231,14 +238,6 @@ class Trainer:
             return f"stopped by {name} after step {self.step}; nothing is saved, because checkpoint.save=false"
         changed = "" if saving.resume else " with checkpoint.resume=true"
         return f"stopped by {name} after step {self.step}; the same command{changed} goes on from there"
-
-    def _evaluate(self, metrics: MetricsLogger) -> dict[str, float]:
-        self._at("evaluating")
-        found = evaluate(self.config, self.forward)
-        metrics.evaluation(self.step, found)
-        for line in remarks(found):
-            metrics.message(line)
-        return found
 
     def _train_step(self, rows: Sequence[LoadedRow]) -> Outcome:
         """Forward, backward and update. No weight changes if the step has no label or anything is not finite."""
@@ -289,51 +288,13 @@ class Trainer:
             counts=dict(self.counts),
         )
 
-    def _guard(self, outcome: Outcome, skips_in_a_row: int, barren_epoch: bool, metrics: MetricsLogger) -> None:
-        """End the run on all ranks where going on would be wrong or pointless."""
-        train = self.config.train
-        if outcome.updated:
-            return
-        if not outcome.supervised:
-            metrics.message(f"step {self.step} has no supervised token: nothing updated")
-            if barren_epoch:
-                raise NothingToLearnError(
-                    f"a whole epoch of data.train={self.config.data.train} held no supervised token; the samples need answers "
-                    "(turns from gpt) that fit into train.seq_length"
-                )
-            return
-        rates = f"optim.lr={self.config.optim.lr}"
-        for part in PARTS:
-            if getattr(self.config.optim, part).lr is not None:
-                rates += f", optim.{part}.lr={getattr(self.config.optim, part).lr}"
-        what = f"step {self.step} gives loss {outcome.loss} and gradient norm {outcome.grad_norm}"
-        cure = f"look at the data of this step and at {rates}"
-        if train.on_nan == "stop":
-            raise NonFiniteError(
-                f"{what}, and train.on_nan=stop: the run ends, weights and checkpoints are as before the step; {cure}, or drop "
-                "such updates with train.on_nan=skip"
-            )
-        metrics.message(f"{what}: update skipped ({self.skipped} so far)")
-        if skips_in_a_row > train.max_skips:
-            raise NonFiniteError(
-                f"{what}: {skips_in_a_row} updates skipped in a row, more than train.max_skips={train.max_skips}; {cure}"
-            )
-
     def _too_broken(self, at_least: int) -> bool:
-        """Whether ``data.max_broken`` is exceeded, once ``at_least`` samples were drawn; equal on all ranks."""
-        broken, drawn = self.counts["replaced_broken"] + self.counts["left_out"], self.counts["drawn"]
-        return drawn >= at_least and broken > self.config.data.max_broken * drawn
+        return too_many_broken(self.config, self.counts, self.step, at_least) is not None
 
     def _refuse_broken(self, at_least: int) -> None:
         """End the run on all ranks if too many samples were broken; what was trained is saved."""
-        if not self._too_broken(at_least):
-            return
-        broken, drawn = self.counts["replaced_broken"] + self.counts["left_out"], self.counts["drawn"]
-        raise TooManyBrokenError(
-            f"{broken} of the {drawn} samples drawn in {self.step} steps were broken ({100 * broken / drawn:.1f} %), more than "
-            f"data.max_broken={self.config.data.max_broken} allows; the log names them, and `python -m megatron_vila.data check` "
-            "finds all. The counts stay with the run: after mending the files go on with a higher data.max_broken, or start anew"
-        )
+        if error := too_many_broken(self.config, self.counts, self.step, at_least):
+            raise error
 
     def _resume(self, found: ResumePoint) -> None:
         checkpoint = found.checkpoint

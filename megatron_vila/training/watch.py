@@ -21,6 +21,7 @@ from megatron_vila.errors import PeerError, StallError
 from megatron_vila.training import failures
 from megatron_vila.training.failures import within
 from megatron_vila.training.lock import release_all
+from megatron_vila.training.roles import Watcher
 
 PHASES = (
     "starting",
@@ -57,7 +58,7 @@ class Seen:
         return f"step {self.step}, {PHASES[self.phase]}"
 
 
-class Watch:
+class Watch(Watcher):
     """One rank's view of all ranks, from their meeting (``processes.meet``) to the end of the process. A context manager; a lone
     rank's does nothing.
 
@@ -95,7 +96,6 @@ class Watch:
             raise StallError(stall) from error
 
     def at(self, step: int, phase: str) -> None:
-        """This rank is now in ``phase`` (one of ``PHASES``) of ``step`` (from 1)."""
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
 
     def part(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
 from megatron_vila.start_checks import check_start
-from megatron_vila.training.trainer import Trainer
+from megatron_vila.training.start import make_trainer
 from tests.convert import material
 from tests.convert.test_bad_input import edit
 from tests.ranks import pool
@@ -51,7 +51,7 @@ def source(tmp_path_factory):
 def train(rank, path, overrides):
     config = load_config(path, overrides)
     check_start(config, 2, accelerator.machine())
-    return Trainer(config).run()
+    return make_trainer(config).run()
 
 
 def test_from_a_published_folder_through_stage_1_and_back(tool, source, tmp_path, capsys):

@@ -27,8 +27,8 @@ from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.start_checks import check_start
+from megatron_vila.training.start import make_trainer
 from megatron_vila.training.summary import read_metrics
-from megatron_vila.training.trainer import Trainer
 from tests import exit_threads
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def train(rank: int, settings: Sequence[str], stop_at: int | None = None) -> dic
     if stop_at is not None and rank == torch.distributed.get_world_size() - 1:
         threading.Thread(target=_terminate_at, args=(config.train.output, stop_at, done), daemon=True).start()
     try:
-        return Trainer(config).run()
+        return make_trainer(config).run()
     finally:
         done.set()
         accelerator.set_deterministic(False)

@@ -80,7 +80,7 @@ def _failing_evaluation(rank, world, arguments):
         raise SettingError("nothing to evaluate")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_vila.training.trainer.evaluate", fail)
+        patch.setattr("megatron_vila.training.evaluate.evaluate", fail)
         return _main(rank, world, arguments)
 
 

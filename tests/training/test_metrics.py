@@ -5,14 +5,16 @@ import json
 import math
 import re
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_vila.training.metrics import MetricsLogger, StepMetrics, truncate_after
+from megatron_vila.training.metrics import MetricsLogger, truncate_after
 from megatron_vila.training.plots import plot_runs, running_mean
+from megatron_vila.training.roles import RunFacts, StepMetrics
 from megatron_vila.training.summary import combine, print_summary, read_metrics, summarize, write_json
 
 
@@ -26,8 +28,9 @@ def metrics(step: int, **changes) -> StepMetrics:
 def logger(folder, total=10, start=0, terminal=False, **options) -> tuple[MetricsLogger, io.StringIO]:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=100)
-    options = {"is_writer": True, "gpus": 2, "peak": None, "start_step": start, "console": console} | options
-    return MetricsLogger(folder, total_steps=total, **options), text
+    log = MetricsLogger(folder, options.pop("log_every", 1), options.pop("console", console))
+    log.start(RunFacts(**{"is_writer": True, "total_steps": total, "start_step": start, "ranks": 2, "peak": None} | options))
+    return log, text
 
 
 def write_run(folder, first: int, last: int, start: int = 0, accuracy: float | None = None) -> dict:
@@ -172,7 +175,7 @@ def test_the_summary_holds_totals_and_the_results_of_the_caller(tmp_path):
 
 
 def test_a_run_ended_by_an_error_still_leaves_its_files(tmp_path):
-    with pytest.raises(RuntimeError, match="out of luck"), logger(tmp_path)[0] as log:
+    with pytest.raises(RuntimeError, match="out of luck"), closing(logger(tmp_path)[0]) as log:
         log.step(metrics(1))
         raise RuntimeError("out of luck")
     assert len(read_metrics(tmp_path)[0]) == 1

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 from rich.console import Console
@@ -16,7 +16,6 @@ from megatron_vila.busy import busy
 from megatron_vila.config.load import load_config
 from megatron_vila.errors import UserError
 from megatron_vila.training.feed import tell_bad_records
-from megatron_vila.training.metrics import MetricsLogger
 from megatron_vila.training.report_files import AppendFile, Reporting
 from megatron_vila.training.summary import combine, read_metrics, summarize
 from tests.data.material import conversation, write_jsonl
@@ -54,7 +53,8 @@ def test_a_full_disk_costs_one_line_and_no_record_once_there_is_room_again(tmp_p
 def test_a_disk_that_stays_full_hides_no_error_and_keeps_the_old_plot(tmp_path, caplog):
     write_run(tmp_path, 1, 2)
     plot = (tmp_path / "loss.png").read_bytes()
-    with full_disk(), pytest.raises(RuntimeError, match="the checkpoint's own message"), logger(tmp_path, start=2)[0] as log:
+    own = pytest.raises(RuntimeError, match="the checkpoint's own message")
+    with full_disk(), own, closing(logger(tmp_path, start=2)[0]) as log:
         log.step(metrics(3))
         raise RuntimeError("the checkpoint's own message")
     assert (tmp_path / "loss.png").read_bytes() == plot
@@ -108,7 +108,7 @@ def test_a_pipe_in_the_place_of_a_temporary_file_is_told_and_not_waited_for(tmp_
 
 def test_a_screen_that_takes_no_more_does_not_end_the_run(tmp_path):
     screen = open("/dev/full", "w")  # noqa: SIM115
-    log = MetricsLogger(tmp_path, True, 10, 1, None, console=Console(file=screen))
+    log, _ = logger(tmp_path, console=Console(file=screen))
     log.step(metrics(1))
     log.close()
     with pytest.raises(OSError):
@@ -125,7 +125,7 @@ def test_a_pipe_whose_reader_has_ended_does_not_end_the_run(tmp_path, monkeypatc
     with suppress(BrokenPipeError), open(writer, "w") as screen:
         monkeypatch.setattr(sys, "stdout", screen)
         with busy("starting"):
-            log = MetricsLogger(tmp_path, True, 10, 1, None)
+            log, _ = logger(tmp_path, console=None)
         log.step(metrics(1))
         log.step(metrics(2))
         log.close()

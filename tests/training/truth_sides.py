@@ -16,8 +16,8 @@ from megatron_vila.config.load import load_config
 from megatron_vila.convert.exporter import export_checkpoint
 from megatron_vila.convert.importer import import_checkpoint
 from megatron_vila.start_checks import check_start
+from megatron_vila.training.start import make_trainer
 from megatron_vila.training.summary import read_metrics
-from megatron_vila.training.trainer import Trainer
 from tests.training.independent import files, model
 from tests.training.independent.loop import Recipe, Run
 from tests.training.independent.samples import Pictures
@@ -88,7 +88,7 @@ def trained(rank: int, config: Path | str, settings: Sequence[str]) -> dict[str,
     config = load_config(str(config), settings)
     check_start(config, torch.distributed.get_world_size(), accelerator.machine())
     try:
-        return Trainer(config).run()
+        return make_trainer(config).run()
     finally:
         accelerator.set_deterministic(False)
 

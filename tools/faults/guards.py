@@ -52,9 +52,9 @@ FAULTS = [
     ),
     Fault(
         "a run in which most samples are broken goes on",
-        "megatron_vila/training/trainer.py",
-        "return drawn >= at_least and broken > self.config.data.max_broken * drawn",
-        "return False",
+        "megatron_vila/training/guards.py",
+        "if drawn < at_least or broken <= config.data.max_broken * drawn:",
+        "if True:",
         ("tests/training/test_bad_input.py", "-k", "too_many_broken"),
     ),
     Fault(
@@ -75,8 +75,8 @@ FAULTS = [
         "an evaluation runs before the save that is due at its step",
         "megatron_vila/training/trainer.py",
         "                if saving.save and (finished",
-        """                if data.eval and not self.stopped_by and (finished or _due(self.step, train.eval_every)):
-                    self._evaluate(metrics)
+        """                if not self.stopped_by:
+                    self._do_tasks(is_last=finished)
                 if saving.save and (finished""",
         FAILING_EVALUATION,
     ),

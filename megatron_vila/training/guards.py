@@ -1,0 +1,80 @@
+"""Where a run ends because going on would be wrong or pointless; decided from numbers that are equal on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_vila.config.schema import Config
+from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
+from megatron_vila.training.optimizer import PARTS
+
+DATA_COUNTS = ("drawn", "replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out")
+"""Counts of ``RowStats`` that are summed over the run and reported."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to; equal on all ranks. ``lr`` are the rates that it used."""
+
+    loss: float
+    supervised: int
+    updated: bool
+    grad_norm: float
+    lr: dict[str, float]
+
+
+class UpdateGuard:
+    """Judges steps that changed no weight. ``rows_per_epoch`` without a label in them are a whole epoch of nothing."""
+
+    def __init__(self, config: Config, rows_per_epoch: int) -> None:
+        self._config, self._rows_per_epoch = config, rows_per_epoch
+        self._barren_rows, self._skips_in_a_row = 0, 0
+
+    def judge(self, step: int, outcome: Outcome, skipped: int, say: Callable[[str], None]) -> None:
+        """Say so if ``step`` did not change the weights; ``skipped`` updates are skipped so far.
+
+        Raises ``NonFiniteError`` as ``train.on_nan`` says and ``NothingToLearnError`` after a whole epoch without a label.
+        """
+        train = self._config.train
+        self._barren_rows = 0 if outcome.supervised else self._barren_rows + train.global_batch_size
+        self._skips_in_a_row = 0 if outcome.updated or not outcome.supervised else self._skips_in_a_row + 1
+        if outcome.updated:
+            return
+        if not outcome.supervised:
+            say(f"step {step} has no supervised token: nothing updated")
+            if self._barren_rows >= self._rows_per_epoch:
+                raise NothingToLearnError(
+                    f"a whole epoch of data.train={self._config.data.train} held no supervised token; the samples need answers "
+                    "(turns from gpt) that fit into train.seq_length"
+                )
+            return
+        rates = f"optim.lr={self._config.optim.lr}"
+        for part in PARTS:
+            if getattr(self._config.optim, part).lr is not None:
+                rates += f", optim.{part}.lr={getattr(self._config.optim, part).lr}"
+        what = f"step {step} gives loss {outcome.loss} and gradient norm {outcome.grad_norm}"
+        cure = f"look at the data of this step and at {rates}"
+        if train.on_nan == "stop":
+            raise NonFiniteError(
+                f"{what}, and train.on_nan=stop: the run ends, weights and checkpoints are as before the step; {cure}, or drop "
+                "such updates with train.on_nan=skip"
+            )
+        say(f"{what}: update skipped ({skipped} so far)")
+        if self._skips_in_a_row > train.max_skips:
+            raise NonFiniteError(
+                f"{what}: {self._skips_in_a_row} updates skipped in a row, more than train.max_skips={train.max_skips}; {cure}"
+            )
+
+
+def too_many_broken(config: Config, counts: Mapping[str, int], step: int, at_least: int) -> TooManyBrokenError | None:
+    """The error by ``data.max_broken``, None if not exceeded or fewer than ``at_least`` samples were drawn. What was trained
+    is to be saved before it is raised."""
+    broken, drawn = counts["replaced_broken"] + counts["left_out"], counts["drawn"]
+    if drawn < at_least or broken <= config.data.max_broken * drawn:
+        return None
+    return TooManyBrokenError(
+        f"{broken} of the {drawn} samples drawn in {step} steps were broken ({100 * broken / drawn:.1f} %), more than "
+        f"data.max_broken={config.data.max_broken} allows; the log names them, and `python -m megatron_vila.data check` "
+        "finds all. The counts stay with the run: after mending the files go on with a higher data.max_broken, or start anew"
+    )
