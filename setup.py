@@ -42,10 +42,10 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
-            # of tools/check.sh
+            # of .ci/check
             "ruff>=0.9",
-            "import-linter>=2.7",
-            "mypy>=1.19",
+            "import-linter>=2.17",
+            "mypy>=2.4",
             "types-pyyaml>=6",
         ],
         # pre-release: pinned here, because pip takes one only when asked for it by its exact version; the constraints files pin

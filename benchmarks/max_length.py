@@ -56,4 +56,3 @@ def search(
         return True
 
     return longest(fits, start, unit, most, share)
-

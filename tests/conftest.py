@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -26,6 +28,25 @@ accelerator.prepare()
 def _close_the_rank_pool():
     yield
     pool.close()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--by-area", action="store_true", help="end with a table of areas, tests and seconds (in all processes)")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("by_area"):
+        return
+    tests, seconds = Counter(), Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            file = Path(report.nodeid.partition("::")[0])
+            area = str(file if file.parent == Path("tests") else file.parent)
+            seconds[area] += report.duration
+            tests[area] += report.when == "call"
+    terminalreporter.write_line("\n| area | tests | seconds |\n|---|---|---|")
+    for area in sorted(seconds):
+        terminalreporter.write_line(f"| `{area}` | {tests[area]} | {seconds[area]:.0f} |")
 
 
 def pytest_collection_modifyitems(config, items):

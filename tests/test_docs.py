@@ -12,7 +12,7 @@ from megatron_vila.config.load import load_config, preset_names
 from megatron_vila.data.records import parse_record
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = ("model", "parallel", "data", "optim", "train", "checkpoint")
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -57,6 +57,13 @@ def test_every_named_file_exists(page):
     for name in FILE.findall(code(page)):
         if not name.startswith(("runs/", "data/synthetic/")):
             assert any((base / name).is_file() for base in (ROOT, ROOT / "megatron_vila")), name
+
+
+@pages
+def test_every_named_test_exists(page):
+    defined = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    for name in re.findall(r"(?<![\w/])test_\w+(?![\w.])", page.read_text()):
+        assert name in defined, name
 
 
 @pages
@@ -109,7 +116,7 @@ def test_every_page_can_be_reached_from_the_readme():
         reached.add(page)
         targets = {(page.parent / link.partition("#")[0]).resolve() for link in LINK.findall(page.read_text())}
         waiting += [t for t in targets if t.suffix == ".md" and t.is_file() and t not in reached]
-    assert set((ROOT / "docs").glob("*.md")) <= reached
+    assert set(PAGES) <= reached
 
 
 def test_the_two_commands_stand_in_the_readme():

@@ -23,7 +23,7 @@ from megatron_vila.launch import main as launcher
 from megatron_vila.plan.validate import validate
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [*sorted(ROOT.glob("examples/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/run"]
+SCRIPTS = [*sorted(ROOT.glob("examples/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/check", ROOT / ".ci/run"]
 MODELS = ["longvila-1.5b", "longvila-7b", "llama3-longvila-8b"]
 DATA = {"DATA": "/data/a.json,/data/b.json", "TOKENIZER": "/models/tokenizer"}
 
