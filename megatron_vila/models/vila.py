@@ -1,7 +1,7 @@
 """VILA on Megatron-Core: vision tower and projector on the first pipeline stage, GPT over all stages, fused head on the last.
 
-Legend: s tokens of a CP rank (S/cp), t = s/tp tokens of a rank under Megatron sequence parallelism, F frames encoded here,
-n supervised tokens held here, H hidden size.
+Legend: s tokens of a CP rank (S/cp), t = s/tp tokens of a rank under Megatron sequence parallelism, N visual tokens made
+here, n supervised tokens held here, H hidden size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_vila.models.language import build_language_model, transformer_conf
 from megatron_vila.models.loss import HeadOutput, Vocabulary, fused_head
 from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vision.projector import Projector
-from megatron_vila.models.vision.tower import FrameEncoder, VisionTower
+from megatron_vila.models.vision.tower import VisionTower
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
 
@@ -52,7 +52,6 @@ class VilaModel(MegatronModule):
             self.projector.requires_grad_(config.optim.projector.trainable)
             for parameter in (*self.vision.parameters(), *self.projector.parameters()):
                 parameter.sequence_parallel = grid.tp > 1
-            self.encode_frames = FrameEncoder(self.vision, self.projector)
         self.llm = build_language_model(
             model,
             self.config,
@@ -87,32 +86,31 @@ class VilaModel(MegatronModule):
         """For Megatron's gradient sum of tied embeddings over the first and last stage."""
         return self.llm.shared_embedding_or_output_weight()
 
-    def forward(
-        self, shard: RowShard, pixels_F3HW: torch.Tensor, next_F3HW: torch.Tensor | None = None
-    ) -> torch.Tensor | HeadOutput:
-        """The last stage gives a ``HeadOutput``, earlier ones hidden states [t, 1, H] for the next.
+    def forward(self, shard: RowShard, made_NH: torch.Tensor | None) -> torch.Tensor | HeadOutput:
+        """``hidden``, and on the last stage ``loss`` of it; an earlier stage gives its hidden states to the next."""
+        hidden_t1H = self.hidden(shard, made_NH)
+        return self.loss(hidden_t1H, shard) if self.post_process else hidden_t1H
 
-        ``pixels_F3HW`` are the pictures that this rank encodes (none after the first stage), bytes or scaled, on any device;
-        ``next_F3HW`` those of the step's next micro-batch, which the first stage encodes under the layers of this one.
-        Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each layer, the
-        head's over tp.
+    def hidden(self, shard: RowShard, made_NH: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states [t, 1, H] after the layers of this stage and, on the last one, the final norm.
+
+        ``made_NH`` are the N visual tokens that tower and projector made of this rank's frames, in row order; None after the
+        first stage. Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each
+        layer.
         """
-        embeddings = self._embed(shard, pixels_F3HW) if self.pre_process else None
-        hidden = run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)
-        if self.pre_process and next_F3HW is not None:
-            self.encode_frames.start(next_F3HW)
-        if not self.post_process:
-            return hidden
+        embeddings = self._embed(shard, made_NH) if self.pre_process else None
+        return run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)
+
+    def loss(self, hidden_t1H: torch.Tensor, shard: RowShard) -> HeadOutput:
+        """Output layer and cross-entropy of the last stage's hidden states at supervised positions. Collectives over tp."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.llm.output_layer.weight
-        return fused_head(
-            hidden.squeeze(1).index_select(0, shard.selected_n), weight, shard.labels_n, shard.counts, self.vocabulary
-        )
+        selected_nH = hidden_t1H.squeeze(1).index_select(0, shard.selected_n)
+        return fused_head(selected_nH, weight, shard.labels_n, shard.counts, self.vocabulary)
 
-    def _embed(self, shard: RowShard, pixels_F3HW: torch.Tensor) -> torch.Tensor:
+    def _embed(self, shard: RowShard, made_NH: torch.Tensor) -> torch.Tensor:
         """Token embeddings of this rank [t, 1, H], visual tokens in their places."""
         text_tH = self.llm.embedding(input_ids=shard.token_ids_1s, position_ids=None).squeeze(1)
-        made_NH = self.encode_frames(pixels_F3HW).flatten(0, 1)
         merged_tH = text_tH.index_copy(0, shard.reshard.slots, shard.reshard(made_NH).to(text_tH.dtype))
         if torch.is_grad_enabled() and not merged_tH.requires_grad:
             # Attention's backward is collective: with everything below frozen it must still run on every rank.

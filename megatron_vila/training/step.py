@@ -7,35 +7,41 @@ with their number; Megatron divides gradients by the number of the whole global 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vila.config.schema import LanguageConfig
 from megatron_vila.data.loader import LoadedRow
-from megatron_vila.models.loss import HeadOutput
 from megatron_vila.models.shard import RowShard
+from megatron_vila.models.vision.tower import FrameEncoder
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.row_plan import ShardPlan
 
 
-@dataclass(frozen=True)
 class Pass:
     """Runs rows through the model: ``run(rows)`` trains, ``run(rows, forward_only=True)`` evaluates.
 
     Rows come with their plan and with pixels on the host, which the tower copies to the device a few at a time.
     """
 
-    model: torch.nn.Module
-    topology: ParallelTopology
-    llm: LanguageConfig
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        topology: ParallelTopology,
+        llm: LanguageConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.topology, self.device = model, topology, device
+        self._llm, self._dtype = llm, dtype
+        self._vila = vila = model.module
+        self._frames = FrameEncoder(vila.vision, vila.projector) if topology.is_first_stage else None
 
     def run(self, rows: Sequence[LoadedRow], forward_only: bool = False) -> list[RowReport]:
         """A report of each row on the last pipeline stage, an empty list on the others.
@@ -52,13 +58,18 @@ class Pass:
             forward_only=forward_only,
         )
 
-    def _forward_step(self, rows: Iterator[tuple[LoadedRow, LoadedRow | None]], model: torch.nn.Module):
+    def _forward_step(self, rows: Iterator[tuple[LoadedRow, LoadedRow | None]], _: torch.nn.Module):
+        """Megatron's step function: a row through this stage. The next row's frames are encoded under its layers."""
         loaded, following = next(rows)
-        shard = RowShard.of(loaded.plan, self.topology, self.llm, self.dtype, self.device)
-        output = model(shard, loaded.pixels, following and following.pixels)
-        if isinstance(output, HeadOutput):
-            return output.loss_sum, partial(_loss, loaded.plan, output.correct_n)
-        return output, None
+        shard = RowShard.of(loaded.plan, self.topology, self._llm, self._dtype, self.device)
+        made_NH = None if self._frames is None else self._frames(loaded.pixels).flatten(0, 1)
+        hidden_t1H = self._vila.hidden(shard, made_NH)
+        if self._frames is not None and following is not None:
+            self._frames.start(following.pixels)
+        if not self.topology.is_last_stage:
+            return hidden_t1H, None
+        output = self._vila.loss(hidden_t1H, shard)
+        return output.loss_sum, partial(_loss, loaded.plan, output.correct_n)
 
 
 class RowReport(NamedTuple):

@@ -53,7 +53,7 @@ def loss(rank, imported, checkpoint, lora):
     shard = contract.shard_of(row, topology, llm, torch.float32)
     side = config.model.vision.image_size
     topology.destroy()
-    return model(shard, torch.zeros(0, 3, side, side)).loss_sum.item()
+    return model(shard, contract.made(model, torch.zeros(0, 3, side, side))).loss_sum.item()
 
 
 def test_the_merged_export_computes_what_the_model_with_updates_computes(tmp_path):

@@ -106,9 +106,7 @@ def export(rank: int, settings: Config, folder: Path, layouts: tuple[str, ...]) 
 def answer(rank: int, settings: Config, prompts: list[Prompt], new_tokens: int) -> list[Answer]:
     """What the model gives for ``prompts``; every new token is found by running the whole sequence again."""
     topology, model, _ = build(settings, ParallelConfig(), torch.float32)
-    llm, kept = settings.model.llm, {}
-    norm = model.llm.decoder.final_layernorm
-    norm.register_forward_hook(lambda module, inputs, hidden: kept.update(hidden=hidden))
+    llm = settings.model.llm
     output = model.shared_embedding_or_output_weight() if llm.tie_embeddings else model.llm.output_layer.weight
     size = tokens_per_frame(settings.model.vision, settings.model.projector)
 
@@ -117,8 +115,8 @@ def answer(rank: int, settings: Config, prompts: list[Prompt], new_tokens: int) 
         frames = tuple(FrameRef("", i, size, 1, True) for i in range(len(starts)))
         document = Document(token_ids, np.full(len(token_ids), IGNORE), frames, starts, "prompt")
         shard = contract.shard_of(pack([document], 2, 2), topology, llm, torch.float32)
-        model(shard, pixels)
-        return (kept["hidden"][: len(token_ids), 0] @ output.T)[:, : llm.vocab_size]
+        hidden_s1H = model.hidden(shard, contract.made(model, pixels))
+        return (hidden_s1H[: len(token_ids), 0] @ output.T)[:, : llm.vocab_size]
 
     answers = []
     with torch.no_grad():

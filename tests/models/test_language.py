@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -76,7 +78,7 @@ def _losses(rank: int, config: Config) -> tuple[float, float]:
     _copy_weights(model, other, llm)
     row = pack([DOCUMENT], 2, 2)
     shard = contract.shard_of(row, topology, llm, torch.float32)
-    ours = model(shard, samples.pixels([]).float()).loss_sum.item()
+    ours = model(shard, contract.made(model, samples.pixels([]).float())).loss_sum.item()
     logits = other(torch.from_numpy(DOCUMENT.token_ids)[None]).logits[0, :-1]
     theirs = torch.nn.functional.cross_entropy(logits, torch.from_numpy(DOCUMENT.labels)[:-1], reduction="sum").item()
     topology.destroy()
@@ -130,7 +132,7 @@ def _finer_than_bfloat16(rank: int, config: Config, parallel: ParallelConfig) ->
     llm = config.model.llm
     shard = contract.shard_of(row, topology, llm, torch.bfloat16)
     with ddp.no_sync():
-        ddp(shard, samples.pixels([]).bfloat16()).loss_sum.backward()
+        ddp(shard, contract.made(model, samples.pixels([]).bfloat16())).loss_sum.backward()
     topology.destroy()
     weights = {name: p.main_grad for name, p in model.named_parameters() if ".linear_" in name and name.endswith("weight")}
     assert all(grad.count_nonzero() > 0 for grad in weights.values())
@@ -145,3 +147,21 @@ def test_gradients_of_linear_layers_are_added_in_float32(bias):
     # Under sequence parallelism Megatron's product stays where tokens have to be gathered for it.
     for found in pool.run(2, _finer_than_bfloat16, config, ParallelConfig(tp=2)):
         assert found == {"linear_proj", "linear_fc1", "linear_fc2"}
+
+
+def parts_of_a_forward_pass(rank: int, config: Config) -> tuple[bool, float, float]:
+    """Whether a whole row and its first half agree about the half's hidden states; the loss of a pass and of its two parts."""
+    topology, model, _ = contract.build(config, ParallelConfig())
+    text = samples.document("text", "t" * 12)
+    half = dataclasses.replace(text, token_ids=text.token_ids[:6], labels=text.labels[:6])
+    made_NH = contract.made(model, samples.pixels([]))
+    shards = [contract.shard_of(pack([d], 2, 2), topology, config.model.llm, torch.float64) for d in (text, half)]
+    whole_t1H, half_t1H = (model.hidden(shard, made_NH) for shard in shards)
+    losses = model(shards[0], made_NH).loss_sum.item(), model.loss(whole_t1H, shards[0]).loss_sum.item()
+    topology.destroy()
+    return torch.allclose(whole_t1H[:6], half_t1H, rtol=1e-12, atol=1e-12), *losses
+
+
+def test_hidden_states_come_without_a_loss_and_the_loss_is_made_of_them():
+    ((agree, of_the_pass, of_its_parts),) = pool.run(1, parts_of_a_forward_pass, samples.config(layers=2))
+    assert agree and of_the_pass == of_its_parts > 0

@@ -78,7 +78,7 @@ def loss_of(rank, lora):
     row = pack([samples.document("text", "t" * 30)], 2, 2)
     shard = contract.shard_of(row, topology, samples.config().model.llm, torch.float32)
     topology.destroy()
-    return model(shard, samples.pixels([]).float()).loss_sum.item()
+    return model(shard, contract.made(model, samples.pixels([]).float())).loss_sum.item()
 
 
 def test_a_model_with_fresh_updates_computes_what_it_computes_without_them():

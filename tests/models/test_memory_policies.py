@@ -104,7 +104,7 @@ def one_step(rank, memory):
     with counted(runs, Ring, "forward"), counted(runs, Ring, "backward"), counted(runs, Apart, "gate_up"):
         row = pack([samples.document("counted", "ttFtttFttt")], 1, 1)
         shard = contract.shard_of(row, topology, config.model.llm, torch.float64)
-        model(shard, samples.pixels(row.frames)).loss_sum.backward()
+        model(shard, contract.made(model, samples.pixels(row.frames))).loss_sum.backward()
     topology.destroy()
     return dict(runs), model.host.peak_bytes, model.host.used_bytes
 
@@ -245,7 +245,7 @@ def saved_bytes(rank, *settings):
 
     alive = []
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-        model(shard, samples.pixels([]))
+        model(shard, contract.made(model, samples.pixels([])))
     topology.destroy()
     return sum(held.values())
 

@@ -76,7 +76,7 @@ def most_alive(rank, parallel, memory):
     for _ in range(3):
         gc.collect()
         with AliveInAttention() as alive:
-            model(shard, samples.pixels([])).loss_sum.backward()
+            model(shard, contract.made(model, samples.pixels([]))).loss_sum.backward()
         found.append(alive.most)
     topology.destroy()
     unit = local_tokens(config) * WIDTH * 2

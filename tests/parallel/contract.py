@@ -63,7 +63,7 @@ def write_truth(rank: int, config: Config, rows: Rows, path: Path) -> None:
     total = torch.zeros((), dtype=torch.float64)
     supervised = 0
     for document in (d for row in rows for d in row):
-        visual = encode_frames(model.vision, model.projector, pixels(document.frames)).flatten(0, 1)
+        visual = made(model, pixels(document.frames))
         total = total + truth.loss_sum(truth.document_logits(weights, config.model, document, visual), document)
         supervised += int((document.labels >= 0).sum())
     total.backward()
@@ -95,6 +95,11 @@ def loaded(documents: list[Document], topology: ParallelTopology) -> LoadedRow:
     row = pack(documents, topology.grid.document_multiple, topology.grid.row_multiple)
     plan = RowPlan.of(row, topology.grid).shard(topology.rank)
     return LoadedRow(0, plan, pixels([row.frames[i] for i in plan.frames]))
+
+
+def made(model: VilaModel, pixels_F3HW: torch.Tensor) -> torch.Tensor:
+    """Visual tokens [N, H] of frames, as a model takes them."""
+    return encode_frames(model.vision, model.projector, pixels_F3HW).flatten(0, 1)
 
 
 def shard_of(row: Row, topology: ParallelTopology, llm: LanguageConfig, dtype: torch.dtype) -> RowShard:

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
 from megatron_vila.plan.frames import deal_frames
@@ -173,11 +174,13 @@ def test_the_contract_holds_for_the_parts_that_a_stage_trains(truths, parallel, 
 def frames_ahead(rank: int, config, rows, parallel: ParallelConfig) -> list[bool] | None:
     """Whether the frames of each micro-batch after the first were encoded under the one before; None without a tower."""
     topology, model, _ = contract.build(config, parallel)
-    batches, started = contract.micro_batches(rows, topology), []
+    batches, started = [contract.loaded(row, topology) for row in rows], []
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    forward = Pass(ddp, topology, config.model.llm, torch.float64, contract.CPU)
     if model.pre_process:
-        start = model.encode_frames.start
-        model.encode_frames.start = lambda pixels: (started.append(pixels), start(pixels))
-    Pass(model, topology, config.model.llm, torch.float64, contract.CPU).run(batches, forward_only=True)
+        start = forward._frames.start
+        forward._frames.start = lambda pixels: (started.append(pixels), start(pixels))
+    forward.run(batches, forward_only=True)
     topology.destroy()
     return [len(started) == len(batches) - 1 and started[i] is b.pixels for i, b in enumerate(batches[1:])] if started else None
 

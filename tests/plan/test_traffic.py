@@ -101,7 +101,7 @@ def measure(rank: int, config: Config, parallel: ParallelConfig, document) -> di
     shard = contract.shard_of(loaded.row, topology, config.model.llm, torch.float64)
     recorder, result = Recorder(), {}
     with recorder.listening():
-        loss_sum = model(shard, loaded.pixels).loss_sum
+        loss_sum = model(shard, contract.made(model, loaded.pixels)).loss_sum
         result["forward"] = recorder.sent
         recorder.clear()
         loss_sum.backward()
