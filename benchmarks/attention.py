@@ -114,7 +114,7 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
 
 
 def predicted_bytes(settings: dict[str, Any], variant: dict[str, Any], kernel: str, element: int) -> dict[str, int] | None:
-    """Of each part on a rank; None where the memory of a kernel or layout is not modelled."""
+    """Of each part on a rank; None where the memory of a kernel or layout is not modeled."""
     ulysses, ring, chunks = variant["ulysses"], variant["ring"], variant["ulysses_chunks"]
     tokens = sum(settings["documents"]) // (ulysses * ring)
     q, k = (tokens * settings[name] * settings["head_dim"] * element for name in ("heads", "kv_heads"))

@@ -1,4 +1,4 @@
-"""Ring attention as LongVILA's comparison has it, for benchmarks only: blocks go from neighbour to neighbour.
+"""Ring attention as LongVILA's comparison has it, for benchmarks only: blocks go from neighbor to neighbor.
 
 Each rank holds one contiguous piece of the sequence; keys and values, and in the backward pass their gradients as well, travel
 once around the ring, and every rank waits for the one that has all blocks to compute (Ring Attention, arXiv 2310.01889).

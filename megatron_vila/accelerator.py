@@ -127,7 +127,7 @@ def set_deterministic(enabled: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(enabled)
-    # The fill only helps to find reads of uninitialised memory, and costs a pass over every buffer.
+    # The fill only helps to find reads of uninitialized memory, and costs a pass over every buffer.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = False

@@ -227,7 +227,7 @@ def test_warnings_stand_at_the_end(capsys):
     assert text[text.index("rank     ") :].count("warning: train.seq_length=16384 exceeds") == 1
 
 
-def test_piped_output_has_no_colours_and_fits_110_columns():
+def test_piped_output_has_no_colors_and_fits_110_columns():
     command = [
         sys.executable,
         "-m",

@@ -29,8 +29,8 @@ from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.tokens import ReshardPlan, local_positions, owners
 
 INK, FAINT, LINE, TEXT_TOKEN = "#1f2933", "#616e7c", "#cbd2d9", "#e4e7eb"
-GROUP_COLOURS = {"tp": "#c2410c", "ulysses": "#1d4ed8", "ring": "#047857", "dp": "#7e22ce"}
-RANK_COLOURS = ("#2563eb", "#ea8a0b", "#0f9d76", "#a855c7")
+GROUP_COLORS = {"tp": "#c2410c", "ulysses": "#1d4ed8", "ring": "#047857", "dp": "#7e22ce"}
+RANK_COLORS = ("#2563eb", "#ea8a0b", "#0f9d76", "#a855c7")
 WIDTH, DPI = 9.0, 200
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         figure, picture = draw(), io.BytesIO()
         FigureCanvasAgg(figure)
         figure.savefig(picture, dpi=DPI, facecolor="white")
-        # A palette is enough for flat colours and makes the files small.
+        # A palette is enough for flat colors and makes the files small.
         Image.open(picture).convert("RGB").quantize(96).save(out / f"{name}.png", optimize=True)
         print(out / f"{name}.png")
 
@@ -66,12 +66,12 @@ def draw_process_grid() -> Figure:
     sizes = f"tp {grid.tp} × ulysses {grid.ulysses} × ring {grid.ring} × dp {grid.dp}"
     figure, axes = _canvas(5.6, f"{grid.world_size} ranks = {sizes}, and the groups of rank 0")
     for rank in range(grid.world_size):
-        x, y = _centre(grid, rank)
+        x, y = _center(grid, rank)
         _box(axes, x, y, 0, facecolor="#f5f7fa", edgecolor=LINE, linewidth=1)
         _label(axes, x, y, str(rank), size=11, align="center")
     for dp in range(grid.dp):
         block = grid.group("block", grid.rank(dp=dp))
-        y = np.mean([_centre(grid, rank)[1] for rank in block])
+        y = np.mean([_center(grid, rank)[1] for rank in block])
         _label(axes, 0.03, y, f"replica {dp}", size=10.5, align="center", bold=True, rotation=90)
         _label(axes, 0.25, y, f"{len(block)} ranks, one row", FAINT, align="center", rotation=90)
         for ring in range(grid.ring):
@@ -79,14 +79,14 @@ def draw_process_grid() -> Figure:
     _draw_groups_of_rank_0(axes, grid)
     for number, (kind, what) in enumerate(SHARES.items()):
         y = 0.86 - number * 0.26
-        axes.plot([0.75, 1.08], [y, y], color=GROUP_COLOURS[kind], linewidth=3)
-        _label(axes, 1.2, y, kind, GROUP_COLOURS[kind], size=10, bold=True)
+        axes.plot([0.75, 1.08], [y, y], color=GROUP_COLORS[kind], linewidth=3)
+        _label(axes, 1.2, y, kind, GROUP_COLORS[kind], size=10, bold=True)
         _label(axes, 2.05, y, f"ranks {', '.join(map(str, grid.group(kind, 0)))}", size=10)
         _label(axes, 3.65, y, what, FAINT, size=10)
     return figure
 
 
-def _centre(grid: GridShape, rank: int) -> tuple[float, float]:
+def _center(grid: GridShape, rank: int) -> tuple[float, float]:
     """A node is tp rows of ulysses columns; nodes of one ring stand side by side, replicas below each other."""
     place = grid.coordinates(rank)
     x = 1.2 + place.ring * (grid.ulysses * CELL_W + NODE_GAP_X) + place.ulysses * CELL_W
@@ -95,7 +95,7 @@ def _centre(grid: GridShape, rank: int) -> tuple[float, float]:
 
 
 def _draw_node(axes: Axes, grid: GridShape, ranks: list[int]) -> None:
-    xs, ys = zip(*(_centre(grid, rank) for rank in ranks), strict=True)
+    xs, ys = zip(*(_center(grid, rank) for rank in ranks), strict=True)
     left, bottom = min(xs) - CELL_W * 0.62, min(ys) - CELL_H * 0.68
     width, height = max(xs) - min(xs) + CELL_W * 1.24, max(ys) - min(ys) + CELL_H * 1.36
     style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "none", "edgecolor": FAINT, "linewidth": 1.2}
@@ -104,23 +104,23 @@ def _draw_node(axes: Axes, grid: GridShape, ranks: list[int]) -> None:
 
 
 def _draw_groups_of_rank_0(axes: Axes, grid: GridShape) -> None:
-    centres = {kind: [_centre(grid, rank) for rank in grid.group(kind, 0)] for kind in GROUP_COLOURS}
-    x, y = _centre(grid, 0)
+    centers = {kind: [_center(grid, rank) for rank in grid.group(kind, 0)] for kind in GROUP_COLORS}
+    x, y = _center(grid, 0)
     _box(axes, x, y, 0, facecolor="#fde68a", edgecolor=INK, linewidth=1.4, zorder=3)
     _label(axes, x, y, "0", size=11, align="center", bold=True, zorder=4)
     for kind, grow in (("ulysses", 0.02), ("tp", 0.09)):
-        xs, ys = zip(*centres[kind], strict=True)
+        xs, ys = zip(*centers[kind], strict=True)
         middle = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
-        style = {"facecolor": "none", "edgecolor": GROUP_COLOURS[kind], "linewidth": 2.6, "zorder": 5}
+        style = {"facecolor": "none", "edgecolor": GROUP_COLORS[kind], "linewidth": 2.6, "zorder": 5}
         _box(axes, *middle, grow, max(xs) - min(xs), max(ys) - min(ys), **style)
     for kind, bend in (("ring", -0.12), ("dp", 0.2)):
-        (xa, ya), (xb, yb) = centres[kind]
+        (xa, ya), (xb, yb) = centers[kind]
         start, end = ((xa, ya + 0.26), (xb, yb + 0.26)) if kind == "ring" else ((xa - 0.4, ya), (xb - 0.36, yb))
-        _arrow(axes, start, end, GROUP_COLOURS[kind], "<|-|>", 13, 2.4, connectionstyle=f"arc3,rad={bend}", zorder=6)
+        _arrow(axes, start, end, GROUP_COLORS[kind], "<|-|>", 13, 2.4, connectionstyle=f"arc3,rad={bend}", zorder=6)
 
 
 def _box(axes: Axes, x: float, y: float, grow: float, width: float = 0.0, height: float = 0.0, **style) -> None:
-    """A rounded box around cells whose centres span ``width`` and ``height`` around (x, y)."""
+    """A rounded box around cells whose centers span ``width`` and ``height`` around (x, y)."""
     width, height = width + CELL_W * 0.86 + grow, height + CELL_H * 0.8 + grow
     corner = x - width / 2, y - height / 2
     axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.06", **style))
@@ -161,25 +161,25 @@ def _document(name: str, before: int, frames: int, after: int, tokens: int = 4) 
 
 
 def _draw_frames(axes: Axes, row: Row, plan: ReshardPlan, unit: float) -> None:
-    """Pictures above their places in the row, coloured by the rank that encodes them."""
+    """Pictures above their places in the row, colored by the rank that encodes them."""
     what = "each rank decodes, encodes and projects a contiguous range of frames of equal cost"
     _heading(axes, FRAME_Y + 0.86, "Stage 1", what)
     encoder = frame_owner(plan.boundaries)
-    centres = LEFT + (row.frame_starts + row.frames[0].tokens / 2) * unit
+    centers = LEFT + (row.frame_starts + row.frames[0].tokens / 2) * unit
     size = row.frames[0].tokens * unit * 0.84
-    for index, (x, rank) in enumerate(zip(centres, encoder, strict=True)):
-        colour = RANK_COLOURS[rank]
-        axes.add_patch(Rectangle((x - size / 2, FRAME_Y), size, size, facecolor=colour))
+    for index, (x, rank) in enumerate(zip(centers, encoder, strict=True)):
+        color = RANK_COLORS[rank]
+        axes.add_patch(Rectangle((x - size / 2, FRAME_Y), size, size, facecolor=color))
         _label(axes, x, FRAME_Y + size / 2, str(index), "white", align="center", bold=True)
-        _arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), colour, "-|>", 8, 1.3)
+        _arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), color, "-|>", 8, 1.3)
     documents = np.searchsorted(row.cu_seqlens, row.frame_starts, side="right")
     for rank, document in sorted(set(zip(encoder.tolist(), documents.tolist(), strict=True))):
-        middle = centres[(encoder == rank) & (documents == document)].mean()
-        _label(axes, middle, FRAME_Y + 0.5, f"rank {rank}", RANK_COLOURS[rank], align="center", bold=True)
+        middle = centers[(encoder == rank) & (documents == document)].mean()
+        _label(axes, middle, FRAME_Y + 0.5, f"rank {rank}", RANK_COLORS[rank], align="center", bold=True)
 
 
 def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: float) -> None:
-    """The packed row: tokens coloured by their maker, zigzag chunks framed in the colour of their owner."""
+    """The packed row: tokens colored by their maker, zigzag chunks framed in the color of their owner."""
     for place in range(row.length):
         _token(axes, LEFT + place * unit, ROW_Y, unit, CELL, maker_S[place], _is_padding(row, place))
     for start, stop, name in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], VIDEOS, strict=True):
@@ -193,10 +193,10 @@ def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: 
     _label(axes, LEFT - 0.08, ROW_Y - 0.17, "owner", align="right")
     for first, size in _chunks(row, grid):
         rank = int(owners(row.cu_seqlens, grid.cp, grid.tp, np.array([first]))[0][0])
-        x, width, colour = LEFT + first * unit, size * unit, RANK_COLOURS[rank]
+        x, width, color = LEFT + first * unit, size * unit, RANK_COLORS[rank]
         corner = x + 0.012, ROW_Y - 0.28
-        axes.add_patch(Rectangle(corner, width - 0.024, 0.22, facecolor="white", edgecolor=colour, linewidth=1.6))
-        _label(axes, x + width / 2, ROW_Y - 0.175, str(rank), colour, size=9, align="center", bold=True)
+        axes.add_patch(Rectangle(corner, width - 0.024, 0.22, facecolor="white", edgecolor=color, linewidth=1.6))
+        _label(axes, x + width / 2, ROW_Y - 0.175, str(rank), color, size=9, align="center", bold=True)
     y = ROW_Y - 0.5
     what = "fill: rank that made the token     frame: rank that owns its place (zigzag chunks of each document)"
     _label(axes, LEFT, y, what, FAINT)
@@ -209,17 +209,17 @@ def _draw_owners(axes: Axes, grid: GridShape, row: Row, plan: ReshardPlan, maker
     """What each rank holds in the LLM, in its local order."""
     what = "one all-to-all sends each visual token straight to the rank that owns its place"
     _heading(axes, STRIP_Y + 0.6, "Stage 2", what)
-    for rank, colour in enumerate(RANK_COLOURS):
+    for rank, color in enumerate(RANK_COLORS):
         positions = local_positions(row.cu_seqlens, grid.cp, rank)
         y, end = STRIP_Y - rank * STRIP_STEP, len(positions) * unit
         for slot, place in enumerate(positions):
             _token(axes, LEFT + slot * unit, y, unit, CELL, maker_S[place], _is_padding(row, int(place)))
-        axes.add_patch(Rectangle((LEFT, y), end, CELL, fill=False, edgecolor=colour, linewidth=2, zorder=5))
+        axes.add_patch(Rectangle((LEFT, y), end, CELL, fill=False, edgecolor=color, linewidth=2, zorder=5))
         for slot in np.flatnonzero(np.isin(positions, [first for first, _ in _chunks(row, grid)])):
             x = LEFT + slot * unit
-            axes.plot([x, x], [y, y + CELL], color=colour, linewidth=2.4, solid_capstyle="butt", zorder=5)
+            axes.plot([x, x], [y, y + CELL], color=color, linewidth=2.4, solid_capstyle="butt", zorder=5)
         owned, own = int(plan.traffic[:, rank].sum()), int(plan.traffic[rank, rank])
-        _label(axes, LEFT - 0.08, y + CELL / 2, f"rank {rank}", colour, size=10, align="right", bold=True)
+        _label(axes, LEFT - 0.08, y + CELL / 2, f"rank {rank}", color, size=10, align="right", bold=True)
         result = f"{len(positions)} tokens, {owned} visual: {own} made here, {owned - own} received"
         _label(axes, LEFT + end + 0.12, y + CELL / 2, result)
     moved = f"{plan.moved} of {int(plan.traffic.sum())} visual tokens change rank."
@@ -227,9 +227,9 @@ def _draw_owners(axes: Axes, grid: GridShape, row: Row, plan: ReshardPlan, maker
 
 
 def _token(axes: Axes, x: float, y: float, width: float, height: float, maker: int, padding: bool) -> None:
-    """One token: the colour of its maker, grey for text (-1), hatched for padding."""
-    colour = RANK_COLOURS[maker] if maker >= 0 else "white" if padding else TEXT_TOKEN
-    style = {"facecolor": colour, "edgecolor": LINE if maker < 0 else "white", "hatch": "/////" if padding else None}
+    """One token: the color of its maker, gray for text (-1), hatched for padding."""
+    color = RANK_COLORS[maker] if maker >= 0 else "white" if padding else TEXT_TOKEN
+    style = {"facecolor": color, "edgecolor": LINE if maker < 0 else "white", "hatch": "/////" if padding else None}
     axes.add_patch(Rectangle((x, y), width, height, linewidth=0.7, **style))
 
 
@@ -271,19 +271,19 @@ def _label(
     x: float,
     y: float,
     text: str,
-    colour: str = INK,
+    color: str = INK,
     size: float = 9.5,
     align: str = "left",
     bold: bool = False,
     **style,
 ) -> None:
     weight = "bold" if bold else "normal"
-    axes.text(x, y, text, fontsize=size, color=colour, ha=align, va="center", weight=weight, **style)
+    axes.text(x, y, text, fontsize=size, color=color, ha=align, va="center", weight=weight, **style)
 
 
-def _arrow(axes: Axes, start, end, colour: str, kind: str, head: float, width: float, **style) -> None:
+def _arrow(axes: Axes, start, end, color: str, kind: str, head: float, width: float, **style) -> None:
     axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle=kind, mutation_scale=head, color=colour, linewidth=width, **style)
+        FancyArrowPatch(start, end, arrowstyle=kind, mutation_scale=head, color=color, linewidth=width, **style)
     )
 
 

@@ -20,7 +20,7 @@ from megatron_vila.plan.row import IGNORE
 
 
 class TextWindows(Dataset):
-    """The tokens of all files one after the other, cut into windows of ``length``; every token is learnt."""
+    """The tokens of all files one after the other, cut into windows of ``length``; every token is learned."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], length: int) -> None:
         ids: list[int] = []
@@ -54,7 +54,7 @@ class VideoFrames:
 
 
 class VideoQuestions(Dataset):
-    """Samples of a LLaVA-format file with one video and one question each, in LLaVA-OneVision's ChatML; answers are learnt."""
+    """Samples of a LLaVA-format file with one video and one question each, in LLaVA-OneVision's ChatML; answers are learned."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, file: Path, frames: int, video: VideoTokens) -> None:
         self._records = [record for record in json.loads(file.read_text(encoding="utf-8")) if "video" in record]
@@ -72,11 +72,11 @@ class VideoQuestions(Dataset):
         before = self._ids("<|im_start|>user\n")
         media = [self._video.token_id] * (len(frames) * self._video.per_frame + self._video.after_video)
         asked = self._ids(f"\n{question}<|im_end|>\n<|im_start|>assistant\n")
-        learnt = self._ids(f"{answer}<|im_end|>\n")
+        learned = self._ids(f"{answer}<|im_end|>\n")
         prompt = before + media + asked
         return {
-            "input_ids": prompt + learnt,
-            "labels": [IGNORE] * len(prompt) + learnt,
+            "input_ids": prompt + learned,
+            "labels": [IGNORE] * len(prompt) + learned,
             "pixel_values_videos": [frames],
         }
 

@@ -50,15 +50,15 @@ def draw_sheet(frames: Sequence[Image.Image], needle: int, question: str, answer
         y = MARGIN + number // columns * (cell_height + GAP)
         # Small frames are shown as they are, pixel by pixel.
         sheet.paste(frame.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-        label, colour = (f"{number} needle", MARK) if number == needle else (str(number), FAINT)
+        label, color = (f"{number} needle", MARK) if number == needle else (str(number), FAINT)
         if number == needle:
             pen.rectangle((x - 5, y - 5, x + CELL + 4, y + CELL + 4), outline=MARK, width=5)
-        pen.text((x, y + CELL + 5), label, fill=colour, font=small)
+        pen.text((x, y + CELL + 5), label, fill=color, font=small)
     y = sheet.height - MARGIN - 58
     for line, (name, text) in enumerate((("question", question), ("answer", answer))):
         pen.text((MARGIN, y + 30 * line), name, fill=FAINT, font=large)
         pen.text((MARGIN + large.getlength("question  "), y + 30 * line), text, fill=INK, font=large)
-    # A palette makes the file small; this method keeps rare colours, and the needle's is one.
+    # A palette makes the file small; this method keeps rare colors, and the needle's is one.
     return sheet.quantize(128, Image.Quantize.MAXCOVERAGE)
 
 

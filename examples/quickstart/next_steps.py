@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-QUESTION = "Which colour flashed in the video?"
+QUESTION = "Which colour flashed in the video?"  # in the words that the model was trained on
 RECORDS = 8
 
 

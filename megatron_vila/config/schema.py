@@ -158,7 +158,7 @@ class DataConfig:
         "with fps above 0: spread (num_frames over the whole video, as LongVILA) or first (one every 1 / fps seconds from the "
         "start, num_frames at most, as VILA's main branch)",
     )
-    image_aspect: str = key("resize", "resize (to the square) or pad (to a square with the mean colour, then resize)")
+    image_aspect: str = key("resize", "resize (to the square) or pad (to a square with the mean color, then resize)")
     media_format: str = key(
         "vila",
         "where media stand: vila (before the first human turn; markers are taken out with their line break and turns are "

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as one set of tensors in flat names, recognised by its keys; nothing in it is executed.
+"""A Hugging Face folder as one set of tensors in flat names, recognized by its keys; nothing in it is executed.
 
 Three kinds are known: ``vila`` (``llm/``, ``vision_tower/`` and ``mm_projector/``, each a folder), ``flat`` (one state dict,
 ``llm.*``, ``vision_tower.*``, ``mm_projector.*``) and ``parts`` (a plain causal language model and a SigLIP folder beside it).
@@ -55,7 +55,7 @@ class HfFolder:
 
 
 def open_folder(path: Path, vision: Path | None, problems: list[str]) -> HfFolder:
-    """Recognise and read ``path`` (headers and JSON only). ``vision`` is the SigLIP folder beside a plain language model.
+    """Recognize and read ``path`` (headers and JSON only). ``vision`` is the SigLIP folder beside a plain language model.
 
     Everything that is wrong is appended to ``problems``.
     """

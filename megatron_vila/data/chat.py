@@ -4,7 +4,7 @@ The template comes from the tokenizer, or is one of VILA's by name. What the mod
 characters: a conversation is rendered up to each assistant turn, once as it is and once with another answer; what differs is the
 answer, what follows it is the stop token. So an answer of several lines is trained whole, and nothing is matched token by token
 (LongVILA's own masking loses the first line break of an answer). The text is cut at the markers of its human turns, which
-``placement.py`` has put where the media stand, and each piece is tokenised on its own; control tokens in the turns are text
+``placement.py`` has put where the media stand, and each piece is tokenized on its own; control tokens in the turns are text
 (``control_tokens.py``).
 
 Legend: L tokens, F frames, C characters.
@@ -87,7 +87,7 @@ class ChatEncoder:
         if len(markers) != asked:
             raise RenderError(f"the chat template shows {len(markers)} of {asked} media markers")
         cuts = [0, *(place for marker in markers for place in marker), len(text)]
-        segments = [self._tokenise(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
+        segments = [self._tokenize(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
         first = Segment(
             np.concatenate([self._start, segments[0].token_ids]),
             np.concatenate([np.zeros(len(self._start), dtype=bool), segments[0].supervised]),
@@ -153,7 +153,7 @@ class ChatEncoder:
     def _render(self, turns: Sequence[Turn]) -> str:
         return self._template.render([{"role": turn.role, "content": turn.text} for turn in turns])
 
-    def _tokenise(self, text: str, wanted_C: np.ndarray) -> Segment:
+    def _tokenize(self, text: str, wanted_C: np.ndarray) -> Segment:
         if not text:
             return Segment(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
         try:

@@ -1,10 +1,10 @@
-"""Tokenising text in which some control tokens are only text.
+"""Tokenizing text in which some control tokens are only text.
 
 A control token is a special token of the tokenizer (``<|im_end|>``), or a name that VILA gives to media. The one that a chat
 template writes has its meaning; the same characters in a message are characters. Before a template renders messages, ``mark``
 puts signs in place of the control tokens in them; ``encode`` reads the signs as text.
 
-Text without signs is tokenised as the tokenizer does it. Text with signs goes through a copy of the tokenizer in which the
+Text without signs is tokenized as the tokenizer does it. Text with signs goes through a copy of the tokenizer in which the
 control tokens have private names, which stand for those that the template wrote: so what is left is text to it, whatever stands
 beside it, with the same rules and ids.
 

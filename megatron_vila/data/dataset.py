@@ -68,7 +68,7 @@ class Choice:
 
 
 class VilaDataset:
-    """Documents of ``records``, tokenised by ``tokenizer`` for ``model``, of at most ``seq_length`` tokens. Safe for threads.
+    """Documents of ``records``, tokenized by ``tokenizer`` for ``model``, of at most ``seq_length`` tokens. Safe for threads.
 
     Raises ``ChatTemplateError`` for a tokenizer without a usable chat template, ``SettingError`` for settings that do not fit.
     """

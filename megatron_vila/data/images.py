@@ -26,8 +26,8 @@ from megatron_vila.data.media import (
     open_media,
 )
 
-PAD_COLOUR = (127, 127, 127)
-"""SigLIP's mean colour, 0.5, cut to a whole number: what the border of a padded picture becomes."""
+PAD_COLOR = (127, 127, 127)
+"""SigLIP's mean color, 0.5, cut to a whole number: what the border of a padded picture becomes."""
 
 BAND_PIXELS = 2**22
 """Pixels of a padded picture that are held at once while it is scaled."""
@@ -49,8 +49,8 @@ UPRIGHT = {
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _MEANING_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
-# From one grey to the next, by Pillow's names of codings with 2 and 4 bits.
-_GREY_STEPS = {"L;2": 85, "L;4": 17}
+# From one gray to the next, by Pillow's names of codings with 2 and 4 bits.
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 def load_image(source: MediaSource) -> Image.Image:
@@ -75,16 +75,16 @@ def load_image(source: MediaSource) -> Image.Image:
             check_size(source, *picture.size)
             if picture.format in ("JPEG", "MPO"):
                 _check_scans(source, file, picture.width * picture.height)
-            _scale_hidden_colour(picture)
+            _scale_hidden_color(picture)
             picture.load()
             return as_rgb(picture)
 
 
-def _scale_hidden_colour(picture: Image.Image) -> None:
-    """Bring the transparent colour of a PNG file that is not loaded yet to 8 bits, as Pillow does with its pixels alone."""
+def _scale_hidden_color(picture: Image.Image) -> None:
+    """Bring the transparent color of a PNG file that is not loaded yet to 8 bits, as Pillow does with its pixels alone."""
     hidden = picture.info.get("transparency") if picture.format == "PNG" else None
     if isinstance(hidden, int):
-        picture.info["transparency"] = hidden * _GREY_STEPS.get(picture.tile[0].args, 1)
+        picture.info["transparency"] = hidden * _GRAY_STEPS.get(picture.tile[0].args, 1)
     elif isinstance(hidden, tuple) and picture.tile[0].args == "RGB;16B":
         picture.info["transparency"] = tuple(value >> 8 for value in hidden)
 
@@ -104,9 +104,9 @@ def _check_scans(source: MediaSource, file: BinaryIO, pixels: int) -> None:
 def as_rgb(picture: Image.Image) -> Image.Image:
     """A picture as RGB, upright by its EXIF orientation.
 
-    Transparent pixels are laid on white: dropping the alpha channel alone would show the colour that hides under them, often
-    black on black text. Grey of 16 bits (of 12 in some TIFF files) is scaled to 8, not clipped. Raises ``ValueError`` for values
-    of which nobody says what is black and what is white: floats, signed numbers and grey of 32 bits.
+    Transparent pixels are laid on white: dropping the alpha channel alone would show the color that hides under them, often
+    black on black text. Gray of 16 bits (of 12 in some TIFF files) is scaled to 8, not clipped. Raises ``ValueError`` for values
+    of which nobody says what is black and what is white: floats, signed numbers and gray of 32 bits.
     """
     turn = UPRIGHT.get(_orientation(picture))
     picture = _of_eight_bits(picture)
@@ -156,8 +156,8 @@ def _orientation(picture: Image.Image) -> int:
 def preprocess(images: Sequence[Image.Image], image_size: int, aspect: str = "resize") -> torch.Tensor:
     """Turn RGB pictures into the tower's input: uint8 [F, 3, image_size, image_size].
 
-    ``aspect`` is ``resize`` (bicubic to the square, the proportions change) or ``pad`` (first centred on a square of the mean
-    colour). With ``scale_pixels`` behind it, equal to transformers' SigLIP image processor, which is bicubic on bytes too. No
+    ``aspect`` is ``resize`` (bicubic to the square, the proportions change) or ``pad`` (first centered on a square of the mean
+    color). With ``scale_pixels`` behind it, equal to transformers' SigLIP image processor, which is bicubic on bytes too. No
     pictures give a tensor with F = 0. Raises ``ValueError`` for another ``aspect``.
     """
     if aspect not in ("resize", "pad"):
@@ -172,21 +172,21 @@ def preprocess(images: Sequence[Image.Image], image_size: int, aspect: str = "re
 
 
 def _scale_padded(image: Image.Image, size: int) -> Image.Image:
-    """``image`` centered on a square of ``PAD_COLOUR``, the square scaled to ``size``, without ever holding the whole square.
+    """``image`` centered on a square of ``PAD_COLOR``, the square scaled to ``size``, without ever holding the whole square.
 
     Pillow scales rows first and columns then, with whole numbers in between. So the rows can be scaled in bands, with equal
-    results: a padded row of nothing but ``PAD_COLOUR`` stays what it is.
+    results: a padded row of nothing but ``PAD_COLOR`` stays what it is.
     """
     if max(image.size) > PADDED_SIDE:
         ratio = PADDED_SIDE / max(image.size)
         image = image.resize([max(1, round(s * ratio)) for s in image.size], Image.Resampling.BICUBIC)
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    narrow = Image.new("RGB", (size, side), PAD_COLOUR)
+    narrow = Image.new("RGB", (size, side), PAD_COLOR)
     height = max(1, BAND_PIXELS // side)
     for first in range(0, image.height, height):
         last = min(first + height, image.height)
-        band = Image.new("RGB", (side, last - first), PAD_COLOUR)
+        band = Image.new("RGB", (side, last - first), PAD_COLOR)
         band.paste(image.crop((0, first, image.width, last)), (left, 0))
         narrow.paste(band.resize((size, last - first), Image.Resampling.BICUBIC), (0, top + first))
     return narrow.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,7 +1,7 @@
 """Synthetic long videos with questions: real mp4 files in which one moment holds the answer.
 
-A video is a row of scenes in muted colours, with drifting waves and grain. At one random step of it a *needle* flashes: a shape
-or a digit in a full colour, at a random place and size. The question asks for its colour, its shape or its digit, each with
+A video is a row of scenes in muted colors, with drifting waves and grain. At one random step of it a *needle* flashes: a shape
+or a digit in a full color, at a random place and size. The question asks for its color, its shape or its digit, each with
 eight equally frequent answers, so chance is 12.5 %, and nothing but the needle tells the answer. A step lasts ``hold`` frames of
 the file; a trainer that takes as many frames, uniformly, as there are steps meets every step, and so the needle, once.
 
@@ -24,7 +24,7 @@ from PIL import Image
 
 from megatron_vila.errors import SettingError
 
-COLOURS = {
+COLORS = {
     "red": (225, 20, 20),
     "green": (10, 200, 20),
     "blue": (25, 50, 230),
@@ -47,8 +47,8 @@ DIGITS = {
 }
 """Segments of each digit."""
 
-ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "digit": tuple(DIGITS)}
-"""The eight answers to each kind of question."""
+ANSWERS = {"colour": tuple(COLORS), "shape": SHAPES, "digit": tuple(DIGITS)}
+"""The eight answers to each kind of question. The questions keep ``colour``: another spelling gives other token ids."""
 
 _QUESTIONS = (
     "Which {kind} flashed in the {medium}?",
@@ -63,7 +63,7 @@ class Needle:
     """What flashes: ``symbol`` is a shape or a digit; ``step`` counts from 0."""
 
     step: int
-    colour: str
+    color: str
     symbol: str
 
 
@@ -141,14 +141,14 @@ def render(steps: int, size: int, needle: Needle, hold: int, rng: np.random.Gene
     u_HW, v_HW = np.meshgrid(axis, axis)
     grain = rng.normal(0, 4, (2 * size, 2 * size, 1)).astype(np.float32)
     half = rng.uniform(0.4, 0.7)
-    centre_u, centre_v = rng.uniform(half - 0.95, 0.95 - half, 2)
-    mask_HW = symbol_mask(needle.symbol, (u_HW - centre_u) / half, (v_HW - centre_v) / half)
+    center_u, center_v = rng.uniform(half - 0.95, 0.95 - half, 2)
+    mask_HW = symbol_mask(needle.symbol, (u_HW - center_u) / half, (v_HW - center_v) / half)
     done = 0
     while done < steps * hold:
         count = min(int(rng.integers(_LONGEST_SCENE // 8, _LONGEST_SCENE)), steps * hold - done)
         clip_THWC = _scene(count, u_HW, v_HW, grain, rng)
         first, last = max(needle.step * hold - done, 0), max((needle.step + 1) * hold - done, 0)
-        clip_THWC[first:last, mask_HW] = COLOURS[needle.colour]
+        clip_THWC[first:last, mask_HW] = COLORS[needle.color]
         yield clip_THWC
         done += count
 
@@ -235,9 +235,9 @@ def _plan(count: int, kinds: Sequence[str], rng: np.random.Generator) -> list[tu
 
 def _draw_needle(kind: str, answer: str, steps: int, rng: np.random.Generator) -> Needle:
     symbols = tuple(DIGITS) if kind == "digit" else SHAPES
-    colour, symbol = str(rng.choice(list(COLOURS))), str(rng.choice(symbols))
+    color, symbol = str(rng.choice(list(COLORS))), str(rng.choice(symbols))
     return Needle(
-        int(rng.integers(steps)), answer if kind == "colour" else colour, symbol if kind == "colour" else answer
+        int(rng.integers(steps)), answer if kind == "colour" else color, symbol if kind == "colour" else answer
     )
 
 
@@ -253,7 +253,7 @@ def _record(path: str, kind: str, answer: str, needle_frame: int | None, rng: np
 
 
 def _scene(count: int, u_HW: np.ndarray, v_HW: np.ndarray, grain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One scene of ``count`` pictures: two muted colours mixed by a drifting wave, with grain that moves."""
+    """One scene of ``count`` pictures: two muted colors mixed by a drifting wave, with grain that moves."""
     size = len(u_HW)
     base = (rng.uniform(90, 165) + rng.uniform(-20, 20, 3)).astype(np.float32)
     mix = (rng.uniform(-22, 22) + rng.uniform(-12, 12, 3)).astype(np.float32)

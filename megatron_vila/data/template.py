@@ -70,7 +70,7 @@ class ChatTemplateError(UserError, ValueError):
 
 
 class RenderError(UserError, ValueError):
-    """One conversation cannot be rendered or tokenised, for example because its roles do not alternate."""
+    """One conversation cannot be rendered or tokenized, for example because its roles do not alternate."""
 
 
 class ChatTemplate:

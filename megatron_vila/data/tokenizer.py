@@ -44,7 +44,7 @@ def train_tokenizer(
     """Train a tokenizer on ``texts``, write it to the folder ``out_dir`` and return it.
 
     The folder holds ``tokenizer.model`` (SentencePiece) and the files that ``AutoTokenizer.from_pretrained`` reads offline.
-    Text survives encoding and decoding (but for the character U+2581, SentencePiece's space): no normalisation, no space put
+    Text survives encoding and decoding (but for the character U+2581, SentencePiece's space): no normalization, no space put
     in front, and a character that the texts never showed becomes bytes. Ids 0..3 are unknown, ``<|pad|>``, ``<|im_start|>``
     and ``<|im_end|>``, which also ends a text. The vocabulary is smaller than ``vocab_size`` if the texts hold fewer pieces:
     ``len`` of the result is its size. With ``fill`` it is filled up to ``vocab_size`` with pieces that no text uses, in the fast

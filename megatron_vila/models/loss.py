@@ -312,7 +312,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _scratch(tokens: int, columns: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, columns], uninitialised, with rows at multiples of 16 bytes as tensor cores want them."""
+    """[tokens, columns], uninitialized, with rows at multiples of 16 bytes as tensor cores want them."""
     return like.new_empty(tokens, _round_up(columns, 8), dtype=dtype)[:, :columns]
 
 

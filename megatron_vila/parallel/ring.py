@@ -2,7 +2,7 @@
 
 Step i of a rank attends to the keys of the rank i places before it. Each rank sends its own keys and values straight to
 the rank that needs them next, and only the front halves where the causal mask leaves no more; the gradients dK, dV of a
-block go straight back to its owner. Compared with passing blocks from neighbour to neighbour this moves a quarter less,
+block go straight back to its owner. Compared with passing blocks from neighbor to neighbor this moves a quarter less,
 needs no accumulator on the wire, and every transfer runs under the attention of the current block.
 
 Legend: T local tokens (S/R), h query heads, k key/value heads, D head dim, R ring size.
@@ -75,7 +75,7 @@ class RingLayout:
             _add_at(total, index, x)
 
     def merge(self, out_ThD: torch.Tensor, lse_hT: torch.Tensor, part_out, part_lse, part: str) -> None:
-        """Add a block's normalised output and log-sum-exp to the running ones of the queries ``part``, in place.
+        """Add a block's normalized output and log-sum-exp to the running ones of the queries ``part``, in place.
 
         Computed in the dtype of ``lse_hT`` and rounded once to that of ``out_ThD``.
         """

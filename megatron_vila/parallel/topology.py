@@ -47,7 +47,7 @@ class ParallelTopology:
 
     @classmethod
     def create(cls, parallel: ParallelConfig, timeout_minutes: float = 30.0) -> ParallelTopology:
-        """Make Megatron's groups over the initialised default group (collective over all ranks). Collectives of all of them
+        """Make Megatron's groups over the initialized default group (collective over all ranks). Collectives of all of them
         wait ``timeout_minutes`` for a rank.
 
         Raises ``ValueError`` on every rank, before any group is made, if the sizes do not divide the world size.

@@ -89,7 +89,7 @@ def model_flops(
 
 
 def mfu(flops: float, seconds: float, gpus: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, of ``gpus`` devices of ``peak`` FLOP/s each; None where the peak is not known."""
+    """Model FLOPs utilization, 0 to 1, of ``gpus`` devices of ``peak`` FLOP/s each; None where the peak is not known."""
     return None if peak is None or seconds <= 0 else flops / (seconds * gpus * peak)
 
 

@@ -1,6 +1,6 @@
 """Documents and packed rows: the one micro-batch format of the project.
 
-A *document* is one sample after tokenisation: text ids, places of visual tokens, shifted labels and references to the
+A *document* is one sample after tokenization: text ids, places of visual tokens, shifted labels and references to the
 frames that fill those places. A *row* is one or more documents packed one after the other; an unpacked sample is a row
 with one document. Both are metadata: no pixel is decoded here, so every rank of a model-parallel block holds the same
 row and each decodes only the frames that it encodes.
@@ -41,7 +41,7 @@ class FrameRef:
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised sample.
+    """One tokenized sample.
 
     ``token_ids`` int64 [L] holds MEDIA_TOKEN at visual-token places. ``labels`` int64 [L] are already shifted: ``labels[i]``
     is what token i must predict, or IGNORE. ``frames[j]`` fills ``frames[j].tokens`` consecutive places from

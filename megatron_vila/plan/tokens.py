@@ -2,7 +2,7 @@
 
 A document padded to a multiple of 2*cp is cut into 2*cp chunks; CP rank c holds chunks c and 2*cp-1-c. The same rule with
 R = ring instead of cp describes what a rank holds after the Ulysses all-to-all, because chunks are nested: the U
-neighbours of one Ulysses group together hold the chunks r and 2R-1-r of a cut into 2R. Under tensor parallelism the local
+neighbors of one Ulysses group together hold the chunks r and 2R-1-r of a cut into 2R. Under tensor parallelism the local
 sequence of a CP rank is cut into tp equal slices (Megatron sequence parallelism).
 
 Everything here is NumPy on sample metadata: no process group, no device.

@@ -1,4 +1,4 @@
-"""Control tokens written in a text are text, and nothing else is tokenised in another way than before."""
+"""Control tokens written in a text are text, and nothing else is tokenized in another way than before."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_control_tokens_in_a_turn_are_text_and_those_of_the_template_stay(name):
 
 
 @every_tokenizer
-def test_what_is_text_is_tokenised_as_a_text_of_its_own(name):
+def test_what_is_text_is_tokenized_as_a_text_of_its_own(name):
     tokenizer, control = TOKENIZERS[name], ControlTokens(TOKENIZERS[name])
     word = specials(tokenizer)[-1]
     text = f"Say{word}, then a new{word}{word} line"

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_vila.data import images
-from megatron_vila.data.images import PAD_COLOUR, load_image, preprocess
+from megatron_vila.data.images import PAD_COLOR, load_image, preprocess
 from megatron_vila.data.video import MediaError
 from megatron_vila.models.vision.tower import scale_pixels
 
@@ -41,10 +41,10 @@ def test_resize_equals_the_siglip_processor_of_transformers(shape, size):
 
 
 @pytest.mark.parametrize("shape", [(100, 60), (60, 101), (56, 56)])
-def test_pad_centres_the_picture_on_a_square_of_the_mean_colour(shape):
+def test_pad_centers_the_picture_on_a_square_of_the_mean_color(shape):
     image = Image.fromarray(noise(*shape))
     side = max(shape)
-    square = np.full((side, side, 3), PAD_COLOUR[0], np.uint8)
+    square = np.full((side, side, 3), PAD_COLOR[0], np.uint8)
     top, left = (side - shape[1]) // 2, (side - shape[0]) // 2
     square[top : top + shape[1], left : left + shape[0]] = np.asarray(image)
     expected = SiglipImageProcessorPil(size={"height": 56, "width": 56})([Image.fromarray(square)], return_tensors="pt")
@@ -90,8 +90,8 @@ def test_transparent_pixels_are_laid_on_white(tmp_path):
     assert pixel(load_image(saved(tmp_path, hidden))) == (255, 255, 255)
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
     assert abs(pixel(load_image(saved(tmp_path, half)))[0] - 127) <= 1
-    grey = Image.new("LA", (4, 4), (10, 0))
-    assert pixel(load_image(saved(tmp_path, grey))) == (255, 255, 255)
+    gray = Image.new("LA", (4, 4), (10, 0))
+    assert pixel(load_image(saved(tmp_path, gray))) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)
     assert pixel(load_image(saved(tmp_path, palette, transparency=0))) == (255, 255, 255)
 
@@ -104,7 +104,7 @@ def test_transparent_pixels_are_laid_on_white(tmp_path):
         (8, 2, bytes(3) + b"\1\1\1", b"\0\1" * 3, [0, 255]), (16, 2, bytes(6) + b"\1\0" * 3, b"\1\0" * 3, [0, 255]),
     ],
 )  # fmt: skip
-def test_the_transparent_colour_of_a_png_is_laid_on_white_at_every_depth(tmp_path, bits, kind, row, hidden, shown):
+def test_the_transparent_color_of_a_png_is_laid_on_white_at_every_depth(tmp_path, bits, kind, row, hidden, shown):
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -112,18 +112,18 @@ def test_the_transparent_colour_of_a_png_is_laid_on_white_at_every_depth(tmp_pat
     path = tmp_path / "hidden.png"
     pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", hidden) + pixels + chunk(b"IEND", b""))
-    assert greys(path) == shown
+    assert grays(path) == shown
 
 
-def test_grey_palette_and_sixteen_bit_pictures_become_rgb(tmp_path):
+def test_gray_palette_and_sixteen_bit_pictures_become_rgb(tmp_path):
     assert pixel(load_image(saved(tmp_path, Image.new("L", (4, 4), 77)))) == (77, 77, 77)
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     assert pixel(load_image(saved(tmp_path, deep))) == (128, 128, 128)
     assert pixel(load_image(saved(tmp_path, Image.new("RGB", (4, 4), (1, 2, 3)).quantize()))) == (1, 2, 3)
 
 
-def grey_tiff(path, values, bits, kind=1, meaning=1):
-    """A TIFF file of one row of grey ``values``; ``kind``: 1 unsigned, 2 signed, 3 float; ``meaning`` 0: zero is white."""
+def gray_tiff(path, values, bits, kind=1, meaning=1):
+    """A TIFF file of one row of gray ``values``; ``kind``: 1 unsigned, 2 signed, 3 float; ``meaning`` 0: zero is white."""
     content = values if isinstance(values, bytes) else values.tobytes()
     width = len(content) * 8 // bits
     entries = {256: width, 257: 1, 258: bits, 259: 1, 262: meaning, 273: 0, 277: 1, 278: 1, 279: len(content), 339: kind}
@@ -133,22 +133,22 @@ def grey_tiff(path, values, bits, kind=1, meaning=1):
     return path
 
 
-def greys(path):
+def grays(path):
     return np.asarray(load_image(path))[0, :, 0].tolist()
 
 
-def test_grey_of_more_than_eight_bits_keeps_black_white_and_what_lies_between(tmp_path):
+def test_gray_of_more_than_eight_bits_keeps_black_white_and_what_lies_between(tmp_path):
     deep = np.array([0, 257, 65535 // 2, 65535], np.uint16)
-    path = tmp_path / "grey"
-    assert greys(grey_tiff(path, deep, 16)) == [0, 1, 127, 255]
-    assert greys(grey_tiff(path, deep, 16, meaning=0)) == [255, 254, 128, 0], "zero is white"
-    assert greys(grey_tiff(path, bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00]), 12)) == [0, 128, 255, 0]
+    path = tmp_path / "gray"
+    assert grays(gray_tiff(path, deep, 16)) == [0, 1, 127, 255]
+    assert grays(gray_tiff(path, deep, 16, meaning=0)) == [255, 254, 128, 0], "zero is white"
+    assert grays(gray_tiff(path, bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00]), 12)) == [0, 128, 255, 0]
     path.write_bytes(b"P5 4 1 65535\n" + deep.astype(">u2").tobytes())
-    assert greys(path) == [0, 1, 127, 255]
+    assert grays(path) == [0, 1, 127, 255]
     path.write_bytes(b"P5 2 1 1023\n" + np.array([0, 1023], ">u2").tobytes())
-    assert greys(path) == [0, 255]
-    assert greys(saved(tmp_path, Image.fromarray(deep[None]))) == [0, 1, 127, 255]
-    assert greys(saved(tmp_path, Image.fromarray(deep[None]), transparency=257)) == [0, 255, 127, 255], "a hidden grey"
+    assert grays(path) == [0, 255]
+    assert grays(saved(tmp_path, Image.fromarray(deep[None]))) == [0, 1, 127, 255]
+    assert grays(saved(tmp_path, Image.fromarray(deep[None]), transparency=257)) == [0, 255, 127, 255], "a hidden gray"
 
 
 @pytest.mark.parametrize(
@@ -159,17 +159,17 @@ def test_grey_of_more_than_eight_bits_keeps_black_white_and_what_lies_between(tm
     ],
 )  # fmt: skip
 def test_values_without_a_known_black_and_white_are_refused_and_not_turned_black(tmp_path, kind, said):
-    path, values = tmp_path / "grey", np.linspace(0, 1, 8, dtype=np.float32)
+    path, values = tmp_path / "gray", np.linspace(0, 1, 8, dtype=np.float32)
     whole = np.arange(8, dtype=np.int32) * 9
     if kind == "float":
-        grey_tiff(path, values, 32, kind=3)
+        gray_tiff(path, values, 32, kind=3)
     elif kind == "PFM":
         path.write_bytes(b"Pf\n8 1\n-1.0\n" + values.tobytes())
     elif kind == "32 bits":
-        grey_tiff(path, whole, 32)
+        gray_tiff(path, whole, 32)
     else:
         bits = int(kind.split()[1])
-        grey_tiff(path, whole.astype(f"int{bits}"), bits, kind=2)
+        gray_tiff(path, whole.astype(f"int{bits}"), bits, kind=2)
     with pytest.raises(MediaError, match=f"its values are {said}, .*; save it with 8 or 16 unsigned bits a channel"):
         load_image(path)
 
@@ -181,7 +181,7 @@ def test_a_picture_of_every_mode_that_a_tiff_file_may_have_shows_what_was_saved(
         black_and_white = Image.fromarray(np.array([[0, 65535]], np.uint16))
     path = saved(tmp_path, black_and_white.convert(mode), "picture.tif")
     assert Image.open(path).mode == mode
-    assert greys(path) == [0, 255]
+    assert grays(path) == [0, 255]
 
 
 def test_the_first_picture_of_an_animation_is_read(tmp_path):

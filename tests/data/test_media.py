@@ -379,17 +379,17 @@ def shown_by_hand(pixels: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndar
 def test_a_video_is_shown_in_each_of_the_eight_orientations(tmp_path, matrix):
     assert len(set(MATRICES)) == 8
     a, b, c, d = matrix
-    grey = np.zeros((32, 64), np.uint8)
-    grey[:16, :32], grey[16:, :32], grey[16:, 32:] = 250, 160, 80
+    gray = np.zeros((32, 64), np.uint8)
+    gray[:16, :32], gray[16:, :32], gray[16:, 32:] = 250, 160, 80
     with av.open(str(tmp_path / "turned.mp4"), "w") as out:
         stream = out.add_stream("libx264", rate=8, options={"crf": "1", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         stream.set_display_matrix([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30])
         for _ in range(2):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, 2), format="rgb24")))
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(gray[..., None], 3, 2), format="rgb24")))
         out.mux(stream.encode())
     found = np.asarray(decode_video_frames(tmp_path / "turned.mp4", [1])[0].convert("L")).astype(int)
-    expected = shown_by_hand(grey, a, b, c, d)
+    expected = shown_by_hand(gray, a, b, c, d)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < 12
 
@@ -400,8 +400,8 @@ def encoded(path, container, codec):
         stream = out.add_stream(codec, rate=25)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
-        for grey in range(50):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * grey, np.uint8), format="rgb24")
+        for gray in range(50):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * gray, np.uint8), format="rgb24")
             out.mux(stream.encode(frame.reformat(format="yuv420p")))
         out.mux(stream.encode())
     return path

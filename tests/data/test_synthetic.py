@@ -13,7 +13,7 @@ from megatron_vila.data.images import load_image
 from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.synthetic import (
     ANSWERS,
-    COLOURS,
+    COLORS,
     DIGITS,
     SHAPES,
     Needle,
@@ -52,9 +52,9 @@ def answer(record):
     return record["conversations"][1]["value"]
 
 
-def seen(clip_THWC, colour):
-    """Pixels of each frame that are close to ``colour``."""
-    return (np.abs(clip_THWC.astype(int) - COLOURS[colour]).max(-1) < 50).sum((1, 2))
+def seen(clip_THWC, color):
+    """Pixels of each frame that are close to ``color``."""
+    return (np.abs(clip_THWC.astype(int) - COLORS[color]).max(-1) < 50).sum((1, 2))
 
 
 @pytest.mark.parametrize("name", ["train_1", "eval_1", "train_6", "eval_6", "train_image", "eval_image"])
@@ -62,18 +62,18 @@ def test_the_answer_stands_in_the_needle_frame_and_nowhere_else(folder, name):
     for record in records(folder, name):
         clip = pictures(folder, record)
         assert len(clip) == (6 if name.endswith("6") else 1)
-        found = {colour: seen(clip, colour) for colour in COLOURS}
+        found = {color: seen(clip, color) for color in COLORS}
         needle = record["needle_frame"]
         assert found[answer(record)][needle] > 40
-        for colour, count in found.items():
-            count[needle] = 0 if colour == answer(record) else count[needle]
+        for color, count in found.items():
+            count[needle] = 0 if color == answer(record) else count[needle]
             assert count.max() < 40
 
 
 def test_answers_are_equally_frequent_and_needles_stand_at_any_place(folder):
     for name in ("train_1", "train_6", "eval_6", "train_image"):
         counts = collections.Counter(map(answer, records(folder, name)))
-        assert set(counts) == set(COLOURS) and len(set(counts.values())) == 1
+        assert set(counts) == set(COLORS) and len(set(counts.values())) == 1
     assert len({r["needle_frame"] for r in records(folder, "train_6")}) >= 4
 
 

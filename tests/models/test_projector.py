@@ -36,8 +36,8 @@ def linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torc
 
 
 def layer_norm(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    centred = x - x.mean()
-    return centred / ((centred**2).mean() + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    centered = x - x.mean()
+    return centered / ((centered**2).mean() + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

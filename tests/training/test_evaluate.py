@@ -27,9 +27,9 @@ ZEROS = ("truncated", "left_out_broken", "left_out_too_long", "left_out_unanswer
 
 
 @pytest.fixture(scope="module")
-def learnt(videos, tmp_path_factory):
+def learned(videos, tmp_path_factory):
     """A model that answers red to everything, and five held-out samples of which three are: (run, file, results)."""
-    output = tmp_path_factory.mktemp("learnt")
+    output = tmp_path_factory.mktemp("learned")
     records = json.loads((videos / "eval_6.json").read_text()) + json.loads((videos / "eval_3.json").read_text())
 
     def write(name, chosen, answers):
@@ -45,16 +45,16 @@ def learnt(videos, tmp_path_factory):
     return output, settings, read_metrics(output)[1][-1]
 
 
-def test_one_process_counts_the_samples_whose_whole_answer_is_predicted(learnt):
-    _, _, results = learnt
+def test_one_process_counts_the_samples_whose_whole_answer_is_predicted(learned):
+    _, _, results = learned
     assert (results["eval_accuracy"], results["eval_samples"], results["eval_chance"]) == (0.6, 5, 0.6)
     assert results["step"] == STEPS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_gives_the_accuracy_and_loss_of_one_process(learnt, tmp_path, layout):
+def test_every_layout_gives_the_accuracy_and_loss_of_one_process(learned, tmp_path, layout):
     """With data parallelism some replicas begin the held-out samples again to keep the others company: not counted."""
-    output, settings, wanted = learnt
+    output, settings, wanted = learned
     (tmp_path / "checkpoints").symlink_to(output / "checkpoints")
     # The run is at its last step already: it only evaluates.
     summaries = pool.run(layout.world, train, [*settings, f"train.output={tmp_path}", *layout.overrides()])
@@ -65,9 +65,9 @@ def test_every_layout_gives_the_accuracy_and_loss_of_one_process(learnt, tmp_pat
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(2, pp=2)], ids=str)
-def test_only_samples_that_were_tested_count_and_the_others_are_told(learnt, videos, tmp_path, layout):
+def test_only_samples_that_were_tested_count_and_the_others_are_told(learned, videos, tmp_path, layout):
     """The model says red: one of the two tested samples is right, and no replacement is scored in the place of the others."""
-    output, settings, _ = learnt
+    output, settings, _ = learned
     (tmp_path / "checkpoints").symlink_to(output / "checkpoints")
     held_out = [json.loads(line) for line in (output / "held_out.jsonl").read_text().splitlines()]
     red, blue = held_out[0], held_out[3]
@@ -95,8 +95,8 @@ def test_only_samples_that_were_tested_count_and_the_others_are_told(learnt, vid
     assert read_metrics(tmp_path)[1][-1]["eval_loss"] == pytest.approx(numbers["loss"], rel=1e-9)
 
 
-def test_an_evaluation_in_which_nothing_could_be_tested_has_no_accuracy_and_ends_nothing(learnt, tmp_path):
-    output, settings, _ = learnt
+def test_an_evaluation_in_which_nothing_could_be_tested_has_no_accuracy_and_ends_nothing(learned, tmp_path):
+    output, settings, _ = learned
     (tmp_path / "checkpoints").symlink_to(output / "checkpoints")
     missing = [{"id": str(n), "video": "no.mp4", "conversations": conversation()} for n in range(3)]
     path = write_jsonl(tmp_path / "missing.jsonl", missing)

@@ -83,7 +83,7 @@ def test_a_skipped_update_changes_nothing_and_the_schedule_goes_on(world, tmp_pa
     records = [files.record(f"text {k}", f"Say {k}.", "a" * (k + 1)) for k in range(4)]
     records.append(files.record("poison", "<image>~", "no", image="wide.jpg"))
     recipe, pictures = Recipe(steps=6, rows=1, seed=1), Pictures()
-    poisoned = model.randomised(model.QWEN2, seed=5)
+    poisoned = model.randomized(model.QWEN2, seed=5)
     with torch.no_grad():
         poisoned.llm.get_input_embeddings().weight[3 + ord("~")] = torch.inf
     imported = world.folder / "poisoned"
@@ -115,7 +115,7 @@ def test_an_evaluation_judges_each_held_out_sample_once_and_no_replacement(world
         files.record("unanswered", "<image>Day?", image="wide.jpg"),
     ]
     pictures = Pictures()
-    taught = model.randomised(model.QWEN2, seed=6)
+    taught = model.randomized(model.QWEN2, seed=6)
     lesson = Rows(teach, world.folder, pictures, LONGEST, seed=0)
     teaching = Run(taught, Recipe(steps=40, rows=1, lr=0.03, min_lr=0.03), lesson)
     for _ in range(25):

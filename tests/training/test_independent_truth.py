@@ -53,7 +53,7 @@ def test_the_truth_imports_nothing_of_what_it_judges():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_truth_is_the_stock_model_but_for_the_float32_inside_of_it(world, shape):
-    exact = model.randomised(SHAPES[shape], seed=1)
+    exact = model.randomized(SHAPES[shape], seed=1)
     stock = model.Vila(SHAPES[shape], exact=False)
     stock.load_state_dict(exact.state_dict(), strict=False)
     (sample,) = Rows(RECORDS[3:4], world.folder, Pictures(), LONGEST, seed=0)(0)
@@ -156,7 +156,7 @@ def test_a_fresh_run_begins_with_weights_of_its_seed_and_goes_on_as_stock_module
 def test_a_bf16_run_updates_float32_copies_of_the_weights_that_it_was_given(world, tmp_path):
     """Copies of other weights (those drawn before the load) would be as far away as the weights are large."""
     recipe, pictures = Recipe(steps=2, warmup=0), Pictures()
-    rounded = model.randomised(model.QWEN2, seed=4).bfloat16().double()
+    rounded = model.randomized(model.QWEN2, seed=4).bfloat16().double()
     imported = world.imported(rounded, "bf16", torch.bfloat16)
     settings = world.settings(recipe, pictures, world.write("plain", RECORDS), tmp_path / "run", "train.precision=bf16")
     pool.run(1, trained, imported / "config.yaml", settings)

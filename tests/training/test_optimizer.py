@@ -182,7 +182,7 @@ def test_reducing_gradients_during_the_backward_pass_changes_no_bit(layout):
     assert same([list(result) for result in after], [list(result) for result in during])
 
 
-def normalised_gradients(rank, dtype):
+def normalized_gradients(rank, dtype):
     run = build((1, 1, 1, 1), dtype)
     run.ddp.zero_grad_buffer()
     for parameter in run.trainable().values():
@@ -195,7 +195,7 @@ def normalised_gradients(rank, dtype):
 
 
 def test_gradients_are_divided_by_the_tokens_of_all_ranks_exactly_in_float64():
-    for values in pool.run(2, normalised_gradients, torch.float64):
+    for values in pool.run(2, normalized_gradients, torch.float64):
         assert values == pytest.approx([(0.1 + 0.2) / 7] * len(values), rel=1e-15)
 
 

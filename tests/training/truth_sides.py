@@ -50,7 +50,7 @@ class World:
     def random(self, shape: str) -> Path:
         """The run's folder of a random model of the kind ``shape``."""
         out = self.folder / shape
-        return out if out.exists() else self.imported(model.randomised(SHAPES[shape], seed=3), shape)
+        return out if out.exists() else self.imported(model.randomized(SHAPES[shape], seed=3), shape)
 
     def settings(self, recipe: Recipe, pictures: Pictures, train: str, output: Path, *more: str) -> list[str]:
         return [

@@ -7,7 +7,7 @@ ODD = (EVENTS, "-k", "not_work and straight")
 
 FAULTS = [
     Fault(
-        "pixels are normalised twice",
+        "pixels are normalized twice",
         "megatron_vila/models/vision/tower.py",
         ".mul_(2 / 255).sub_(1)",
         ".mul_(2 / 255).sub_(1).mul_(2).sub_(1)",
@@ -116,14 +116,14 @@ FAULTS = [
         QWEN2,
     ),
     Fault(
-        "a stop token is not learnt",
+        "a stop token is not learned",
         "megatron_vila/data/chat.py",
         "spans.append((start, end))",
         'spans.append((start, end - len("<|im_end|>")))',
         QWEN2,
     ),
     Fault(
-        "questions are learnt too",
+        "questions are learned too",
         "megatron_vila/data/chat.py",
         "wanted_C[start:end] = True",
         "wanted_C[:end] = True",

@@ -92,7 +92,7 @@ FAULTS = [
         "grads_CH.copy_(partial.chunk(vocabulary.group.size())[vocabulary.group.rank()])",
     ),
     Fault(
-        "head normalises over the local vocabulary",
+        "head normalizes over the local vocabulary",
         "megatron_vila/models/loss.py",
         "_all_reduce(sums_C, dist.ReduceOp.SUM, vocabulary)",
         "pass",

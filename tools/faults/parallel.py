@@ -136,7 +136,7 @@ FAULTS = [
         (CONTRACT, "-k", "world4-tp4-pp1-u1-r1"),
     ),
     Fault(
-        "a rank takes its neighbour's key/value heads",
+        "a rank takes its neighbor's key/value heads",
         "megatron_vila/plan/heads.py",
         "queries = self.query_range(rank, chunk)",
         "queries = self.query_range((rank + 1) % self.ulysses, chunk)",

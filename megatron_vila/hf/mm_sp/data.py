@@ -67,7 +67,7 @@ class ShardCollator:
     """``collate_fn`` for rank ``rank`` of the ``cp`` = ulysses x ring ranks that share a sample.
 
     A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, where the model shall learn, ``labels`` of the same shape as
-    Transformers means them: unshifted, -100 where nothing is learnt. Tokens whose ``attention_mask`` is 0 are taken out, so
+    Transformers means them: unshifted, -100 where nothing is learned. Tokens whose ``attention_mask`` is 0 are taken out, so
     padding on either side is fine. For a video model ``pixel_values_videos`` holds the videos, each a tensor [F, 3, H, W] or
     anything with a length whose slices are such tensors: only this rank's frames are asked for.
 
@@ -87,7 +87,7 @@ class ShardCollator:
             problems.append("the batch has no samples")
         if len({document.has_labels for document in documents}) > 1:
             problems.append(
-                "some samples have labels and some have none; give all of them labels (-100 where nothing is learnt)"
+                "some samples have labels and some have none; give all of them labels (-100 where nothing is learned)"
             )
         if problems:
             raise ValueError("MM-SP cannot shard this batch: " + "; ".join(problems))

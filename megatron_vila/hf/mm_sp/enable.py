@@ -53,7 +53,7 @@ def enable_mm_sp(
     gradients, as FSDP2 and DDP form it, is the gradient of that mean. Without labels ``logits`` belong to this rank's tokens.
 
     Raises ``ValueError`` for sizes that do not fit the group and for settings of the model that would give wrong results,
-    ``RuntimeError`` without an initialised process group.
+    ``RuntimeError`` without an initialized process group.
     """
     if not dist.is_initialized():
         raise RuntimeError(

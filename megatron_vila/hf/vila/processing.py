@@ -1,7 +1,7 @@
 """Text, images and videos to what the model takes, exactly as training makes it.
 
 Media are placed in a conversation by the rule of the training run. The chat template is the tokenizer's; its text is cut at the
-markers and each piece is tokenised on its own, pictures are decoded, sampled and resized by the functions that the training data
+markers and each piece is tokenized on its own, pictures are decoded, sampled and resized by the functions that the training data
 goes through, and the separators after pictures are those of the training run. So a sample gives the same token ids and pixels
 here and there.
 

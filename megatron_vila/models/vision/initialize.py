@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def initialise(module: nn.Module, std: float) -> None:
+def initialize(module: nn.Module, std: float) -> None:
     """Fill every parameter of ``module`` in place: matrices from N(0, std), biases 0, norm weights 1.
 
     The order is that of the sorted parameter names and the numbers come from torch's CPU generator: the weights follow

@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.errors import SettingError
-from megatron_vila.models.vision.initialize import initialise, zero_connected_to
+from megatron_vila.models.vision.initialize import initialize, zero_connected_to
 from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_frame
 
 
@@ -53,7 +53,7 @@ class Projector(nn.Module):
         self.num_tokens = tokens_per_frame(vision, projector)
         self.in_channels, self.hidden_size = vision.hidden_size, hidden_size
         self.layers = _build_layers(projector, patches_per_side(vision), vision.hidden_size, hidden_size)
-        initialise(self, init_std)
+        initialize(self, init_std)
 
     def forward(self, features_FPC: torch.Tensor) -> torch.Tensor:
         """Tokens [F, T, H] in the dtype of the features.

@@ -22,7 +22,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from megatron_vila import accelerator
 from megatron_vila.config.schema import VisionConfig
 from megatron_vila.errors import SettingError
-from megatron_vila.models.vision.initialize import initialise, zero_connected_to
+from megatron_vila.models.vision.initialize import initialize, zero_connected_to
 from megatron_vila.plan.budgets import frames_at_once
 from megatron_vila.plan.geometry import patches_per_side
 
@@ -93,7 +93,7 @@ class VisionTower(nn.Module):
         # transformers 4 wraps the tower once more.
         self.vision_model = getattr(model, "vision_model", model).to_empty(device=torch.get_default_device())
         self.vision_model.embeddings.position_ids.copy_(torch.arange(self.num_patches))
-        initialise(self, init_std)
+        initialize(self, init_std)
         self.requires_grad_(False)
         self.set_trainable(True)
         self._layers_are_compiled = False

@@ -35,7 +35,7 @@ class Rows:
                 continue
             counts["replaced_too_long" if self.samples[slot] is None else "replaced_broken"] += place != slot
             counts["truncated"] += self.outlines[place].truncated
-            counts["unsupervised"] += not self.samples[place].learnt
+            counts["unsupervised"] += not self.samples[place].learned
         return counts
 
     def _row(self, number: int) -> list[tuple[int, int | None]]:

@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_media(folder: Path) -> Path:
-    """Two videos and two pictures, none of them square, no two colours alike."""
+    """Two videos and two pictures, none of them square, no two colors alike."""
     for name, count, rate, seed in (("long.mp4", 12, 6, 1), ("short.mp4", 9, 4, 2)):
         with av.open(str(folder / name), "w") as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "g": "5", "threads": "1"})

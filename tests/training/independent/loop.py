@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.training.independent.model import TOWER, Vila
-from tests.training.independent.samples import NOT_LEARNT, TOKENS_OF_A_FRAME, Sample
+from tests.training.independent.samples import NOT_LEARNED, TOKENS_OF_A_FRAME, Sample
 
 PARTS = ("vision", "projector", "llm")
 
@@ -86,11 +86,11 @@ class Run:
         recipe, self.done = self.recipe, self.done + 1
         first = (self.done - 1) * recipe.rows
         samples = [sample for g in range(first, first + recipe.rows) for sample in self.row(g)]
-        learnt = sum(sample.learnt for sample in samples)
+        learned = sum(sample.learned for sample in samples)
         self.optimizer.zero_grad()
         loss = 0.0
         for sample in samples:
-            total = loss_sum(self.model, sample) / max(learnt, 1)
+            total = loss_sum(self.model, sample) / max(learned, 1)
             loss += total.item()
             if total.requires_grad:
                 total.backward()
@@ -100,7 +100,7 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter)
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in self.parameters()))
         rates = {part: recipe.rate(part, self.done) for part in PARTS if part not in recipe.frozen}
-        if math.isfinite(loss) and math.isfinite(norm) and learnt:
+        if math.isfinite(loss) and math.isfinite(norm) and learned:
             if recipe.clip:
                 nn.utils.clip_grad_norm_(self.parameters(), recipe.clip)
             for group in self.optimizer.param_groups:
@@ -115,7 +115,7 @@ class Run:
             "grad_norm": norm if finite else None,
             **{f"lr_{part}": rate for part, rate in rates.items()},
             "tokens": sum(len(sample.ids) for sample in samples),
-            "supervised_tokens": learnt,
+            "supervised_tokens": learned,
             "frames": sum(len(sample.pixels) for sample in samples),
             "model_flops": sum(flops(self, row) for row in (self.row(g) for g in range(first, first + recipe.rows))),
             "skipped": self.skipped,
@@ -124,12 +124,12 @@ class Run:
 
 def loss_sum(model: Vila, sample: Sample) -> torch.Tensor:
     logits = model(torch.tensor(sample.ids), sample.pixels)
-    return nn.functional.cross_entropy(logits, torch.tensor(sample.labels), ignore_index=NOT_LEARNT, reduction="sum")
+    return nn.functional.cross_entropy(logits, torch.tensor(sample.labels), ignore_index=NOT_LEARNED, reduction="sum")
 
 
 def flops(run: Run, row: Sequence[Sample]) -> float:
     """Of the products of one row, forward and backward: 2 for a weight and token, 2 more for the gradient of the input and of
-    the weight, each where it is needed; causal attention is half of the square; logits where something is learnt.
+    the weight, each where it is needed; causal attention is half of the square; logits where something is learned.
     """
     model, recipe = run.model, run.recipe
     tower_learns, projector_learns, llm_learns = (part not in recipe.frozen for part in PARTS)
@@ -140,7 +140,7 @@ def flops(run: Run, row: Sequence[Sample]) -> float:
     passes = 1 + through + llm_learns
     tokens = sum(len(sample.ids) for sample in row)
     total = 2 * passes * weights * tokens
-    total += 2 * passes * llm.vocab_size * llm.hidden_size * sum(sample.learnt for sample in row)
+    total += 2 * passes * llm.vocab_size * llm.hidden_size * sum(sample.learned for sample in row)
     heads, dim = llm.num_attention_heads, getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
     for sample in row:
         # Queries times keys and probabilities times values, twice more on the way back.
@@ -166,15 +166,15 @@ def _flops_of_a_frame(run: Run, tower_learns: bool, projector_learns: bool) -> f
 
 @torch.no_grad()
 def evaluation(model: Vila, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, float]:
-    """Of held-out samples one by one: a sample is right if each learnt token has the largest logit."""
+    """Of held-out samples one by one: a sample is right if each learned token has the largest logit."""
     right = [
-        all(logits[place].argmax() == label for place, label in enumerate(sample.labels) if label != NOT_LEARNT)
+        all(logits[place].argmax() == label for place, label in enumerate(sample.labels) if label != NOT_LEARNED)
         for sample in samples
         for logits in [model(torch.tensor(sample.ids), sample.pixels)]
     ]
     return {
         "eval_accuracy": sum(right) / len(samples),
         "eval_chance": max(Counter(answers).values()) / len(answers),
-        "eval_loss": sum(loss_sum(model, s).item() for s in samples) / sum(s.learnt for s in samples),
+        "eval_loss": sum(loss_sum(model, s).item() for s in samples) / sum(s.learned for s in samples),
         "eval_samples": len(samples),
     }

@@ -222,7 +222,7 @@ class Vila(nn.Module):
 
 
 @torch.no_grad()
-def randomised(shape: Shape, seed: int) -> Vila:
+def randomized(shape: Shape, seed: int) -> Vila:
     """A model whose every weight matters: norms are not one, biases are not zero."""
     model, generator = Vila(shape), torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.tensors().items()):

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 START, END, FIRST_BYTE = 1, 2, 3
-VISUAL, NOT_LEARNT = -1, -100
+VISUAL, NOT_LEARNED = -1, -100
 TOKENS_OF_A_FRAME = 4
-MEAN_COLOUR = (127, 127, 127)
+MEAN_COLOR = (127, 127, 127)
 
 Media = Sequence[tuple[str, Path]]
 
@@ -40,15 +40,15 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Sample:
-    """``ids`` hold -1 at the places of visual tokens; ``labels`` say what follows, where that is learnt. Pixels [F, 3, S, S]."""
+    """``ids`` hold -1 at the places of visual tokens; ``labels`` say what follows, where that is learned. Pixels [F, 3, S, S]."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     pixels: torch.Tensor
 
     @property
-    def learnt(self) -> int:
-        return sum(label != NOT_LEARNT for label in self.labels)
+    def learned(self) -> int:
+        return sum(label != NOT_LEARNED for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def sample_of(made: Outline, pictures: Pictures) -> Sample:
 
 def _written(record: dict[str, Any], media: Media, chosen: list[list[int]], pictures: Pictures) -> Outline:
     """ChatML with all media, pictures first, before the first human turn, as VILA places them: markers leave with their line
-    break, turns lose white space at both ends. An answer is learnt together with its end token."""
+    break, turns lose white space at both ends. An answer is learned together with its end token."""
     ids: list[int] = []
-    learnt: list[bool] = []
+    learned: list[bool] = []
 
     def write(tokens: Sequence[int], learn: bool = False) -> None:
         ids.extend(tokens)
-        learnt.extend([learn] * len(tokens))
+        learned.extend([learn] * len(tokens))
 
     if pictures.hermes:
         write([START, *bytes_of("system\nAnswer the questions."), END])
@@ -125,8 +125,8 @@ def _written(record: dict[str, Any], media: Media, chosen: list[list[int]], pict
             text = text.strip()
         write([*bytes_of(text), END], learn=role == "assistant")
         write(bytes_of("" if pictures.hermes else "\n"))
-    labels = [following if learn else NOT_LEARNT for following, learn in zip(ids[1:], learnt[1:], strict=True)]
-    return Outline(tuple(ids), (*labels, NOT_LEARNT), tuple(media), tuple(map(tuple, chosen)))
+    labels = [following if learn else NOT_LEARNED for following, learn in zip(ids[1:], learned[1:], strict=True)]
+    return Outline(tuple(ids), (*labels, NOT_LEARNED), tuple(media), tuple(map(tuple, chosen)))
 
 
 def _decoded(path: Path) -> list[Image.Image]:
@@ -158,10 +158,10 @@ def _still(path: Path) -> Image.Image:
 
 
 def _pixels(picture: Image.Image, pictures: Pictures) -> torch.Tensor:
-    """[3, side, side] from -1 to 1; with ``pad`` on a square of the mean colour."""
+    """[3, side, side] from -1 to 1; with ``pad`` on a square of the mean color."""
     if pictures.aspect == "pad":
         width, height = picture.size
-        square = Image.new("RGB", (max(width, height),) * 2, MEAN_COLOUR)
+        square = Image.new("RGB", (max(width, height),) * 2, MEAN_COLOR)
         square.paste(picture, ((square.width - width) // 2, (square.height - height) // 2))
         picture = square
     small = np.asarray(picture.resize((pictures.side, pictures.side), Image.Resampling.BICUBIC))
