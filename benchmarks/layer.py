@@ -87,7 +87,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
 
     found = measure(step, settings["warmup"], settings["timed"])
     world = dist.get_world_size()
-    flops = model_flops([length], 0, 0, config.model, config.optim).total * topology.grid.dp
+    flops = model_flops([length], 0, (), config.model, config.optim).total * topology.grid.dp
     peak = accelerator.machine().peak_flops
     share = mfu(flops, found.seconds, world, peak)
     topology.destroy()

@@ -35,6 +35,7 @@ from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops
 from megatron_vila.plan.memory import estimate_memory
+from megatron_vila.plan.pictures import most_frames, pictures_of
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, pack
 from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.training.optimizer import apply_step, build_optimizer, wrap_ddp
@@ -90,7 +91,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     else:
         found = measure(lambda: train(batch), warmup, settings["timed"])
     row, world = batch.row, dist.get_world_size()
-    flops = model_flops(row.lengths, row.supervised_tokens, len(row.frames), config.model, config.optim).total
+    flops = model_flops(row.lengths, row.supervised_tokens, row.units, config.model, config.optim).total
     rate = flops * topology.grid.dp / found.seconds / world
     peak = accelerator.machine().peak_flops
     estimate = estimate_memory(config, world, accelerator.device_memory_bytes())
@@ -108,7 +109,7 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         **{axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "ulysses", "ring")},
         "attention": attention_kernel(built.llm.decoder),
         "seq_len": sum(row.lengths),
-        "frames": len(row.frames),
+        "frames": sum(unit.frames for unit in row.units),
         "time_s": round(found.seconds, 4),
         "vision_s": round(vision_s, 4) or "",
         "tokens_per_s_per_gpu": round(sum(row.lengths) * topology.grid.dp / found.seconds / world, 1) if whole else "",
@@ -180,14 +181,15 @@ def _batch(config: Config, topology: ParallelTopology, length: int, settings: di
     document = made_up(config, length, settings["video"], settings["supervised"])
     grid, size = topology.grid, config.model.vision.image_size
     plan = RowPlan.of(pack([document], grid.document_multiple, grid.row_multiple), grid).shard(topology.rank)
-    return LoadedRow(0, plan, torch.randint(256, (len(plan.frames), 3, size, size), dtype=torch.uint8))
+    squares = sum(unit.squares for unit in plan.row.units[plan.frames.start : plan.frames.stop])
+    return LoadedRow(0, plan, torch.randint(256, (squares, 3, size, size), dtype=torch.uint8))
 
 
 def made_up(config: Config, length: int, video: bool, supervised: int) -> Document:
     """``length`` tokens: text, or a video with text around it, and labels at its last ``supervised`` tokens (0: all but one)."""
-    per_frame = len(made_up_document(config, 1, 0))
-    frames = int(length // per_frame * FRAME_SHARE) if video else 0
-    document = made_up_document(config, frames, length - frames * per_frame)
+    fit = most_frames(pictures_of(config.model), length, len(config.data.frame_separator_ids))
+    frames = int(fit * FRAME_SHARE) if video else 0
+    document = made_up_document(config, frames, length - len(made_up_document(config, frames, 0)))
     text = document.token_ids != MEDIA_TOKEN
     token_ids = document.token_ids.copy()
     token_ids[text] = np.random.default_rng(0).integers(config.model.llm.vocab_size, size=int(text.sum()))

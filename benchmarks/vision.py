@@ -18,6 +18,7 @@ from megatron_vila.models.vision.tower import VisionTower, encode_frames
 from megatron_vila.plan.activations import tower_alone
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops
+from megatron_vila.plan.pictures import pictures_of
 
 VARIANT = {"frame_micro_batch": 0, "trainable": 1, "recompute": 0}
 
@@ -47,7 +48,7 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
 
     found = measure(step, settings["warmup"], settings["timed"])
     world = dist.get_world_size()
-    flops = model_flops([], 0, frames, model, config.optim).total
+    flops = model_flops([], 0, pictures_of(model).units(frames, True), model, config.optim).total
     peak = accelerator.machine().peak_flops
     share = mfu(flops, found.seconds, 1, peak)
     return {

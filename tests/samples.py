@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_vila.config.schema import Config, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
 
 VOCAB = 83
@@ -36,18 +38,38 @@ def config(**kwargs) -> Config:
     return Config(model=model_config(**kwargs))
 
 
-TOKENS_PER_FRAME = 4
+UNITS = {"F": Unit(1, 1, 4, 4), "T": Unit(1, 3, 12, 12), "V": Unit(2, 1, 8, 8), "P": Unit(4, 2, 3, 32)}
+"""A frame; a frame in three tiles; two frames together, whose squares' tokens are those of ``model_config``'s tower. And frames
+in tiles that are pooled to few tokens, which that tower does not make."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """``together`` frames of a video, ``tiles`` squares each, become ``tokens`` tokens, the last few frames as many; an image is
+    one square of one token."""
+
+    together: int
+    tiles: int
+    tokens: int
+
+    def units(self, frames, is_video):
+        if not is_video:
+            return (Unit(1, 1, 1, 16),) * frames
+        taken = [min(self.together, frames - first) for first in range(0, frames, self.together)]
+        return tuple(Unit(count, self.tiles, self.tokens, 16 * count * self.tiles) for count in taken)
 
 
 def document(name: str, layout: str, supervised: slice | None = None) -> Document:
-    """A document from a string: ``t`` a text token, ``F`` a frame. ``supervised`` picks the tokens that are predicted."""
+    """A document from a string: ``t`` a text token, the letters of ``UNITS`` a unit. ``supervised`` picks the tokens that are
+    predicted."""
     rng = np.random.default_rng(list(name.encode()))
     ids, starts, frames = [], [], []
     for letter in layout:
-        if letter == "F":
+        if letter in UNITS:
+            unit, first = UNITS[letter], sum(len(frame.indices) for frame in frames)
             starts.append(len(ids))
-            frames.append(FrameRef(f"{name}-{len(frames)}", len(frames), TOKENS_PER_FRAME, 4, True))
-            ids += [MEDIA_TOKEN] * TOKENS_PER_FRAME
+            frames.append(FrameRef(f"{name}-{len(frames)}", tuple(range(first, first + unit.frames)), True, unit))
+            ids += [MEDIA_TOKEN] * unit.tokens
         else:
             ids.append(int(rng.integers(VOCAB)))
     token_ids = np.array(ids, dtype=np.int64)
@@ -61,9 +83,10 @@ def document(name: str, layout: str, supervised: slice | None = None) -> Documen
 
 
 def pixels(frames) -> torch.Tensor:
-    """Stand-in pixels that are a function of the frame alone, float64 [F, 3, SIDE, SIDE]."""
+    """Stand-in pixels that are a function of the unit alone, float64 [F, 3, SIDE, SIDE], its squares one after the other."""
     images = []
     for frame in frames:
-        seed = int.from_bytes(hashlib.sha256(f"{frame.source}:{frame.index}".encode()).digest()[:8], "little") >> 1
-        images.append(torch.randn(3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+        seed = int.from_bytes(hashlib.sha256(f"{frame.source}:{frame.indices[0]}".encode()).digest()[:8], "little") >> 1
+        generator = torch.Generator().manual_seed(seed)
+        images += [torch.randn(3, SIDE, SIDE, dtype=torch.float64, generator=generator) for _ in range(frame.unit.squares)]
     return torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE, dtype=torch.float64)

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from megatron_vila.plan.frames import frame_owner
 from megatron_vila.plan.grid import GridShape
-from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.plan.pictures import Unit
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, pack, references
 from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.tokens import ReshardPlan, local_positions, owners
 
@@ -155,7 +156,7 @@ def draw_two_stage_sharding() -> Figure:
 def _document(name: str, before: int, frames: int, after: int, tokens: int = 4) -> Document:
     """``frames`` frames of ``tokens`` tokens between ``before`` and ``after`` tokens of text."""
     ids = np.array([0] * before + [MEDIA_TOKEN] * (frames * tokens) + [0] * after, dtype=np.int64)
-    refs = tuple(FrameRef(name, index, tokens, cost=1, is_video=True) for index in range(frames))
+    refs = references(name, range(frames), True, [Unit(frames=1, tiles=1, tokens=tokens, cost=1)] * frames)
     starts = before + tokens * np.arange(frames, dtype=np.int64)
     return Document(ids, np.full(len(ids), IGNORE, dtype=np.int64), refs, starts, name)
 

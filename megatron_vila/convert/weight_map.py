@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from megatron_vila.config.schema import ModelConfig
 from megatron_vila.convert.transforms import COPY, FUSE_QKV, PAD_ROWS, STACK_ROWS, Transform
-from megatron_vila.plan.sizes import POOL_SIDE, head_dim, patches_per_frame
+from megatron_vila.plan.geometry import patches_per_square
+from megatron_vila.plan.sizes import POOL_SIDE, head_dim
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
         "kv": llm.num_kv_heads * head_dim(llm),
         "tower": vision.hidden_size,
         "tower_ffn": vision.ffn_hidden_size,
-        "patches": patches_per_frame(vision),
+        "patches": patches_per_square(vision),
         "patch": vision.patch_size,
         "wide": 3 * vision.hidden_size,
         "cell": POOL_SIDE[model.projector.type] ** 2 * vision.hidden_size,

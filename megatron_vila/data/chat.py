@@ -27,6 +27,7 @@ from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
 from megatron_vila.data.placement import RESERVED, Turn
 from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
 from megatron_vila.data.template import ChatTemplate, ChatTemplateError, RenderError
+from megatron_vila.plan.pictures import in_units, tokens_each
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
 
 _UNREADABLE = re.compile(f"{RESERVED.pattern}|[\ud800-\udfff\0]")
@@ -186,7 +187,7 @@ def assemble(
 ) -> Document:
     """Put the frames ``pictures[k]`` of medium k between segments k and k + 1.
 
-    Each frame becomes ``tokens`` places of MEDIA_TOKEN, followed by the separator ids of its kind; neither is supervised. The
+    Each unit becomes ``tokens`` places of MEDIA_TOKEN, followed by the separator ids of its kind; neither is supervised. The
     labels are shifted here, over the whole document, and never again.
     """
     separators = {
@@ -236,9 +237,9 @@ def _media(document: Document) -> Iterator[tuple[int, int, str]]:
         places, lambda p: (p[0].source, p[0].is_video, p[0].is_video or p[1])
     ):
         run = list(run)
-        frame, last = run[-1]
-        name = f"{len(run)} frames of {source}" if is_video else source
-        yield run[0][1], last + frame.tokens, f"{name}, {frame.tokens} tokens each"
+        units, (frame, last) = [frame.unit for frame, _ in run], run[-1]
+        name = f"{sum(unit.frames for unit in units)} {in_units(units)} of {source}" if is_video else source
+        yield run[0][1], last + frame.tokens, f"{name}, {tokens_each(units)} tokens each"
 
 
 def _text(token_ids: np.ndarray, supervised_L: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -149,7 +149,7 @@ def _add(report: Report, row: LoadedRow, dataset: VilaDataset, index: int) -> No
         report.problems.append(_problem(dataset, index, left.kind, left.reason))
     if row.row is None:
         return
-    report.frames += len(row.row.frames)
+    report.frames += sum(unit.frames for unit in row.row.units)
     report.truncated += row.stats.truncated
     report.unanswered += row.stats.unsupervised
     if report.tokens is not None:

@@ -9,7 +9,8 @@ makes that sample broken and nothing else.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +27,8 @@ from megatron_vila.data.records import Record, RecordFiles
 from megatron_vila.data.sampling import thin_out, uneven_seconds
 from megatron_vila.data.video import probe_video
 from megatron_vila.errors import SettingError, UserError
-from megatron_vila.plan.geometry import patches_per_side, tokens_per_frame
-from megatron_vila.plan.row import IGNORE, Document, FrameRef
+from megatron_vila.plan.pictures import pictures_of, places
+from megatron_vila.plan.row import IGNORE, Document, references
 
 
 class NoUsableSampleError(UserError, RuntimeError):
@@ -86,8 +87,7 @@ class VilaDataset:
         self.records, self.data, self.seq_length = records, data, seq_length
         self.encoder = ChatEncoder(tokenizer, TextRules.of(data))
         self.vocab_size = model.llm.vocab_size
-        self.frame_tokens = tokens_per_frame(model.vision, model.projector)
-        self.frame_cost = patches_per_side(model.vision) ** 2
+        self.pictures = pictures_of(model)
         self.probe = functools.lru_cache(maxsize=64)(probe_video)
         self.list_folder = functools.lru_cache(maxsize=64)(picture_files)
         self.failures = FailureReasons()
@@ -164,27 +164,25 @@ class VilaDataset:
         segments = self.encoder.encode(record.turns)
         chosen, files = zip(*map(self._choose_frames, record.media), strict=True) if record.media else ((), ())
         is_video = [medium.is_video for medium in record.media]
-        image_tokens = self.frame_tokens + len(self.data.image_separator_ids)
-        frame_tokens = self.frame_tokens + len(self.data.frame_separator_ids)
-        room = self.seq_length - sum(len(s.token_ids) for s in segments) - is_video.count(False) * image_tokens
+        room = self.seq_length - sum(len(s.token_ids) for s in segments) - is_video.count(False) * self._places(1, False)
         counts = [len(indices) for indices, video in zip(chosen, is_video, strict=True) if video]
         if room < 0:
             raise TooLongError(
                 f"text and images alone have {self.seq_length - room} tokens, train.seq_length={self.seq_length}"
             )
-        if self.data.over_long == "drop" and sum(counts) * frame_tokens > room:
+        wanted = sum(map(self._places, counts))
+        if self.data.over_long == "drop" and wanted > room:
             raise TooLongError(
-                f"its {self.seq_length - room + sum(counts) * frame_tokens} tokens do not fit "
+                f"its {self.seq_length - room + wanted} tokens do not fit "
                 f"train.seq_length={self.seq_length} and data.over_long=drop"
             )
-        kept = iter(share_frames(counts, room // frame_tokens))
+        kept = iter(counts if wanted <= room else fit_frames(counts, room, self._places))
         taken = [
             self._thin_out(medium, indices, next(kept), bool(names)) if medium.is_video else indices
             for medium, indices, names in zip(record.media, chosen, files, strict=True)
         ]
-        tokens, cost = self.frame_tokens, self.frame_cost
         pictures = [
-            tuple(FrameRef(m.path, int(i), tokens, cost, m.is_video, names[i] if names else "") for i in indices)
+            references(m.path, indices, m.is_video, self.pictures.units(len(indices), m.is_video), names)
             for m, indices, names in zip(record.media, taken, files, strict=True)
         ]
         document = assemble(
@@ -196,7 +194,12 @@ class VilaDataset:
             self._check_vocabulary(document.token_ids, f"sample {record.sample_id}")
         except SettingError as error:
             raise RenderError(str(error)) from error
-        return document, sum(map(len, chosen)) - len(document.frames)
+        return document, sum(map(len, chosen)) - sum(map(len, taken))
+
+    def _places(self, frames: int, is_video: bool = True) -> int:
+        """Tokens that a medium with ``frames`` frames takes, separators included."""
+        separators = self.data.frame_separator_ids if is_video else self.data.image_separator_ids
+        return places(self.pictures.units(frames, is_video), len(separators))
 
     def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str, ...]]:
         """The frames to take of a medium, and the files of all its frames where each has its own."""
@@ -221,6 +224,19 @@ class VilaDataset:
                 f"{what} holds token id {largest}, but model.llm.vocab_size={self.vocab_size}; "
                 "use the tokenizer that belongs to the model, or a larger vocabulary"
             )
+
+
+def fit_frames(counts: Sequence[int], room: int, places: Callable[[int], int]) -> list[int]:
+    """Frames to keep of videos with ``counts`` frames whose tokens fit ``room``; a video of n frames has ``places(n)`` of them.
+
+    As many in all as fit, shared as ``share_frames`` does, which raises ``TooLongError``.
+    """
+
+    def too_many(frames: int) -> bool:
+        shares = share_frames(counts, frames) if frames >= len(counts) else [1] * frames
+        return sum(map(places, shares)) > room
+
+    return share_frames(counts, bisect_left(range(sum(counts) + 1), True, lo=1, key=too_many) - 1)
 
 
 def share_frames(counts: Sequence[int], room: int) -> list[int]:

@@ -51,7 +51,7 @@ def _fingerprint(dataset: VilaDataset) -> str:
         del settings[key]
     settings |= {
         "seq_length": dataset.seq_length,
-        "frame_tokens": dataset.frame_tokens,
+        "pictures": repr(dataset.pictures),
         "encoder": dataset.encoder.fingerprint(),
         "rules": RULES_VERSION,
     }

@@ -4,7 +4,7 @@ Row g of a run goes to data-parallel replica ``(g % global_batch_size) % dp_size
 block holds the same row and decodes only its own frames. A sample that one rank cannot decode is made known to the whole block,
 and every rank puts the same other sample in its place.
 
-Legend: F frames that this rank decodes, H = W side of a picture in pixels.
+Legend: F squares that this rank decodes (frames, or tiles of frames), T of them of one frame, H = W side of a picture in pixels.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSampleError, TooLongError, VilaDataset
 from megatron_vila.data.images import load_image, preprocess
+from megatron_vila.data.media import MediaSource
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.video import VideoReader
 from megatron_vila.errors import PeerError
@@ -73,7 +75,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """Row ``number`` of the run with this rank's plan of it and ``pixels`` uint8 [F, 3, H, W] of the frames ``plan.frames``.
+    """Row ``number`` of the run with this rank's plan of it and ``pixels`` uint8 [F, 3, H, W] of the units ``plan.frames``.
 
     ``plan`` is None if all samples are ``left_out``, which only happens where bad samples are not replaced.
     """
@@ -98,6 +100,7 @@ class _Attempt:
     found: dict[int, str] = field(default_factory=dict)
     plan: ShardPlan | None = None
     pixels: torch.Tensor | None = None
+    decoded_frames: int = 0
     decode_s: float = 0.0
     error: Exception | None = None
 
@@ -244,9 +247,12 @@ class RowLoader:
                 return replace(previous, choices=choices, left_out=left_out, found=found)
             row = pack([choice.document for choice in choices], self._grid.document_multiple, self._grid.row_multiple)
             plan = RowPlan.of(row, self._grid).shard(self._rank)
+            local = plan.frames if self._decodes else range(0)
             started_s = time.perf_counter()
-            pixels, undecodable = self._decode(choices, plan.frames if self._decodes else range(0))
-            return _Attempt(choices, left_out, found | undecodable, plan, pixels, time.perf_counter() - started_s)
+            pixels, undecodable = self._decode(choices, local)
+            decode_s, mine = time.perf_counter() - started_s, row.units[local.start : local.stop]
+            decoded = sum(unit.frames for unit in mine)
+            return _Attempt(choices, left_out, found | undecodable, plan, pixels, decoded, decode_s)
         except Exception as error:
             return _Attempt(choices=tuple(choices), error=error)
 
@@ -284,54 +290,84 @@ class RowLoader:
         return (Choice(index, document, "", {}, dropped_frames),), (), {}
 
     def _decode(self, choices: Sequence[Choice], local: range) -> tuple[torch.Tensor, dict[int, str]]:
-        """Pixels of the frames ``local`` of the row, and the samples whose frames could not be decoded."""
-        pixels = self._no_pixels(len(local))
-        undecodable, first = {}, 0
+        """Squares of the units ``local`` of the row, one after the other, and the samples whose frames could not be decoded."""
+        parts, first = [], 0
         for choice in choices:
             frames = choice.document.frames
-            begin, end = max(local.start, first), min(local.stop, first + len(frames))
-            if begin < end:
-                try:
-                    self._decode_frames(
-                        frames[begin - first : end - first], pixels[begin - local.start : end - local.start]
-                    )
-                except LoaderError:
-                    raise
-                except Exception as error:
-                    undecodable[choice.index] = self._dataset.failures.reason(error, choice.document.sample_id)
+            parts.append(frames[max(0, local.start - first) : max(0, local.stop - first)])
             first += len(frames)
+        sizes = [sum(frame.unit.squares for frame in part) for part in parts]
+        pixels, undecodable = self._no_pixels(sum(sizes)), {}
+        for choice, part, out_F3HW in zip(choices, parts, pixels.split(sizes), strict=True):
+            try:
+                self._decode_units(part, out_F3HW)
+            except LoaderError:
+                raise
+            except Exception as error:
+                undecodable[choice.index] = self._dataset.failures.reason(error, choice.document.sample_id)
         return pixels, undecodable
 
-    def _no_pixels(self, frames: int) -> torch.Tensor:
-        return torch.zeros(frames, 3, self._image_size, self._image_size, dtype=torch.uint8)
+    def _no_pixels(self, squares: int) -> torch.Tensor:
+        return torch.zeros(squares, 3, self._image_size, self._image_size, dtype=torch.uint8)
 
-    def _decode_frames(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
+    def _decode_units(self, units: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
         """Decode and preprocess picture by picture, so that no more than one picture of full size is held."""
-        done = 0
-        while done < len(frames):
-            if frames[done].is_video and not frames[done].picture:
-                done += self._decode_video(frames[done:], out_F3HW[done:])
-            else:
-                self._put(load_image(frames[done].picture or frames[done].source), out_F3HW[done])
-                done += 1
+        outputs = iter(out_F3HW.split([ref.unit.tiles for ref in units for _ in ref.indices]))
+        for run in _runs([_Picture(ref, place) for ref in units for place in range(len(ref.indices))]):
+            for picture in self._pictures(run):
+                self._put(picture, next(outputs))
 
-    def _decode_video(self, frames: Sequence[FrameRef], out_F3HW: torch.Tensor) -> int:
-        """Decode the first frames of ``frames`` that ascend in one video, in one pass; returns how many these are."""
-        ends = (
-            place
-            for place in range(1, len(frames))
-            if frames[place].source != frames[0].source or frames[place].index <= frames[place - 1].index
-        )
-        run = frames[: next(ends, len(frames))]
-        with VideoReader(self._dataset.probe(run[0].source), [frame.index for frame in run]) as reader:
-            for place, frame in enumerate(run):
-                self._put(reader.frame(frame.index), out_F3HW[place])
-        return len(run)
+    def _pictures(self, run: Sequence[_Picture]) -> Iterator[Image.Image]:
+        """The pictures of a run; those of a video in one pass."""
+        if run[0].file:
+            yield load_image(run[0].file)
+            return
+        with VideoReader(self._dataset.probe(run[0].ref.source), [picture.index for picture in run]) as reader:
+            for picture in run:
+                yield reader.frame(picture.index)
 
-    def _put(self, picture: Image.Image, out_3HW: torch.Tensor) -> None:
+    def _put(self, picture: Image.Image, out_T3HW: torch.Tensor) -> None:
         if self._closing.is_set():
             raise LoaderError("the loader was closed")
-        out_3HW.copy_(preprocess([picture], self._image_size, self._aspect)[0])
+        squares_T3HW = preprocess([picture], self._image_size, self._aspect)
+        if len(squares_T3HW) != len(out_T3HW):
+            raise LoaderError(f"a frame became {len(squares_T3HW)} squares, and its unit has {len(out_T3HW)} tiles")
+        out_T3HW.copy_(squares_T3HW)
+
+
+class _Picture(NamedTuple):
+    """Frame ``place`` of a unit."""
+
+    ref: FrameRef
+    place: int
+
+    @property
+    def index(self) -> int:
+        return self.ref.indices[self.place]
+
+    @property
+    def file(self) -> MediaSource | None:
+        """The picture's own file; None for a frame of a video file."""
+        if self.ref.pictures:
+            return self.ref.pictures[self.place]
+        return None if self.ref.is_video else self.ref.source
+
+
+def _runs(pictures: Sequence[_Picture]) -> Iterator[Sequence[_Picture]]:
+    """``pictures`` in runs: frames that ascend in one video, or one picture with a file of its own."""
+    first = 0
+    for end in range(1, len(pictures) + 1):
+        following = pictures[end] if end < len(pictures) else None
+        last = pictures[end - 1]
+        if (
+            following is None
+            or last.file
+            or following.file
+            or following.ref.source != last.ref.source
+            or following.index <= last.index
+        ):
+            yield pictures[first:end]
+            first = end
 
 
 def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
@@ -343,7 +379,7 @@ def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
         truncated=sum(c.dropped_frames > 0 for c in choices),
         unsupervised=sum(not c.supervised for c in choices),
         left_out=len(attempt.left_out),
-        decoded_frames=len(attempt.pixels),
+        decoded_frames=attempt.decoded_frames,
         decode_s=attempt.decode_s,
         wait_s=wait_s,
     )

@@ -9,7 +9,8 @@ from megatron_vila.explain.text import count, number, ranges, rank_list, table
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.memory import describe_memory
-from megatron_vila.plan.sizes import head_dim, parameter_count, tokens_per_frame
+from megatron_vila.plan.pictures import in_units, most_frames, pictures_of, tokens_each
+from megatron_vila.plan.sizes import head_dim, parameter_count
 from megatron_vila.plan.traffic import head_split
 
 KINDS = {
@@ -128,12 +129,14 @@ def explain_tokens(out: Console, config: Config, grid: GridShape) -> None:
     """Print the share of a full row."""
     seq, split = config.train.seq_length, head_split(grid, config.model.llm)
     padded = -(-seq // grid.row_multiple) * grid.row_multiple
-    per_frame = tokens_per_frame(config.model) + len(config.data.frame_separator_ids)
+    pictures, separators = pictures_of(config.model), len(config.data.frame_separator_ids)
+    frames = most_frames(pictures, seq, separators)
+    units = pictures.units(max(frames, 1), True)
     rows = [
         [
             "row (train.seq_length)",
             number(seq),
-            f"about {seq // per_frame} frames of {per_frame} tokens, separators included",
+            f"about {frames} {in_units(units)} of {tokens_each(units, separators)} tokens, separators included",
         ],
         ["padded row", number(padded), f"to a multiple of 2*cp*tp = {grid.row_multiple}"],
         [

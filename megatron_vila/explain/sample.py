@@ -15,9 +15,9 @@ from megatron_vila.explain.text import count, number, ranges, size, table
 from megatron_vila.plan import traffic
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.memory import element_bytes
-from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, Row, pack
+from megatron_vila.plan.pictures import pictures_of, places, tokens_each
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, pack, references
 from megatron_vila.plan.row_plan import RowPlan
-from megatron_vila.plan.sizes import patches_per_frame, tokens_per_frame
 
 LISTED_RANKS = 16
 """Ranks of a table, half of them from its start and half from its end, unless all are asked for."""
@@ -25,13 +25,12 @@ LISTED_RANKS = 16
 
 def made_up_document(config: Config, frames: int, text: int) -> Document:
     """A video of ``frames`` frames in the middle of ``text`` text tokens (a sixteenth of them before it, as a prompt has)."""
-    each, separators = tokens_per_frame(config.model), config.data.frame_separator_ids
-    step = each + len(separators)
+    units, separators = pictures_of(config.model).units(frames, True), config.data.frame_separator_ids
     before = text // 16
-    block = np.array([MEDIA_TOKEN] * each + separators, dtype=np.int64)
-    ids = np.concatenate([np.zeros(before, np.int64), np.tile(block, frames), np.zeros(text - before, np.int64)])
-    refs = tuple(FrameRef("video", i, each, patches_per_frame(config.model.vision), True) for i in range(frames))
-    starts = before + step * np.arange(frames, dtype=np.int64)
+    blocks = [np.array([MEDIA_TOKEN] * unit.tokens + separators, dtype=np.int64) for unit in units]
+    ids = np.concatenate([np.zeros(before, np.int64), *blocks, np.zeros(text - before, np.int64)])
+    refs = references("video", range(frames), True, units)
+    starts = before + np.cumsum([0, *map(len, blocks)], dtype=np.int64)[:-1]
     name = f"made up: {count(frames, 'frame')}, {count(text, 'text token')}"
     return Document(ids, np.full(len(ids), IGNORE, np.int64), refs, starts, name)
 
@@ -42,10 +41,10 @@ def explain_sample(
     """Print the frame plan, the token plan and the traffic of a row with this one document; ``note`` is shown beside it."""
     row = pack([document], grid.document_multiple, grid.row_multiple)
     plan = RowPlan.of(row, grid)
-    visual = sum(frame.tokens for frame in row.frames)
+    visual, shown = places(row.units, 0), sum(unit.frames for unit in row.units)
     out.print(
         f"Sample {document.sample_id}: {number(len(document))} tokens "
-        f"({number(visual)} visual of {count(len(row.frames), 'frame')}), {number(row.length)} with padding"
+        f"({number(visual)} visual of {count(shown, 'frame')}), {number(row.length)} with padding"
     )
     if note:
         out.print(f"({note})")
@@ -59,8 +58,9 @@ def _media(out: Console, row: Row) -> None:
     rows, first = [], 0
     for (source, is_video), run in itertools.groupby(row.frames, key=lambda frame: (frame.source, frame.is_video)):
         frames = list(run)
-        decoded = f"{frames[0].index} .. {frames[-1].index}" if is_video else "the picture"
-        rows.append([source, ranges(range(first, first + len(frames))), decoded, frames[0].tokens])
+        decoded = f"{frames[0].indices[0]} .. {frames[-1].indices[-1]}" if is_video else "the picture"
+        tokens = tokens_each([frame.unit for frame in frames])
+        rows.append([source, ranges(range(first, first + len(frames))), decoded, tokens])
         first += len(frames)
     if rows:
         table(out, "Media", ["file", "frames of the row", "decoded", "tokens each"], rows)

@@ -9,6 +9,7 @@ of all key heads, F width of the MLP.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -20,13 +21,14 @@ from megatron_vila.plan.budgets import (
     peer_buffer_bytes,
     vision_activation_elements,
 )
+from megatron_vila.plan.frames import deal_frames
+from megatron_vila.plan.geometry import patches_per_square
+from megatron_vila.plan.pictures import most_frames, pictures_of, places
 from megatron_vila.plan.sizes import (
     head_dim,
     linear_shapes,
     llm_layer_parameters,
     parameter_count,
-    patches_per_frame,
-    tokens_per_frame,
     vision_layers_run,
 )
 
@@ -68,7 +70,8 @@ def tower_alone(config: Config, frames: int, element: int, device_bytes: int) ->
     learning = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
     weights = counts["vision"] + counts["projector"] + learning
     pixels = frames * 3 * config.model.vision.image_size**2
-    return (weights + pixels) * element + sum(_tower(config, frames, 1, element, device_bytes))
+    tokens = places(pictures_of(config.model).units(frames, True), 0)
+    return (weights + pixels) * element + sum(_tower(config, frames, tokens, 1, element, device_bytes))
 
 
 def head_alone(tokens: int, hidden: int, rows: int, element: int, gradient: int) -> int:
@@ -291,15 +294,17 @@ def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) 
 def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
     """Kept by the tower for its backward pass, and in use while it works on a micro-batch."""
     in_flight = min(config.parallel.pp, max(1, config.train.global_batch_size // dp))
-    return _tower(config, _local_frames(config), in_flight, element, device_bytes)
+    return _tower(config, *pictures_of_a_rank(config), in_flight, element, device_bytes)
 
 
-def _local_frames(config: Config) -> int:
-    """Most frames of a row that a rank encodes."""
-    parallel = config.parallel
-    in_row = config.train.seq_length // tokens_per_frame(config.model)
-    frames = in_row if config.data.packing else min(in_row, config.data.num_frames)
-    return -(-frames // (parallel.ulysses * parallel.ring * parallel.tp))
+def pictures_of_a_rank(config: Config) -> tuple[int, int]:
+    """Most squares of a row that a rank encodes, and most tokens that a rank makes of them: of the longest video that fits."""
+    parallel, pictures = config.parallel, pictures_of(config.model)
+    limit = None if config.data.packing else config.data.num_frames
+    units = pictures.units(most_frames(pictures, config.train.seq_length, limit=limit), True)
+    bounds = deal_frames([unit.cost for unit in units], parallel.ulysses * parallel.ring * parallel.tp)
+    shares = [units[first:end] for first, end in itertools.pairwise(bounds.tolist())]
+    return max(sum(unit.squares for unit in share) for share in shares), max(places(share, 0) for share in shares)
 
 
 def _frames_ahead(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
@@ -308,28 +313,28 @@ def _frames_ahead(config: Config, dp: int, element: int, device_bytes: int) -> t
     vision, learns = config.model.vision, config.optim.vision.trainable
     if config.train.global_batch_size <= dp or (learns and not vision.recompute):
         return 0, 0
-    frames = _local_frames(config)
-    tokens = frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
-    return tokens, _frames_in_work(vision, min(frames, frames_at_once(vision, learns, element, device_bytes)), element)
+    squares, tokens = pictures_of_a_rank(config)
+    in_work = _squares_in_work(vision, min(squares, frames_at_once(vision, learns, element, device_bytes)), element)
+    return tokens * config.model.llm.hidden_size * element, in_work
 
 
-def _frames_in_work(vision: VisionConfig, frames: int, element: int) -> int:
+def _squares_in_work(vision: VisionConfig, squares: int, element: int) -> int:
     """Where no activations are kept: a layer's input, its norm, q, k and v, attention's output and its projection."""
-    return frames * patches_per_frame(vision) * 7 * vision.hidden_size * element
+    return squares * patches_per_square(vision) * 7 * vision.hidden_size * element
 
 
-def _tower(config: Config, frames: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
-    """Kept from forward to backward pass for ``frames`` of each of ``in_flight`` micro-batches, and in use on top: the tokens of
-    all frames, their gradients if something below learns, and the frames that are in work."""
+def _tower(config: Config, squares: int, tokens: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
+    """Kept from forward to backward pass for ``squares`` of each of ``in_flight`` micro-batches, and in use on top: the
+    ``tokens`` that they become, their gradients if something below learns, and the squares that are in work."""
     vision, learns = config.model.vision, config.optim.vision.trainable
     streams = 1 + (learns or config.optim.projector.trainable)
-    tokens = streams * frames * tokens_per_frame(config.model) * config.model.llm.hidden_size * element
-    at_once = min(frames, frames_at_once(vision, learns, element, device_bytes))
+    made = streams * tokens * config.model.llm.hidden_size * element
+    at_once = min(squares, frames_at_once(vision, learns, element, device_bytes))
     if not learns:
-        return 0, tokens + _frames_in_work(vision, at_once, element)
+        return 0, made + _squares_in_work(vision, at_once, element)
     # The gradients of a layer are about as large as what it keeps.
-    per_layer = patches_per_frame(vision) * vision_activation_elements(vision) * element
+    per_layer = patches_per_square(vision) * vision_activation_elements(vision) * element
     whole, gradients = vision_layers_run(vision) * per_layer, at_once * per_layer
     if vision.recompute:
-        return 0, tokens + gradients + at_once * whole
-    return frames * in_flight * whole, tokens + gradients
+        return 0, made + gradients + at_once * whole
+    return squares * in_flight * whole, made + gradients

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_vila.config.schema import VisionConfig
-from megatron_vila.plan.sizes import patches_per_frame, vision_layers_run
+from megatron_vila.plan.geometry import patches_per_square
+from megatron_vila.plan.sizes import vision_layers_run
 
 GIB = 2**30
 
@@ -23,15 +24,15 @@ def peer_buffer_bytes(exchanged: int) -> int:
 
 
 def frames_at_once(vision: VisionConfig, learns: bool, element: int, device_bytes: int) -> int:
-    """Frames of a micro-batch: ``vision.frame_micro_batch``, or (0) as many, up to 64, as take an eighth of the device's memory
-    while their gradients are formed; 16 on a CPU (``device_bytes`` = 0)."""
+    """Squares that the tower takes at once: ``vision.frame_micro_batch``, or (0) as many, up to 64, as take an eighth of the
+    device's memory while their gradients are formed; 16 on a CPU (``device_bytes`` = 0)."""
     if vision.frame_micro_batch:
         return vision.frame_micro_batch
     if not device_bytes:
         return 16
     layers = max(1, vision_layers_run(vision)) if learns else 1
-    per_frame = patches_per_frame(vision) * layers * vision_activation_elements(vision) * element
-    return max(1, min(MOST_FRAMES_AT_ONCE, device_bytes // 8 // per_frame))
+    per_square = patches_per_square(vision) * layers * vision_activation_elements(vision) * element
+    return max(1, min(MOST_FRAMES_AT_ONCE, device_bytes // 8 // per_square))
 
 
 def vision_activation_elements(vision: VisionConfig) -> int:

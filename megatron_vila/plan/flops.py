@@ -30,7 +30,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vila.config.schema import ModelConfig, OptimConfig, ProjectorConfig
-from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_frame
+from megatron_vila.plan.geometry import downsample_rate, patches_per_square
+from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.sizes import head_dim, linear_shapes, lora_layer_parameters, vision_layers_run
 
 
@@ -56,17 +57,17 @@ class Flops:
 def model_flops(
     document_lengths: Sequence[int],
     supervised_tokens: int,
-    frames: int,
+    units: Sequence[Unit],
     model: ModelConfig,
     optim: OptimConfig,
 ) -> Flops:
     """Model FLOPs of one training step over some documents, on all ranks together.
 
     ``document_lengths`` are the LLM tokens of each document without padding, visual tokens included;
-    ``supervised_tokens`` the labels of all of them; ``frames`` their pictures. ``optim`` says which parts train.
+    ``supervised_tokens`` the labels of all of them; ``units`` their pictures. ``optim`` says which parts train.
     """
     train_vision, train_projector, train_llm = (p.trainable for p in (optim.vision, optim.projector, optim.llm))
-    below = frames > 0 and (train_vision or train_projector)
+    below = len(units) > 0 and (train_vision or train_projector)
     gradient_in_llm = train_llm or below
     llm, lora = model.llm, model.lora
     frozen = train_llm and lora.rank > 0
@@ -84,7 +85,8 @@ def model_flops(
     return Flops(
         llm=2 * (tokens * products + supervised_tokens * head),
         attention=2 * attention * llm.num_heads * head_dim(llm) * squares,
-        vision=frames * (_tower_flops(model, train_vision) + _projector_flops(model, train_vision, train_projector)),
+        vision=sum(unit.squares for unit in units) * _tower_flops(model, train_vision)
+        + sum(unit.tokens for unit in units) * _projector_flops(model, train_vision, train_projector),
     )
 
 
@@ -108,9 +110,9 @@ def _products_without_gradient(model: ModelConfig) -> int:
 
 
 def _tower_flops(model: ModelConfig, trainable: bool) -> int:
-    """FLOPs of the tower for one frame: patch embedding and the layers below ``select_layer``; attention is not causal."""
+    """FLOPs of the tower for one square: patch embedding and the layers below ``select_layer``; attention is not causal."""
     vision = model.vision
-    patches = patches_per_side(vision) ** 2
+    patches = patches_per_square(vision)
     layer_weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
     layer = 2 * patches * layer_weights + 4 * patches**2 * vision.hidden_size
     embedding = 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
@@ -121,11 +123,10 @@ def _tower_flops(model: ModelConfig, trainable: bool) -> int:
 
 
 def _projector_flops(model: ModelConfig, train_vision: bool, train_projector: bool) -> int:
-    """FLOPs of the projector for one frame; its first product needs an input gradient only for a trained tower."""
+    """FLOPs of the projector for one token; its first product needs an input gradient only for a trained tower."""
     first, *others = _projector_products(model.projector, model.vision.hidden_size, model.llm.hidden_size)
     inner = train_vision or train_projector
-    per_token = _passes(train_vision, train_projector) * first + _passes(inner, train_projector) * sum(others)
-    return 2 * tokens_per_frame(model.vision, model.projector) * per_token
+    return 2 * (_passes(train_vision, train_projector) * first + _passes(inner, train_projector) * sum(others))
 
 
 def _projector_products(projector: ProjectorConfig, vision_hidden: int, llm_hidden: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""How many patches a picture has and how many LLM tokens it becomes: pure arithmetic, no torch."""
+"""How many patches a picture of the tower's size has, and how many tokens the projector makes of it."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def downsample_rate(type: str) -> int:
     return _DOWNSAMPLE_RATES[type]
 
 
-def tokens_per_frame(vision: VisionConfig, projector: ProjectorConfig) -> int:
-    """LLM tokens of one picture or video frame, separators not counted: the square of ceil(patches per side / rate)."""
+def patches_per_square(vision: VisionConfig) -> int:
+    """Patches of one picture as the tower takes it; 384 px with patch 14 gives 27 x 27."""
+    return patches_per_side(vision) ** 2
+
+
+def tokens_per_square(vision: VisionConfig, projector: ProjectorConfig) -> int:
+    """LLM tokens that the projector makes of one picture as the tower takes it: the square of ceil(patches per side / rate)."""
     return (-(-patches_per_side(vision) // downsample_rate(projector.type))) ** 2

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vila.plan.pictures import Unit
+
 MEDIA_TOKEN = -1
 """Stands at each visual-token place of ``token_ids``; never looked up in the embedding table."""
 
@@ -24,19 +26,49 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class FrameRef:
-    """One picture to decode: an image file, or one frame of a video.
+    """Where the pictures of one unit are: an image file, or the ``unit.frames`` frames of a video that are encoded together.
 
-    ``index`` counts the frames of a video in presentation order from 0; it is 0 for an image. ``tokens`` is the number of
-    LLM tokens the picture becomes; ``cost`` its encoding cost (patches), by which frames are dealt to ranks. ``picture`` is the
-    frame's own file where the video is a folder or a list of pictures.
+    ``indices`` count the frames of a video in presentation order from 0; (0,) for an image. ``pictures`` are the frames' own
+    files where the video is a folder or a list of pictures, else empty. Raises ``ValueError`` for another number of either than
+    the unit has frames.
     """
 
     source: str
-    index: int
-    tokens: int
-    cost: int
+    indices: tuple[int, ...]
     is_video: bool
-    picture: str = ""
+    unit: Unit
+    pictures: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.indices) != self.unit.frames or len(self.pictures) not in (0, self.unit.frames):
+            raise ValueError(
+                f"{self.unit} has {self.unit.frames} frames, not {len(self.indices)} indices and {len(self.pictures)} files"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """LLM tokens that the unit becomes."""
+        return self.unit.tokens
+
+    @property
+    def cost(self) -> int:
+        """What encoding the unit costs (patches), by which units are dealt to ranks."""
+        return self.unit.cost
+
+
+def references(
+    source: str, indices: Sequence[int], is_video: bool, units: Sequence[Unit], pictures: Sequence[str] = ()
+) -> tuple[FrameRef, ...]:
+    """The frames ``indices`` of one medium dealt to its ``units`` in order; ``pictures`` are the files of all frames of the
+    medium, if each has its own. Raises ``ValueError`` if the units have another number of frames."""
+    refs, first = [], 0
+    for unit in units:
+        taken = tuple(int(index) for index in indices[first : first + unit.frames])
+        refs.append(FrameRef(source, taken, is_video, unit, tuple(pictures[i] for i in taken) if pictures else ()))
+        first += unit.frames
+    if first != len(indices):
+        raise ValueError(f"units of {first} frames are not those of {len(indices)} chosen frames")
+    return tuple(refs)
 
 
 @dataclass(frozen=True)
@@ -44,7 +76,7 @@ class Document:
     """One tokenized sample.
 
     ``token_ids`` int64 [L] holds MEDIA_TOKEN at visual-token places. ``labels`` int64 [L] are already shifted: ``labels[i]``
-    is what token i must predict, or IGNORE. ``frames[j]`` fills ``frames[j].tokens`` consecutive places from
+    is what token i must predict, or IGNORE. The unit of ``frames[j]`` fills ``frames[j].tokens`` consecutive places from
     ``frame_starts[j]`` (int64 [F], ascending). ``sample_id`` names the sample in logs.
     """
 
@@ -80,6 +112,10 @@ class Row:
     def length(self) -> int:
         """Tokens of the row with padding."""
         return int(self.cu_seqlens[-1])
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return tuple(frame.unit for frame in self.frames)
 
     @property
     def supervised_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Sizes that follow from a model's configuration: parameters of each part, head size, patches and tokens of a picture.
+"""Sizes that follow from a model's configuration: parameters of each part, head size.
 
 Pure arithmetic, checked in the tests against published checkpoints. Weight names and shapes: SigLIP so400m, VILA's
 projectors and Hugging Face's Llama and Qwen2.
@@ -7,8 +7,7 @@ projectors and Hugging Face's Llama and Qwen2.
 from __future__ import annotations
 
 from megatron_vila.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vila.plan import geometry
-from megatron_vila.plan.geometry import downsample_rate, patches_per_side
+from megatron_vila.plan.geometry import downsample_rate, patches_per_square
 
 PROJECTOR_TYPES = ("mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "linear", "mlp2x_gelu")
 
@@ -29,7 +28,7 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
 def vision_parameters(vision: VisionConfig) -> int:
     """Parameters of the SigLIP tower, the unused last layers, post-layernorm and pooling head included."""
     h, f = vision.hidden_size, vision.ffn_hidden_size
-    embeddings = 3 * vision.patch_size**2 * h + h + patches_per_frame(vision) * h
+    embeddings = 3 * vision.patch_size**2 * h + h + patches_per_square(vision) * h
     norm = 2 * h
     attention = 4 * (h * h + h)
     mlp = (h * f + f) + (f * h + h)
@@ -84,16 +83,6 @@ def lora_layer_parameters(model: ModelConfig, tp: int = 1) -> int:
 def head_dim(llm: LanguageConfig) -> int:
     """Size of an attention head."""
     return llm.head_dim if llm.head_dim is not None else llm.hidden_size // llm.num_heads
-
-
-def patches_per_frame(vision: VisionConfig) -> int:
-    """Patches of one picture; 384 px with patch 14 gives 27 x 27, the last 6 pixel rows and columns are not seen."""
-    return patches_per_side(vision) ** 2
-
-
-def tokens_per_frame(model: ModelConfig) -> int:
-    """LLM tokens of one picture, separators excluded."""
-    return geometry.tokens_per_frame(model.vision, model.projector)
 
 
 def vision_layers_run(vision: VisionConfig) -> int:

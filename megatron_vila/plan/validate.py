@@ -16,7 +16,8 @@ from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
 from megatron_vila.plan.memory import estimate_memory, memory_cure, ranks_of_a_node
-from megatron_vila.plan.sizes import PROJECTOR_TYPES, tokens_per_frame
+from megatron_vila.plan.pictures import in_units, most_frames, pictures_of, places, tokens_each
+from megatron_vila.plan.sizes import PROJECTOR_TYPES
 
 CHOICES = {
     "model.projector.type": PROJECTOR_TYPES,
@@ -317,12 +318,14 @@ def _length_warnings(config: Config) -> Iterable[str]:
             f"train.seq_length={seq} exceeds model.llm.max_positions={llm.max_positions}: later positions are new to the "
             f"model; raise model.llm.rope_theta for them (stage 4 of the recipe) or shorten the rows"
         )
-    per_frame = tokens_per_frame(config.model) + len(data.frame_separator_ids)
-    if data.num_frames * per_frame > seq:
-        fate = "are dropped" if data.over_long == "drop" else f"keep at most {seq // per_frame} frames, spread evenly"
+    pictures, separators = pictures_of(config.model), len(data.frame_separator_ids)
+    units = pictures.units(data.num_frames, True)
+    if (tokens := places(units, separators)) > seq:
+        most = most_frames(pictures, seq, separators)
+        fate = "are dropped" if data.over_long == "drop" else f"keep at most {most} frames, spread evenly"
         yield (
-            f"data.num_frames={data.num_frames} frames of {per_frame} tokens make {data.num_frames * per_frame} tokens, more "
-            f"than train.seq_length={seq}: long videos {fate}"
+            f"data.num_frames={data.num_frames} {in_units(units)} of {tokens_each(units, separators)} tokens make {tokens} "
+            f"tokens, more than train.seq_length={seq}: long videos {fate}"
         )
 
 

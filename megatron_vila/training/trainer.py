@@ -255,11 +255,11 @@ class Trainer:
     def _measure(self, rows: Sequence[LoadedRow], outcome: Outcome, started_s: float) -> tuple[int, StepMetrics]:
         """The signal that any rank was sent (0: none), and the step's record. A sum over dp and a maximum over all ranks."""
         flops = sum(
-            model_flops(r.row.lengths, r.row.supervised_tokens, len(r.row.frames), self.config.model, self.config.optim).total
+            model_flops(r.row.lengths, r.row.supervised_tokens, r.row.units, self.config.model, self.config.optim).total
             for r in rows
         )
         counts = [sum(getattr(r.stats, name) for r in rows) for name in DATA_COUNTS]
-        tokens, frames = sum(sum(r.row.lengths) for r in rows), sum(len(r.row.frames) for r in rows)
+        tokens, frames = sum(sum(r.row.lengths) for r in rows), sum(unit.frames for r in rows for unit in r.row.units)
         sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.topology.dp)
         wait_s, peak_gib = sum(r.stats.wait_s for r in rows), accelerator.peak_memory_bytes() / 2**30

@@ -7,12 +7,12 @@ from omegaconf import OmegaConf
 from megatron_vila.config.load import PRESET_FOLDER, load_config, preset_names
 from megatron_vila.config.schema import LoraConfig, ProjectorConfig
 from megatron_vila.plan.layouts import Layout
+from megatron_vila.plan.pictures import pictures_of, places
 from megatron_vila.plan.sizes import (
     PROJECTOR_TYPES,
     llm_layer_parameters,
     parameter_count,
     projector_parameters,
-    tokens_per_frame,
     vision_layers_run,
     vision_parameters,
 )
@@ -103,7 +103,7 @@ def test_the_total_is_the_sum_of_the_parts():
     ("name", "tokens"), [("models/longvila-7b", 196), ("models/longvila-7b-256f", 256), ("models/tiny", 4)]
 )
 def test_a_frame_becomes_the_known_number_of_tokens(name, tokens):
-    assert tokens_per_frame(load_config(name, []).model) == tokens
+    assert places(pictures_of(load_config(name, []).model).units(1, True), 0) == tokens
 
 
 def test_the_last_layer_of_the_tower_is_not_run():

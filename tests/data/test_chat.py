@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from megatron_vila.data.chat import ChatEncoder, ChatTemplateError, RenderError, assemble, describe
 from megatron_vila.data.records import Turn
+from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, FrameRef
 from tests.data.material import QWEN2_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, sentencepiece_tokenizer
 
+SQUARE = Unit(frames=1, tiles=1, tokens=4, cost=16)
 TOKENIZERS = {
     "llama3": byte_level_tokenizer("llama3"),
     "qwen2": byte_level_tokenizer("qwen2"),
@@ -114,8 +116,8 @@ def test_text_and_pictures_take_turns_and_labels_are_shifted_over_the_whole_docu
     newline = tokenizer("\n")["input_ids"]
     segments = encoder.encode([Turn("user", "<image>\nWhat? <video>"), Turn("assistant", "Yes.\nA cat.")])
     assert len(segments) == 3
-    image = (FrameRef("a.png", 0, 4, 16, False),)
-    video = tuple(FrameRef("b.mp4", i, 4, 16, True) for i in (0, 7))
+    image = (FrameRef("a.png", (0,), False, SQUARE),)
+    video = tuple(FrameRef("b.mp4", (i,), True, SQUARE) for i in (0, 7))
     document = assemble(segments, [image, video], [5, 6], newline, "s")
     frames_end = document.frame_starts + 4
     assert document.frames == (*image, *video)
@@ -134,7 +136,7 @@ def test_text_and_pictures_take_turns_and_labels_are_shifted_over_the_whole_docu
 def test_pictures_and_separators_right_before_an_answer_are_not_learned():
     bare = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     segments = ChatEncoder(with_template(bare)).encode([Turn("user", "Draw: <image>"), Turn("assistant", "done")])
-    document = assemble(segments, [(FrameRef("a.png", 0, 4, 16, False),)], [5], [], "s")
+    document = assemble(segments, [(FrameRef("a.png", (0,), False, SQUARE),)], [5], [], "s")
     trained = document.labels[document.labels != IGNORE]
     assert (trained >= 0).all()
     assert 5 not in document.labels
@@ -151,7 +153,7 @@ def test_a_marker_outside_a_human_turn_is_text():
 
 def test_a_document_is_described_for_the_log():
     segments = ENCODERS["qwen2"].encode([Turn("user", "<video>\nWhat?"), Turn("assistant", "A cat.")])
-    document = assemble(segments, [tuple(FrameRef("/data/b.mp4", i, 4, 16, True) for i in range(8))], [], [], "clip 3")
+    document = assemble(segments, [tuple(FrameRef("/data/b.mp4", (i,), True, SQUARE) for i in range(8))], [], [], "clip 3")
     text = describe(document, TOKENIZERS["qwen2"])
     assert text.startswith(f"sample clip 3: {len(document)} tokens")
     assert "user\n{8 frames of /data/b.mp4, 4 tokens each}\nWhat?" in text

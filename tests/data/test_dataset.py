@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, share_frames
+from megatron_vila.data import dataset as dataset_module
+from megatron_vila.data.chat import describe
+from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, fit_frames, share_frames
 from megatron_vila.data.failures import MachineError
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
@@ -21,6 +23,7 @@ from megatron_vila.data.placement import Turn
 from megatron_vila.data.records import RecordFiles
 from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import byte_level_tokenizer, conversation, cut_off, write_jsonl, write_video
+from tests.samples import Pooled
 
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=56, patch_size=14),
@@ -61,7 +64,7 @@ TEXT = {"id": "text", "conversations": conversation()}
 
 def test_a_video_becomes_the_sampled_frames_each_followed_by_its_separators(media, tmp_path):
     document = make(media, tmp_path, [video("long.mp4")], frame_separator_ids=[7, 9]).document(0)
-    assert [f.index for f in document.frames] == [0, 9, 18, 27, 36, 45, 54, 63]
+    assert [i for f in document.frames for i in f.indices] == [0, 9, 18, 27, 36, 45, 54, 63]
     assert {(f.source, f.tokens, f.cost, f.is_video) for f in document.frames} == {
         (str(media / "long.mp4"), 4, 16, True)
     }
@@ -74,14 +77,14 @@ def test_a_short_video_gives_all_its_frames_and_fps_limits_a_long_one(media, tmp
     assert len(make(media, tmp_path, [video("short.mp4")]).document(0).frames) == 3
     assert len(make(media, tmp_path, [video("long.mp4")], fps=0.5).document(0).frames) == 4
     first = make(media, tmp_path, [video("long.mp4")], num_frames=3, fps=2.0, fps_rule="first").document(0)
-    assert [frame.index for frame in first.frames] == [0, 4, 8]
+    assert [i for frame in first.frames for i in frame.indices] == [0, 4, 8]
 
 
 def test_images_and_text_alone_are_samples_too(media, tmp_path):
     records = [{"image": "red.png", "conversations": conversation("<image> What?")}, TEXT]
     dataset = make(media, tmp_path, records, image_separator_ids=[5])
     image, text = dataset.document(0), dataset.document(1)
-    assert [(f.index, f.is_video) for f in image.frames] == [(0, False)]
+    assert [(f.indices, f.is_video) for f in image.frames] == [((0,), False)]
     assert image.token_ids[image.frame_starts[0] + 4] == 5
     assert text.frames == () and text.frame_starts.shape == (0,)
 
@@ -115,9 +118,31 @@ def test_an_over_long_video_keeps_as_many_frames_as_fit_spread_evenly(media, tmp
     assert (choice.index, choice.replaced, choice.dropped_frames) == (0, "", 8 - room)
     assert len(choice.document.frames) == room
     assert seq_length - 5 < len(choice.document) <= seq_length
-    gaps = np.diff([0, *(f.index for f in choice.document.frames[1:])])
-    assert choice.document.frames[0].index == 0
-    assert room == 1 or (choice.document.frames[-1].index == 63 and gaps.max() - gaps[gaps > 0].min() <= 1)
+    gaps = np.diff([0, *(f.indices[0] for f in choice.document.frames[1:])])
+    assert choice.document.frames[0].indices == (0,)
+    assert room == 1 or (choice.document.frames[-1].indices == (63,) and gaps.max() - gaps[gaps > 0].min() <= 1)
+
+
+@pytest.mark.parametrize("room", range(1, 4))
+def test_an_over_long_video_of_pooled_frames_keeps_the_frames_of_the_units_that_fit(media, tmp_path, monkeypatch, room):
+    monkeypatch.setattr(dataset_module, "pictures_of", lambda model: Pooled(3, 1, 5))
+    whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).document(0)
+    assert [frame.unit.frames for frame in whole.frames] == [3, 3, 2]
+    assert np.diff(whole.frame_starts).tolist() == [6, 6] and (whole.token_ids == MEDIA_TOKEN).sum() == 15
+    seq_length = len(whole) - 3 * 6 + room * 6 + 5
+    choice = make(media, tmp_path, [video("long.mp4"), TEXT], seq_length=seq_length, frame_separator_ids=[7]).choose(0)
+    assert sum(frame.unit.frames for frame in choice.document.frames) == min(3 * room, 8)
+    assert choice.dropped_frames == 8 - min(3 * room, 8) and len(choice.document) <= seq_length
+    assert f"{min(3 * room, 8)} frames in {room} unit" in describe(choice.document, TOKENIZER)
+
+
+def test_videos_of_pooled_frames_share_the_room_that_their_units_take():
+    places = lambda frames: 5 * -(-frames // 3)  # noqa: E731
+    assert fit_frames([8, 8], 30, places) == [8, 8]
+    assert fit_frames([8, 2], 14, places) == [3, 1]
+    assert fit_frames([8, 2], 15, places) == [6, 2]
+    with pytest.raises(TooLongError, match="room for 1 frames, not for one of each of its 2 videos"):
+        fit_frames([8, 2], 9, places)
 
 
 def test_over_long_samples_are_replaced_where_the_policy_is_drop(media, tmp_path):

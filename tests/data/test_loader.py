@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megatron_vila.data import dataset
 from megatron_vila.data.loader import LoaderError
 from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.row import MEDIA_TOKEN
 from megatron_vila.plan.row_plan import RowPlan
 from tests.data.loader_run import BROKEN, GOOD, SEQ_LENGTH, TEXT, Agreement, Data, contents, sample, together
 from tests.data.material import conversation, cut_off, destroy_frames, read_stamps, write_video
+from tests.samples import Pooled
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,30 @@ def test_each_rank_decodes_its_own_frames_and_all_ranks_hold_the_same_rows(tmp_p
         for (_, names, frames, *_), pixels in together(data.block(ranks, steps=4, shuffle=False)):
             assert pixels.dtype == torch.uint8 and pixels.shape == (len(frames), 3, 32, 32)
             if names[0].endswith("mp4"):
-                assert read_stamps(pixels) == [f.index for f in frames]
+                assert read_stamps(pixels) == [i for f in frames for i in f.indices]
             elif names[0].endswith("png"):
                 assert (pixels == 255).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_units_of_several_frames_are_placed_dealt_and_decoded_as_wholes(tmp_path, folder, monkeypatch, ranks):
+    monkeypatch.setattr(dataset, "pictures_of", lambda model: Pooled(3, 1, 5))
+    data = Data(tmp_path, folder, GOOD)
+    rows_of_ranks = data.block(ranks, steps=4, shuffle=False)
+    for rows, ((_, names, frames, ids, _), pixels) in zip(zip(*rows_of_ranks, strict=True), together(rows_of_ranks), strict=True):
+        assert ids.count(MEDIA_TOKEN) == sum(frame.tokens for frame in frames)
+        assert sum(row.stats.decoded_frames for row in rows) == sum(len(frame.indices) for frame in frames)
+        if names[0].endswith("mp4"):
+            assert [len(frame.indices) for frame in frames] == ([3, 2] if names[0] == "short.mp4" else [3, 3, 2])
+            assert {frame.tokens for frame in frames} == {5}
+            assert read_stamps(pixels) == [i for f in frames for i in f.indices]
+
+
+def test_a_frame_that_becomes_another_number_of_squares_than_its_unit_has_tiles_ends_the_run(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(dataset, "pictures_of", lambda model: Pooled(3, 2, 5))
+    told = "a frame became 1 squares, and its unit has 2 tiles"
+    with Data(tmp_path, folder, GOOD).loader() as loader, pytest.raises(LoaderError, match=told):
+        loader.rows(0)
 
 
 def test_the_rows_of_a_step_are_dealt_to_the_replicas_in_turn(tmp_path, folder):
@@ -68,7 +92,7 @@ def test_a_broken_video_is_replaced_on_every_rank_by_the_same_sample(tmp_path, f
     assert [content[1][0] for content, _ in loaded] == REPLACED * 2
     for (_, _, frames, *_), pixels in loaded:
         if frames[0].is_video:
-            assert read_stamps(pixels) == [f.index for f in frames]
+            assert read_stamps(pixels) == [i for f in frames for i in f.indices]
     assert sum(row.stats.replaced_broken for row in rows_of_ranks[0]) == 2 * 6
     for name in ("cut.mp4", "middle.mp4", "empty.mp4", "text.mp4", "missing.mp4", "bad.png"):
         told = [m for m in caplog.messages if m.startswith(f"sample {name} is broken and replaced")]
@@ -117,7 +141,7 @@ def test_a_file_that_one_rank_cannot_see_is_replaced_on_all_ranks(tmp_path, fold
         == ["a.mp4", "c.mp4", "c.mp4"]
     )
     for left, right in zip(first, second, strict=True):
-        assert read_stamps(torch.cat([left.pixels, right.pixels])) == [f.index for f in left.row.frames]
+        assert read_stamps(torch.cat([left.pixels, right.pixels])) == [i for f in left.row.frames for i in f.indices]
 
 
 def test_a_packed_sample_that_one_rank_cannot_see_and_nothing_can_replace_is_left_out_on_all_ranks(tmp_path, folder):

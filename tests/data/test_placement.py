@@ -13,6 +13,7 @@ from megatron_vila.data.placement import (
     unescape,
 )
 from megatron_vila.data.records import parse_record
+from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import MEDIA_TOKEN, FrameRef
 from tests.data.material import byte_level_tokenizer
 from tests.data.placement_cases import RECORDS
@@ -48,7 +49,7 @@ def shown(question, answer="A cat.", images=0, videos=0, rule="vila"):
     turns, markers = place_media([Turn("user", question), Turn("assistant", answer)], images, videos, rule)
     (newline,) = tokenizer("\n")["input_ids"]
     pictures = [
-        tuple(FrameRef("m", i, 1, 1, marker == "<video>") for i in range(3 if marker == "<video>" else 1))
+        tuple(FrameRef("m", (i,), marker == "<video>", Unit(1, 1, 1, 1)) for i in range(3 if marker == "<video>" else 1))
         for marker in markers
     ]
     document = assemble(ChatEncoder(tokenizer).encode(turns), pictures, [newline], [newline], "s")

@@ -21,8 +21,8 @@ from megatron_vila.config.schema import (
 )
 from megatron_vila.convert.exporter import export_checkpoint
 from megatron_vila.models.vision.tower import encode_frames
-from megatron_vila.plan.geometry import tokens_per_frame
-from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef, pack
+from megatron_vila.plan.pictures import pictures_of
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, pack, references
 from tests.data.material import byte_level_tokenizer
 from tests.parallel import contract
 from tests.parallel.contract import build
@@ -108,11 +108,11 @@ def answer(rank: int, settings: Config, prompts: list[Prompt], new_tokens: int) 
     topology, model, _ = build(settings, ParallelConfig(), torch.float32)
     llm = settings.model.llm
     output = model.shared_embedding_or_output_weight() if llm.tie_embeddings else model.llm.output_layer.weight
-    size = tokens_per_frame(settings.model.vision, settings.model.projector)
+    (unit,) = pictures_of(settings.model).units(1, True)
 
     def logits(token_ids: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
-        starts = np.flatnonzero(token_ids == MEDIA_TOKEN)[::size]
-        frames = tuple(FrameRef("", i, size, 1, True) for i in range(len(starts)))
+        starts = np.flatnonzero(token_ids == MEDIA_TOKEN)[:: unit.tokens]
+        frames = references("", range(len(starts)), True, [unit] * len(starts))
         document = Document(token_ids, np.full(len(token_ids), IGNORE), frames, starts, "prompt")
         shard = contract.shard_of(pack([document], 2, 2), topology, llm, torch.float32)
         hidden_s1H = model.hidden(shard, contract.made(model, pixels))

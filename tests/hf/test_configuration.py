@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaC
 from megatron_vila.config.load import load_config
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.hf import VilaConfig, VilaConfigError, VILAForConditionalGeneration, VilaProcessor
-from megatron_vila.plan.sizes import tokens_per_frame
+from megatron_vila.plan.pictures import pictures_of, places
 from tests.data.material import byte_level_tokenizer
 from tests.hf.megatron_side import config, export
 from tests.ranks import pool
@@ -53,7 +53,7 @@ def test_both_layouts_give_the_settings_that_were_trained(exported, layout):
     assert type(read) is VilaConfig and read.dtype == torch.float32
     assert replace(read.vision_settings, frame_micro_batch=2) == settings.model.vision
     assert read.projector_settings == settings.model.projector
-    assert read.tokens_per_frame == tokens_per_frame(settings.model) == 4
+    assert read.tokens_per_frame == places(pictures_of(settings.model).units(1, True), 0) == 4
     ours = VilaConfig.from_model_config(settings.model, settings.data, byte_level_tokenizer("qwen2"))
     for key in ("megatron_vila", "image_token_id", "video_token_id", "mm_projector_type", "mm_vision_select_layer"):
         assert getattr(read, key) == getattr(ours, key), key
@@ -76,7 +76,7 @@ def test_presets_become_configurations_and_come_back_from_a_file(preset, languag
     made.save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
     assert type(read.text_config) is language and read.to_json_string() == made.to_json_string()
-    assert read.tokens_per_frame == tokens_per_frame(settings.model)
+    assert read.tokens_per_frame == places(pictures_of(settings.model).units(1, True), 0)
     llm = settings.model.llm
     rope = read.text_config.rope_parameters
     assert (rope["rope_theta"], rope.get("factor", 1.0)) == (llm.rope_theta, llm.rope_scaling_factor)

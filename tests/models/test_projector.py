@@ -7,7 +7,7 @@ import torch
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.vision.projector import Projector, SpaceToChannel
-from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_frame
+from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_square
 
 TYPES = ("mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "linear", "mlp2x_gelu")
 CHANNELS, HIDDEN = 6, 10
@@ -128,7 +128,7 @@ def test_no_frames_give_every_parameter_and_the_features_gradients_of_exact_zero
         next(projector.parameters()).fill_(float("inf"))
     features_FPC = features(0, 5).requires_grad_()
     tokens_FTH = projector(features_FPC)
-    assert tokens_FTH.shape == (0, tokens_per_frame(vision(5), ProjectorConfig(type)), HIDDEN)
+    assert tokens_FTH.shape == (0, tokens_per_square(vision(5), ProjectorConfig(type)), HIDDEN)
     tokens_FTH.sum().backward()
     assert features_FPC.grad.shape == features_FPC.shape
     for name, parameter in projector.named_parameters():
@@ -169,7 +169,7 @@ def test_parameter_count_is_that_of_the_published_projectors(type, hidden, count
 def test_a_frame_becomes_as_many_tokens_as_in_the_published_models(image_size, type, side, tokens):
     config = VisionConfig(image_size=image_size)
     assert patches_per_side(config) == side
-    assert tokens_per_frame(config, ProjectorConfig(type)) == tokens
+    assert tokens_per_square(config, ProjectorConfig(type)) == tokens
 
 
 def test_initial_weights_follow_from_the_seed_and_the_standard_deviation_alone():

@@ -122,6 +122,20 @@ SPREAD = [
 ]
 
 
+UNITS = [
+    [samples.document("units", "ttTtFVt" * 2 + "t" * 9, slice(-8, None)), samples.document("tiles", "tTt")],
+    [samples.document("one-unit", "t" * 30 + "V" + "tt", slice(2, None))],
+    [samples.document("uneven", "FFFTTVF" + "t" * 20, slice(-15, None)), DOCUMENTS["text_only"]],
+    [DOCUMENTS["short"]],
+]
+"""Units of 1, 2 and 3 squares with 4, 8 and 12 tokens."""
+
+
+@pytest.mark.parametrize("parallel", [*SPREAD, ParallelConfig()], ids=name)
+def test_the_contract_holds_for_units_of_several_frames_and_tiles(truths, parallel):
+    truths.check("units", samples.config(layers=4), UNITS, 4, parallel)
+
+
 MEMORY_POLICIES = {
     "full": {"recompute": "full"},
     "kept attention": {"recompute": "attention_output"},

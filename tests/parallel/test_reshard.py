@@ -19,7 +19,11 @@ from tests.ranks import pool
 
 HIDDEN = 6
 LAYOUTS = [ParallelConfig(tp=2, ulysses=2), ParallelConfig(tp=1, ulysses=2, ring=2), ParallelConfig(tp=2, ring=2)]
-ROW = [samples.document("a", "tt" + "Ft" * 5), samples.document("b", "t" * 20), samples.document("c", "FF" + "t" * 9 + "F")]
+ROW = [
+    samples.document("a", "tt" + "Ft" * 5 + "PTt"),
+    samples.document("b", "t" * 20),
+    samples.document("c", "FVP" + "t" * 9 + "F"),
+]
 
 
 def _plan(grid: GridShape):

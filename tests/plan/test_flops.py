@@ -14,6 +14,7 @@ from megatron_vila.config.schema import (
 )
 from megatron_vila.plan.flops import Flops, mfu, model_flops
 from megatron_vila.plan.hardware import PRESETS
+from megatron_vila.plan.pictures import Unit, pictures_of
 
 LLAMA_3_8B = ModelConfig(llm=LanguageConfig(vocab_size=128256))
 LLAMA_2_7B = ModelConfig(llm=LanguageConfig(num_kv_heads=32, ffn_hidden_size=11008, vocab_size=32000))
@@ -37,8 +38,12 @@ def parts(vision: bool, projector: bool, llm: bool) -> OptimConfig:
     return optim
 
 
+def flops_of(lengths, supervised_tokens, frames, model, optim):
+    return model_flops(lengths, supervised_tokens, pictures_of(model).units(frames, True), model, optim)
+
+
 def test_a_small_model_with_every_part_trained_counts_three_times_its_forward_products():
-    flops = model_flops([10, 6], supervised_tokens=5, frames=3, model=SMALL, optim=parts(True, True, True))
+    flops = flops_of([10, 6], supervised_tokens=5, frames=3, model=SMALL, optim=parts(True, True, True))
     assert flops.llm == 6 * (16 * 2 * LAYER + 5 * HEAD)
     assert flops.attention == 6 * 2 * 4 * 2 * (10**2 + 6**2)
     projector = 3 * (PROJECTOR_FIRST + PROJECTOR_SECOND)
@@ -46,26 +51,34 @@ def test_a_small_model_with_every_part_trained_counts_three_times_its_forward_pr
     assert flops.total == flops.llm + flops.attention + flops.vision
 
 
+def test_the_tower_counts_by_squares_and_the_projector_by_tokens():
+    one, optim = flops_of([], 0, 1, SMALL, parts(False, False, False)).vision, parts(False, False, False)
+    projector = PROJECTOR_FIRST + PROJECTOR_SECOND
+    tiles, pooled = Unit(frames=1, tiles=5, tokens=20, cost=80), Unit(frames=8, tiles=1, tokens=4, cost=128)
+    assert model_flops([], 0, [tiles], SMALL, optim).vision == 5 * one
+    assert model_flops([], 0, [pooled, tiles], SMALL, optim).vision == 13 * (one - projector) + 6 * projector
+
+
 def test_a_frozen_tower_counts_its_forward_pass_only():
-    flops = model_flops([8], 8, 1, SMALL, parts(False, True, True))
+    flops = flops_of([8], 8, 1, SMALL, parts(False, True, True))
     assert flops.vision == 2 * TOWER_LAYER + PATCH_EMBEDDING + 2 * PROJECTOR_FIRST + 3 * PROJECTOR_SECOND
 
 
 def test_a_frozen_llm_that_passes_a_gradient_on_counts_four_per_weight():
-    frozen = model_flops([8], 8, 1, SMALL, parts(False, True, False))
-    trained = model_flops([8], 8, 1, SMALL, parts(False, True, True))
+    frozen = flops_of([8], 8, 1, SMALL, parts(False, True, False))
+    trained = flops_of([8], 8, 1, SMALL, parts(False, True, True))
     assert frozen.llm == pytest.approx(trained.llm * 4 / 6)
     assert frozen.attention == trained.attention
 
 
 def test_a_frozen_llm_without_pictures_is_a_forward_pass():
-    flops = model_flops([8], 8, 0, SMALL, parts(True, True, False))
+    flops = flops_of([8], 8, 0, SMALL, parts(True, True, False))
     assert flops.llm == 2 * (8 * 2 * LAYER + 8 * HEAD)
     assert flops.attention == 2 * 2 * 4 * 2 * 8**2
 
 
 def test_a_frozen_tower_and_projector_below_a_trained_llm_are_a_forward_pass():
-    flops = model_flops([8], 8, 1, SMALL, parts(False, False, True))
+    flops = flops_of([8], 8, 1, SMALL, parts(False, False, True))
     assert flops.vision == 2 * TOWER_LAYER + PATCH_EMBEDDING + PROJECTOR_FIRST + PROJECTOR_SECOND
 
 
@@ -80,7 +93,7 @@ def with_lora(*targets: str, also_train: tuple[str, ...] = (), tied: bool = Fals
 
 def test_with_lora_frozen_weights_count_four_and_updates_six():
     """A projector that learns below the decoder asks for every input gradient."""
-    flops = model_flops([8], 5, 1, with_lora("qkv", "proj", "fc1", "fc2"), parts(False, True, True))
+    flops = flops_of([8], 5, 1, with_lora("qkv", "proj", "fc1", "fc2"), parts(False, True, True))
     assert flops.llm == 8 * 2 * (4 * LAYER + 6 * UPDATES) + 5 * 4 * HEAD
     assert flops.attention == 6 * 2 * 4 * 2 * 8**2
 
@@ -88,18 +101,18 @@ def test_with_lora_frozen_weights_count_four_and_updates_six():
 def test_embeddings_that_learn_beside_the_updates_count_in_a_tied_output_layer_only():
     for tied, per_weight in ((False, 4), (True, 6)):
         model = with_lora("qkv", "proj", "fc1", "fc2", also_train=("embeddings",), tied=tied)
-        flops = model_flops([8], 5, 0, model, parts(False, False, True))
+        flops = flops_of([8], 5, 0, model, parts(False, False, True))
         assert flops.llm == 8 * 2 * (4 * LAYER + 6 * UPDATES) + 5 * per_weight * HEAD
 
 
 def test_no_gradient_passes_through_what_runs_before_the_first_update():
     """Frozen below: the inputs of the first layer's qkv need no gradient, nor does all before fc1 where that is the first."""
     optim = parts(False, False, True)
-    from_qkv = model_flops([8], 5, 0, with_lora("qkv"), optim)
+    from_qkv = flops_of([8], 5, 0, with_lora("qkv"), optim)
     qkv = 16 * 8
     assert from_qkv.llm == 8 * (2 * (4 * LAYER + 6 * 2 * (16 + 8)) - 2 * qkv - 2 * 2 * 8) + 5 * 4 * HEAD
     assert from_qkv.attention == 6 * 2 * 4 * 2 * 8**2
-    from_fc1 = model_flops([8], 5, 0, with_lora("fc2", "fc1"), optim)
+    from_fc1 = flops_of([8], 5, 0, with_lora("fc2", "fc1"), optim)
     before = 16 * 8 + 8 * 8 + 32 * 8
     updates = 2 * ((32 + 8) + (8 + 16))
     assert from_fc1.llm == 8 * (2 * (4 * LAYER + 6 * updates) - 2 * before - 2 * 2 * 8) + 5 * 4 * HEAD
@@ -108,16 +121,16 @@ def test_no_gradient_passes_through_what_runs_before_the_first_update():
 
 def test_documents_of_a_packed_row_add_up_as_if_they_were_alone():
     optim = parts(True, True, True)
-    packed = model_flops([100, 7, 33], 20, 4, SMALL, optim)
-    alone = [model_flops([100], 15, 1, SMALL, optim), model_flops([7], 0, 0, SMALL, optim)]
-    assert sum(alone, Flops()) + model_flops([33], 5, 3, SMALL, optim) == packed
+    packed = flops_of([100, 7, 33], 20, 4, SMALL, optim)
+    alone = [flops_of([100], 15, 1, SMALL, optim), flops_of([7], 0, 0, SMALL, optim)]
+    assert sum(alone, Flops()) + flops_of([33], 5, 3, SMALL, optim) == packed
 
 
 @pytest.mark.parametrize(
     ("length", "gigaflops_per_token"), [(131072, 148), (262144, 251), (524288, 457), (1048576, 870)]
 )
 def test_llama_3_8b_costs_per_token_what_the_published_comparison_says(length, gigaflops_per_token):
-    flops = model_flops([length], length, 0, LLAMA_3_8B, parts(True, True, True))
+    flops = flops_of([length], length, 0, LLAMA_3_8B, parts(True, True, True))
     assert flops.llm / 6 / length == pytest.approx(7.50e9, rel=1e-3)
     assert flops.total / length / 1e9 == pytest.approx(gigaflops_per_token, rel=0.005)
 
@@ -127,7 +140,7 @@ def test_llama_3_8b_costs_per_token_what_the_published_comparison_says(length, g
     [(LLAMA_2_7B, 131072, 2258, 32.6), (LLAMA_2_7B, 1048576, 317, 27.7), (LLAMA_3_8B, 131072, 2280, 34.1)],
 )
 def test_published_throughputs_on_h100_give_the_known_causal_mfu(model, length, tokens_per_s_per_gpu, percent):
-    flops = model_flops([length], length, 0, model, parts(True, True, True)).total
+    flops = flops_of([length], length, 0, model, parts(True, True, True)).total
     gpus = 8
     seconds = length / (tokens_per_s_per_gpu * gpus)
     assert 100 * mfu(flops, seconds, gpus, PRESETS["h100"].peak_flops) == pytest.approx(percent, abs=0.1)
@@ -135,7 +148,7 @@ def test_published_throughputs_on_h100_give_the_known_causal_mfu(model, length, 
 
 def test_the_siglip_tower_costs_its_known_forward_flops_per_frame():
     # SigLIP so400m at 384 px, 26 of 27 layers: 729 patches, about 0.40 G weights and 12 % attention on top
-    flops = model_flops([196], 0, 1, LLAMA_3_8B, parts(False, False, False)).vision
+    flops = flops_of([196], 0, 1, LLAMA_3_8B, parts(False, False, False)).vision
     weights = 26 * (4 * 1152**2 + 2 * 1152 * 4304) + 588 * 1152
     projector = 196 * (4608 * 4096 + 4096**2)
     assert flops == 2 * 729 * weights + 26 * 4 * 729**2 * 1152 + 2 * projector
@@ -152,7 +165,7 @@ def test_the_siglip_tower_costs_its_known_forward_flops_per_frame():
 )
 def test_each_projector_counts_its_own_products(kind, products):
     model = ModelConfig(vision=SMALL.vision, projector=ProjectorConfig(type=kind), llm=SMALL.llm)
-    flops = model_flops([4], 0, 1, model, parts(False, False, False)).vision
+    flops = flops_of([4], 0, 1, model, parts(False, False, False)).vision
     assert flops == 2 * TOWER_LAYER + PATCH_EMBEDDING + 2 * products
 
 

@@ -99,8 +99,8 @@ FAULTS = [
     Fault(
         "frames are left out of the FLOPs",
         TRAINER,
-        "r.row.supervised_tokens, len(r.row.frames), self",
-        "r.row.supervised_tokens, 0, self",
+        "r.row.supervised_tokens, r.row.units, self",
+        "r.row.supervised_tokens, (), self",
         QWEN2,
     ),
     Fault("attention counts its whole square", FLOPS, "attention=2 * attention", "attention=4 * attention", QWEN2),

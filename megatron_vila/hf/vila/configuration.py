@@ -32,7 +32,7 @@ from megatron_vila.convert.hf_config_out import flat_root, language_config, visi
 from megatron_vila.convert.token_order import ORDERS, suggest_token_order
 from megatron_vila.data.sampling import FPS_RULES
 from megatron_vila.errors import UserError
-from megatron_vila.plan.geometry import tokens_per_frame
+from megatron_vila.plan.geometry import tokens_per_square
 from megatron_vila.plan.sizes import PROJECTOR_TYPES
 
 _LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
@@ -210,7 +210,7 @@ class VilaConfig(PreTrainedConfig):
     @property
     def tokens_per_frame(self) -> int:
         """Visual tokens of one picture or video frame, separators not counted."""
-        return tokens_per_frame(self.vision_settings, self.projector_settings)
+        return tokens_per_square(self.vision_settings, self.projector_settings)
 
 
 class LlavaLlamaConfig(VilaConfig):

@@ -41,7 +41,8 @@ from megatron_vila.hf.vila.given_media import (
 )
 from megatron_vila.hf.vila.modeling import local_folder
 from megatron_vila.models.vision.tower import scale_pixels
-from megatron_vila.plan.row import Document, FrameRef
+from megatron_vila.plan.pictures import Squares, Unit
+from megatron_vila.plan.row import Document, references
 
 _logger = logging.getLogger(__name__)
 
@@ -292,7 +293,8 @@ class VilaProcessor(ProcessorMixin):
         pieces = [control.encode(piece)[0] if piece else np.zeros(0, dtype=np.int64) for piece in MEDIUM.split(text)]
         pieces[0] = np.concatenate([own_start(self.tokenizer, TextRules.of(self)), pieces[0]])
         segments = [Segment(ids, np.zeros(len(ids), dtype=bool)) for ids in pieces]
-        pictures = [[FrameRef("", i, self.tokens_per_frame, 0, video) for i in range(count)] for video, count in media]
+        kind = Squares(Unit(frames=1, tiles=1, tokens=self.tokens_per_frame, cost=1))
+        pictures = [references("", range(count), video, kind.units(count, video)) for video, count in media]
         document: Document = assemble(segments, pictures, self.image_separator_ids, self.frame_separator_ids, "")
         token_ids = document.token_ids
         for frame, start in zip(document.frames, document.frame_starts, strict=True):

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.errors import SettingError
 from megatron_vila.models.vision.initialize import initialize, zero_connected_to
-from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_frame
+from megatron_vila.plan.geometry import downsample_rate, patches_per_side, patches_per_square, tokens_per_square
 
 
 class SpaceToChannel(nn.Module):
@@ -49,8 +49,8 @@ class Projector(nn.Module):
 
     def __init__(self, projector: ProjectorConfig, vision: VisionConfig, hidden_size: int, init_std: float) -> None:
         super().__init__()
-        self.num_patches = patches_per_side(vision) ** 2
-        self.num_tokens = tokens_per_frame(vision, projector)
+        self.num_patches = patches_per_square(vision)
+        self.num_tokens = tokens_per_square(vision, projector)
         self.in_channels, self.hidden_size = vision.hidden_size, hidden_size
         self.layers = _build_layers(projector, patches_per_side(vision), vision.hidden_size, hidden_size)
         initialize(self, init_std)

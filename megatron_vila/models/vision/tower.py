@@ -24,7 +24,7 @@ from megatron_vila.config.schema import VisionConfig
 from megatron_vila.errors import SettingError
 from megatron_vila.models.vision.initialize import initialize, zero_connected_to
 from megatron_vila.plan.budgets import frames_at_once
-from megatron_vila.plan.geometry import patches_per_side
+from megatron_vila.plan.geometry import patches_per_square
 
 
 def layers_to_run(config: VisionConfig) -> int:
@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, init_std: float) -> None:
         super().__init__()
         self.config = config
-        self.num_patches = patches_per_side(config) ** 2
+        self.num_patches = patches_per_square(config)
         self.num_layers_run = layers_to_run(config)
         # Built without storage: transformers would draw random weights of its own, in an order of its version.
         with torch.device("meta"):
