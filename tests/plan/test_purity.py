@@ -25,7 +25,7 @@ for place, names in (
 
 from megatron_vila.config.schema import Config
 from megatron_vila.plan import (
-    activations, bounds, budgets, flops, frames, geometry, grid, hardware, heads, layouts, memory, row, row_plan, sizes,
+    activations, bounds, budgets, flops, frames, geometry, grid, hardware, heads, layouts, memory, pictures, row, row_plan, sizes,
     tokens, traffic, validate,
 )
 used = {name for name in sys.modules if name.startswith("megatron_vila.plan.")}
@@ -39,16 +39,17 @@ assert list(bounds.size_problems(config)) == []
 assert layouts.nearest_layouts(config.model.llm, layouts.Layout.of(config.parallel), 24)
 assert activations.activations(config, 4, 2, machine.gpu_bytes).llm > 0
 assert budgets.frames_at_once(config.model.vision, True, 2, machine.gpu_bytes) >= 1
-found = flops.model_flops([4096], 100, 8, config.model, config.optim)
+units = pictures.pictures_of(config.model).units(8, True)
+found = flops.model_flops([4096], 100, units, config.model, config.optim)
 assert flops.mfu(found.total, 1.0, 16, machine.peak_flops) > 0
 
 shape = grid.GridShape.of(16, ulysses=2, ring=2)
-each = geometry.tokens_per_frame(config.model.vision, config.model.projector)
-pictures = tuple(row.FrameRef("video", i, each, sizes.patches_per_frame(config.model.vision), True) for i in range(8))
+each = geometry.tokens_per_square(config.model.vision, config.model.projector)
+refs = row.references("video", range(8), True, units)
 ids = numpy.full(8 * each, row.MEDIA_TOKEN)
-document = row.Document(ids, numpy.full(len(ids), row.IGNORE), pictures, each * numpy.arange(8), "a video")
+document = row.Document(ids, numpy.full(len(ids), row.IGNORE), refs, each * numpy.arange(8), "a video")
 packed = row.pack([document], shape.document_multiple, shape.row_multiple)
-assert frames.deal_frames([f.cost for f in pictures], shape.encoders)[-1] == 8
+assert frames.deal_frames([f.cost for f in refs], shape.encoders)[-1] == 8
 plan = row_plan.RowPlan.of(packed, shape)
 assert sum(len(plan.shard(rank).frames) for rank in range(shape.encoders)) == 8
 assert isinstance(plan.reshard, tokens.ReshardPlan)
