@@ -236,7 +236,7 @@ def compiled_on_cuda(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args):
-        # Code that is compiled has a version for what wants gradients and another for what does not, and few versions in all.
+        # Detached: torch.compile would make other versions for arguments that require gradients, and it keeps only a few.
         args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         return (compiled() if args[0].device.type == _COMPILED_DEVICE and compiles() else function)(*args)
 

@@ -14,7 +14,7 @@ from megatron_vila import accelerator
 from megatron_vila.errors import LaunchError, PeerError, StallError, some
 
 STARTED = "megatron_vila/started"
-"""key of what each rank that has come to the start is: ``this_process``"""
+"""key under which each rank that has come to the start says which process it is (``this_process``)"""
 _store: dist.Store | None = None
 _before_end: list[Callable[[], None]] = []
 
@@ -90,8 +90,8 @@ def meet(timeout_minutes: float = 30.0) -> None:
 
 
 def shared_store() -> dist.Store | None:
-    """A connection of its own to what all ranks share, for another thread may wait in the first one. None for a lone process
-    and before the ranks have met."""
+    """A connection of its own to what all ranks share, because another thread may be waiting in the first one. None for a
+    lone process and before the ranks have met."""
     if rank_and_world()[1] == 1:
         return None
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _store

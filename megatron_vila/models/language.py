@@ -119,7 +119,7 @@ def build_language_model(
 def core_attention(
     kind: type[MMSPAttention], model: ModelConfig, topology: ParallelTopology, device: torch.device, ulysses_chunks: int, **more
 ) -> Callable[..., MMSPAttention]:
-    """What a layer spec takes as ``core_attention``: ``kind`` with what this grid and ``more`` say of it."""
+    """What a layer spec takes as ``core_attention``: ``kind`` with the arguments of this grid and those in ``more``."""
     return functools.partial(
         kind,
         ulysses_group=topology.ulysses,

@@ -189,7 +189,7 @@ def _add_dweight(sum_VH, hidden_nH, weight_VH, local_RL, log_sum_RL, grad, vocab
                 continue
             logits, dlogits = logits_PW[: len(local_P)], dlogits_PW[: len(local_P)]
             _write_logits(hidden_PH, weight_VH[block.start : block.start + count], logits[:, :count])
-            # Whole tiles, with leftovers beyond the last row that nobody reads: no other width to compile for.
+            # Whole tiles, so that no other width is compiled; what lies beyond the last row is never read.
             _write_scaled_dlogits(logits, log_sum_P, local_P - block.start, grad, dlogits)
             for part in _fast_parts(count):
                 add_product(dlogits[:, part].t(), hidden_PH, into_WH[part])
@@ -312,7 +312,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _scratch(tokens: int, columns: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, columns], uninitialized, with rows at multiples of 16 bytes as tensor cores want them."""
+    """[tokens, columns], uninitialized. Rows start at multiples of 16 bytes, which tensor cores need to be fast."""
     return like.new_empty(tokens, _round_up(columns, 8), dtype=dtype)[:, :columns]
 
 

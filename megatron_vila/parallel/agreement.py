@@ -19,8 +19,9 @@ T = TypeVar("T")
 def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T:
     """The result of ``action`` on rank 0, on every rank (a broadcast over all ranks).
 
-    Where it fails every rank raises. What a user can cure: rank 0 its own error, or with ``failed`` a ``CheckpointError`` that
-    says so, why, and ``cure``; the others one of the same text. A fault of the program: rank 0 that, the others ``PeerError``.
+    If it fails, every rank raises. If a user can cure the error, rank 0 raises it, or with ``failed`` a ``CheckpointError`` of
+    ``failed``, the reason and ``cure``; the others raise one with the same text. If it is a fault of the program, rank 0
+    raises it and the others raise ``PeerError``.
     """
     result, failure, told = None, None, None
     if dist.get_rank() == 0:
@@ -46,8 +47,8 @@ def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T
 def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
     """The result of ``action`` on this rank; if it raises on any, ``CheckpointError`` with that reason on all of them.
 
-    Collective over all ranks, after the action. What is damaged for one rank and refused to another counts as refused. A fault of
-    the program is raised on its rank as it is, and the others raise ``PeerError``.
+    Collective over all ranks, after the action. A file that is damaged for one rank and refused to another counts as refused.
+    A fault of the program is raised on its rank as it is, and the others raise ``PeerError``.
     """
     result, told, failure = None, None, None
     try:
@@ -68,7 +69,7 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
 
 
 def _is_curable(error: Exception) -> bool:
-    """Whether a user can: our own messages say how, and so does what the operating system refuses."""
+    """Whether a user can cure it: our own messages say how, and so do refusals of the operating system."""
     return isinstance(error, UserError) or refusal_behind(error) is not None
 
 
@@ -87,7 +88,7 @@ def _kind(error: Exception) -> type[Exception]:
 
 
 def _reason(error: Exception) -> str:
-    """Our own message; else kind and message, of what the operating system refused if that is behind the error."""
+    """Our own message; otherwise kind and message of the error, or of the refusal of the operating system behind it."""
     if isinstance(error, CheckpointError):
         return str(error)
     reason = refusal_behind(error) or error

@@ -3,8 +3,8 @@
 q, k, v [s, heads, D] after the rotary embedding -> all-to-all over the Ulysses group -> zigzag ring -> all-to-all back. One
 autograd function saves q, k, v, the output and its log-sum-exp; where a layer is run again for its gradients, another one gets
 the output that was kept, so that attention never runs twice. With several chunks of heads the exchanges of one chunk run under
-the attention of another. It knows neither Megatron-Core nor Transformers: both stand on it (``parallel/megatron_attention.py``,
-``hf/mm_sp/enable.py``).
+the attention of another. It knows neither Megatron-Core nor Transformers; the adapters to both use it
+(``parallel/megatron_attention.py``, ``hf/mm_sp/enable.py``).
 
 Legend: S tokens of a row, s local tokens (S/cp), T = U*s, H query heads, K key/value heads, D head dim.
 """
@@ -141,11 +141,11 @@ class _Attention2D(torch.autograd.Function):
             q, k, v = coming.wait()
             if chunk + 1 in chunks:
                 coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, chunk + 1)
-            # Without an exchange v may be a view, which would keep all of what it is a part of alive.
+            # Without an exchange v may be a view, which would keep the whole tensor that it is a part of.
             v = v.contiguous()
             out, lse = ring.forward(q, k, v, row.layout, attention.expansion)
             saved += [q, k, v, out, lse]
-            if returning is not None:  # it went under this chunk's attention
+            if returning is not None:  # its transfer ran under this chunk's attention
                 returning.wait()
             if exchanged:
                 returning = ulysses.to_sequence(out, row.inverse, out_sHD, chunk)
@@ -204,7 +204,7 @@ class _KeptAttention2D(torch.autograd.Function):
 def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, start: Callable[[int], Callable[[], tuple]]):
     """Gradients of q, k and v in the sequence layout, and nothing for the other three arguments.
 
-    ``start(chunk)`` begins to bring a chunk to its heads; what it returns gives dout, q, k, v, out and the log-sum-exp there.
+    ``start(chunk)`` starts the exchange of a chunk; the function it returns gives dout, q, k, v, out and the log-sum-exp there.
     """
     ulysses, chunks = attention.ulysses, range(attention.ulysses.split.chunks)
     coming, returning, totals = start(0), None, None
@@ -218,7 +218,7 @@ def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, 
         if totals is None:
             tokens, kv_heads, dim = len(dout_sHD), ulysses.split.kv_heads, dout_sHD.shape[2]
             totals = tuple(dout_sHD.new_empty(tokens, n, dim) for n in (dout_sHD.shape[1], kv_heads, kv_heads))
-        if returning is not None:  # it went under this chunk's attention
+        if returning is not None:  # its transfer ran under this chunk's attention
             returning.wait()
         returning = ulysses.grads_to_sequence(grads, row.inverse, totals, chunk)
         del grads

@@ -76,7 +76,7 @@ class PeerMemory:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is written to others inside, at NVLink's speed, runs beside later work of this GPU up to the ``barrier``."""
+        """Writes to others inside this block, at NVLink's speed, run beside later work of this GPU, up to the ``barrier``."""
         self._stream.wait_stream(accelerator.cuda().current_stream())
         with accelerator.cuda().stream(self._stream):
             yield

@@ -97,7 +97,7 @@ def _add_at(total, index, x):
 
 @compiled_on_cuda
 def _weights(lse_hn, part_lse):
-    """Of the running outputs and of the block's; the new log-sum-exp."""
+    """Weights of the running outputs and of the block's, and the new log-sum-exp."""
     total = torch.logaddexp(lse_hn, part_lse)
     return (lse_hn - total).exp(), (part_lse - total).exp(), total
 
@@ -148,7 +148,7 @@ class Ring:
             if self.size == 1:
                 return part_out, part_lse
             if step == 0:
-                # What is merged once is rounded once without a wider copy.
+                # An output that is merged once is rounded once, without a wider copy.
                 out, lse = (part_out if self.size == 2 else part_out.to(part_lse.dtype)), part_lse
             else:
                 layout.merge(out, lse, part_out, part_lse, block.queries)

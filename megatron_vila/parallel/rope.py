@@ -39,11 +39,11 @@ def rotary_angles(
 def rotary_qkv(
     qkv_SKGD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of one product, apart and contiguous: q [S, H, D] and k [S, K, D] turned, v [S, K, D] as it is.
+    """Queries, keys and values of one product, apart and contiguous: q [S, H, D] and k [S, K, D] rotated, v [S, K, D] as it is.
 
     ``qkv_SKGD`` holds for each of K key/value heads its query heads, the key and the value: G = H/K + 2. Each pair (n, n + D/2)
-    is turned by its angle. The products are formed in the wider dtype of ``qkv_SKGD`` and ``cos_SD`` and rounded once. The
-    gradient, one tensor, is the turn back: only the angles are saved.
+    is rotated by its angle. The products are formed in the wider dtype of ``qkv_SKGD`` and ``cos_SD`` and rounded once. The
+    gradient, one tensor, is the rotation back: only the angles are saved.
     """
     return _RotaryQKV.apply(qkv_SKGD, cos_SD, sin_SD)
 
@@ -59,14 +59,14 @@ class _RotaryQKV(torch.autograd.Function):
         tokens, kv_heads, dim = dk_SKD.shape
         dq_SKgD = dq_SHD.unflatten(1, (kv_heads, -1))
         dqkv_SKGD = dk_SKD.new_empty(tokens, kv_heads, dq_SKgD.shape[2] + 2, dim)
-        # Into their places one by one: the compiler joins turned heads by a copy of its own.
+        # Written to their places one by one: if the compiler joined them, it would copy all of them once more.
         _turn_queries_back(dqkv_SKGD[:, :, :-2], dq_SKgD, *ctx.saved_tensors)
         _turn_keys_back(dqkv_SKGD[:, :, -2], dk_SKD, *ctx.saved_tensors)
         dqkv_SKGD[:, :, -1] = dv_SKD
         return dqkv_SKGD, None, None
 
 
-# Each has a function of its own: each is compiled for the tensors that it meets.
+# Separate functions, so that each is compiled for its own tensors.
 @compiled_on_cuda
 def _turn_apart(qkv, cos, sin):
     q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]

@@ -216,8 +216,8 @@ class Ulysses:
         return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
 
     def _takes_peers(self, elements: int, like: torch.Tensor) -> bool:
-        """Whether an exchange that brings a rank up to ``elements`` goes by ``peers``; if so, they now wait for it: their buffers
-        are free."""
+        """Whether an exchange in which a rank gets up to ``elements`` goes by ``peers``. If so, all of them have read what came
+        before: their buffers are free."""
         if self.peers is None or self.split.chunks > 1 or not self.peers.reserve(elements * like.element_size()):
             return False
         self.peers.barrier()

@@ -25,11 +25,12 @@ class Outcome:
 
 
 class UpdateGuard:
-    """Judges steps that changed no weight. ``rows_per_epoch`` without a label in them are a whole epoch of nothing."""
+    """Judges steps that changed no weight. ``rows_per_epoch`` rows in succession without a label are a whole epoch with
+    nothing to learn."""
 
     def __init__(self, config: Config, rows_per_epoch: int) -> None:
         self._config, self._rows_per_epoch = config, rows_per_epoch
-        self._barren_rows, self._skips_in_a_row = 0, 0
+        self._rows_without_labels, self._skips_in_a_row = 0, 0
 
     def judge(self, step: int, outcome: Outcome, skipped: int, say: Callable[[str], None]) -> None:
         """Say so if ``step`` did not change the weights; ``skipped`` updates are skipped so far.
@@ -37,13 +38,13 @@ class UpdateGuard:
         Raises ``NonFiniteError`` as ``train.on_nan`` says and ``NothingToLearnError`` after a whole epoch without a label.
         """
         train = self._config.train
-        self._barren_rows = 0 if outcome.supervised else self._barren_rows + train.global_batch_size
+        self._rows_without_labels = 0 if outcome.supervised else self._rows_without_labels + train.global_batch_size
         self._skips_in_a_row = 0 if outcome.updated or not outcome.supervised else self._skips_in_a_row + 1
         if outcome.updated:
             return
         if not outcome.supervised:
             say(f"step {step} has no supervised token: nothing updated")
-            if self._barren_rows >= self._rows_per_epoch:
+            if self._rows_without_labels >= self._rows_per_epoch:
                 raise NothingToLearnError(
                     f"a whole epoch of data.train={self._config.data.train} held no supervised token; the samples need answers "
                     "(turns from gpt) that fit into train.seq_length"

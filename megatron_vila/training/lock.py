@@ -115,7 +115,7 @@ class RunLock:
             self.release()
 
     def release(self) -> None:
-        """Give the lock back; nothing happens where it is another one's by now."""
+        """Give the lock back; nothing happens if another run holds it by now."""
         _held.discard(self)
         with contextlib.suppress(OSError):
             if self._path is not None and self._token_in(self._path) == self._owner.token:

@@ -92,7 +92,7 @@ class MetricsLogger(Watcher):
         record = {f"eval_{name}": value for name, value in results.items()}
         self._write_line({"step": step} | record)
         self._write_scalars({f"eval/{name}": value for name, value in results.items()}, step)
-        # That nothing was left out or cut needs no word.
+        # Counts of zero, nothing left out or cut, are not shown.
         told = {n: v for n, v in results.items() if v or not n.startswith(("left_out", "truncated"))}
         self.message(f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in told.items()))
 

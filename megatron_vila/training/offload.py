@@ -68,7 +68,7 @@ class StreamedAdam(torch.optim.Optimizer):
         """Update all weights of this rank. The state on the host is at rest when it returns."""
         for group in self.param_groups:
             group["step"] += 1
-        # What is here is updated while the next chunks come. Whoever has anything has some of it on the host.
+        # The chunks on the device are updated while the next ones come from the host. A rank with any state has some on the host.
         here, there = self._chunks(on_host=False), self._chunks(on_host=True)
         per_arrival = -(-len(here) // max(len(there), 1))
         for index, (chunk, state) in enumerate(self._streamed(there)):
@@ -88,7 +88,7 @@ class StreamedAdam(torch.optim.Optimizer):
         return [chunk for section in self._sections if section.on_host == on_host for chunk in section.chunks]
 
     def _streamed(self, chunks: list[_Chunk]) -> Iterator[tuple[_Chunk, torch.Tensor]]:
-        """Each chunk with its state on the device; what was done to that when the next is asked for goes back to the host."""
+        """Each chunk with its state on the device; when the next one is asked for, the changed state goes back to the host."""
         if not chunks:
             return
         cuda, device = accelerator.cuda(), chunks[0].device
@@ -185,7 +185,7 @@ class _Chunk:
             moments,
             squares,
             [],
-            # It counts each of them up.
+            # Steps done, one number per tensor: the function counts each of them up.
             list(torch.full((len(sizes),), self.group["step"] - 1.0, device=self.device).unbind()),
             fused=True,
             amsgrad=False,

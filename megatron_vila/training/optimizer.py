@@ -66,8 +66,8 @@ def finalize_gradients(model, num_tokens=None, pg_collection=None, force_all_red
     last_stage = dist.get_process_group_ranks(pg_collection.pp)[-1]
     dist.broadcast(num_tokens, src=last_stage, group=pg_collection.pp)
     dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
-    # A number, though the host waits for it, as it does for the loss next: by a tensor, 9 GB of 16-bit gradients took 22 ms on
-    # an H100.
+    # A number, although the host waits for it (it waits for the loss next anyway): with a tensor, scaling 9 GB of 16-bit
+    # gradients took 22 ms on an H100.
     scale = 1.0 / max(num_tokens.item(), 1)
     for chunk in model:
         chunk.scale_gradients(scale)
@@ -113,7 +113,7 @@ def build_optimizer(
     config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = optim.offload_fraction > 0
     # The standard overrides are passed by hand because leaving them out means different things in 0.16.1 and 0.19.2.
     overrides = {**get_standard_config_overrides(config), **_rates_per_part(optim)}
-    # Shards of float32 weights are leaves, as torch's optimizers want them, only where autograd does not see them cut.
+    # torch's optimizers want leaves: shards of float32 weights are leaves only if autograd does not see how they are cut.
     with torch.set_grad_enabled(optim.offload_fraction == 0):
         chained = get_megatron_optimizer(
             config, list(model_chunks), config_overrides=overrides, use_gloo_process_groups=False

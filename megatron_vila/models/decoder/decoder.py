@@ -1,10 +1,10 @@
 """The decoder layers of this rank under a recompute policy that never runs attention twice.
 
 ``attention_output`` (the policy of long context) keeps the output and log-sum-exp of each layer's attention and the input of
-every ``block_layers``-th layer. The backward pass of a block first rebuilds the inputs of its layers from the first one (output
-projection and MLP only, attention's outputs being there), then takes the layers from the last to the first: it runs a layer
-once more with gradients, with the kept output in the place of attention, and goes back through it. The policy may hold for the
-first layers only: the last ones, whose backward pass comes first, then keep everything.
+every ``block_layers``-th layer. The backward pass of a block first rebuilds the inputs of its layers from the first one (only
+output projection and MLP, because attention's outputs were kept). Then it takes the layers from the last to the first: it
+runs a layer once more with gradients, with the kept output in the place of attention, and goes back through it. The policy
+may hold for the first layers only; the last ones, whose backward pass comes first, then keep everything.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -52,13 +52,13 @@ def run_decoder(
 
 
 def _blocks(layers: Sequence[TransformerLayer], memory: MemoryConfig) -> list[list[TransformerLayer]]:
-    """Without kept attention a block of several layers would have to run attention three times."""
+    """The layers in blocks, of one layer if attention is not kept: a longer block would have to run attention three times."""
     size = memory.block_layers if memory.recompute == "attention_output" else 1
     return [list(layers[first : first + size]) for first in range(0, len(layers), size)]
 
 
 class _Recompute(torch.autograd.Function):
-    """One block of layers; the gradients of parameters go to where the inner backward pass leaves them."""
+    """One block of layers; the the inner backward pass stores the gradients of the parameters."""
 
     @staticmethod
     def forward(ctx, hidden_t1H: torch.Tensor, block: _Block) -> torch.Tensor:
@@ -108,7 +108,7 @@ class _Block:
             for layer, kept in zip(self._layers[:-1], self._attention[:-1], strict=True):
                 inputs.append(_without_attention(layer, inputs[-1], kept))
         for done, layer in enumerate(reversed(self._layers)):
-            # One layer of the block before comes for each layer here, whose own is free after it.
+            # For each layer done here, one layer of the block before is brought back: what this one kept is free by then.
             if self._before is not None:
                 self._before.prefetch(done + 1)
             kept = self._attention.pop()
@@ -144,7 +144,7 @@ def _after_attention(layer: TransformerLayer, out_t1H: torch.Tensor, hidden_t1H:
 
 @contextmanager
 def _value_not_needed(layer: TransformerLayer):
-    """The layer's output serves as the root of a backward pass only: the tiled MLP need not compute its part."""
+    """The layer's output only starts a backward pass, so the tiled MLP need not compute its part of it."""
     layer.mlp.value_needed = False
     try:
         yield

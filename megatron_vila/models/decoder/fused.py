@@ -1,4 +1,4 @@
-"""The parts of a decoder layer between the matrix products: compiled on a GPU, and no more saved than is needed.
+"""The parts of a decoder layer between the matrix products: compiled on a GPU, saving no more than is needed.
 
 Each operation is a pair of plain functions, forward and backward, under one autograd function
 (``accelerator.compiled_on_cuda``). 16-bit inputs are computed in float32 and rounded once.
@@ -18,7 +18,8 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream and its norm, x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x.
 
-    The stream is x, or x + residual. Who goes on with it rather than with x has the two gradients added in the norm's.
+    The stream is x, or x + residual. Use it in the place of x from here on: then the norm's backward pass adds the
+    two gradients.
     """
     return _RMSNorm.apply(x_TH, residual_TH, weight_H, eps)
 
@@ -80,7 +81,8 @@ def _add_norm(x, residual, weight, eps):
 
 
 def _norm_gradients(dout, x, weight, scale):
-    """Of x, wide, and of the weight: in one function the compiler forms both in one pass. A frozen weight's is dropped."""
+    """Gradients of x (in the wider dtype) and of the weight, in one function so that the compiler forms both in one pass. That of
+    a frozen weight is dropped."""
     normed, wide = _wide(x) * scale, _wide(dout)
     dnormed = wide * _wide(weight)
     dx = scale * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
@@ -120,7 +122,7 @@ def _silu_times(gate_up):
     return _silu_times_of(gate, up).to(gate_up.dtype)
 
 
-# Halves are arguments of their own: joined in compiled code, each would be formed from reads of its own.
+# The halves are separate arguments: if compiled code joined them, it would read the inputs anew for each half.
 @compiled_on_cuda
 def _write_gradient(gate, up, dout, dgate, dup):
     for place, value in zip((dgate, dup), _silu_times_gradient(gate, up, dout), strict=True):

@@ -1,9 +1,9 @@
-"""SwiGLU and the matrix products around it: apart, or on Hopper QuACK's products (``quack-kernels``) with SwiGLU inside.
+"""SwiGLU and the matrix products around it: as separate kernels, or on Hopper inside QuACK's products (``quack-kernels``).
 
-QuACK forms SwiGLU and its gradient from what the product has in registers, so gate and up make no trip through memory of their
-own. It works on gate and up of a column side by side: its [T, 2F] holds gate 0, up 0, gate 1, up 1, and so on. Weights and their
-gradients keep Megatron's order, all gates before all ups; QuACK reads and writes them through a layout. Its kernels are compiled
-at first use (seconds each) and kept on disk.
+QuACK forms SwiGLU and its gradient from what the product has in registers, so gate and up need no trip through memory of
+their own. It works on gate and up of a column side by side: its [T, 2F] holds gate 0, up 0, gate 1, up 1, and so on. Weights
+and their gradients keep Megatron's order, all gates before all ups; QuACK reads and writes them through a layout. Its kernels
+are compiled at first use (seconds each) and kept on disk.
 
 Legend: T tokens, H hidden size, F width of the MLP of this tensor-parallel rank.
 """
@@ -35,7 +35,7 @@ class Apart:
         self, grad_TH: torch.Tensor, fc2_HF: torch.Tensor, gate_up_T2F: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """silu(gate) * up [T, F] once more, and the gradients of gate and up [T, 2F], from that of the MLP's output."""
-        inner_TF = grad_TH @ fc2_HF  # its gradient, in whose place it comes
+        inner_TF = grad_TH @ fc2_HF  # the gradient of silu(gate) * up, over which its value is written next
         dgate_up_T2F = swiglu_backward_(gate_up_T2F, inner_TF)
         return inner_TF, dgate_up_T2F
 
@@ -143,5 +143,5 @@ def _inside(device: torch.device) -> Inside | str:
         return inside
     except ModuleNotFoundError as error:
         return f"the package quack-kernels is not installed (no module {error.name}); pip install quack-kernels (extra gpu)"
-    except Exception as error:  # another version, or the compiler behind it does not load or takes it amiss
+    except Exception as error:  # another version, or its compiler does not load or fails
         return f"the package quack-kernels does not work here ({type(error).__name__}: {error})"

@@ -15,7 +15,7 @@ from megatron_vila.models.decoder.weight_gradient import WeightGradient
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Outputs split over tp. Under sequence parallelism Megatron's own product stays: it gathers tokens under another one."""
+    """Outputs split over tp. Under sequence parallelism Megatron's own product is used: it hides the gather of tokens."""
 
     def _forward_impl(self, input, weight, *args, bias=None, **kwargs):
         if self.sequence_parallel or not weight.requires_grad:

@@ -40,7 +40,7 @@ class TiledMLP(MLP):
     tile_tokens = 0
     value_needed = True
     swiglu_inside = True
-    """Whether products with SwiGLU inside are used where there are such (``gated.products_for``)."""
+    """Whether products with SwiGLU inside are used where they are available (``gated.products_for``)."""
 
     def forward(self, hidden_t1H: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
         """[t, 1, H] to [t, 1, H], and Megatron's bias, which is None."""
@@ -54,7 +54,7 @@ class TiledMLP(MLP):
         return _SwiGLUMLP.apply(hidden_t1H.squeeze(1), *weights, self, tile).unsqueeze(1), None
 
     def with_updates(self, hidden_n1H: torch.Tensor) -> torch.Tensor:
-        """The MLP by way of autograd, where LoRA has added to its layers."""
+        """The MLP through autograd, for layers with LoRA updates."""
         gate_up, _ = self.linear_fc1(hidden_n1H)
         return self.linear_fc2(swiglu(gate_up))[0]
 

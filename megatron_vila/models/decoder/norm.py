@@ -40,5 +40,5 @@ class RMSNorm(nn.Module):
         return self.with_stream(x)[1]
 
     def with_stream(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream to go on with, x or x + residual, and its norm: their gradients are added in the norm's."""
+        """The residual stream to use from here on, x or x + residual, and its norm, whose backward pass adds both gradients."""
         return rms_norm(x, self.weight, self.eps, residual)

@@ -47,8 +47,9 @@ class HostMemory:
     def _acquire(self, size: int) -> torch.Tensor | None:
         """A buffer of ``size`` bytes or more; None without room for it.
 
-        One that is there already serves if it is not twice as large, and any larger one before others are given up for a new one:
-        page-locking takes seconds. Raises ``HostMemoryError`` if the host does not page-lock as much.
+        A free buffer is used if it is at most twice as large. If the budget has no room for a new one, any larger buffer is used
+        before others are given up, because page-locking takes seconds. Raises ``HostMemoryError`` if the host does not page-lock
+        as much.
         """
         held = self.used_bytes + sum(buffer.nbytes for buffer in self._free)
         most = 2 * size if held + size <= self.budget_bytes else self.budget_bytes
@@ -77,7 +78,8 @@ class HostMemory:
     def scale(self, factor: int) -> None:
         """Page-lock now what rows ``factor`` times as long as those so far will need, as far as the budget goes.
 
-        Without it the first of these rows pays for it. Nothing may be kept at present. Raises ``HostMemoryError``.
+        Otherwise the first of these rows would wait for the page-locking. Nothing may be kept at present. Raises
+        ``HostMemoryError``.
         """
         # What is kept first is released last.
         sizes = [factor * buffer.nbytes for buffer in reversed(self._free)]

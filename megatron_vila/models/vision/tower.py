@@ -141,7 +141,8 @@ class VisionTower(nn.Module):
 
     def _compile_layers(self) -> None:
         for layer in self._layers_run():
-            # With its padding of rows, code for any batch size fails on what code for one batch size has kept (torch 2.11, 2.13).
+            # With padded rows, code for any batch size fails on tensors that code for one batch size has saved (torch 2.11,
+            # 2.13).
             layer.compile(options={"comprehensive_padding": False})
         self._layers_are_compiled = True
 
@@ -175,9 +176,9 @@ def encode_frames(tower: VisionTower, projector: nn.Module, pixels_F3HW: torch.T
 
 
 class FrameEncoder:
-    """``encode_frames`` for one micro-batch after the other, the next one's frames, where that is asked for, under the current
-    one's layers: on a CUDA stream of its own, for where the layers leave the GPU idle. Their backward pass is autograd's,
-    on the same stream. On a CPU it is the same work in the same order."""
+    """``encode_frames`` for one micro-batch after the other. If asked to, it encodes the next one's frames under the layers
+    of the current one, on a CUDA stream of its own, to use the GPU where the layers leave it idle. Autograd runs their
+    backward pass on the same stream. On a CPU it is the same work in the same order."""
 
     def __init__(self, tower: VisionTower, projector: nn.Module) -> None:
         self._tower, self._projector = tower, projector
@@ -186,7 +187,7 @@ class FrameEncoder:
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # pixels and their tokens
 
     def __call__(self, pixels_F3HW: torch.Tensor) -> torch.Tensor:
-        """Projected tokens [F, T, D]: those made ahead if they are of these very pixels."""
+        """Projected tokens [F, T, D]: those made ahead, if they were made from these very pixels."""
         (pixels, tokens_FTD), self._ahead = self._ahead or (None, None), None
         if pixels is not pixels_F3HW:
             tokens_FTD = encode_frames(self._tower, self._projector, pixels_F3HW)
@@ -199,8 +200,8 @@ class FrameEncoder:
         return tokens_FTD
 
     def start(self, pixels_F3HW: torch.Tensor) -> None:
-        """Encode the frames of the next call, unless the tower keeps its activations: those of two micro-batches would lie there
-        at once. Called once the layers of the current micro-batch are queued."""
+        """Encode the frames of the next call, unless the tower keeps its activations: those of two micro-batches would be in
+        memory at once. Called once the layers of the current micro-batch are queued."""
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.used_parameters())
         if learns and not self._tower.config.recompute:
             return
