@@ -172,7 +172,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from megatron_vila.config.load import load_config
     from megatron_vila.dry_run import dry_run
     from megatron_vila.errors import ConfigError
-    from megatron_vila.plan.layouts import Layout
+    from megatron_vila.plan.grid import Layout
     from megatron_vila.start_checks import planned_machine
 
     config, machine = load_config(options.config, options.overrides), planned_machine(options.gpu)

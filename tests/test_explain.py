@@ -294,6 +294,18 @@ def test_a_sample_of_a_missing_file_is_refused(capsys, data):
     assert "nowhere.json" in refused(capsys, "tiny", "sample=0", *data, "data.train=[nowhere.json]")
 
 
+def test_a_row_on_4096_ranks_is_explained_where_there_is_no_torch():
+    """A lookup that is quadratic in Python would take minutes here."""
+    settings = "longvila-7b-stage5 world_size=4096 parallel.ring=1024 frames=4096 train.seq_length=2097152 --gpu gb200"
+    program = (
+        "import sys; sys.modules['torch'] = None; from megatron_vila.explain.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *settings.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "longvila-7b on 4096 ranks (512 nodes of 8)" in done.stdout and "4080 ranks not listed" in done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 
 

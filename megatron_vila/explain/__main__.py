@@ -23,8 +23,7 @@ from megatron_vila.explain.grid import explain_grid, explain_model, explain_toke
 from megatron_vila.explain.sample import explain_sample, made_up_document
 from megatron_vila.explain.text import console
 from megatron_vila.plan.bounds import MOST
-from megatron_vila.plan.grid import GridShape
-from megatron_vila.plan.layouts import Layout
+from megatron_vila.plan.grid import GridShape, Layout
 from megatron_vila.plan.row import Document
 from megatron_vila.plan.validate import validate
 from megatron_vila.start_checks import planned_machine, tokenizer_problems

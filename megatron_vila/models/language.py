@@ -23,6 +23,7 @@ from megatron_vila.models.decoder.norm import RMSNorm
 from megatron_vila.parallel.megatron_attention import MMSPAttention
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.sizes import head_dim
 
 VOCAB_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (and of tp), so that checkpoints fit every usual tp."""
@@ -45,7 +46,7 @@ def transformer_config(model: ModelConfig, topology: ParallelTopology, dtype: to
         hidden_size=llm.hidden_size,
         num_attention_heads=llm.num_heads,
         num_query_groups=llm.num_kv_heads,
-        kv_channels=llm.head_dim or llm.hidden_size // llm.num_heads,
+        kv_channels=head_dim(llm),
         ffn_hidden_size=llm.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,

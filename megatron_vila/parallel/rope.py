@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from megatron_vila.accelerator import compiled_on_cuda
-from megatron_vila.errors import SettingError
 
 
 def rotary_angles(
@@ -20,13 +19,9 @@ def rotary_angles(
 
     ``positions_S`` int64. The result is float64 if ``dtype`` is float64, else float32, on the device of the
     positions. Angles are always formed in float64: at a position of a million, float32 is off by up to 0.06 radian.
-    Raises ``ValueError`` for an odd head dim, a theta or a factor that is not positive, and positions that are not
-    integers.
+    The head dim is even, theta and factor are positive. Raises ``ValueError`` for positions that are not integers.
     """
-    if head_dim % 2:
-        raise SettingError(f"head_dim={head_dim} is odd and rotary embedding turns pairs; use an even head_dim")
-    if theta <= 0 or scaling_factor <= 0:
-        raise SettingError(f"rope_theta={theta} and rope_scaling_factor={scaling_factor} must be above 0")
+    assert head_dim % 2 == 0 and theta > 0 and scaling_factor > 0, (head_dim, theta, scaling_factor)
     if positions_S.is_floating_point():
         raise ValueError(f"positions are {positions_S.dtype}; give token positions as int64")
     exponents_N = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_S.device) / head_dim

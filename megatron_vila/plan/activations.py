@@ -23,6 +23,7 @@ from megatron_vila.plan.budgets import (
 )
 from megatron_vila.plan.frames import deal_frames
 from megatron_vila.plan.geometry import patches_per_square
+from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.pictures import most_frames, pictures_of, places
 from megatron_vila.plan.sizes import (
     head_dim,
@@ -138,7 +139,8 @@ def _kept_pieces(config: Config, begins_block: bool, element: int) -> list[int]:
 
 
 def local_tokens(config: Config) -> int:
-    return -(-config.train.seq_length // (config.parallel.ulysses * config.parallel.ring))
+    """Tokens of a CP rank."""
+    return -(-config.train.seq_length // Layout.of(config.parallel).cp)
 
 
 def peer_bytes(config: Config, element: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.errors import SettingError
 
 GROUP_KINDS = ("tp", "ulysses", "ring", "cp", "tp_cp", "dp", "dp_cp", "pp", "block")
@@ -43,6 +44,42 @@ _AXES_OF_KIND = {
 }
 
 
+class Layout(NamedTuple):
+    """Sizes of the model-parallel axes; data parallelism takes the rest of the world."""
+
+    tp: int
+    pp: int
+    ulysses: int
+    ring: int
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> Layout:
+        return cls(parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
+
+    @property
+    def cp(self) -> int:
+        return self.ulysses * self.ring
+
+    @property
+    def size(self) -> int:
+        """Ranks that share one sample."""
+        return self.tp * self.pp * self.cp
+
+    def world_problem(self, world_size: int) -> str | None:
+        """Why ``world_size`` ranks do not form whole replicas, with world sizes that do; None if they do."""
+        if world_size >= 1 and world_size % self.size == 0:
+            return None
+        below = world_size // self.size * self.size
+        worlds = " or ".join(str(n) for n in (below, below + self.size) if n > 0)
+        return (
+            f"world size {world_size} is not a multiple of tp*pp*ulysses*ring = "
+            f"{self.tp}*{self.pp}*{self.ulysses}*{self.ring} = {self.size}; start {worlds} processes"
+        )
+
+    def __str__(self) -> str:
+        return f"tp={self.tp} pp={self.pp} ulysses={self.ulysses} ring={self.ring}"
+
+
 @dataclass(frozen=True)
 class GridShape:
     """Sizes of the five axes. ``GridShape.of`` derives dp from a world size."""
@@ -55,18 +92,12 @@ class GridShape:
 
     @classmethod
     def of(cls, world_size: int, tp: int = 1, pp: int = 1, ulysses: int = 1, ring: int = 1) -> GridShape:
-        """The grid of ``world_size`` ranks; raises ``ValueError`` if the sizes do not divide it."""
-        sizes = {"parallel.tp": tp, "parallel.pp": pp, "parallel.ulysses": ulysses, "parallel.ring": ring}
-        for name, size in sizes.items():
-            if size < 1:
-                raise SettingError(f"{name}={size} must be at least 1")
-        model = tp * pp * ulysses * ring
-        if world_size < 1 or world_size % model:
-            raise SettingError(
-                f"world size {world_size} is not a multiple of tp*pp*ulysses*ring = {tp}*{pp}*{ulysses}*{ring} = {model}; "
-                f"start a multiple of {model} processes or choose sizes whose product divides {world_size}"
-            )
-        return cls(tp=tp, ulysses=ulysses, ring=ring, dp=world_size // model, pp=pp)
+        """The grid of ``world_size`` ranks; raises ``SettingError`` if the sizes, each at least 1, do not divide it."""
+        layout = Layout(tp, pp, ulysses, ring)
+        assert min(layout) >= 1, layout
+        if problem := layout.world_problem(world_size):
+            raise SettingError(problem)
+        return cls(tp=tp, ulysses=ulysses, ring=ring, dp=world_size // layout.size, pp=pp)
 
     @property
     def cp(self) -> int:

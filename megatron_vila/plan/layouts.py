@@ -7,31 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from megatron_vila.config.schema import LanguageConfig, ParallelConfig
+from megatron_vila.config.schema import LanguageConfig
+from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.sizes import head_dim
-
-
-class Layout(NamedTuple):
-    """Sizes of the model-parallel axes; data parallelism takes the rest of the world."""
-
-    tp: int
-    pp: int
-    ulysses: int
-    ring: int
-
-    @classmethod
-    def of(cls, parallel: ParallelConfig) -> Layout:
-        return cls(parallel.tp, parallel.pp, parallel.ulysses, parallel.ring)
-
-    @property
-    def size(self) -> int:
-        """Ranks that share one sample."""
-        return self.tp * self.pp * self.ulysses * self.ring
-
-    def __str__(self) -> str:
-        return f"tp={self.tp} pp={self.pp} ulysses={self.ulysses} ring={self.ring}"
 
 
 def layout_problems(llm: LanguageConfig, layout: Layout) -> list[str]:
@@ -53,18 +32,10 @@ def chunk_problems(llm: LanguageConfig, layout: Layout, chunks: int) -> list[str
 
 def world_problem(llm: LanguageConfig, layout: Layout, world_size: int) -> str | None:
     """Why ``world_size`` ranks cannot run ``layout``, with world sizes and layouts that work; None if they can."""
-    if world_size >= 1 and world_size % layout.size == 0:
-        return None
-    below = world_size // layout.size * layout.size
-    worlds = [str(n) for n in (below, below + layout.size) if n > 0]
-    proposals = nearest_layouts(llm, layout, world_size)
-    cure = f"start {' or '.join(worlds)} processes"
-    if proposals:
-        cure += f", or for {world_size} use " + "; ".join(f"{p}" for p in proposals)
-    return (
-        f"world size {world_size} is not a multiple of tp*pp*ulysses*ring = "
-        f"{layout.tp}*{layout.pp}*{layout.ulysses}*{layout.ring} = {layout.size}; {cure}"
-    )
+    problem = layout.world_problem(world_size)
+    if problem and (proposals := nearest_layouts(llm, layout, world_size)):
+        problem += f", or for {world_size} use " + "; ".join(f"{p}" for p in proposals)
+    return problem
 
 
 def nearest_layouts(llm: LanguageConfig, layout: Layout, world_size: int, limit: int = 3) -> list[Layout]:
@@ -77,11 +48,6 @@ def nearest_layouts(llm: LanguageConfig, layout: Layout, world_size: int, limit:
 
     allowed = (c for c in _candidates(world_size) if not layout_problems(llm, c))
     return sorted(allowed, key=distance)[:limit]
-
-
-def ulysses_sizes(heads: int) -> list[int]:
-    """Ulysses sizes that divide ``heads`` query heads, ascending."""
-    return _divisors(heads)
 
 
 def nearest_divisors(total: int, wanted: int) -> str:
@@ -137,19 +103,19 @@ def _tp_fits(llm: LanguageConfig, tp: int) -> bool:
 def _ulysses_problems(llm: LanguageConfig, layout: Layout) -> list[str]:
     if llm.num_heads % layout.tp:
         return []
-    heads, cp = llm.num_heads // layout.tp, layout.ulysses * layout.ring
-    if heads % layout.ulysses == 0:
-        return []
-    what = f"{heads} query heads" + (
-        f" of a tensor-parallel rank ({llm.num_heads} / tp={layout.tp})" if layout.tp > 1 else ""
-    )
-    same_cp = [u for u in ulysses_sizes(heads) if cp % u == 0]
-    best = same_cp[-1]
-    below = " or ".join(str(u) for u in [u for u in ulysses_sizes(heads) if u < layout.ulysses][-2:])
-    return [
-        f"parallel.ulysses={layout.ulysses} does not divide {what}; use ulysses={below} "
-        f"(cp={cp} as ulysses={best}, ring={cp // best})"
-    ]
+    heads, cp = llm.num_heads // layout.tp, layout.cp
+    whose = f" of a tensor-parallel rank ({llm.num_heads} / tp={layout.tp})" if layout.tp > 1 else ""
+    problem = ulysses_problem(heads, layout.ulysses, whose)
+    best = max(u for u in _divisors(heads) if cp % u == 0)
+    return [f"parallel.{problem} (cp={cp} as ulysses={best}, ring={cp // best})"] if problem else []
+
+
+def ulysses_problem(heads: int, ulysses: int, whose: str = "") -> str | None:
+    """Why ``heads`` query heads cannot be dealt to ``ulysses`` ranks, with sizes that can; None if they can."""
+    if heads % ulysses == 0:
+        return None
+    below = [str(u) for u in _divisors(heads) if u < ulysses][-2:]
+    return f"ulysses={ulysses} does not divide {heads} query heads{whose}; use ulysses={' or '.join(below)}"
 
 
 def _near(allowed: list[int], wanted: int) -> str:

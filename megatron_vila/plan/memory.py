@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_vila.config.schema import Config
 from megatron_vila.plan.activations import activations, peer_bytes
 from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.sizes import llm_layer_parameters, lora_layer_parameters, parameter_count
 
@@ -59,9 +60,8 @@ def estimate_memory(config: Config, world_size: int, device_bytes: int) -> Memor
 
     The layout must divide ``world_size`` (``validate`` checks it first).
     """
-    parallel, optim = config.parallel, config.optim
-    cp = parallel.ulysses * parallel.ring
-    dp = world_size // (parallel.tp * parallel.pp * cp)
+    layout, optim = Layout.of(config.parallel), config.optim
+    cp, dp = layout.cp, world_size // layout.size
     element = element_bytes(config.train.precision, device_bytes > 0)
     held, trained = _stage_parameters(config)
     grad_bytes = max(element, 4 if optim.grad_reduce_fp32 else element)

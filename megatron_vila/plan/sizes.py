@@ -88,4 +88,5 @@ def head_dim(llm: LanguageConfig) -> int:
 def vision_layers_run(vision: VisionConfig) -> int:
     """Tower layers that are run: ``select_layer`` counts hidden_states, of which the first is the embedding output."""
     states = vision.num_layers + 1
-    return vision.select_layer if vision.select_layer >= 0 else states + vision.select_layer
+    assert -states <= vision.select_layer < states, vision
+    return vision.select_layer % states

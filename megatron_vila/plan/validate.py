@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from megatron_vila.config.schema import Config
+from megatron_vila.config.schema import Config, OptimConfig, TrainConfig
 from megatron_vila.config.text_rules import MEDIA_FORMATS, TEMPLATES
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.bounds import MOST_RANKS, size_problems, text_problems, value_of
 from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.hardware import Machine
-from megatron_vila.plan.layouts import Layout, chunk_problems, layout_problems, nearest_divisors, world_problem
+from megatron_vila.plan.layouts import chunk_problems, layout_problems, nearest_divisors, world_problem
 from megatron_vila.plan.memory import estimate_memory, memory_cure, ranks_of_a_node
 from megatron_vila.plan.pictures import in_units, most_frames, pictures_of, places, tokens_each
-from megatron_vila.plan.sizes import PROJECTOR_TYPES
+from megatron_vila.plan.sizes import PROJECTOR_TYPES, head_dim
 
 CHOICES = {
     "model.projector.type": PROJECTOR_TYPES,
@@ -185,11 +186,8 @@ def shape_problems(config: Config) -> Iterable[str]:
             f"model.llm.num_heads={llm.num_heads} does not divide model.llm.hidden_size={llm.hidden_size}; use "
             f"{nearest_divisors(llm.hidden_size, llm.num_heads)} heads or set model.llm.head_dim"
         )
-    elif (llm.head_dim or llm.hidden_size // llm.num_heads) % 2:
-        yield (
-            f"model.llm.head_dim={llm.head_dim or llm.hidden_size // llm.num_heads} is odd, but rotary embeddings turn pairs "
-            f"of channels; use an even size"
-        )
+    elif head_dim(llm) % 2:
+        yield f"model.llm.head_dim={head_dim(llm)} is odd, but rotary embeddings turn pairs of channels; use an even size"
     if llm.num_heads % llm.num_kv_heads:
         yield (
             f"model.llm.num_kv_heads={llm.num_kv_heads} does not divide model.llm.num_heads={llm.num_heads}; use "
@@ -219,6 +217,11 @@ def _layout_and_batch_problems(config: Config, world_size: int) -> Iterable[str]
         )
 
 
+def warmup_steps(optim: OptimConfig, train: TrainConfig) -> int:
+    """Steps over which learning rates rise."""
+    return optim.warmup_steps or round(optim.warmup_fraction * train.steps)
+
+
 def _optim_problems(config: Config) -> Iterable[str]:
     optim, train, attention = config.optim, config.train, config.model.attention
     if not (optim.vision.trainable or optim.projector.trainable or optim.llm.trainable):
@@ -228,11 +231,10 @@ def _optim_problems(config: Config) -> Iterable[str]:
         )
     if optim.warmup_fraction >= 1:
         yield f"optim.warmup_fraction={optim.warmup_fraction} must be below 1: it is a part of train.steps"
-    if optim.warmup_steps >= train.steps > 0 and optim.warmup_steps:
-        yield (
-            f"optim.warmup_steps={optim.warmup_steps} leaves no step after the warm-up of train.steps={train.steps}; "
-            f"use at most {train.steps - 1}"
-        )
+    elif warmup_steps(optim, train) >= train.steps:
+        setting = "warmup_steps" if optim.warmup_steps else "warmup_fraction"
+        cure = f"use at most {train.steps - 1}" if optim.warmup_steps else "lower it"
+        yield f"optim.{setting}={getattr(optim, setting)} leaves no step after the warm-up of train.steps={train.steps}; {cure}"
     rates = {"optim.lr": optim.lr} | {
         f"optim.{name}.lr": part.lr
         for name, part in (("vision", optim.vision), ("projector", optim.projector), ("llm", optim.llm))

@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_vila.config.schema import OptimConfig, PartConfig, TrainConfig
 from megatron_vila.errors import SettingError
+from megatron_vila.plan.validate import warmup_steps
 from megatron_vila.training.offload import StreamedAdam, offload_state
 
 PARTS = ("vision", "projector", "llm")
@@ -81,19 +82,12 @@ def build_optimizer(
     ``dtype`` is that of the parameters; bfloat16 ones get float32 main copies. ``optim.offload_fraction`` of the state lives in
     host memory. Norms and biases have no weight decay. The scheduler counts steps: call ``scheduler.step(1)`` after each; as
     usual in Megatron the first step of a warm-up has rate 0.
-    Raises ``ValueError`` if nothing is trainable, the warm-up is as long as the run, or float64 parameters are on CUDA.
+    Raises ``SettingError`` if float64 parameters are on CUDA.
     Collective over all ranks.
     """
-    _check_something_trains(model_chunks)
     if dtype == torch.float64 and next(model_chunks[0].parameters()).is_cuda:
         raise SettingError(
             "train.precision=fp64: Megatron's distributed optimizer has no float64 on CUDA; use fp32 or bf16"
-        )
-    warmup_steps = optim.warmup_steps or round(optim.warmup_fraction * train.steps)
-    if warmup_steps >= train.steps:
-        raise SettingError(
-            f"the warm-up takes {warmup_steps} steps but the run has train.steps={train.steps}; "
-            "lower optim.warmup_steps or optim.warmup_fraction"
         )
     config = OptimizerConfig(
         optimizer="adam",
@@ -128,7 +122,7 @@ def build_optimizer(
         init_lr=0.0,
         max_lr=optim.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=warmup_steps,
+        lr_warmup_steps=warmup_steps(optim, train),
         lr_decay_steps=train.steps,
         lr_decay_style=optim.schedule,
         start_wd=optim.weight_decay,
@@ -184,16 +178,6 @@ def _scale_gradients(optimizer: DistributedOptimizer, factor: float) -> None:
     gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
-
-
-def _check_something_trains(model_chunks: Sequence[torch.nn.Module]) -> None:
-    parameters = [parameter for chunk in model_chunks for parameter in chunk.parameters()]
-    trainable = torch.tensor(sum(parameter.requires_grad for parameter in parameters), device=parameters[0].device)
-    dist.all_reduce(trainable)
-    if trainable == 0:
-        raise SettingError(
-            "nothing to train: optim.vision, optim.projector and optim.llm all have trainable=false; set one to true"
-        )
 
 
 def _peak(part: PartConfig, optim: OptimConfig) -> float:

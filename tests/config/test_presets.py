@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from megatron_vila.config.load import PRESET_FOLDER, load_config, preset_names
 from megatron_vila.config.schema import LoraConfig, ProjectorConfig
-from megatron_vila.plan.layouts import Layout
+from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.pictures import pictures_of, places
 from megatron_vila.plan.sizes import (
     PROJECTOR_TYPES,

@@ -13,7 +13,6 @@ from megatron_vila.models.vision.tower import (
     FrameEncoder,
     VisionTower,
     encode_frames,
-    layers_to_run,
     scale_pixels,
     siglip_config,
 )
@@ -359,12 +358,6 @@ def test_pictures_of_another_size_are_refused_with_the_cure():
     tower = build_tower(SMALL)
     with pytest.raises(ValueError, match="vision.image_size=30 needs .frames, 3, 30, 30.; resize the pictures"):
         tower(torch.zeros(1, 3, 28, 28))
-
-
-@pytest.mark.parametrize("select_layer", [-6, 5])
-def test_a_hidden_state_that_does_not_exist_is_refused_with_the_range(select_layer):
-    with pytest.raises(ValueError, match="select_layer=.* use -5 to 4"):
-        layers_to_run(replace(SMALL, select_layer=select_layer))
 
 
 def test_frames_of_a_micro_batch_follow_the_memory_unless_they_are_set():

@@ -14,8 +14,8 @@ from megatron_vila.config.keys import config_keys
 from megatron_vila.config.load import load_config
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.bounds import LARGEST_NUMBER, LARGEST_WHOLE_NUMBER, MOST, MOST_RANKS, most, value_of
+from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.hardware import UNNAMED
-from megatron_vila.plan.layouts import Layout
 from megatron_vila.plan.memory import describe_memory
 from megatron_vila.plan.validate import validate
 from megatron_vila.start_checks import check_start

@@ -150,7 +150,7 @@ def test_the_reshard_plan_brings_every_visual_token_to_its_slot_and_sends_nothin
 def test_each_rank_gets_just_the_key_value_heads_of_its_query_heads(heads, group, ulysses):
     heads *= group
     if heads % ulysses:
-        with pytest.raises(ValueError, match=f"ulysses={ulysses} does not divide {heads} query heads"):
+        with pytest.raises(AssertionError):
             HeadSplit(heads, heads // group, ulysses)
         return
     split = HeadSplit(heads, heads // group, ulysses)

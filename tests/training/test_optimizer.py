@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_vila.config.schema import OptimConfig, TrainConfig
-from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, part_of
+from megatron_vila.training.optimizer import apply_step, learning_rates, part_of
 from tests.ranks import pool
 from tests.training.small_run import build, same
 
@@ -224,23 +223,3 @@ def frozen_run(rank, layout, frozen, offload_fraction=0.0):
 def test_frozen_parts_stay_and_a_stage_with_nothing_to_train_takes_part(frozen):
     moved = set().union(*pool.run(2, frozen_run, (1, 2, 1, 1), frozen))
     assert moved == {"vision", "projector", "llm"} - set(frozen)
-
-
-def nothing_to_train(rank):
-    frozen = {f"optim__{part}__trainable": False for part in ("vision", "projector", "llm")}
-    with pytest.raises(ValueError, match="nothing to train: optim.vision, optim.projector and optim.llm"):
-        build((1, 2, 1, 1), **frozen)
-
-
-def test_a_run_with_nothing_to_train_is_refused_on_every_rank():
-    pool.run(2, nothing_to_train)
-
-
-def too_long_warm_up(rank):
-    run = build((1, 1, 1, 1))
-    with pytest.raises(ValueError, match=r"the warm-up takes 9 steps but the run has train.steps=9; lower"):
-        build_optimizer([run.ddp], OptimConfig(warmup_steps=9), TrainConfig(steps=9), torch.float32)
-
-
-def test_a_warm_up_as_long_as_the_run_is_refused():
-    pool.run(1, too_long_warm_up)

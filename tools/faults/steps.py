@@ -55,8 +55,8 @@ FAULTS = [
     Fault(
         "the warm-up takes one step more",
         OPTIMIZER,
-        "lr_warmup_steps=warmup_steps,",
-        "lr_warmup_steps=warmup_steps + 1,",
+        "lr_warmup_steps=warmup_steps(optim, train),",
+        "lr_warmup_steps=warmup_steps(optim, train) + 1,",
         QWEN2,
     ),
     Fault(

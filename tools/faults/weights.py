@@ -47,9 +47,9 @@ FAULTS = [
     ),
     Fault(
         "features are those of the next layer",
-        "megatron_vila/models/vision/tower.py",
-        "return config.select_layer % states",
-        "return (config.select_layer + 1) % states",
+        "megatron_vila/plan/sizes.py",
+        "return vision.select_layer % states",
+        "return (vision.select_layer + 1) % states",
         QWEN2,
     ),
     Fault(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from megatron_vila.plan.heads import HeadSplit
+from megatron_vila.plan.layouts import ulysses_problem
 
 TEXT_MODELS = ("llama", "qwen2", "qwen3")
 VIDEO_MODELS = ("llava_onevision",)
@@ -59,10 +59,8 @@ def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
             f"rope_type={rope} takes its angles from the longest position that a process sees, which differs between the ranks; "
             "use default, linear, yarn or llama3"
         )
-    try:
-        HeadSplit(text.num_attention_heads, text.num_key_value_heads, ulysses)
-    except ValueError as error:
-        problems.append(str(error))
+    if ulysses > 0 and (problem := ulysses_problem(text.num_attention_heads, ulysses)):
+        problems.append(problem)
     if problems:
         raise ValueError(f"MM-SP cannot run this {type(model).__name__}: " + "; ".join(problems))
 

@@ -24,8 +24,6 @@ from megatron_vila.models.decoder.saved import HostMemory, Kept
 from megatron_vila.parallel.attention2d import KeptAttention
 from megatron_vila.parallel.megatron_attention import RowParams
 
-POLICIES = ("none", "attention_output", "full")
-
 
 def run_decoder(
     decoder: TransformerBlock, hidden_t1H: torch.Tensor | None, row: RowParams, memory: MemoryConfig, host: HostMemory

@@ -21,24 +21,10 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_vila import accelerator
 from megatron_vila.config.schema import VisionConfig
-from megatron_vila.errors import SettingError
 from megatron_vila.models.vision.initialize import initialize, zero_connected_to
 from megatron_vila.plan.budgets import frames_at_once
 from megatron_vila.plan.geometry import patches_per_square
-
-
-def layers_to_run(config: VisionConfig) -> int:
-    """Encoder layers needed for ``select_layer``, counted as in transformers' hidden_states (0: the patch embeddings).
-
-    Raises ``ValueError`` if the tower has no such hidden state.
-    """
-    states = config.num_layers + 1
-    if not -states <= config.select_layer < states:
-        raise SettingError(
-            f"vision.select_layer={config.select_layer} does not exist in a tower of "
-            f"vision.num_layers={config.num_layers}; use {-states} to {states - 1}"
-        )
-    return config.select_layer % states
+from megatron_vila.plan.sizes import vision_layers_run
 
 
 def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
@@ -86,7 +72,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.num_patches = patches_per_square(config)
-        self.num_layers_run = layers_to_run(config)
+        self.num_layers_run = vision_layers_run(config)
         # Built without storage: transformers would draw random weights of its own, in an order of its version.
         with torch.device("meta"):
             model = SiglipVisionModel(siglip_config(config))
