@@ -186,6 +186,11 @@ def _failed(failures: dict) -> int:
     if code in (USER_ERROR, INTERRUPTED):
         return code
     how = f"ended with status {code}; its error stands above"
+    recorded = failure.message["extraInfo"] if isinstance(failure.message, dict) else {}
+    if "first" in recorded:  # by ``training/failures.py``, which has told it, maybe on another node
+        first = "" if recorded["is_first"] else f"{recorded['first']}; "
+        tell(f"megatron_vila: {first}the run ends, and the same command goes on from the last checkpoint")
+        return FAILED
     if code < 0:
         name = signal.Signals(-code).name
         how = f"was killed by {name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from megatron_vila.streams import flush_streams
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
+    from megatron_vila.training.failures import Reporter
     from megatron_vila.training.stop import StopRequest
     from megatron_vila.training.watch import Watch
 
@@ -48,10 +50,13 @@ def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: 
         # Imported late: Megatron-Core must find the platform prepared.
         from megatron_vila.training import failures
 
+    with contextlib.suppress(OSError, ValueError):
+        faulthandler.enable(2)  # what a crash in native code leaves: the stacks of Python
+    reporter = failures.Reporter()
     try:
-        return _run(options, rank, before_parting)
+        return _run(options, rank, before_parting, reporter)
     except BaseException as error:
-        return failures.report(error)
+        return reporter.report(error)
 
 
 def _each_shown(arguments: Sequence[str]) -> list[str]:
@@ -89,7 +94,7 @@ def _busy(text: str) -> contextlib.AbstractContextManager:
     return busy(text) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext()
 
 
-def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], None]) -> int:
+def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], None], reporter: Reporter) -> int:
     if options.dry_run:
         return _dry_run(options) if rank == 0 else exit_codes.FINISHED
     import torch
@@ -106,7 +111,7 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
     minutes = _timeout_minutes(options)
     # First of all, so that what a single rank finds wrong is told and ends the others.
     processes.meet(minutes)
-    with Watch(minutes) as watch:
+    with Watch(minutes, reporter) as watch:
         processes.init_distributed(minutes)
         stop = StopRequest()
         stop.install()
@@ -114,7 +119,7 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
         for warning in check_start(config, dist.get_world_size(), accelerator.machine()):
             logging.getLogger("megatron_vila").warning("warning: %s", warning)
         try:
-            status = _train(config, stop, watch, [options.config, *options.overrides])
+            status = _train(config, stop, watch, reporter, [options.config, *options.overrides])
             dist.barrier()  # a launcher ends all ranks when the first one is gone: the writer's last files come first
         except torch.OutOfMemoryError as error:
             raise NoMemoryError(out_of_memory_message(config, dist.get_world_size(), dist.get_rank(), error)) from error
@@ -139,15 +144,21 @@ def _timeout_minutes(options: argparse.Namespace) -> float:
     return TrainConfig().timeout_minutes
 
 
-def _train(config: Config, stop: StopRequest, watch: Watch, arguments: Sequence[str]) -> int:
+def _train(config: Config, stop: StopRequest, watch: Watch, reporter: Reporter, arguments: Sequence[str]) -> int:
     from megatron_vila.parallel.agreement import on_rank_zero
     from megatron_vila.training.closing import closing_lines
+    from megatron_vila.training.failure_files import set_aside_earlier
     from megatron_vila.training.lock import RunLock
 
     lock = RunLock(config.train.output)
     with contextlib.ExitStack() as held:
-        # The writer holds it for all ranks.
-        on_rank_zero(lambda: held.enter_context(lock.hold()) and None)
+
+        def take() -> None:
+            held.enter_context(lock.hold())
+            set_aside_earlier(config.train.output)
+
+        on_rank_zero(take)  # the writer holds it for all ranks
+        reporter.keep_in(config.train.output)
         with _busy("starting: the model and its weights"):
             from megatron_vila.training.start import make_trainer
 

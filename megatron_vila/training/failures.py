@@ -1,69 +1,47 @@
-"""What a rank says when it fails: one message for the cause, none for what only follows from it.
+"""What a rank says and leaves when it fails: the first failure of the run is told once, and each rank writes a file of its own.
 
-A rank that fails writes down why in the store that all ranks share, and then ends. The others lose their connection to it; they
-find the cause in the store and end without a word. What each kind of failure shows:
+A rank that fails writes what happened into ``OUTPUT/failures/rank-N.txt`` and into the store that all ranks share
+(``failure_board.py``), which knows the failure that counts. What each kind shows on the screen:
 
-* ``UserError``: its text, once for the run;
-* a lost connection or a collective that timed out: nothing if a rank wrote down a cause, else which rank lost what;
-* anything else: its traceback, once for the run if several ranks meet the same.
+* a cause: the text of a ``UserError``, the traceback of anything else, which rank failed first, and the folder;
+* a stall: who did not come;
+* a consequence (a lost connection, what another rank reported): nothing if there is a cause, else which rank lost what.
+
+The first rank tells, after a moment in which an earlier failure can still arrive. The others leave after it, so that a launcher
+sees it end first. All end with its exit code.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-import torch.distributed as dist
 
 from megatron_vila import processes
-from megatron_vila.data.loader import LoaderError
-from megatron_vila.errors import PeerError, StallError, UserError
-from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
+from megatron_vila.errors import PeerError, StallError, UserError, cause_of, described, exit_code
+from megatron_vila.exit_codes import INTERRUPTED
 from megatron_vila.streams import tell
+from megatron_vila.training import failure_files
+from megatron_vila.training.failure_board import CAUSE, CONSEQUENCE, STALL, Board, Failure, within
 
-T = TypeVar("T")
-
-PLACE = "megatron_vila/failure"
-"""key in the store of what the first rank that failed wrote down"""
-_SHOWN = 4
-"""most ranks whose different causes are shown"""
-_WAIT_S = 10.0
-"""how long the store may take to answer"""
 _CAUSE_S = 20.0
 """how long a rank that lost its connections waits for the cause to be written down: naming a rank that stands still takes others
 some seconds"""
+_SETTLE_S = 1.0
+"""how long the first failure waits for an earlier one that is still on its way"""
+_TELL_S = 5.0
+"""how long others wait for the first rank to tell"""
+_LEAVE_S = 0.5
+"""how much later than the first rank the others leave: several looks of a launcher at its processes"""
+_MOST_TEXT = 4000
 _LATE = re.compile(r"[Tt]imed out|[Tt]imeout|TIMEOUT")
 _LOST = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|[Ss]ocket [Tt]imeout|timeout|recvVector failed|"
     r"Failed to (recv|send)|failed to (recv|send)|NCCL communicator was aborted|ncclRemoteError|ncclSystemError"
 )
-
-
-def report(error: BaseException) -> int:
-    """Say what must be said of ``error``, which ended this rank; returns the exit code. Call it where ``error`` is handled."""
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    cause = _cause(error)
-    if isinstance(cause, StallError):
-        return _report_stall(cause)
-    if is_consequence(cause):
-        return _report_consequence(cause)
-    status = USER_ERROR if isinstance(cause, UserError) else FAILED
-    number, is_new = _write_down(status, str(cause) if status == USER_ERROR else f"{type(cause).__name__}: {cause}")
-    if number == 1:
-        _tell_torchrun(cause, trace=status != USER_ERROR)
-    if is_new and number <= _SHOWN:
-        text = f"megatron_vila: {cause}" if status == USER_ERROR else "".join(traceback.format_exception(error)).rstrip()
-        tell(text)
-    return status
 
 
 def is_late(error: BaseException | None) -> bool:
@@ -73,113 +51,105 @@ def is_late(error: BaseException | None) -> bool:
 
 def is_consequence(error: BaseException) -> bool:
     """Whether ``error`` is what a rank sees when another one has gone."""
-    if isinstance(error, UserError | StallError):
+    if isinstance(error, UserError):
+        return error.elsewhere
+    if isinstance(error, StallError):
         return False
     if isinstance(error, PeerError):
         return True
-    if isinstance(error, LoaderError):
-        return error.__cause__ is None  # what another rank of the block reported
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     text = str(error)
     return isinstance(error, RuntimeError) and not alone and "CUDA error" not in text and bool(_LOST.search(text))
 
 
-def await_cause(error: BaseException) -> None:
-    """If ``error`` only follows from another rank's failure, wait until that one has written down why, for some time."""
-    if is_consequence(_cause(error)):
-        _first_failure(_CAUSE_S)
+class Reporter:
+    """What this rank says and leaves when it fails; a process has one. ``doing`` says where the rank is."""
+
+    def __init__(self) -> None:
+        self.doing: Callable[[], str] = lambda: "starting"
+        self._folder: Path | None = None
+        self._happened: tuple[float, str] | None = None
+        self._written: tuple[Failure, Board, bool] | None = None
+
+    def keep_in(self, output: str | Path) -> None:
+        """From now on a failure leaves a file in the run's folder ``output``, which this run holds."""
+        self._folder = Path(output) / failure_files.FOLDER
+
+    def note(self) -> tuple[float, str]:
+        """When the rank failed, in seconds since 1970, and what it was doing: called at once, for what it does until ``report``
+        takes time."""
+        self._happened = self._happened or (time.time(), self.doing())
+        return self._happened
+
+    def await_cause(self, error: BaseException) -> None:
+        """If ``error`` only follows from another rank's failure, wait until that one has written down why, for some time."""
+        if is_consequence(cause_of(error)):
+            _, board, _ = self._write_down(error)
+            board.first(_CAUSE_S, at_most=STALL)
+
+    def report(self, error: BaseException) -> int:
+        """Say and leave what must be of ``error``, which ended this rank; returns the exit code, the same on every rank."""
+        if isinstance(error, KeyboardInterrupt):
+            return INTERRUPTED
+        mine, board, is_kept = self._write_down(error)
+        if mine.kind != CONSEQUENCE:
+            board.settle(_SETTLE_S)
+        first = board.first() or mine
+        if self._folder is not None and is_kept and processes.rank_and_world()[1] > 1:
+            failure_files.write(self._folder, mine, error, first)
+        _tell_torchrun(mine, first)
+        if first == mine:
+            # Ranks that have not met know nothing of each other: one that only heard of another's failure leaves it to that one.
+            if (board.is_shared or not isinstance(cause_of(error), PeerError)) and board.claim(mine.text):
+                tell("\n".join([self._shown(mine, error, is_kept), *board.untold()]))
+            board.told()
+            return mine.status
+        if not board.await_told(_TELL_S) and mine.kind != CONSEQUENCE and board.claim(mine.text):
+            tell(self._shown(mine, error, is_kept))  # the first rank was killed while it told
+        time.sleep(_LEAVE_S)
+        return first.status
+
+    def _write_down(self, error: BaseException) -> tuple[Failure, Board, bool]:
+        """This rank's failure, written to its file and to the store, and whether there is a file."""
+        if self._written is None:
+            (time_s, doing), (rank, _) = self.note(), processes.rank_and_world()
+            cause = cause_of(error)
+            kind = CONSEQUENCE if is_consequence(cause) else STALL if isinstance(cause, StallError) else CAUSE
+            status = exit_code(error)
+            text = str(cause) if isinstance(cause, UserError | StallError) else f"{type(cause).__name__}: {cause}"
+            failure = Failure(kind, time_s, rank, processes.this_process(), status, doing, text[:_MOST_TEXT])
+            is_kept = self._folder is not None and failure_files.write(self._folder, failure, error)
+            board = Board()
+            board.write(failure, described(error)[-4 * _MOST_TEXT :])
+            self._written = failure, board, is_kept
+        return self._written
+
+    def _shown(self, failure: Failure, error: BaseException, is_kept: bool) -> str:
+        """What happened, and in a last line which rank failed first and where the files are."""
+        cause, where = cause_of(error), [f"what each rank was doing: {self._folder}"] if is_kept else []
+        if failure.kind == STALL:
+            return "\n  ".join([f"megatron_vila: {cause}", *where])
+        if isinstance(cause, UserError):
+            alone = processes.rank_and_world()[1] == 1  # what to cure says all
+            return "\n  ".join([described(error), *("; ".join([failure.headline, place]) for place in where if not alone)])
+        if failure.kind == CONSEQUENCE:
+            lost = (
+                f"rank {failure.rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
+                f"host memory left) or its node failed; the same command goes on from the last checkpoint ({cause})"
+            )
+            return "\n  ".join([f"megatron_vila: {cause if isinstance(cause, PeerError) else lost}", *where])
+        return "\n".join([described(error), f"megatron_vila: {'; '.join([failure.headline, *where])}"])
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The loader reports what happened in its threads: on the rank where it happened that is the error that counts."""
-    if isinstance(error, LoaderError) and error.__cause__ is not None:
-        return error.__cause__
-    return error
-
-
-def _report_consequence(error: BaseException) -> int:
-    first = _first_failure(0.0)
-    if first is not None:
-        return first["status"]
-    if isinstance(error, PeerError):
-        return FAILED
-    rank, _ = processes.rank_and_world()
-    tell(
-        f"megatron_vila: rank {rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
-        f"host memory left) or its node failed; the same command goes on from the last checkpoint ({error})"
-    )
-    return FAILED
-
-
-def _report_stall(error: StallError) -> int:
-    """Several ranks wait for the one that does not come, and see the same: the first one tells."""
-    number, _ = _write_down(FAILED, str(error))
-    if number > 1:
-        first = _first_failure(0.0)
-        return first["status"] if first else FAILED
-    _tell_torchrun(error, trace=False)
-    tell(f"megatron_vila: {error}")
-    return FAILED
-
-
-def _write_down(status: int, text: str) -> tuple[int, bool]:
-    """Which failure of the run this is, from 1, and whether its text differs from the first one's."""
-    store = _store()
-    if store is None:
-        return 1, True
-
-    def write() -> int:
-        number = store.add(f"{PLACE}s", 1)
-        if number == 1:
-            store.set(PLACE, json.dumps({"status": status, "text": text}))
-        return number
-
-    number = within(_WAIT_S, write)
-    if number is None:
-        return 1, True  # the process that keeps the store has ended or is stopped: whether another rank told is not known
-    first = _first_failure(_WAIT_S) if number > 1 else None
-    return number, first is None or first["text"] != text
-
-
-def _first_failure(wait_s: float) -> dict | None:
-    """What the first rank wrote down, or None if none has within ``wait_s``."""
-    store, end = _store(), time.monotonic() + wait_s
-    while store is not None:
-        if within(_WAIT_S, lambda: store.check([PLACE])):
-            return within(_WAIT_S, lambda: json.loads(store.get(PLACE)))
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    return None
-
-
-def _store() -> dist.Store | None:
-    """What the ranks share, None for a lone rank."""
-    return within(_WAIT_S, processes.shared_store)
-
-
-def within(seconds: float, action: Callable[[], T]) -> T | None:
-    """The result of ``action``, None if it fails or takes longer: a store whose process is stopped never answers."""
-    found: list[T] = []
-
-    def act() -> None:
-        with contextlib.suppress(RuntimeError):
-            found.append(action())
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
-
-
-def _tell_torchrun(error: BaseException, trace: bool) -> None:
-    """Under torchrun, name this rank and its error in the launcher's report as the first failure."""
+def _tell_torchrun(mine: Failure, first: Failure) -> None:
+    """Record the failure as torch.distributed.elastic does, for the launcher's report. It takes the earliest for the root cause,
+    in whole seconds, and the lowest rank of several: all but the first failure are recorded as later ones."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    details = {"timestamp": str(int(time.time()))}
-    if trace:
-        details["py_callstack"] = "".join(traceback.format_exception(error))
-    content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": details}}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps(content))
+    time_s, text = int(mine.time_s), mine.text
+    if mine != first:
+        time_s, text = max(time_s, int(first.time_s) + 1), f"{text}; {first.headline}: {first.text}"
+    details = {"timestamp": str(time_s), "first": first.headline, "is_first": mine == first}
+    content = json.dumps({"message": {"message": text, "extraInfo": details}})
+    within(_SETTLE_S, lambda: Path(path).write_text(content))

@@ -19,7 +19,7 @@ from types import TracebackType
 from megatron_vila import processes
 from megatron_vila.errors import PeerError, StallError
 from megatron_vila.training import failures
-from megatron_vila.training.failures import within
+from megatron_vila.training.failure_board import FIRST, within
 from megatron_vila.training.lock import release_all
 from megatron_vila.training.roles import Watcher
 
@@ -35,8 +35,8 @@ PHASES = (
 """in the order of a step"""
 _ROOM_S = 5.0
 """a collective that times out in the main thread comes first"""
-_PEER_FAILED_S = 30.0
-"""what a rank has to end in after another one wrote down why it failed"""
+_PEER_FAILED_S = 20.0
+"""what a rank has to end in after another one failed: a launcher gives it 30 s before it kills it, and it leaves a file"""
 _NAMED = 8
 
 
@@ -55,18 +55,24 @@ class Seen:
         return self.step, self.phase
 
     def __str__(self) -> str:
-        return f"step {self.step}, {PHASES[self.phase]}"
+        return _words(self.step, self.phase)
+
+
+def _words(step: int, phase: int) -> str:
+    return f"step {step}, {PHASES[phase]}"
 
 
 class Watch(Watcher):
     """One rank's view of all ranks, from their meeting (``processes.meet``) to the end of the process. A context manager; a lone
-    rank's does nothing.
+    rank's only says where it is.
 
     ``at`` costs no communication. The thread ends the process if another rank failed and this one does not get out of a
     collective, or if it stands still for ``timeout_minutes`` while others are missing.
     """
 
-    def __init__(self, timeout_minutes: float) -> None:
+    def __init__(self, timeout_minutes: float, reporter: failures.Reporter) -> None:
+        self._reporter = reporter
+        reporter.doing = lambda: _words(*self._place)
         self._timeout_s = timeout_minutes * 60
         self.interval_s = min(4.0, max(0.2, self._timeout_s / 10))
         self._place, self._since, self._beat = (0, 0), time.monotonic(), 0
@@ -89,8 +95,13 @@ class Watch(Watcher):
         A rank that lost its connections is seen alive until the cause is known: others must not take it for the missing one.
         """
         stall = None
+        if error is not None:
+            self._reporter.note()
         if self._store is not None and error is not None:
-            stall = self.describe_stall() if failures.is_late(error) else failures.await_cause(error)
+            if failures.is_late(error):
+                stall = self.describe_stall()
+            else:
+                self._reporter.await_cause(error)
         self._done.set()
         if stall is not None:
             raise StallError(stall) from error
@@ -137,11 +148,10 @@ class Watch(Watcher):
 
     def _message(self, missing: list[str]) -> str:
         shown = missing[:_NAMED] + [f"and {len(missing) - _NAMED} more"] * (len(missing) > _NAMED)
-        step, phase = self._place
         return (
-            f"{'; '.join(shown)}. Other ranks waited for train.timeout_minutes={self._timeout_s / 60:g} at step {step}, "
-            f"{PHASES[phase]}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. The "
-            "same command goes on from the last checkpoint"
+            f"{'; '.join(shown)}. Other ranks waited for train.timeout_minutes={self._timeout_s / 60:g} at "
+            f"{_words(*self._place)}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. "
+            "The same command goes on from the last checkpoint"
         )
 
     def _keep(self) -> None:
@@ -149,7 +159,7 @@ class Watch(Watcher):
         while True:
             try:
                 self._write()
-                if peer_failed_at is None and self._store.check([failures.PLACE]):
+                if peer_failed_at is None and self._store.check([FIRST]):
                     peer_failed_at = time.monotonic()
             except RuntimeError:
                 return  # the store has ended with the launcher, and the ranks end too
@@ -166,7 +176,7 @@ class Watch(Watcher):
 
     def _end(self, error: Exception) -> None:
         """Leave from this thread: the main one waits in a collective that nobody will complete."""
-        status = failures.report(error)
+        status = self._reporter.report(error)
         release_all()
         sys.stderr.flush()
         os._exit(status)

@@ -120,9 +120,14 @@ def test_a_fault_of_the_program_keeps_its_traceback_which_is_shown_once(videos, 
     ranks = pool.run(2, _planted, 2, arguments, where, kind)
     assert [status for status, _, _ in ranks] == [1, 1]
     said = "".join(err for _, _, err in ranks)  # the raising line and the error
-    assert said.count("Traceback") == 1 and said.count("a bug") == 2 and "megatron_vila: " not in said
+    assert said.count("Traceback") == 1 and said.count("a bug") == 2
+    last = said.splitlines()[-1]
+    assert last.startswith("megatron_vila: rank ") and f"what each rank was doing: {tmp_path / 'failures'}" in last
+    files = {path.name: path.read_text() for path in (tmp_path / "failures").iterdir()}
+    assert sorted(files) == ["rank-0.txt", "rank-1.txt"] and all("Traceback" in text for text in files.values())
     if where == "rank 1":
-        assert "a bug" in ranks[1][2] and not ranks[0][2]
+        assert "a bug" in ranks[1][2] and not ranks[0][2] and "megatron_vila: rank 1 " in last
+        assert "This is a consequence" in files["rank-0.txt"] and "The failure that counts: rank 1 (" in files["rank-0.txt"]
 
 
 def test_a_length_table_that_cannot_be_made_ends_all_ranks(videos, tmp_path):
