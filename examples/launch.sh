@@ -63,7 +63,7 @@ train_stage() {
     2) settings=(checkpoint.save_every=500) before=stage1 ;;
     3) settings=(checkpoint.save_every=200) before=stage2 ;;
     4) settings=(checkpoint.save_every=20 "include=[contexts/$context]") before=stage3 output+=-$context ;;
-    # the published longvila-7b has another pair of base and factor, the preset's: to go on from it, override both
+    # the published longvila-7b has another pair of base and factor, the preset's: to continue from it, override both
     5) settings=(checkpoint.save_every=50 "include=[rope/$context]") before=stage4-$context ;;
   esac
   launch "$model-stage$stage" \

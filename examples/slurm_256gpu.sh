@@ -15,7 +15,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
 # 15 minutes before the limit the trainer gets SIGTERM: it saves and ends with 75; the job then queues itself again under the same
-# number and goes on from there, so a job that waits for this one with --dependency=afterok starts when the run has finished
+# number and continues from there, so a job that waits for this one with --dependency=afterok starts when the run has finished
 #SBATCH --signal=TERM@900
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -23,7 +23,7 @@ set -euo pipefail
 
 for SETTING in "$@"; do
   if [[ $SETTING =~ ^checkpoint\.(resume|save)= && ! ${SETTING,,} =~ =(true|newest_whole)$ ]]; then
-    echo "$SETTING cannot be used in a job that queues itself again: it could not go on from where it stopped; for a new run set" \
+    echo "$SETTING cannot be used in a job that queues itself again: it could not continue from where it stopped; for a new run set" \
       "another OUTPUT" >&2
     exit 2
   fi

@@ -1,6 +1,6 @@
 """``--dry-run``: everything that can be checked before a run starts, in one process and without a process group.
 
-The settings, the memory of the GPU that is planned for, the checkpoint that the run would start or go on from, and the data,
+The settings, the memory of the GPU that is planned for, the checkpoint that the run would start or continue from, and the data,
 opened as the trainer opens them, with samples as the model sees them.
 """
 
@@ -93,10 +93,10 @@ def describe_sample(dataset: VilaDataset, name: str, index: int, decode: bool) -
 
 
 def describe_start(config: Config) -> str:
-    """What the run would start or go on from, and what has changed since.
+    """What the run would start or continue from, and what has changed since.
 
-    Raises ``CheckpointError`` if that is damaged, of another model, or of a run that this one cannot go on from. Sizes of files
-    are looked at, not their content.
+    Raises ``CheckpointError`` if that is damaged, of another model, or of a run that this one cannot continue from. Sizes of
+    files are looked at, not their content.
     """
     try:
         resumed = _resumed(config)
@@ -121,7 +121,7 @@ def describe_start(config: Config) -> str:
         if resumed is not None:
             saved = read_state(folder)
             if saved["adam_step"] is None:
-                raise CheckpointError("it holds weights only, a run cannot go on from it: choose another train.output")
+                raise CheckpointError("it holds weights only, a run cannot continue from it: choose another train.output")
             lines = changes(kept_settings(saved["extra"]), settings_of(config))
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
@@ -129,7 +129,7 @@ def describe_start(config: Config) -> str:
         return f"Start: weights of {folder}."
     step = info["step"]
     left = max(0, config.train.steps - step)
-    start = f"Start: goes on from {folder} after step {step}; {left} of train.steps={config.train.steps} are left."
+    start = f"Start: continues from {folder} after step {step}; {left} of train.steps={config.train.steps} are left."
     return "\n".join([start, *(f"changed since: {line}" for line in lines)])
 
 

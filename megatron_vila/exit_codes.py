@@ -9,10 +9,10 @@ FINISHED = 0
 """all steps are done, the last evaluation too"""
 FAILED = 1
 """a fault of the program or of the machine, with a traceback or the name of the rank that is missing; or stopped by a signal
-where the same command would begin anew: with checkpoint.save=false or checkpoint.resume=false"""
+where the same command would start over: with checkpoint.save=false or checkpoint.resume=false"""
 USER_ERROR = 2
 """something that a user can cure; the one message says how"""
 STOPPED = 75
-"""stopped by a signal, nothing lost: the same command goes on (sysexits' EX_TEMPFAIL)"""
+"""stopped by a signal, nothing lost: the same command continues (sysexits' EX_TEMPFAIL)"""
 INTERRUPTED = 130
 """ended at once by a second Ctrl-C, as a shell says it; steps since the last checkpoint are lost"""

@@ -197,7 +197,7 @@ def _failed(failures: dict) -> int:
         if -code == signal.SIGKILL:
             how += " (often for want of host memory: see dmesg or the batch system's report)"
     tell(
-        f"megatron_vila: rank {rank} on {os.uname().nodename} {how}; the run ends, and the same command goes on from the last "
+        f"megatron_vila: rank {rank} on {os.uname().nodename} {how}; the run ends, and the same command continues from the last "
         "checkpoint"
     )
     return FAILED

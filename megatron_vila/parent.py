@@ -16,7 +16,7 @@ PARENT_AT_START = os.getppid()
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Under a launcher, ask Linux for the signal ``number`` when the parent ends: at a SIGTERM the run saves and stops as ever.
+    """Under a launcher, ask Linux for the signal ``number`` when the parent ends: at a SIGTERM the run saves and stops as usual.
 
     Call it from the main thread; a later call takes the place of an earlier one. A parent that ended before is noticed too.
     """

@@ -42,7 +42,7 @@ def finishes(arguments: list[str]) -> int:
 
 
 def refuses(arguments: list[str]) -> int:
-    """Rank 1 ends as the trainer does after a message of its own; rank 0 would run for ever."""
+    """Rank 1 ends as the trainer does after a message of its own; rank 0 would run forever."""
     if os.environ["RANK"] == "0":
         trains(arguments)
     os._exit(USER_ERROR)

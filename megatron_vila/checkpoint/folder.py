@@ -81,7 +81,7 @@ def newest_first(run_folder: str | Path) -> list[Path]:
 
 
 def to_resume(run_folder: str | Path) -> list[Path]:
-    """What a run could go on from: ``newest_first``. Raises ``CheckpointError`` if there was a checkpoint and none is left."""
+    """What a run could continue from: ``newest_first``. Raises ``CheckpointError`` if there was a checkpoint and none is left."""
     known, pointer = newest_first(run_folder), Path(run_folder) / "checkpoints" / LATEST
     if not known and os.path.lexists(pointer):
         raise CheckpointError(

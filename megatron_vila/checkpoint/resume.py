@@ -132,7 +132,7 @@ UNWATCHED = (
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from, None for a new run, and the newer ones that are damaged, with the reason."""
+    """The checkpoint that a run continues from, None for a new run, and the newer ones that are damaged, with the reason."""
 
     checkpoint: Path | None = None
     passed_over: Mapping[Path, str] = field(default_factory=dict)
@@ -145,7 +145,7 @@ def resume_point(config: Config) -> ResumePoint:
         return ResumePoint(*newest_whole(config.train.output), checked=True)
     if not config.checkpoint.resume:
         return ResumePoint()
-    known = on_rank_zero(lambda: to_resume(config.train.output), f"cannot go on in train.output={config.train.output}")
+    known = on_rank_zero(lambda: to_resume(config.train.output), f"cannot continue in train.output={config.train.output}")
     return ResumePoint(known[0] if known else None)
 
 

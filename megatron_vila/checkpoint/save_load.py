@@ -200,7 +200,7 @@ def newest_whole(run_folder: str | Path) -> tuple[Path | None, dict[Path, str]]:
     None if the run has no checkpoint yet. Collective over all ranks, which share the reading. Raises ``CheckpointError`` if
     there are checkpoints and none is whole, or if one that may be whole cannot be read: by this version, or for now.
     """
-    candidates = on_rank_zero(lambda: folders.to_resume(run_folder), f"cannot go on in train.output={run_folder}")
+    candidates = on_rank_zero(lambda: folders.to_resume(run_folder), f"cannot continue in train.output={run_folder}")
     passed_over: dict[Path, str] = {}
     for folder in candidates:
         try:
@@ -333,7 +333,7 @@ def _other_way(folder: Path, resuming: bool) -> str:
     if not resuming:
         return f"restore its files from a copy, or load the one before it: checkpoint.load={earlier[-1]}"
     return (
-        f"restore its files from a copy, or go on from the newest whole checkpoint before it, with its optimizer state, by "
+        f"restore its files from a copy, or continue from the newest whole checkpoint before it, with its optimizer state, by "
         f"checkpoint.resume=newest_whole (the next one is {earlier[-1].name})"
     )
 

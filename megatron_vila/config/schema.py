@@ -265,8 +265,8 @@ class CheckpointConfig:
     keep: int = key(2, "checkpoints kept, the newest ones; 0: all")
     resume: bool | str = key(
         True,
-        "go on from the newest checkpoint of train.output if there is one; newest_whole: from the newest one whose files are all "
-        "undamaged, which says what was passed over",
+        "continue from the newest checkpoint of train.output if there is one; newest_whole: from the newest one whose files are "
+        "all undamaged, which says what was passed over",
     )
     load: str = key("", "checkpoint (folder of a step, or a run's folder) whose weights start a new run")
 

@@ -139,7 +139,7 @@ def _part(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig)
 def _configuration(
     folder: HfFolder, description: Description, out: Path, partial: Path, template: str | None
 ) -> tuple[Config, Any]:
-    """What a run needs to go on from here, and the tokenizer, which is copied, if there is one."""
+    """What a run needs to continue from here, and the tokenizer, which is copied, if there is one."""
     config = Config(model=description.model, data=description.data)
     config.checkpoint.load = str(out.resolve())
     config.train.output = str(out.resolve() / "run")

@@ -3,7 +3,7 @@
 A medium is named by its ``MediaSource``: the path of a file, a ``Member`` of a larger file (a shard), or its bytes. All are
 opened by ``open_media``.
 
-Files come from anywhere, so nothing in one may reach another file or the network, wait for ever, fill the memory or end a run.
+Files come from anywhere, so nothing in one may reach another file or the network, wait forever, fill the memory or end a run.
 FFmpeg gets an open file and may open nothing else (the ``fd`` protocol is the only one allowed, and playlists, patterns and
 network formats are not among ``VIDEO_FORMATS``); Pillow gets an open file and tries ``IMAGE_FORMATS`` only, so that it starts no
 other program.

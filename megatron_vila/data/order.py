@@ -13,7 +13,7 @@ import numpy as np
 def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """The order of ``samples`` samples in an epoch: int64 [samples], a permutation.
 
-    A shuffled epoch sorts the samples by a 64-bit hash of (seed, epoch, index) (splitmix64), which stays the same for ever,
+    A shuffled epoch sorts the samples by a 64-bit hash of (seed, epoch, index) (splitmix64), which stays the same forever,
     unlike the streams of a random number library.
     """
     if not shuffle:

@@ -32,7 +32,7 @@ def closing_lines(
     if saved is None:
         return lines
     if stopped:
-        return [*lines, f"  go on: {command(arguments)}"]
+        return [*lines, f"  continue: {command(arguments)}"]
     return [
         *lines,
         f"  evaluate it: {command(arguments, 'data.eval=[HELD_OUT.json]')}",

@@ -1,6 +1,6 @@
 """TensorBoard scalars, written record by record in the thread of the caller.
 
-TensorBoard's own writer hands records to a thread. On a full disk that thread ends, and the run waits for ever for room in the
+TensorBoard's own writer hands records to a thread. On a full disk that thread ends, and the run waits forever for room in the
 thread's queue.
 """
 

@@ -77,5 +77,5 @@ def too_many_broken(config: Config, counts: Mapping[str, int], step: int, at_lea
     return TooManyBrokenError(
         f"{broken} of the {drawn} samples drawn in {step} steps were broken ({100 * broken / drawn:.1f} %), more than "
         f"data.max_broken={config.data.max_broken} allows; the log names them, and `python -m megatron_vila.data check` "
-        "finds all. The counts stay with the run: after mending the files go on with a higher data.max_broken, or start anew"
+        "finds all. The counts stay with the run: after mending the files continue with a higher data.max_broken, or start over"
     )

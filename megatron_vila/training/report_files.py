@@ -41,7 +41,7 @@ class Reporting:
             if what not in self._failing:
                 self._failing.add(what)
                 # logging swallows what happens to its own stream
-                logger.error("%s cannot be written (%s); the run goes on without it", what, reason_of(error))
+                logger.error("%s cannot be written (%s); the run continues without it", what, reason_of(error))
             return None
         if what in self._failing:
             self._failing.discard(what)

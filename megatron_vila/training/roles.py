@@ -21,7 +21,7 @@ class RunFacts:
     """whether this rank writes for all"""
     total_steps: int
     start_step: int
-    """step of the checkpoint that the run goes on from, 0 for a new run"""
+    """step of the checkpoint that the run continues from, 0 for a new run"""
     ranks: int
     peak: float | None
     """FLOP/s of a rank's GPU by its data sheet, None where they are not known"""

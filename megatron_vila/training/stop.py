@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the step in work is finished and saved, then every rank ends with ``exit_codes.STOPPED``."""
+"""Signals that ask a run to stop: the current step is finished and saved, then every rank ends with ``exit_codes.STOPPED``."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             # Ctrl-C ends what stderr is piped into (tee) too. print() is not safe in a signal handler.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after the step in work; Ctrl-C again ends at once, without a checkpoint\n")
+                os.write(2, b"\nstopping after the current step; Ctrl-C again ends at once, without a checkpoint\n")
         self.signal = self.signal or number

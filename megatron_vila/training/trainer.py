@@ -66,7 +66,7 @@ class Trainer:
     """One rank of a run. ``Trainer(config).run()`` needs the default process group; it is collective over all ranks.
 
     The order of construction matters: groups, seeds, model, weights of ``checkpoint.load``, DDP and optimizer (which copies
-    16-bit weights), then the state of a run that goes on.
+    16-bit weights), then the state of a resumed run.
 
     ``tasks`` are what the run does beside training and ``watchers`` what is told of it (``roles.py``); ``start.py`` chooses them.
     ``stop`` notes signals from its installation on; without one the run notes those that come while it runs. ``lock`` is the
@@ -116,7 +116,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to ``train.steps``, save, do the tasks; returns the run's summary on the writer rank, {} elsewhere.
 
-        After a signal to any rank (``stop.py``) the step in work is finished and saved, ``stopped_by`` is set, and the method
+        After a signal to any rank (``stop.py``) the current step is finished and saved, ``stopped_by`` is set, and the method
         returns. Raises ``NonFiniteError`` as ``train.on_nan`` says, ``NothingToLearnError`` if an epoch holds no label and
         ``TooManyBrokenError`` by ``data.max_broken`` once all is saved, on all ranks at once.
         """
@@ -237,7 +237,7 @@ class Trainer:
         if not saving.save:
             return f"stopped by {name} after step {self.step}; nothing is saved, because checkpoint.save=false"
         changed = "" if saving.resume else " with checkpoint.resume=true"
-        return f"stopped by {name} after step {self.step}; the same command{changed} goes on from there"
+        return f"stopped by {name} after step {self.step}; the same command{changed} continues from there"
 
     def _train_step(self, rows: Sequence[LoadedRow]) -> Outcome:
         """Forward, backward and update. No weight changes if the step has no label or anything is not finite."""
@@ -301,17 +301,17 @@ class Trainer:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler, check=not found.checked)
         if not is_of_a_run(extra):
             raise CheckpointError(
-                f"cannot go on from {checkpoint}: no run of this package saved it; start one from it with checkpoint.load"
+                f"cannot continue from {checkpoint}: no run of this package saved it; start one from it with checkpoint.load"
             )
         self.step, self.skipped, self.counts = extra["step"], extra["skipped"], self.counts | extra["counts"]
         changed = on_all_ranks(
-            lambda: changes(kept_settings(extra), self.settings), f"cannot go on from {checkpoint}"
+            lambda: changes(kept_settings(extra), self.settings), f"cannot continue from {checkpoint}"
         )
         if found.passed_over:
             places = set_aside(found.passed_over, checkpoint)
             for place, problem in zip(places, found.passed_over.values(), strict=True):
                 self._say(f"damaged and passed over, now called {place}, delete it when you like: {problem}")
-        self._say(f"going on from {checkpoint} after step {self.step}")
+        self._say(f"continuing from {checkpoint} after step {self.step}")
         for line in changed:
             self._say(f"changed since the checkpoint: {line}")
 

@@ -155,7 +155,7 @@ def test_newest_whole_passes_over_damaged_checkpoints_with_a_line_and_sets_them_
     passed = [line for line in said if line.startswith("damaged and passed over, now called")]
     assert ["step-00000003.damaged" in passed[0], "step-00000002.damaged" in passed[1]] == [True, True]
     assert "__0_0.distcp (bytes" in passed[0] and "missing or truncated files: state.pt" in passed[1]
-    assert any(line.startswith(f"going on from {root / 'step-00000001'}") for line in said)
+    assert any(line.startswith(f"continuing from {root / 'step-00000001'}") for line in said)
     # The steps are taken and saved again under their own names; what is damaged stays for people to look at.
     names = {path.name for path in root.iterdir()}
     steps = {f"step-0000000{step}" for step in (1, 2, 3)}

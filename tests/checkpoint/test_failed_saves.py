@@ -84,7 +84,7 @@ def test_whatever_file_operation_fails_on_whichever_rank_all_ranks_end_with_the_
     assert len(told) >= (1 if bad_rank else 9)
     for text, step in told:
         assert text.startswith("checkpoint of step 2 not saved in ") and "No space left on device" in text
-        assert "earlier checkpoints are intact" in text and "goes on from step-00000001" in text and step == 1
+        assert "earlier checkpoints are intact" in text and "continues from step-00000001" in text and step == 1
     # What cannot be deleted is told; the new checkpoint is in place.
     assert all(step == 2 for text, step in refused if not text)
 

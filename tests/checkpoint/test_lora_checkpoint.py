@@ -91,7 +91,7 @@ def test_more_layers_get_updates_and_the_old_ones_go_on(tmp_path):
         ({"model__llm__qkv_bias": False}, {"model__lora": STAGE_4}, False, ["1 tensors missing", "linear_qkv.bias"]),
         ({}, {"model__lora": LoraConfig(rank=3)}, True, ["tensors missing", "linear_qkv.lora_a"]),
     ],
-    ids=["no updates", "fewer updates", "another rank", "something else is missing", "a run that goes on"],
+    ids=["no updates", "fewer updates", "another rank", "something else is missing", "a resumed run"],
 )
 def test_what_does_not_fit_is_named(tmp_path, saved, loaded, with_optimizer, parts):
     pool.run(1, save, ONE[1], str(tmp_path), saved)

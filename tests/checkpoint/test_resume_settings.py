@@ -1,4 +1,4 @@
-"""Settings that change between a checkpoint and the run that goes on from it are told, or refused where they make no sense."""
+"""Settings that change between a checkpoint and the run that continues from it are told, or refused where they make no sense."""
 
 import logging
 import re
@@ -140,7 +140,7 @@ def test_a_run_that_goes_on_tells_what_changed_and_all_ranks_refuse_what_makes_n
     assert pool.run(1, resumed, overrides(videos, output, "train.steps=2", "optim.beta1=0.5")) == [[]]
     order = ("train.steps=3", "optim.beta1=0.5", "model.projector.token_order=legacy_column_major")
     for text in pool.run(2, resumed, overrides(videos, output, *order)):
-        assert "cannot go on from" in text and "token_order: row_major -> legacy_column_major" in text
+        assert "cannot continue from" in text and "token_order: row_major -> legacy_column_major" in text
     train_tokenizer(corpus(), tmp_path / "other", 380)
     load = (f"checkpoint.load={output}", f"data.tokenizer={tmp_path / 'other'}", "train.steps=1", "checkpoint.save=false")
     ((line,),) = pool.run(1, resumed, overrides(videos, tmp_path / "new", *load))

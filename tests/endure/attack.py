@@ -3,7 +3,7 @@
 A life is one start of the run until all its processes are gone. What is counted:
 
 * hangs: processes that are still there ``HANG_S`` seconds after the attack (or after a SIGTERM);
-* lost steps: a checkpoint was finished, and the next life does not go on from it or a later one;
+* lost steps: a checkpoint was finished, and the next life does not continue from it or a later one;
 * wrong losses: steps whose loss, norm or counts are not those of the undisturbed run, bit for bit;
 * unnamed: a stopped rank that the message does not name.
 """
@@ -183,7 +183,7 @@ class Attack:
     def _judge(self, kind: str, code: int, said: str) -> None:
         found = latest_checkpoint(self._output)
         step = int(found.name.split("-")[1]) if found else 0
-        went_on = re.findall(r"going on from .* after step (\d+)", said)
+        went_on = re.findall(r"continuing from .* after step (\d+)", said)
         if step < self._saved or (went_on and int(went_on[-1]) < self._saved):
             self.score.lost_steps.append(f"run {self._number}: step {self._saved} was saved, then {went_on or step}")
         self._saved = step

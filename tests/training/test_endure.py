@@ -99,7 +99,7 @@ def test_a_second_start_is_refused_while_the_first_lives_and_goes_on_after_it_wa
     third = zygote.start([*arguments, f"train.steps={int(saved.name[5:]) + 1}"], 2, tmp_path / "third")
     assert third.ends_within(HANG_S) and zygote.status(third) == 0
     said = third.log.read_text()
-    assert "was held by a run that is dead and is taken over" in said and f"going on from {saved}" in said
+    assert "was held by a run that is dead and is taken over" in said and f"continuing from {saved}" in said
 
 
 def test_a_run_started_by_hand_outlives_its_shell(zygote, videos, tmp_path):

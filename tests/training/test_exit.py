@@ -66,7 +66,7 @@ def test_a_ctrl_c_that_ends_what_stderr_is_piped_into_is_noted_all_the_same():
     ("setting", "words"),
     [
         ("checkpoint.save=false", "nothing is saved, because checkpoint.save=false"),
-        ("checkpoint.resume=false", "the same command with checkpoint.resume=true goes on from there"),
+        ("checkpoint.resume=false", "the same command with checkpoint.resume=true continues from there"),
     ],
 )
 def test_a_stop_after_which_the_same_command_would_begin_anew_does_not_ask_for_it(videos, tmp_path, setting, words):
@@ -158,7 +158,7 @@ def test_a_finished_run_says_where_it_is_saved_what_became_of_its_samples_and_wh
     further, other = commands["train it further"][4:], commands["start another run from it"][4:]
     assert _run(Layout(), further)[0] == 0 and len(read_metrics(tmp_path / "my run")[0]) == 4
     assert _run(Layout(), [*other, f"train.output={tmp_path / 'other'}"])[0] == 0
-    # A run that goes on from a checkpoint and saves none has none of the step at which it ends.
+    # A run that continues from a checkpoint and saves none has none of the step at which it ends.
     _, said, _ = _run(Layout(), [*further, "train.steps=5", "checkpoint.save=false"])
     assert "finished after step 5: nothing is saved (checkpoint.save=false)" in said
 

@@ -44,7 +44,7 @@ FAULTS = [
         (PLACEMENT, "-k", "words_are_text"),
     ),
     Fault(
-        "a run that goes on may place media by another rule than the one that it had",
+        "a resumed run may place media by another rule than the one that it had",
         "megatron_vila/checkpoint/resume.py",
         'before="verbatim",',
         "",

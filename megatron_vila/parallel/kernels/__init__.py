@@ -18,7 +18,7 @@ KERNELS = {
     "cpu": (cpu.available, cpu.CpuKernel),
     "reference": (reference.available, reference.ReferenceKernel),
 }
-# Fastest first. The reference is never chosen unasked: its memory grows with the square of the length.
+# Fastest first. The reference is never chosen unless asked for: its memory grows with the square of the length.
 _AUTOMATIC = ("fa4", "cudnn", "flash2", "cpu")
 
 
