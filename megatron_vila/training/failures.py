@@ -135,7 +135,7 @@ class Reporter:
         if failure.kind == CONSEQUENCE:
             lost = (
                 f"rank {failure.rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
-                f"host memory left) or its node failed; the same command goes on from the last checkpoint ({cause})"
+                f"host memory left) or its node failed; the same command continues from the last checkpoint ({cause})"
             )
             return "\n  ".join([f"megatron_vila: {cause if isinstance(cause, PeerError) else lost}", *where])
         return "\n".join([described(error), f"megatron_vila: {'; '.join([failure.headline, *where])}"])

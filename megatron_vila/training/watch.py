@@ -110,7 +110,7 @@ class Watch(Watcher):
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
 
     def part(self) -> None:
-        """Wait until all ranks have come to their end: a launcher waits for ever for one that stands still after its last
+        """Wait until all ranks have come to their end: a launcher waits forever for one that stands still after its last
         collective, unless another one fails. Raises ``RuntimeError`` after ``timeout_minutes``, which the watch turns into who
         is missing."""
         if self._parting is None:
@@ -151,7 +151,7 @@ class Watch(Watcher):
         return (
             f"{'; '.join(shown)}. Other ranks waited for train.timeout_minutes={self._timeout_s / 60:g} at "
             f"{_words(*self._place)}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. "
-            "The same command goes on from the last checkpoint"
+            "The same command continues from the last checkpoint"
         )
 
     def _keep(self) -> None:

@@ -228,7 +228,7 @@ def test_of_a_cause_that_is_counted_after_its_consequence_a_user_reads_the_cause
         root = said[said.index("Root Cause") :]
         assert "rank      : 1 " in root and planted.CAUSE in root
     else:
-        assert said.endswith("megatron_vila: the run ends, and the same command goes on from the last checkpoint\n")
+        assert said.endswith("megatron_vila: the run ends, and the same command continues from the last checkpoint\n")
         assert said.count("megatron_vila: ") == 2 and planted.CONSEQUENCE not in said
     files = {path.name: path.read_text() for path in folder.iterdir()}
     assert sorted(files) == ["rank-0.txt", "rank-1.txt"]
