@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vila.config.schema import Config
-from megatron_vila.plan.activations import activations, peer_bytes
+from megatron_vila.plan.activations import activations, peer_bytes, pictures_of_a_rank
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.hardware import Machine
@@ -96,8 +96,21 @@ def describe_memory(config: Config, world_size: int, machine: Machine) -> str:
         f"Memory of the fullest rank, estimated: {estimate.total / GIB:.1f} GiB on {machine.of_a_rank(ranks)} with "
         f"{machine.rank_bytes(ranks) / GIB:.1f} GiB ({where}): {estimate.parts}."
     )
-    on_host = ranks * (config.memory.offload_gib + state_on_host(config, world_size, machine.gpu_bytes > 0) / GIB)
-    return text + (f" Offloading takes {on_host:.1f} GiB of the host memory of a node." if on_host else "")
+    on_host = {
+        "Offloading takes": config.memory.offload_gib + state_on_host(config, world_size, machine.gpu_bytes > 0) / GIB,
+        "Decoded pictures take up to": pictures_on_host(config, world_size) / GIB,
+    }
+    told = (f" {what} {ranks * gib:.1f} GiB of the host memory of a node." for what, gib in on_host.items() if gib)
+    return text + "".join(told)
+
+
+def pictures_on_host(config: Config, world_size: int) -> int:
+    """Most bytes of host memory that the decoded pictures of a rank take: of the rows of a step and of ``data.prefetch`` more, a
+    byte for each color of a pixel. The layout must divide ``world_size``."""
+    parallel, (squares, _) = config.parallel, pictures_of_a_rank(config)
+    replicas = world_size // (parallel.tp * parallel.pp * parallel.ulysses * parallel.ring)
+    rows = config.train.global_batch_size // replicas + max(0, config.data.prefetch)
+    return rows * squares * 3 * config.model.vision.image_size**2
 
 
 def ranks_of_a_node(config: Config, world_size: int) -> int:

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_vila.config.load import load_config
-from megatron_vila.plan import activations, pictures
-from megatron_vila.plan.memory import estimate_memory
+from megatron_vila.plan import activations
+from megatron_vila.plan.memory import estimate_memory, pictures_on_host
 from megatron_vila.plan.pictures import Squares, Unit, in_units, most_frames, pictures_of, places, tokens_each
 from megatron_vila.plan.row import FrameRef, references
 from tests.samples import Pooled
@@ -68,4 +68,13 @@ def test_memory_follows_the_squares_and_tokens_of_the_rank_with_most_of_them(mon
     assert activations.pictures_of_a_rank(config) == (150 * 12, 150 * 196)
     after = estimate_memory(config, 8, 80 * 2**30)
     assert after.llm_activations == before.llm_activations and after.total >= before.total
-    assert pictures_of is pictures.pictures_of
+
+
+def test_decoded_pictures_take_a_byte_for_each_color_of_each_pixel_in_every_row_that_is_held(monkeypatch):
+    """2 rows of a step on each of 2 replicas and 3 rows ahead, of 150 frames a rank."""
+    sizes = {"parallel.ring": 8, "parallel.ulysses": 1, "parallel.tp": 1, "data.num_frames": 1200, "data.prefetch": 3}
+    overrides = [f"{key}={value}" for key, value in sizes.items()]
+    config = load_config("longvila-7b-stage5", [*overrides, "data.packing=false", "train.global_batch_size=4"])
+    assert pictures_on_host(config, 16) == (2 + 3) * 150 * 3 * 384 * 384
+    monkeypatch.setattr(activations, "pictures_of", lambda model: Pooled(1, 12, 196))
+    assert pictures_on_host(config, 16) == (2 + 3) * 150 * 12 * 3 * 384 * 384
