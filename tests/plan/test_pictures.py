@@ -70,6 +70,22 @@ def test_memory_follows_the_squares_and_tokens_of_the_rank_with_most_of_them(mon
     assert after.llm_activations == before.llm_activations and after.total >= before.total
 
 
+@dataclasses.dataclass(frozen=True)
+class DearFirst:
+    """The first frame of a medium costs what eight of the others do."""
+
+    def units(self, frames, is_video):
+        return (Unit(1, 8, 5, 8), *(Unit(1, 1, 5, 1),) * (frames - 1))[:frames]
+
+
+def test_memory_counts_with_units_dealt_by_their_cost(monkeypatch):
+    """9 units on 2 ranks: one of 8 squares, 8 of one square."""
+    sizes = {"parallel.ring": 2, "parallel.ulysses": 1, "parallel.tp": 1, "data.num_frames": 9}
+    config = load_config("longvila-7b-stage5", [*(f"{key}={value}" for key, value in sizes.items()), "data.packing=false"])
+    monkeypatch.setattr(activations, "pictures_of", lambda model: DearFirst())
+    assert activations.pictures_of_a_rank(config) == (8, 8 * 5)
+
+
 def test_decoded_pictures_take_a_byte_for_each_color_of_each_pixel_in_every_row_that_is_held(monkeypatch):
     """2 rows of a step on each of 2 replicas and 3 rows ahead, of 150 frames a rank."""
     sizes = {"parallel.ring": 8, "parallel.ulysses": 1, "parallel.tp": 1, "data.num_frames": 1200, "data.prefetch": 3}

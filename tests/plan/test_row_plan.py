@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
+from megatron_vila.plan.frames import deal_frames
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, pack
 from megatron_vila.plan.row_plan import AttentionPlan, RowPlan
@@ -53,6 +56,8 @@ def test_every_frame_belongs_to_one_rank_of_the_first_stage_whose_stage_2_is_tha
         assert shard.reshard.send_counts == plan.reshard.traffic[grid.encoder_rank(rank)].tolist()
         assert len(shard.reshard.send_order) == sum(shard.row.frames[i].tokens for i in shard.frames)
     assert frames == list(range(len(plan.row.frames)))
+    bounds = deal_frames([unit.cost for unit in plan.row.units], grid.encoders).tolist()
+    assert [plan.shard(rank).frames for rank in grid.group("tp_cp", 0)] == [range(*pair) for pair in pairwise(bounds)]
     if grid.pp > 1:
         later = plan.shard(grid.rank(pp=1))
         assert later.frames == range(0) and later.reshard is None
