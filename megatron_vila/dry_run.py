@@ -22,7 +22,7 @@ from megatron_vila.convert.weight_map import entries
 from megatron_vila.data.chat import describe
 from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.records import report_bad_records
+from megatron_vila.data.sources.source import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
 from megatron_vila.explain.text import console
@@ -30,7 +30,7 @@ from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.memory import describe_memory
 from megatron_vila.start_checks import check_start
-from megatron_vila.training.feed import open_dataset
+from megatron_vila.training.run_data import open_dataset
 
 SETS = ("train", "eval")
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageColor
 
 from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
-from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.plan.validate import validate
@@ -135,8 +135,10 @@ def test_the_commands_that_the_quickstart_ends_with_are_accepted(tmp_path, monke
     assert train[:5] == [ask[0], "-m", "megatron_vila.launch", "--nproc-per-node", str(processes)]
     config = load_config(str(ROOT / train[5]), train[6:])
     assert check_start(config, processes, accelerator.machine()) == []
-    records = RecordFiles(config.data.train)
-    assert len(records) == tool.RECORDS and all(Path(m.path).is_file() for record in records for m in record.media)
+    records = JsonFiles(config.data.train)
+    assert len(records) == tool.RECORDS and all(
+        Path(medium.path).is_file() for index in range(len(records)) for medium in records.record(index).media
+    )
 
     converter = program(ROOT / "tools/convert_checkpoint.py")
     assert export[1] == "tools/convert_checkpoint.py"

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, i
 
 from megatron_vila.busy import busy, counted
 from megatron_vila.data.placement import MARKER
-from megatron_vila.data.records import Record, RecordFiles
+from megatron_vila.data.records import Record
+from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.training.summary import write_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="questions that are answered at once")
     args = parser.parse_args()
 
-    records = list(RecordFiles([args.samples]))[: args.questions]
+    files = JsonFiles([args.samples])
+    records = [files.record(number) for number in range(min(args.questions, len(files)))]
     expected = [record.turns[-1].text for record in records]
     with busy("loading torch, transformers and the model"):
         model, processor = load(args.model)

@@ -17,7 +17,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -76,9 +76,9 @@ class ChatEncoder:
         for turn in turns:
             if found := _UNREADABLE.search(turn.text):
                 raise RenderError(f"the text of a turn holds U+{ord(found[0]):04X}, which is no character; take it out")
-        turns = [replace(turn, text=with_signs(turn.text)) if turn.role == "user" else turn for turn in turns]
+        turns = [turn._replace(text=with_signs(turn.text)) if turn.role == "user" else turn for turn in turns]
         if not self.rules.parse_control_tokens:
-            turns = [replace(turn, text=self._control.mark(turn.text)) for turn in turns]
+            turns = [turn._replace(text=self._control.mark(turn.text)) for turn in turns]
         text, spans = self.spans(turns)
         wanted_C = np.zeros(len(text), dtype=bool)
         for start, end in spans:

@@ -18,7 +18,8 @@ from megatron_vila.data import loader
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import LoadedRow, RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.records import BadRecordsError, RecordFiles, open_records
+from megatron_vila.data.sources.json_files import open_records
+from megatron_vila.data.sources.source import BadRecordsError, Source
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
 from megatron_vila.plan.bounds import MOST
 from megatron_vila.plan.grid import GridShape
@@ -115,7 +116,7 @@ def _bad_record(reason: str) -> Problem:
     return Problem("", "", "bad_record", reason)
 
 
-def _dataset(config: Config, records: RecordFiles) -> VilaDataset:
+def _dataset(config: Config, records: Source) -> VilaDataset:
     if config.data.tokenizer:
         tokenizer, length = load_tokenizer(config.data.tokenizer, config.data.template), config.train.seq_length
         if config.model.llm.vocab_size != ANY_VOCABULARY:
@@ -161,7 +162,7 @@ def _problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Proble
     if index in dataset.records.bad:
         return _bad_record(reason)
     if kind == "broken":
-        media = dataset.records[index].media
+        media = dataset.records.record(index).media
         paths = [path for medium in media for path in medium.pictures or (medium.path,)]
         kind = "broken" if all(map(os.path.exists, paths)) else "missing"
     return Problem(dataset.records.name(index), dataset.name(index), kind, reason)

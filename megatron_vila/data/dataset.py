@@ -23,8 +23,9 @@ from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.fields import Media
 from megatron_vila.data.media import MediaError, errors_of, state_of
-from megatron_vila.data.records import Record, RecordFiles
+from megatron_vila.data.records import Record
 from megatron_vila.data.sampling import thin_out, uneven_seconds
+from megatron_vila.data.sources.source import ChangedFileError, Source
 from megatron_vila.data.video import probe_video
 from megatron_vila.errors import SettingError, UserError
 from megatron_vila.plan.pictures import pictures_of, places
@@ -76,7 +77,7 @@ class VilaDataset:
 
     def __init__(
         self,
-        records: RecordFiles,
+        records: Source,
         tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
         model: ModelConfig,
@@ -113,7 +114,8 @@ class VilaDataset:
         ``broken`` maps records that are known to fail to the reason. A packed row passes ``limit``, the tokens that it has
         room for, with ``lengths``, the table it was packed by, which spares making documents that will not fit.
 
-        Raises ``NoUsableSampleError`` if there is none, ``MachineError`` where the machine is at its end.
+        Raises ``NoUsableSampleError`` if there is none, ``MachineError`` where the machine is at its end, ``ChangedFileError``
+        where a file of records is not what it was.
         """
         broken, found, too_long, replaced = broken or {}, {}, 0, ""
         for candidate in ((index + step) % len(self) for step in range(len(self))):
@@ -143,11 +145,11 @@ class VilaDataset:
     def build(self, index: int) -> tuple[Document, int]:
         """The document of record ``index`` itself and the number of frames left out to make it fit.
 
-        Raises ``BrokenSampleError`` or ``TooLongError`` that say why it cannot be used, and ``MachineError``.
+        Raises ``BrokenSampleError`` or ``TooLongError`` that say why it cannot be used, ``MachineError``, ``ChangedFileError``.
         """
         try:
-            return self._build(self.records[index])
-        except (TooLongError, MachineError):
+            return self._build(self.records.record(index))
+        except (TooLongError, MachineError, ChangedFileError):
             raise
         except Exception as error:
             raise BrokenSampleError(self.failures.reason(error, self.name(index))) from error
@@ -155,7 +157,7 @@ class VilaDataset:
     def name(self, index: int) -> str:
         """The sample's id, or file and number of a record that cannot be read."""
         try:
-            return self.records[index].sample_id
+            return self.records.record(index).sample_id
         except (UserError, OSError):
             return self.records.name(index)
 

@@ -36,8 +36,13 @@ def length_table(dataset: VilaDataset, cache: str, workers: int) -> np.ndarray:
     if known is not None and len(known) == len(dataset):
         return known
     logger.info("measuring the lengths of %d samples for packing", len(dataset))
+
+    def length(index: int) -> int:
+        known = dataset.records.cost(index)
+        return len(dataset.document(index)) if known is None else known
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        lengths = list(pool.map(lambda index: len(dataset.document(index)), range(len(dataset))))
+        lengths = list(pool.map(length, range(len(dataset))))
     _write(cache, {"fingerprint": fingerprint, "lengths": lengths})
     return np.array(lengths, dtype=np.int64)
 
@@ -60,7 +65,7 @@ def _fingerprint(dataset: VilaDataset) -> str:
         if index in dataset.records.bad:
             digest.update(b"bad")
             continue
-        record = dataset.records[index]
+        record = dataset.records.record(index)
         media = [(medium, *_state(medium.path)) for medium in record.media]
         digest.update(repr((record.sample_id, record.turns, media)).encode())
     return digest.hexdigest()

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_vila.config.schema import Config
+from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import LoadedRow
-from megatron_vila.data.records import RecordFiles
-from megatron_vila.training.feed import chance_level, evaluation_loader, held_out_gaps
+from megatron_vila.data.sources.source import Source
+from megatron_vila.training.feed import chance_level, evaluation_loader
+from megatron_vila.training.run_data import RunData, held_out_gaps
 from megatron_vila.training.step import Pass, exact_matches
 
 LEFT_OUT = {
@@ -31,16 +33,16 @@ class HeldOut:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def warnings(self) -> list[str]:
-        gaps = held_out_gaps(self._config)
+    def warnings(self, data: RunData) -> list[str]:
+        gaps = held_out_gaps(data.held_out.records)
         return [gaps] if gaps else []
 
     def is_due(self, step: int, is_last: bool) -> bool:
         every = self._config.train.eval_every
         return is_last or (every > 0 and step % every == 0)
 
-    def run(self, forward: Pass) -> dict[str, float]:
-        return evaluate(self._config, forward)
+    def run(self, forward: Pass, data: RunData) -> dict[str, float]:
+        return evaluate(self._config, forward, data.held_out)
 
     def remarks(self, results: Mapping[str, float]) -> list[str]:
         return remarks(results)
@@ -51,8 +53,8 @@ class HeldOut:
         return {"held_out_accuracy": results["accuracy"], "chance": results["chance"]}
 
 
-def evaluate(config: Config, forward: Pass) -> dict[str, float]:
-    """Numbers of ``data.eval``, equal on all ranks.
+def evaluate(config: Config, forward: Pass, held_out: VilaDataset) -> dict[str, float]:
+    """Numbers of the samples of ``held_out``, equal on all ranks.
 
     ``samples`` were tested, of which ``videos`` with frames of a video and ``truncated`` with fewer of them than
     asked for; ``accuracy``, ``loss`` (mean per supervised token) and ``chance`` are of these samples alone and missing if there
@@ -66,15 +68,15 @@ def evaluate(config: Config, forward: Pass) -> dict[str, float]:
     training = forward.model.training
     forward.model.eval()
     right, losses = torch.zeros(1, device=device, dtype=torch.float64), torch.zeros(2, device=device, dtype=torch.float64)
-    loader, dataset = evaluation_loader(config, topology)
-    states = torch.full((len(dataset),), _UNSEEN, dtype=torch.int64, device=device)
+    loader = evaluation_loader(config, topology, held_out)
+    states = torch.full((len(held_out),), _UNSEEN, dtype=torch.int64, device=device)
     with loader, torch.no_grad():
-        for step in range(math.ceil(len(dataset) / topology.grid.dp)):
+        for step in range(math.ceil(len(held_out) / topology.grid.dp)):
             (row,) = loader.rows(step)
             # In the last step some replicas begin the held-out samples again: these do not count.
-            counted = row.number < len(dataset)
+            counted = row.number < len(held_out)
             if counted:
-                states[row.number] = _state(row, dataset.records)
+                states[row.number] = _state(row, held_out.records)
             if row.row is None:
                 continue
             reports = forward.run([row], forward_only=True)
@@ -92,7 +94,7 @@ def evaluate(config: Config, forward: Pass) -> dict[str, float]:
     if topology.grid.pp > 1:
         dist.broadcast(results, group=topology.pp, group_src=topology.grid.pp - 1)
     forward.model.train(training)
-    return _results(results.tolist(), states.tolist(), dataset.records)
+    return _results(results.tolist(), states.tolist(), held_out.records)
 
 
 def remarks(results: Mapping[str, float]) -> list[str]:
@@ -117,7 +119,7 @@ _UNSEEN, _TESTED, _TRUNCATED, _UNANSWERED, _TOO_LONG, _BROKEN = range(6)
 _VIDEO = 8  # added where the sample has a video
 
 
-def _state(row: LoadedRow, records: RecordFiles) -> int:
+def _state(row: LoadedRow, records: Source) -> int:
     """What became of a held-out sample, as a number that ranks can exchange."""
     if row.row is None:
         (left,) = row.left_out
@@ -128,11 +130,11 @@ def _state(row: LoadedRow, records: RecordFiles) -> int:
     return state + _VIDEO * any(frame.is_video for frame in row.row.frames)
 
 
-def _has_video(records: RecordFiles, index: int) -> bool:
-    return index not in records.bad and any(medium.is_video for medium in records[index].media)
+def _has_video(records: Source, index: int) -> bool:
+    return index not in records.bad and any(medium.is_video for medium in records.record(index).media)
 
 
-def _results(sums: list[float], states: list[int], records: RecordFiles) -> dict[str, float]:
+def _results(sums: list[float], states: list[int], records: Source) -> dict[str, float]:
     right, loss, tokens = sums
     kinds = [state % _VIDEO for state in states]
     tested = [index for index, kind in enumerate(kinds) if kind in (_TESTED, _TRUNCATED)]

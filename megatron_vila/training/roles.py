@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from megatron_vila.training.run_data import RunData
     from megatron_vila.training.step import Pass
 
 
@@ -87,7 +88,7 @@ class Watcher:
 class Task(Protocol):
     """Something that a run does with its model beside training it, such as an evaluation. Equal on all ranks."""
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self, data: RunData) -> Sequence[str]:
         """What a user should know at the start. Called on rank 0 alone; an error there ends all ranks."""
         ...
 
@@ -95,7 +96,7 @@ class Task(Protocol):
         """Whether to run after ``step``, which ``is_last`` or not."""
         ...
 
-    def run(self, forward: Pass) -> dict[str, float]:
+    def run(self, forward: Pass, data: RunData) -> dict[str, float]:
         """Numbers by name, equal on all ranks. May use every collective of ``forward``'s topology."""
         ...
 

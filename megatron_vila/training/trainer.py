@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from megatron_vila.checkpoint.save_load import load_checkpoint, read_info, save_
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config
 from megatron_vila.data.chat import describe
-from megatron_vila.data.dataset import NoUsableSampleError
+from megatron_vila.data.dataset import NoUsableSampleError, VilaDataset
 from megatron_vila.data.loader import LoadedRow
+from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError
 from megatron_vila.models.decoder.gated import reason_for_apart
 from megatron_vila.models.language import attention_kernel
@@ -42,13 +44,7 @@ from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.sizes import head_dim
-from megatron_vila.training.feed import (
-    JUDGED_FROM,
-    open_dataset,
-    tell_bad_records,
-    tokenizer_warnings,
-    training_loader,
-)
+from megatron_vila.training.feed import JUDGED_FROM, training_loader
 from megatron_vila.training.guards import DATA_COUNTS, Outcome, UpdateGuard, too_many_broken
 from megatron_vila.training.lock import LockedError, RunLock
 from megatron_vila.training.memory_report import write_memory_report
@@ -56,6 +52,7 @@ from megatron_vila.training.optimizer import apply_step, build_optimizer, learni
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
 from megatron_vila.training.roles import RunFacts, StepMetrics, Task, Watcher
+from megatron_vila.training.run_data import RunData, open_run_data
 from megatron_vila.training.step import Pass, mean_loss
 from megatron_vila.training.stop import StopRequest
 
@@ -127,14 +124,17 @@ class Trainer:
         with self._stop, contextlib.ExitStack() as undo:
             undo.callback(gc.unfreeze)
             if self.is_writer:
-                self._describe_run()
+                self._keep_config()
+            data = open_run_data(self.config, self.is_writer)
+            if self.is_writer:
+                self._describe_run(data.train)
             for task in self._tasks:
-                for line in on_rank_zero(task.warnings):
+                for line in on_rank_zero(partial(task.warnings, data)):
                     self._say(f"warning: {line}")
             for watcher in self._watchers:
                 undo.callback(watcher.close)
                 watcher.start(facts)
-            results = self._loop()
+            results = self._loop(data)
             self._at("ending")
             comparison = write_memory_report(
                 self.config, self.model, self.optimizer, self.model.module.host.peak_bytes
@@ -150,14 +150,14 @@ class Trainer:
                 self._refuse_broken(at_least=1)
             return summary if self.is_writer else {}
 
-    def _loop(self) -> dict[str, float]:
+    def _loop(self, data: RunData) -> dict[str, float]:
         """All steps that are left; returns what the tasks say after the last, nothing if a signal ended the loop.
 
         A task can fail, as an evaluation by what is wrong with held-out files: a checkpoint that is due at the same step is saved
         first.
         """
         train, saving = self.config.train, self.config.checkpoint
-        loader, rows_per_epoch = training_loader(self.config, self.topology)
+        loader, rows_per_epoch = training_loader(self.config, self.topology, data.train)
         first, guard = self.step + 1, UpdateGuard(self.config, rows_per_epoch)
         accelerator.reset_peak_memory()
         with loader:
@@ -189,20 +189,20 @@ class Trainer:
                 if too_broken and not finished:
                     self._refuse_broken(JUDGED_FROM)
                 if not self.stopped_by and not finished:
-                    self._do_tasks(is_last=False)
+                    self._do_tasks(data, is_last=False)
         if self.step == train.steps and not self._due_tasks(is_last=True):
             self.stopped_by = 0  # the signal came with the last step: nothing is left to go on with
-        return {} if self.stopped_by else self._do_tasks(is_last=True)
+        return {} if self.stopped_by else self._do_tasks(data, is_last=True)
 
     def _due_tasks(self, is_last: bool) -> list[Task]:
         return [task for task in self._tasks if task.is_due(self.step, is_last)]
 
-    def _do_tasks(self, is_last: bool) -> dict[str, float]:
+    def _do_tasks(self, data: RunData, is_last: bool) -> dict[str, float]:
         """What the tasks that are due now leave in the run's summary."""
         kept: dict[str, float] = {}
         for task in self._due_tasks(is_last):
             self._at("evaluating")
-            results = task.run(self.forward)
+            results = task.run(self.forward, data)
             for watcher in self._watchers:
                 watcher.evaluation(self.step, results)
             for line in task.remarks(results):
@@ -334,13 +334,14 @@ class Trainer:
             info,
         )
 
-    def _describe_run(self) -> None:
-        """Keep the configuration beside the run and show the first sample as the model sees it."""
+    def _keep_config(self) -> None:
+        """Keep the configuration beside the run."""
         path = Path(self.config.train.output) / "config.yaml"
         text = dump_config(self.config)
         Reporting().attempt(str(path), lambda: replace_file(path, lambda temporary: temporary.write_text(text)))
-        tell_bad_records(self.config)
-        dataset = open_dataset(self.config, self.config.data.train)
+
+    def _describe_run(self, dataset: VilaDataset) -> None:
+        """Warn of what the user may not have meant, and show the first sample as the model sees it."""
         for warning in tokenizer_warnings(self.config, dataset.encoder.tokenizer):
             self._say(f"warning: {warning}")
         for line in slower_parts(self.config, attention_kernel(self.model.module.llm.decoder), self.dtype, self.device):

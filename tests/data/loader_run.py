@@ -14,7 +14,7 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.plan.grid import GridShape
 from tests.data.material import byte_level_tokenizer, conversation, write_jsonl
 
@@ -72,7 +72,7 @@ class Data:
     def loader(self, rank=0, ranks=1, agree=no_other_rank, *, batch=2, dp_rank=0, dp_size=1, seed=5, **more):
         """Of rank ``rank`` of a block of ``ranks`` tensor-parallel ranks."""
         dataset = VilaDataset(
-            RecordFiles([self.files], more.pop("folder", self.folder), skip_bad=self.skip_bad),
+            JsonFiles([self.files], more.pop("folder", self.folder), skip_bad=self.skip_bad),
             TOKENIZER,
             DataConfig(**self.options),
             MODEL,

@@ -1,7 +1,6 @@
 """Documents from records: token counts, the over-long policy, replacement of bad samples, the order of rows, the length table."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import resource
@@ -20,7 +19,9 @@ from megatron_vila.data.failures import MachineError
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
 from megatron_vila.data.placement import Turn
-from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.records import parse_record
+from megatron_vila.data.sources.json_files import JsonFiles
+from megatron_vila.data.sources.source import ChangedFileError
 from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import byte_level_tokenizer, conversation, cut_off, write_jsonl, write_video
 from tests.samples import Pooled
@@ -51,7 +52,7 @@ def media(tmp_path_factory):
 
 def make(media, tmp_path, records, seq_length=512, model=MODEL, **data):
     path = write_jsonl(tmp_path / "train.jsonl", records)
-    files = RecordFiles([path], media_dir=str(media))
+    files = JsonFiles([path], media_dir=str(media))
     return VilaDataset(files, TOKENIZER, DataConfig(**{"num_frames": 8, **data}), model, seq_length)
 
 
@@ -237,18 +238,18 @@ def test_whatever_a_template_raises_makes_one_sample_broken(media, tmp_path):
     tokenizer = byte_level_tokenizer("qwen2")
     tokenizer.chat_template = "{{ 1 % 0 if 'zero' in messages[0]['content'] else '' }}" + tokenizer.chat_template
     records = [{"id": f"zero {n}", "conversations": conversation("zero")} for n in range(2)] + [TEXT]
-    files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", records)])
+    files = JsonFiles([write_jsonl(tmp_path / "train.jsonl", records)])
     choice = VilaDataset(files, tokenizer, DataConfig(), MODEL, 512).choose(0)
     assert (choice.index, choice.replaced, sorted(choice.found)) == (2, "broken", [0, 1])
     assert choice.found[0] == "the chat template raises ZeroDivisionError: integer modulo by zero"
 
 
-class WithNumbers(RecordFiles):
+class WithNumbers(JsonFiles):
     """Records 0 and 1 have a number for a text, which no reading of a file lets through."""
 
-    def __getitem__(self, index):
-        record = super().__getitem__(index)
-        return dataclasses.replace(record, turns=(Turn("user", 3), *record.turns[1:])) if index < 2 else record
+    def record(self, index):
+        record = super().record(index)
+        return record._replace(turns=(Turn("user", 3), *record.turns[1:])) if index < 2 else record
 
 
 def test_an_error_that_nobody_foresaw_makes_one_sample_broken_and_is_traced_once(media, tmp_path, caplog):
@@ -261,18 +262,42 @@ def test_an_error_that_nobody_foresaw_makes_one_sample_broken_and_is_traced_once
     assert told.getMessage() == "sample odd 0 fails in a way that nobody foresaw:"
 
 
-def test_a_record_that_changed_since_the_start_is_broken_and_named_by_its_place(media, tmp_path):
+def test_a_file_of_records_that_changes_is_no_fault_of_a_sample(media, tmp_path):
     dataset = make(media, tmp_path, [{"id": "first", "conversations": conversation()}, TEXT])
     path = tmp_path / "train.jsonl"
-    path.write_bytes(b"?" + path.read_bytes()[1:])
-    choice = dataset.choose(0)
-    assert (choice.index, dataset.name(0)) == (1, f"{path}, line 1")
-    assert f"{path}, line 1: not JSON" in choice.found[0]
+    path.write_bytes(path.read_bytes().replace(b"circle", b"square", 1))
+    with pytest.raises(ChangedFileError, match="line 1: not what it was"):
+        dataset.choose(0)
+    assert dataset.choose(1).index == 1, "a record that is the same is used"
+
+
+class Known:
+    """A source beside files: two texts, of which the length of one is known."""
+
+    bad, digest = {}, "known"
+
+    def __len__(self):
+        return 2
+
+    def record(self, index):
+        return parse_record({"conversations": conversation()}, self.name(index), str(index), "")
+
+    def cost(self, index):
+        return (None, 1234)[index]
+
+    def name(self, index):
+        return f"known {index}"
+
+
+def test_a_source_of_another_kind_is_read_like_files_and_lengths_that_it_knows_are_not_measured(tmp_path):
+    dataset = VilaDataset(Known(), TOKENIZER, DataConfig(), MODEL, 2000)
+    lengths = length_table(dataset, str(tmp_path / "lengths.json"), 1)
+    assert lengths.tolist() == [len(dataset.document(0)), 1234]
 
 
 def test_bad_records_are_replaced_from_the_start_and_counted_as_broken(media, tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", [{"id": "bad"}, TEXT, {"id": "bad too"}])
-    dataset = VilaDataset(RecordFiles([path], skip_bad=True), TOKENIZER, DataConfig(), MODEL, 512)
+    dataset = VilaDataset(JsonFiles([path], skip_bad=True), TOKENIZER, DataConfig(), MODEL, 512)
     assert [(dataset.choose(i).index, dataset.choose(i).replaced) for i in range(3)] == [
         (1, "broken"), (1, ""), (1, "broken"),
     ]  # fmt: skip

@@ -2,9 +2,10 @@
 
 import pytest
 
-from megatron_vila.data.fields import Media
-from megatron_vila.data.places import RecordError
-from megatron_vila.data.records import RecordFiles, Turn, parse_record
+from megatron_vila.data.fields import Media, RecordError
+from megatron_vila.data.placement import Turn
+from megatron_vila.data.records import parse_record
+from megatron_vila.data.sources.json_files import JsonFiles
 from tests.data.material import conversation, write_jsonl
 
 TALK = {"conversations": conversation()}
@@ -171,7 +172,7 @@ def test_a_field_that_looks_like_media_and_is_not_known_is_refused(tmp_path, fie
     message = refused(**fields)
     assert f"field '{name}'" in message and "data.ignore_fields" in message
     path = write_jsonl(tmp_path / "a.jsonl", [fields | TALK])
-    assert RecordFiles([path], ignore_fields=[name])[0].media == ()
+    assert JsonFiles([path], ignore_fields=[name]).record(0).media == ()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_what_seems_to_cut_a_clip_under_another_name_is_refused_where_there_is_a
     assert f"field '{name}': seems to cut a clip" in message and "data.ignore_fields" in message
     assert read(image="a.png", **{name: value}).media == (Media("/m/a.png", False),)
     path = write_jsonl(tmp_path / "a.jsonl", [{"video": "a.mp4", name: value} | TALK])
-    assert RecordFiles([path], "/m", ignore_fields=[name])[0].media == (Media("/m/a.mp4", True),)
+    assert JsonFiles([path], "/m", ignore_fields=[name]).record(0).media == (Media("/m/a.mp4", True),)
 
 
 def test_times_of_events_in_a_video_are_no_clip():

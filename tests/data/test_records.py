@@ -5,14 +5,19 @@ import os
 
 import pytest
 
-from megatron_vila.data.fields import Media
-from megatron_vila.data.places import RecordError
-from megatron_vila.data.records import BadRecordsError, RecordFiles, Turn
+from megatron_vila.data.fields import Media, RecordError
+from megatron_vila.data.placement import Turn
+from megatron_vila.data.sources.json_files import JsonFiles
+from megatron_vila.data.sources.source import BadRecordsError
 from tests.data.material import conversation, write_jsonl
 
 
 def read_one(tmp_path, record, **options):
-    return RecordFiles([write_jsonl(tmp_path / "train.jsonl", [record])], **options)[0]
+    return JsonFiles([write_jsonl(tmp_path / "train.jsonl", [record])], **options).record(0)
+
+
+def all_of(files):
+    return [files.record(index) for index in range(len(files))]
 
 
 def test_a_json_list_and_json_lines_give_the_same_records(tmp_path):
@@ -25,16 +30,16 @@ def test_a_json_list_and_json_lines_give_the_same_records(tmp_path):
     (tmp_path / "lines.jsonl").write_text(
         "\ufeff" + "\n\n".join(json.dumps(r, ensure_ascii=r is records[1]) for r in records), encoding="utf-8"
     )
-    listed = RecordFiles([str(tmp_path / "train.json")])
-    lined = RecordFiles([str(tmp_path / "lines.jsonl")])
+    listed = JsonFiles([str(tmp_path / "train.json")])
+    lined = JsonFiles([str(tmp_path / "lines.jsonl")])
     assert len(listed) == len(lined) == 3
-    assert [(r.turns, r.media) for r in listed] == [(r.turns, r.media) for r in lined]
-    assert listed[0].sample_id == "7"
-    assert listed[0].turns == (Turn("user", "<image>Où est le chat ? 猫"), Turn("assistant", "Ici."))
-    assert listed[1].media == (Media(str(tmp_path / "b.mp4"), True),)
-    assert listed[1].sample_id == "train.json#2"
-    assert lined[1].sample_id == "lines.jsonl#3", "the line in the file, blank lines counted"
-    assert listed[2].turns[0] == Turn("system", "Be brief.")
+    assert [r[1:] for r in all_of(listed)] == [r[1:] for r in all_of(lined)]
+    assert listed.record(0).sample_id == "7"
+    assert listed.record(0).turns == (Turn("user", "<image>Où est le chat ? 猫"), Turn("assistant", "Ici."))
+    assert listed.record(1).media == (Media(str(tmp_path / "b.mp4"), True),)
+    assert listed.record(1).sample_id == "train.json#2"
+    assert lined.record(1).sample_id == "lines.jsonl#3", "the line in the file, blank lines counted"
+    assert listed.record(2).turns[0] == Turn("system", "Be brief.")
 
 
 def test_files_are_read_one_after_the_other_with_paths_relative_to_each(tmp_path):
@@ -42,11 +47,11 @@ def test_files_are_read_one_after_the_other_with_paths_relative_to_each(tmp_path
     (tmp_path / "two").mkdir()
     first = write_jsonl(tmp_path / "one" / "a.jsonl", [{"image": "x.png", "conversations": conversation()}] * 2)
     second = write_jsonl(tmp_path / "two" / "b.jsonl", [{"image": "/abs/y.png", "conversations": conversation()}])
-    records = RecordFiles([first, second])
-    assert [r.media[0].path for r in records] == [str(tmp_path / "one" / "x.png")] * 2 + ["/abs/y.png"]
-    assert RecordFiles([first], media_dir="/media")[0].media[0].path == "/media/x.png"
+    records = JsonFiles([first, second])
+    assert [r.media[0].path for r in all_of(records)] == [str(tmp_path / "one" / "x.png")] * 2 + ["/abs/y.png"]
+    assert JsonFiles([first], media_dir="/media").record(0).media[0].path == "/media/x.png"
     with pytest.raises(IndexError):
-        records[3]
+        records.record(3)
 
 
 def test_media_without_a_marker_stand_before_the_first_human_turn(tmp_path):
@@ -119,7 +124,7 @@ GOOD = {"conversations": conversation()}
 def test_a_bad_record_is_named_by_file_record_and_field(tmp_path, record, complaint):
     path = write_jsonl(tmp_path / "train.jsonl", [GOOD, record])
     with pytest.raises(RecordError) as error:
-        RecordFiles([path])
+        JsonFiles([path])
     assert f"{path}, line 2" in str(error.value)
     assert complaint in str(error.value)
 
@@ -143,7 +148,7 @@ def test_a_bad_record_is_named_by_file_record_and_field(tmp_path, record, compla
 def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordError, match="a.") as error:
-        RecordFiles([str(tmp_path / name)])
+        JsonFiles([str(tmp_path / name)])
     assert complaint in str(error.value)
 
 
@@ -165,36 +170,36 @@ def test_every_bad_record_is_told_at_once_and_the_others_are_read(tmp_path, inde
     good = json.dumps({"id": "good", "conversations": conversation('Is "[" or }] in it?', "\\")}, indent=indent)
     texts = [good, *(text for _, text, _ in HOSTILE), good]
     (tmp_path / "a.json").write_text("[" + ",\n".join(texts) + "]")
-    files = RecordFiles([str(tmp_path / "a.json")], skip_bad=True)
+    files = JsonFiles([str(tmp_path / "a.json")], skip_bad=True)
     assert len(files) == len(texts) and sorted(files.bad) == list(range(1, len(texts) - 1))
     for number, (what, _, reason) in enumerate(HOSTILE, start=2):
         assert f"a.json, record {number}" in files.bad[number - 1] and reason in files.bad[number - 1], what
         assert files.name(number - 1) in files.bad[number - 1]
-    assert files[0] == files[len(texts) - 1]
+    assert files.record(0) == files.record(len(texts) - 1)
     with pytest.raises(RecordError, match="record 2"):
-        files[1]
+        files.record(1)
     with pytest.raises(BadRecordsError, match=f"{len(HOSTILE)} of {len(texts)} records cannot be used") as error:
-        RecordFiles([str(tmp_path / "a.json")])
+        JsonFiles([str(tmp_path / "a.json")])
     assert error.value.bad == files.bad
 
 
 def test_a_lost_quotation_mark_spoils_no_record_on_another_line(tmp_path):
     lines = ['{"id": 1, "conversations": []}', '{"id": 2", "conversations": []}', json.dumps({"id": 3, **GOOD})]
     (tmp_path / "a.json").write_text("[\n" + ",\n".join(lines) + "\n]")
-    files = RecordFiles([str(tmp_path / "a.json")], skip_bad=True)
-    assert (len(files), sorted(files.bad), files[2].sample_id) == (3, [0, 1], "3")
+    files = JsonFiles([str(tmp_path / "a.json")], skip_bad=True)
+    assert (len(files), sorted(files.bad), files.record(2).sample_id) == (3, [0, 1], "3")
 
 
 def test_the_report_shows_the_first_bad_records_and_the_number_of_the_others(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", [GOOD, *[{"id": n} for n in range(12)]])
     with pytest.raises(BadRecordsError, match=r"(?s)12 of 13 records.*line 11, field .*\n  ... and 2 more") as error:
-        RecordFiles([path])
+        JsonFiles([path])
     assert "line 12" not in str(error.value)
 
 
 def test_a_set_without_a_good_record_is_refused_though_bad_ones_are_skipped(tmp_path):
     with pytest.raises(BadRecordsError, match="1 of 1 records cannot be used"):
-        RecordFiles([write_jsonl(tmp_path / "a.jsonl", [{}])], skip_bad=True)
+        JsonFiles([write_jsonl(tmp_path / "a.jsonl", [{}])], skip_bad=True)
 
 
 def test_ids_may_be_whole_numbers_written_as_floats_and_empty_media_are_none(tmp_path):
@@ -209,6 +214,6 @@ def test_an_id_is_one_line_of_a_log(tmp_path):
 
 def test_a_missing_file_and_an_empty_list_of_files_are_refused(tmp_path):
     with pytest.raises(RecordError, match=r"none.jsonl: the file with samples cannot be read: No such file"):
-        RecordFiles([str(tmp_path / "none.jsonl")])
+        JsonFiles([str(tmp_path / "none.jsonl")])
     with pytest.raises(RecordError, match="set data.train"):
-        RecordFiles([])
+        JsonFiles([])

@@ -59,7 +59,7 @@ def timed(seconds, per_second=90000) -> VideoInfo:
     fps = (len(pts) - 1) / (pts[-1] - pts[0]) * per_second
     none = np.zeros(1, dtype=np.int64)
     return VideoInfo(
-        path="v",
+        source="v",
         num_frames=len(pts),
         fps=fps,
         duration_s=len(pts) / fps,

@@ -13,7 +13,7 @@ from megatron_vila.config.text_rules import MEDIA_FORMATS
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.video import MediaError, decode_video_frames
 from megatron_vila.hf import VilaConfig, VilaProcessor
 from megatron_vila.models.vision.tower import scale_pixels
@@ -70,7 +70,7 @@ def processor():
 def trained(tmp_path, media, record, tokenizer, **data):
     """Token ids (MEDIA_TOKEN where pictures are), pixels and frames of ``record`` as a training run loads it."""
     settings = DataConfig(**{**DATA, **data})
-    files = RecordFiles([write_jsonl(tmp_path / "train.jsonl", [record])], str(media), settings.media_format)
+    files = JsonFiles([write_jsonl(tmp_path / "train.jsonl", [record])], str(media), settings.media_format)
     loader = RowLoader(
         VilaDataset(files, tokenizer, settings, MODEL, 600),
         RowOrder(1, 0, shuffle=False),

@@ -17,7 +17,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.data.chat import describe
 from megatron_vila.plan.bounds import MOST
 from megatron_vila.train import main
-from megatron_vila.training.feed import open_dataset
+from megatron_vila.training.run_data import open_dataset
 from megatron_vila.training.stop import ASKING
 from megatron_vila.training.summary import read_metrics
 from tests.data.material import conversation, cut_off, destroy_frames, write_jsonl

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_vila.checkpoint.save_load import latest_checkpoint
-from megatron_vila.data.records import RecordFiles
+from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.training.evaluate import remarks
 from megatron_vila.training.feed import chance_level
 from megatron_vila.training.summary import read_metrics
@@ -124,7 +124,7 @@ def test_chance_is_that_of_giving_the_most_frequent_answers_whatever_else_a_reco
         record(("human", "A colour?"), ("gpt", "blue")),
         record(("human", "Nobody answers.")),
     ]
-    files = RecordFiles([write_jsonl(tmp_path / "four.jsonl", records)])
+    files = JsonFiles([write_jsonl(tmp_path / "four.jsonl", records)])
     assert chance_level(files, range(4)) == 2 / 3
     assert chance_level(files, [1, 2]) == 1 / 2, "of the samples that were tested"
     assert chance_level(files, [3]) == 0

@@ -76,7 +76,7 @@ def test_a_stop_after_which_the_same_command_would_begin_anew_does_not_ask_for_i
 
 
 def _failing_evaluation(rank, world, arguments):
-    def fail(config, forward):
+    def fail(config, forward, held_out):
         raise SettingError("nothing to evaluate")
 
     with pytest.MonkeyPatch.context() as patch:

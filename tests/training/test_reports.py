@@ -15,10 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vila.busy import busy
 from megatron_vila.config.load import load_config
 from megatron_vila.errors import UserError
-from megatron_vila.training.feed import tell_bad_records
 from megatron_vila.training.report_files import AppendFile, Reporting
+from megatron_vila.training.run_data import tell_bad_records
 from megatron_vila.training.summary import combine, read_metrics, summarize
-from tests.data.material import conversation, write_jsonl
 from tests.training.test_metrics import logger, metrics, write_run
 
 
@@ -88,8 +87,7 @@ def test_something_else_in_the_place_of_a_report_does_not_end_the_run(tmp_path, 
 
 def test_a_folder_in_the_place_of_the_list_of_bad_records_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "bad_records.txt" / "inside").mkdir(parents=True)
-    good = write_jsonl(tmp_path / "good.jsonl", [{"id": "a", "conversations": conversation("Why?")}])
-    tell_bad_records(load_config("tiny", [f"data.train=[{good}]", f"train.output={tmp_path}"]))
+    tell_bad_records(load_config("tiny", [f"train.output={tmp_path}"]), [], [])
     assert "bad_records.txt cannot be written (Is a directory" in caplog.text
 
 

@@ -76,7 +76,7 @@ FAULTS = [
         "megatron_vila/training/trainer.py",
         "                if saving.save and (finished",
         """                if not self.stopped_by:
-                    self._do_tasks(is_last=finished)
+                    self._do_tasks(data, is_last=finished)
                 if saving.save and (finished""",
         FAILING_EVALUATION,
     ),

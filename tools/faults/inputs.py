@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "answers keep the white space around them",
         "megatron_vila/data/placement.py",
-        "replace(turn, text=turn.text.strip())",
+        "Turn(turn.role, turn.text.strip())",
         "turn",
         QWEN2,
     ),
@@ -188,9 +188,9 @@ FAULTS = [
     ),
     Fault(
         "only the first file of samples is read",
-        "megatron_vila/data/records.py",
-        "RecordFiles(files, data.media_dir",
-        "RecordFiles(files[:1], data.media_dir",
+        "megatron_vila/data/sources/json_files.py",
+        "JsonFiles(files, data.media_dir",
+        "JsonFiles(files[:1], data.media_dir",
         QWEN2,
     ),
     Fault(
@@ -224,8 +224,8 @@ FAULTS = [
     Fault(
         "an error that nobody foresaw in decoding ends the run",
         "megatron_vila/data/dataset.py",
-        "        except (TooLongError, MachineError):\n",
-        "        except (TooLongError, MachineError, TypeError, ZeroDivisionError):\n",
+        "        except (TooLongError, MachineError, ChangedFileError):\n",
+        "        except (TooLongError, MachineError, ChangedFileError, TypeError, ZeroDivisionError):\n",
         ("tests/data/test_dataset.py", "tests/data/test_loader.py"),
     ),
     Fault(

@@ -1,0 +1,148 @@
+"""The data sets of a run, opened once for all that read them, and what is told of their records at the start."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vila.config.schema import Config
+from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.fields import RecordError
+from megatron_vila.data.sources.json_files import open_records
+from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
+from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
+from megatron_vila.errors import ConfigError, PeerError, UserError
+from megatron_vila.training.report_files import Reporting, replace_file
+
+SHOWN_FILES = 4
+"""most missing files that are named"""
+
+SHOWN_RANKS = 8
+
+BAD_RECORDS_FILE = "bad_records.txt"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The samples of ``data.train``, and those of ``data.eval`` if it names files."""
+
+    train: VilaDataset
+    held_out: VilaDataset | None
+
+
+def open_run_data(config: Config, is_writer: bool) -> RunData:
+    """Open the files of a run, on every rank; the writer tells which records are bad, in one report, and keeps the whole of it in
+    ``bad_records.txt`` in the output folder.
+
+    Collective over all ranks (one all-gather). Raises ``ConfigError`` where the files cannot be opened, ``PeerError`` on the
+    other ranks then, and ``ConfigError`` on all of them if any rank finds other records in its files than rank 0.
+    """
+    opened, problem = _open_all(config, is_writer)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (problem, [dataset.records.digest for dataset in opened]))
+    if problem:
+        raise ConfigError(problem)
+    if any(problem for problem, _ in everywhere):
+        raise PeerError("another rank cannot open its files of samples")
+    digests = [digest for _, digest in everywhere]
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        more = " ..." if len(others) > SHOWN_RANKS else ""
+        raise ConfigError(
+            f"data.train={config.data.train} and data.eval={config.data.eval} are not the same files on all nodes: rank "
+            f"{', '.join(others[:SHOWN_RANKS])}{more} found other records in them than rank 0; copy them anew"
+        )
+    return RunData(opened[0], opened[1] if len(opened) > 1 else None)
+
+
+def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
+    """The samples of ``files`` as documents. Raises ``UserError`` that names file, place and cure."""
+    try:
+        return _dataset(config, open_records(config.data, files), _tokenizer(config))
+    except BadRecordsError as error:
+        raise ConfigError(_explained(config, error)) from error
+
+
+def held_out_gaps(held_out: Source) -> str:
+    """A line about files that the records of ``data.eval`` name and that are not there; empty if all are."""
+    good = (held_out.record(index) for index in range(len(held_out)) if index not in held_out.bad)
+    media = [medium for record in good for medium in record.media]
+    paths = dict.fromkeys(path for medium in media for path in medium.pictures or (medium.path,))
+    missing = [path for path in paths if not os.path.exists(path)]
+    if not missing:
+        return ""
+    more = f" and {len(missing) - SHOWN_FILES} more" if len(missing) > SHOWN_FILES else ""
+    return (
+        f"data.eval names {len(paths)} media files, of which {len(missing)} are missing: "
+        f"{', '.join(missing[:SHOWN_FILES])}{more}; restore them or set data.media_dir before the evaluation comes: "
+        "samples without their files are left out of it"
+    )
+
+
+def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
+    """The data sets, or why there are none."""
+    sources: list[Source] = []
+    bad: list[str] = []
+    problem: UserError | None = None
+    for files in filter(None, (config.data.train, config.data.eval)):
+        try:
+            sources.append(open_records(config.data, files))
+            bad += sources[-1].bad.values()
+        except RecordError as error:
+            problem = problem or error
+            bad += error.bad.values() if isinstance(error, BadRecordsError) else ()
+    if is_writer:
+        tell_bad_records(config, sources, bad)
+    try:
+        if problem is not None:
+            raise problem
+        tokenizer = _tokenizer(config)
+        return [_dataset(config, source, tokenizer) for source in sources], ""
+    except UserError as error:
+        return [], _explained(config, error)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
+    tokenizer_warnings(config, tokenizer)
+    return tokenizer
+
+
+def _dataset(config: Config, source: Source, tokenizer: PreTrainedTokenizerBase) -> VilaDataset:
+    return VilaDataset(source, tokenizer, config.data, config.model, config.train.seq_length)
+
+
+def _explained(config: Config, error: UserError) -> str:
+    if not isinstance(error, BadRecordsError):
+        return str(error)
+    cure = "mend them"
+    if config.data.bad_records == "stop":
+        cure += ", or leave them out with data.bad_records=skip"
+    return f"{error}\n{cure}; `python -m megatron_vila.data check` lists all of them"
+
+
+def tell_bad_records(config: Config, sources: Sequence[Source], bad: Sequence[str]) -> None:
+    """Log the bad records of ``sources``; ``bad`` are also those of files that cannot be opened, which the error tells."""
+    for source in sources:
+        if source.bad:
+            logger.warning("%s", report_bad_records(source.bad, len(source)))
+    path = Path(config.train.output) / BAD_RECORDS_FILE
+    text = "".join(f"{reason}\n" for reason in bad)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    if bad:
+        Reporting().attempt(str(path), lambda: replace_file(path, write))
+        logger.warning("all bad records are listed in %s", path)
+    else:
+        Reporting().attempt(str(path), lambda: path.unlink(missing_ok=True))
