@@ -127,7 +127,7 @@ def _output_problems(folder: str) -> Iterable[str]:
         yield f"train.output='{output}' cannot be written: no permission in '{existing}'; choose another folder"
     checkpoints = output / "checkpoints"
     if os.path.lexists(checkpoints) and not _is_folder(checkpoints):
-        yield f"train.output='{output}' takes no checkpoint: '{checkpoints}' is no folder; remove it or choose another folder"
+        yield f"train.output='{output}' takes no checkpoint: '{checkpoints}' is not a folder; remove it or choose another folder"
     elif _is_folder(checkpoints) and not os.access(checkpoints, os.W_OK | os.X_OK):
         yield f"train.output='{output}' takes no checkpoint: no permission in '{checkpoints}'; choose another folder"
 

@@ -330,8 +330,8 @@ def test_help_is_given_without_arguments(capsys):
         (["tiny", "frames=0", "text=0"], "give at least one token"),
         (["tiny", "parallel.ulyses=2"], "unknown key 'parallel.ulyses'"),
         (["tiny", "sample=0"], "data.tokenizer is empty"),
-        (["tiny", "--gpu", "h900"], "--gpu h900 is no GPU that is known here"),
-        (["tiny", "world_size=1099511627776"], "world size 1099511627776 cannot be meant"),
+        (["tiny", "--gpu", "h900"], "--gpu h900 is not a GPU that is known here"),
+        (["tiny", "world_size=1099511627776"], "world size 1099511627776 must be a mistake"),
     ],
 )
 def test_bad_input_gives_a_message_and_no_table(capsys, arguments, part):

@@ -105,7 +105,7 @@ def test_a_contact_sheet_marks_the_needle_frame_and_no_other(tmp_path, monkeypat
 def test_a_contact_sheet_of_no_video_is_refused(tmp_path, monkeypatch, capsys):
     write_synthetic_set(tmp_path, [], train=1, evaluation=0, images=True)
     tool = program(QUICKSTART / "contact_sheet.py")
-    for sample, message in ((0, "is no video"), (1, "holds records 0 to 0")):
+    for sample, message in ((0, "is not a video"), (1, "holds records 0 to 0")):
         arguments = [str(tmp_path / "train_image.json"), str(tmp_path / "sheet.png"), "--sample", str(sample)]
         monkeypatch.setattr(sys, "argv", ["contact_sheet.py", *arguments])
         with pytest.raises(SystemExit):

@@ -69,7 +69,7 @@ def test_an_output_whose_checkpoints_have_no_folder_is_refused_before_a_step_is_
     (tmp_path / "run").mkdir()
     make(tmp_path / "run/checkpoints")
     (message,) = files_refused(data_folder, f"train.output={tmp_path / 'run'}")
-    assert message.endswith("run/checkpoints' is no folder; remove it or choose another folder")
+    assert message.endswith("run/checkpoints' is not a folder; remove it or choose another folder")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

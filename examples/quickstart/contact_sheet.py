@@ -26,7 +26,7 @@ def main() -> None:
         parser.error(f"--sample {args.sample}: {args.samples} holds records 0 to {len(records) - 1}")
     record = records[args.sample]
     if "video" not in record:
-        parser.error(f"record {args.sample} of {args.samples} is no video")
+        parser.error(f"record {args.sample} of {args.samples} is not a video")
     path = args.samples.parent / record["video"]
     with av.open(str(path)) as video:
         frames = [frame.to_image() for frame in video.decode(video=0)]

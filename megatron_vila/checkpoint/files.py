@@ -251,7 +251,7 @@ def load_plain(file: BinaryIO, name: str) -> Any:
         return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:
         require_no_refusal(error, name)
-        # torch's text tells how to load the file all the same, which is the last thing to do with it.
+        # Not torch's text: it tells how to load the file anyway, which nobody should do.
         kind = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0][:200]
         raise DamagedError(
             f"{name} holds more than tensors and plain values, or is damaged: {kind}; nothing of it was run"

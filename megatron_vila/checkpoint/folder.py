@@ -52,7 +52,7 @@ def finished(root: Path) -> list[Path]:
 
 
 def named_latest(root: Path) -> Path | None:
-    """What ``latest`` names, if it is there, finished or not. Raises ``CheckpointError`` if ``latest`` is no plain file."""
+    """What ``latest`` names, if it is there, finished or not. Raises ``CheckpointError`` if ``latest`` is not a plain file."""
     pointer = root / LATEST
     if not os.path.lexists(pointer):
         return None
@@ -145,8 +145,8 @@ def publish(partial: Path, final: Path) -> None:
 def delete_older(final: Path, keep: int) -> None:
     """Delete earlier saves of the same step and all but the ``keep`` newest checkpoints up to ``final`` (0 keeps all).
 
-    Later steps, left by a run that was set back by hand, are nobody's to delete. What cannot be deleted is told, no more: the
-    new checkpoint is in place.
+    Later steps, left by a run that was set back by hand, are never deleted. What cannot be deleted is only reported: the new
+    checkpoint is in place.
     """
     try:
         older = [folder for folder in finished(final.parent) if order(folder) < order(final)]
@@ -191,7 +191,7 @@ def _pointer_to(folder: Path) -> Path:
 
 
 def _ours(root: Path) -> list[Path]:
-    """Everything there with a name of ours. Raises ``CheckpointError`` if ``root`` is no folder, ``OSError`` if unreadable."""
+    """Everything there with a name of ours. Raises ``CheckpointError`` if ``root`` is not a folder, ``OSError`` if unreadable."""
     try:
         return [path for path in root.iterdir() if is_ours(path)]
     except FileNotFoundError:

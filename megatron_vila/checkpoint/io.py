@@ -31,7 +31,7 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         raise kind(f"{path.name} cannot be opened as a plain file: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DamagedError(f"{path.name} is no plain file")
+        raise DamagedError(f"{path.name} is not a plain file")
     with os.fdopen(descriptor, "rb") as file:
         yield file
 

@@ -1,4 +1,4 @@
-"""Where a run goes on, and what it must have in common with the run that was saved: settings kept in the checkpoint, and what
+"""Where a run continues, and what it must have in common with the run that was saved: settings kept in the checkpoint, and what
 it means that one has changed.
 
 ``settings_of`` gives the settings as a flat dict, key -> plain value; the trainer keeps it in the checkpoint's ``extra``.

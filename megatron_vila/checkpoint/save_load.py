@@ -367,7 +367,8 @@ def _model_state(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def _leave_out_new_updates(model_state: dict[str, Any], stored: Mapping[str, StoredTensor]) -> None:
-    """Take out the LoRA factors of linear layers that have none in the checkpoint: an update that begins is no lost one."""
+    """Take out the LoRA factors of linear layers that have none in the checkpoint: an update that starts at zero has lost
+    nothing."""
     for chunk in model_state.values():
         for name, entry in list(chunk.items()):
             linear, _, leaf = entry.key.rpartition(".")

@@ -235,7 +235,7 @@ def _bytes_of(key: Any, place: Any, files: Mapping[str, int]) -> tuple[str, int,
     """File, first byte and length of a piece, all of it inside one of ``files``."""
     file, begin, length = (getattr(place, name, None) for name in ("relative_path", "offset", "length"))
     if type(place) is not _StorageInfo or type(file) is not str or file not in files:
-        raise DamagedError(f"{METADATA}: {key!r} lies in {file!r}, which is no file of this checkpoint; it was not opened")
+        raise DamagedError(f"{METADATA}: {key!r} lies in {file!r}, which is not a file of this checkpoint; it was not opened")
     if getattr(place, "transform_descriptors", None):
         raise DamagedError(f"{METADATA}: {key!r} is transformed, which no checkpoint of ours is")
     if type(begin) is not int or type(length) is not int or begin < 0 or length < 0 or begin + length > files[file]:

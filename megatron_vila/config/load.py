@@ -34,7 +34,7 @@ PRESET_FOLDER = Path(__file__).parent / "presets"
 COMMAND_LINE = "command line"
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError, RecursionError)
-"""What YAML and OmegaConf raise for text that is no value."""
+"""What YAML and OmegaConf raise for text that is not a value."""
 
 SHOWN = 200
 """Characters of a value or an error that a message shows."""

@@ -185,7 +185,7 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in ``path``, or {} and a problem."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no plain file")
+            raise ValueError("it is not a plain file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems.append(f"{path} is missing")

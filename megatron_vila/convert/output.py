@@ -19,7 +19,7 @@ _OURS = ("config.json", "config.yaml", "adapter_config.json")
 def output_problems(out: Path, sources: list[Path], overwrite: bool) -> list[str]:
     """Why ``out`` cannot be written; ``sources`` are the folders that are read meanwhile."""
     if any(out.resolve() in (path.resolve(), *path.resolve().parents) for path in sources):
-        return [f"{out} is or holds what is to be read; give another output folder"]
+        return [f"{out} is the source, or a folder that holds it; choose another output folder"]
     if not out.exists():
         return []
     if not out.is_dir():

@@ -94,7 +94,7 @@ def find_tensors(folder: Path, problems: list[str]) -> dict[str, FileTensor]:
     for path in files:
         if not path.is_file():
             damaged.add(path.name)
-            problems.append(f"{path} is no plain file; copy the file itself")
+            problems.append(f"{path} is not a plain file; copy the file itself")
             continue
         try:
             _read_header(path, found, problems)
@@ -132,7 +132,7 @@ def _read_header(path: Path, found: dict[str, FileTensor], problems: list[str]) 
 def _check_index(index: Path, found: Mapping[str, FileTensor], damaged: set[str], problems: list[str]) -> None:
     try:
         if not index.is_file():
-            raise ValueError("it is no plain file")
+            raise ValueError("it is not a plain file")
         places = json.loads(index.read_text())["weight_map"]
         wanted = sorted(set(places.values()) - damaged)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

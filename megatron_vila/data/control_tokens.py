@@ -39,7 +39,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
 
 
 class ControlTokenError(UserError, ValueError):
-    """A control token that is text cannot be told from one that is none."""
+    """A control token that is only text cannot be told from a real one."""
 
 
 class ControlTokens:
@@ -103,8 +103,8 @@ class ControlTokens:
         return ids, np.stack([np.minimum(origins_C2[starts, 0], ends), ends], axis=1)
 
     def _renamed(self, text: str) -> tuple[str, np.ndarray]:
-        """The text for the copy, and of which characters of ``text`` each of its own and its end comes, first and last: int64
-        [C + 1, 2] (end exclusive)."""
+        """The text for the copy; and for each of its characters, and its end, the first and last character of ``text`` that
+        it comes from: int64 [C + 1, 2] (end exclusive)."""
         pieces, sources, at = [], [], 0
 
         def keep(end: int) -> None:

@@ -219,7 +219,7 @@ def _frames(value: Any, where: str, media_dir: str) -> Media:
     for path in pictures:
         if _ending(path) not in PICTURE_ENDINGS:
             raise RecordError(
-                f"{where}: {shown(path)} is no picture by its name; the frames of a video must be pictures"
+                f"{where}: {shown(path)} is not a picture by its name; the frames of a video must be pictures"
             )
     if not pictures:
         raise RecordError(f"{where}: a video of pictures needs at least one")

@@ -146,7 +146,7 @@ def _of_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (as stored) where the EXIF data are none or cannot be read: the pixels are good all the same."""
+    """The EXIF orientation, 1 (as stored) where there are no EXIF data or they cannot be read: the pixels are good anyway."""
     try:
         return int(picture.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:

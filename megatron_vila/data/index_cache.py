@@ -1,4 +1,4 @@
-"""Frame tables kept on disk, for containers that do not hold one: such a file is read whole, once a user and not once a rank.
+"""Frame tables kept on disk, for containers that do not hold one: such a file is read whole, once per user and not once per rank.
 
 A table is small, and named by path, size and time of change of the video and by the version of FFmpeg (``kept.py``).
 """

@@ -1,8 +1,8 @@
 """What is found out about files once and kept for later runs and for the other ranks: one place, one way.
 
-Kept files lie in ``~/.cache/megatron_vila`` (``XDG_CACHE_HOME`` counts). They hold plain data, and each is written beside its
-place and moved there, so a reader never sees half of one. While one process makes a file, the others wait for it. A folder that
-cannot be written switches this off: each process then makes its own.
+Kept files lie in ``~/.cache/megatron_vila`` (``XDG_CACHE_HOME`` is respected). They hold plain data, and each is written
+beside its place and moved there, so a reader never sees half of one. While one process makes a file, the others wait for it.
+A folder that cannot be written switches this off: each process then makes its own.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _state(source: MediaSource) -> tuple[int | str, ...]:
 def _read(cache: str, fingerprint: str) -> np.ndarray | None:
     try:
         if os.path.exists(cache) and not os.path.isfile(cache):
-            raise OSError(0, "it is no plain file")  # a pipe would be waited for
+            raise OSError(0, "it is not a plain file")  # a pipe would be waited for
         with open(cache) as stream:
             content = json.load(stream)
         if content["fingerprint"] == fingerprint:
@@ -95,7 +95,7 @@ def _read(cache: str, fingerprint: str) -> np.ndarray | None:
 
 
 def _write(cache: str, content: dict) -> None:
-    """The file only saves the time of measuring again: a disk that is full is told, and does not end the run."""
+    """The file only saves the time of measuring again: a full disk is reported and does not end the run."""
     folder, temporary = os.path.dirname(os.path.abspath(cache)), None
     try:
         os.makedirs(folder, exist_ok=True)

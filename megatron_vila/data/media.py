@@ -129,8 +129,8 @@ def open_media(source: MediaSource) -> BinaryIO:
     """A medium, open for reading, which the caller closes: a file that can be sought in and holds the bytes of the medium alone.
 
     Links are followed. Raises ``MediaError`` for a file that is missing, empty or not a regular file, and for a member that its
-    file does not hold in full. A pipe or device is not waited for; files of ``/proc``, of which some are, have no size and count
-    as empty. Only a file named by its path has a descriptor (``fileno``).
+    file does not hold in full. A pipe or device is not waited for, nor are files of ``/proc``, which have no size
+    and count as empty. Only a file named by its path has a descriptor (``fileno``).
     """
     if isinstance(source, bytes):
         if not source:
@@ -151,7 +151,7 @@ def open_media(source: MediaSource) -> BinaryIO:
 
 
 def state_of(source: MediaSource) -> tuple[int | str, ...]:
-    """What is another one once the content of a medium has changed, and its size in bytes first. Raises ``OSError``."""
+    """A value that changes when the content of a medium does; its first part is the size in bytes. Raises ``OSError``."""
     if isinstance(source, bytes):
         return len(source), hashlib.sha256(source).hexdigest()
     status = os.stat(source.path if isinstance(source, Member) else source)

@@ -1,6 +1,6 @@
 """Signs in a text while a chat template renders it: for a medium, and for a control token that is only text.
 
-A sign is a code point that is no character (U+FDD0 to U+FDEF), so no text holds one and no template writes one.
+A sign is a code point that is not a character (U+FDD0 to U+FDEF), so no text holds one and no template writes one.
 """
 
 from __future__ import annotations

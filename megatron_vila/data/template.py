@@ -140,7 +140,7 @@ def with_clock(template: str, clock: str) -> str:
 
 
 def _chance(template: str) -> str:
-    """What in a template draws lots, or nothing."""
+    """What in a template gives random values, or nothing."""
     try:
         words = [(kind, word) for _, kind, word in jinja2.Environment().lex(template) if kind != "whitespace"]
     except jinja2.TemplateSyntaxError as error:

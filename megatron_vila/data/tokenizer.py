@@ -156,7 +156,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: M
     for name, ids in separators.items():
         strange = [id_ for id_ in ids if tokenizer.convert_ids_to_tokens(id_) is None]
         if strange:
-            raise SettingError(f"{name} holds id {strange[0]}, which is no token of {own}; {cure}, or other separators")
+            raise SettingError(f"{name} holds id {strange[0]}, which is not a token of {own}; {cure}, or other separators")
         text = tokenizer.decode(ids)
         if text.strip() and not all(id_ in added for id_ in ids):
             warnings.append(f"{name}={list(ids)} is the text {text!r} in {own}; VILA writes line breaks or nothing")

@@ -94,7 +94,7 @@ def _document(config: Config, own: dict[str, int]) -> tuple[Document | None, str
         return None, ""
     frames, text = own.get("frames", 0), own.get("text", 64)
     if not frames and not text:
-        raise ConfigError("command line: frames=0 text=0 is no sample; give at least one token")
+        raise ConfigError("command line: frames=0 text=0 is not a sample; give at least one token")
     document = made_up_document(config, frames, text)
     if len(document) <= config.train.seq_length:
         return document, ""

@@ -178,8 +178,8 @@ def layer_elements(config: Config) -> int:
 
 
 def _layer_workspace(config: Config, element: int, again: bool) -> int:
-    """The layer whose backward pass runs, ``again``: under a recompute policy. The larger of two moments: gradients of the MLP,
-    and gradients of attention."""
+    """Bytes in use by the layer whose backward pass runs; ``again``: under a recompute policy. The larger of two moments: when
+    gradients of the MLP are formed, and when those of attention are."""
     llm, tp, memory = config.model.llm, config.parallel.tp, config.memory
     tokens = local_tokens(config)
     h, q, k, f = (x / tp for x in (llm.hidden_size, *_widths(config), llm.ffn_hidden_size))
@@ -287,7 +287,7 @@ def _head_workspace(config: Config, element: int) -> int:
 
 
 def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) -> int:
-    """Logits and theirs; without a gradient buffer of 32 bits the float32 sums of a block of rows too."""
+    """Logits and their gradients; without a float32 gradient buffer also the float32 sums of a block of rows."""
     per_logit = element + max(element, 4)
     sums = 0 if wide_sums else math.isqrt(HEAD_LOGIT_BYTES // per_logit) * hidden * 4
     return min(HEAD_LOGIT_BYTES, tokens * rows * per_logit) + sums

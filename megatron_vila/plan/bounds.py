@@ -71,7 +71,7 @@ MOST_RANKS = 2**20
 
 
 def most(name: str, kind: Any) -> float | None:
-    """The largest value of the key ``name`` of the type ``kind``; None for what is no number."""
+    """The largest value of the key ``name`` of the type ``kind``; None for what is not a number."""
     options = set(typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind])
     if not options & {int, float}:
         return None
@@ -88,7 +88,7 @@ def size_problems(config: Config) -> Iterable[str]:
             yield f"{key.name}=nan is not a number; give one"
         elif abs(value) > bound:
             given = str(value) if isinstance(value, float) or abs(value) < 10**40 else "a number of more than 40 digits"
-            yield f"{key.name}={given} cannot be meant; use at most {shown(bound)}"
+            yield f"{key.name}={given} must be a mistake; use at most {shown(bound)}"
 
 
 def text_problems(config: Config) -> Iterable[str]:
@@ -97,7 +97,7 @@ def text_problems(config: Config) -> Iterable[str]:
         value = value_of(config, key.name)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and "\0" in text:
-                yield f"{key.name}={text!r} holds a zero byte; take it out"
+                yield f"{key.name}={text!r} holds a zero byte; remove it"
 
 
 def value_of(config: Config, name: str) -> Any:

@@ -108,7 +108,7 @@ def machine_of(gpu: str) -> Machine:
     size = int(float(amount[1]) * (GIB if amount[2].lower() == "gib" else 10**9)) if amount else 0
     if amount is None or size < GIB:
         raise ConfigError(
-            f"command line: --gpu {gpu} is no GPU that is known here; use {', '.join(PRESETS)}, or the memory of one, e.g. 80GB "
-            "or 79.2GiB"
+            f"command line: --gpu {gpu} is not a GPU that is known here; use {', '.join(PRESETS)}, or the memory of one, e.g. "
+            "80GB or 79.2GiB"
         )
     return Machine(f"a GPU of {amount[1]} {amount[2]}", size)

@@ -92,7 +92,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Row:
-    """Packed documents, each padded at its end (padding: token 0, label IGNORE, attended by nobody that counts).
+    """Packed documents, each padded at its end (padding: token 0, label IGNORE; no real token attends to it).
 
     ``token_ids``, ``labels``, ``positions`` are int64 [S]; positions restart in each document. ``cu_seqlens`` int64 [D+1]
     are the padded document boundaries, ``lengths`` the D documents' tokens without padding; ``frame_starts`` int64 [F] are

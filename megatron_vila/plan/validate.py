@@ -101,7 +101,7 @@ def number_problems(config: Config, world_size: int) -> list[str]:
     """Why ``config`` cannot run on ``world_size`` ranks: impossible values; without any, what does not fit together."""
     problems = [*value_problems(config)]
     if world_size > MOST_RANKS:
-        problems.append(f"world size {world_size} cannot be meant; use at most {MOST_RANKS} ranks")
+        problems.append(f"world size {world_size} must be a mistake; use at most {MOST_RANKS} ranks")
     # Everything below divides by these values, so wrong ones are reported first.
     if problems:
         return problems

@@ -159,7 +159,7 @@ _SPEED = {"tokens_per_s_per_gpu", "frames_per_s", "mfu", "data_wait_s", "step_s"
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of ``path`` after ``step``, and what is no record, in one atomic replacement."""
+    """Drop the lines of ``path`` after ``step``, and what is not a record, in one atomic replacement."""
     if path.exists():
         kept = [line for line, record in read_records(path) if 0 < record["step"] <= step]
         replace_file(path, lambda temporary: temporary.write_bytes(b"".join(kept)))

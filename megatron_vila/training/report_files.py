@@ -109,7 +109,7 @@ class AppendFile:
             descriptor = os.open(self._path, flags, 0o644)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
-                raise OSError(0, "it is no regular file", str(self._path))
+                raise OSError(0, "it is not a regular file", str(self._path))
             self._descriptor = descriptor
         return self._descriptor
 

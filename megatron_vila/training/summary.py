@@ -55,7 +55,7 @@ def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     A record has a whole number ``step``, nothing but numbers and nulls, and what ``summarize`` and ``plots.py`` need.
     """
     if not path.is_file():
-        raise OSError(0, "it is no regular file", str(path))
+        raise OSError(0, "it is not a regular file", str(path))
     left_out, first = 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file), start=1):
@@ -65,7 +65,7 @@ def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             elif line.strip():
                 left_out, first = left_out + 1, first or number
     if left_out:
-        lines = "1 line is no record and is" if left_out == 1 else f"{left_out} lines are no records and are"
+        lines = "1 line is not a record and is" if left_out == 1 else f"{left_out} lines are no records and are"
         logger.warning("%s: %s left out (the first one is line %d)", path, lines, first)
 
 
@@ -154,14 +154,14 @@ def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
-            raise OSError(0, "it is no plain file", str(path))
+            raise OSError(0, "it is not a plain file", str(path))
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: that run has not finished") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); start the run again to write it") from error
     if not isinstance(summary, dict) or not all(_is_number(summary.get(name)) for name in _TOTALS):
-        raise UserError(f"{path} is no summary of a run (it needs {', '.join(_TOTALS)}); start the run again to write it")
+        raise UserError(f"{path} is not a summary of a run (it needs {', '.join(_TOTALS)}); start the run again to write it")
     return summary
 
 

@@ -224,10 +224,10 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "bytes entry": (_bytes_entry, "BytesStorageMetadata, which no checkpoint of ours holds"),
     "metadata of something else": (lambda folder: (folder / ".metadata").write_bytes(pickle.dumps([1])), "is not the metadata"),
     "metadata cut": (lambda folder: (folder / ".metadata").write_bytes(b"\x80\x04"), ".metadata is damaged"),
-    "parent folder": (_moved("../outside.distcp"), "'../outside.distcp', which is no file of this checkpoint"),
-    "absolute path": (_moved("/etc/passwd"), "'/etc/passwd', which is no file of this checkpoint"),
-    "device": (_moved("/dev/zero"), "'/dev/zero', which is no file of this checkpoint"),
-    "unlisted file": (_moved("unlisted.distcp"), "'unlisted.distcp', which is no file of this checkpoint"),
+    "parent folder": (_moved("../outside.distcp"), "'../outside.distcp', which is not a file of this checkpoint"),
+    "absolute path": (_moved("/etc/passwd"), "'/etc/passwd', which is not a file of this checkpoint"),
+    "device": (_moved("/dev/zero"), "'/dev/zero', which is not a file of this checkpoint"),
+    "unlisted file": (_moved("unlisted.distcp"), "'unlisted.distcp', which is not a file of this checkpoint"),
     "beyond the end": (_moved("", 1 << 40), "lies at bytes"),
     "before the begin": (_moved("", -5), "lies at bytes"),
     "longer than the file": (_moved("", 0, 1 << 40), "lies at bytes"),
@@ -281,7 +281,7 @@ FORGED_INFO: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "configuration a list": (lambda info: info.update(config=[1]), "config is no group of settings"),
     "configuration of a billion layers": (
         lambda info: info["config"]["model"]["llm"].update(num_layers=10**9),
-        "model.llm.num_layers=1000000000 cannot be meant",
+        "model.llm.num_layers=1000000000 must be a mistake",
     ),
     "unknown projector": (
         lambda info: info["config"]["model"]["projector"].update(type="x"),

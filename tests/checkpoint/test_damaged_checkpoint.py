@@ -266,7 +266,7 @@ def test_a_folder_or_a_pipe_in_the_place_of_latest_ends_the_start(videos, two_st
         (root / "latest").unlink(missing_ok=True)
         make(root / "latest")
         (text,) = pool.run(1, resumed, settings)
-        assert f"{root / 'latest'}: latest is no plain file; remove it" in text
+        assert f"{root / 'latest'}: latest is not a plain file; remove it" in text
         (root / "latest").rmdir() if make is os.mkdir else (root / "latest").unlink()
 
 

@@ -217,8 +217,8 @@ def _pipe_called_config(folder: Path) -> None:
     [
         (_pickled_weights, "pickled weights only"),
         (_pickle_called_safetensors, "truncated or damaged"),
-        (_pipe_called_safetensors, "no plain file"),
-        (_device_called_safetensors, "no plain file"),
+        (_pipe_called_safetensors, "not a plain file"),
+        (_device_called_safetensors, "not a plain file"),
         (_index_that_leaves_the_folder, "names files outside of its folder"),
         (_pipe_called_config, "config.json"),
     ],

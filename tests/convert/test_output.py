@@ -46,8 +46,8 @@ def test_overwriting_spares_what_is_no_converted_model_and_what_is_read(source, 
     for out, message in (
         (tmp_path / "mine", "holds no converted model, so --overwrite does not replace it"),
         (tmp_path / "file", "is a file"),
-        (source, "is or holds what is to be read"),
-        (tmp_path, "is or holds what is to be read"),
+        (source, "is the source, or a folder that holds it"),
+        (tmp_path, "is the source, or a folder that holds it"),
     ):
         with pytest.raises(ConversionError, match=message):
             import_checkpoint(source, out, overwrite=True)

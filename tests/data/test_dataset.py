@@ -46,7 +46,7 @@ def media(tmp_path_factory):
     cut_off(write_video(folder / "cut.mp4", 24))
     (folder / "empty.mp4").touch()
     (folder / "empty.png").touch()
-    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    (folder / "text.mp4").write_text("this is not a video\n" * 100)
     return folder
 
 

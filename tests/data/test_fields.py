@@ -114,7 +114,7 @@ def test_pictures_in_a_list_are_the_frames_of_one_video_in_their_order():
     both = read(video=[["f/1.jpg"], "b.mp4"]).media
     assert both == (Media("/m/f", True, pictures=("/m/f/1.jpg",)), Media("/m/b.mp4", True))
     assert "pictures and videos in one list" in refused(video=["f/1.jpg", "b.mp4"])
-    assert "'/m/b.mp4' is no picture by its name" in refused(frames=["f/1.jpg", "b.mp4"])
+    assert "'/m/b.mp4' is not a picture by its name" in refused(frames=["f/1.jpg", "b.mp4"])
     assert "must be a path or a list of paths, found 0" in refused(frames=[0, 8, 16])
     assert "a video of pictures needs at least one" in refused(video=[[]])
 

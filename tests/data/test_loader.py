@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     write_video(folder / "short.mp4", 5)
     cut_off(write_video(folder / "cut.mp4", 32))
     (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    (folder / "text.mp4").write_text("this is not a video\n" * 100)
     destroy_frames(write_video(folder / "middle.mp4", 32), 14, 18)
     Image.new("RGB", (40, 30), (255, 255, 255)).save(folder / "white.png")
     (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)

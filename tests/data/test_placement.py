@@ -119,7 +119,7 @@ def test_what_is_escaped_comes_back():
         ("<video>", {"video": ""}, "none is given"),
         ("<video>\nWhat is a <video> tag?", {"video": "a.mp4"}, "2 markers"),
         ("Is <image> like <image>?", {"image": "a.png"}, "2 markers"),
-        ("What is \ufdd2?", {}, "U+FDD2, which is no character"),
+        ("What is \ufdd2?", {}, "U+FDD2, which is not a character"),
     ],
 )
 def test_markers_that_do_not_fit_are_refused_with_both_cures(question, files, complaint, rule):

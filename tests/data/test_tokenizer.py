@@ -143,7 +143,7 @@ def test_a_tokenizer_that_cannot_be_the_models_is_refused(tokenizer):
     for rows, reason in ((size - 1, "1 tokens beyond"), (2 * size + 1025, other), (152064, other)):
         with pytest.raises(ValueError, match=f"{reason}.*use the tokenizer that belongs to the model"):
             check_tokenizer(tokenizer, rows, {})
-    with pytest.raises(ValueError, match=rf"data.frame_separator_ids holds id {size}, which is no token of data.tokenizer="):
+    with pytest.raises(ValueError, match=rf"data.frame_separator_ids holds id {size}, which is not a token of data.tokenizer="):
         check_tokenizer(tokenizer, 512, {"data.frame_separator_ids": [size]})
 
 

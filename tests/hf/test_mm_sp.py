@@ -211,7 +211,7 @@ def refused_enable(rank: int, settings: dict, twice: bool, run: bool) -> str:
     [
         ({"ulysses": 4}, False, False, "ulysses=4 times ring=1 does not divide the 2 ranks of group"),
         ({"ring": 0}, False, False, "ulysses=1 times ring=0 does not divide"),
-        ({"kernel": "fast"}, False, False, "kernel=fast is no kernel"),
+        ({"kernel": "fast"}, False, False, "kernel=fast is not a kernel"),
         ({"kernel": "fa4"}, False, True, "kernel=fa4 cannot run here"),
         ({"frame_micro_batch": 0}, False, False, "frame_micro_batch=0 encodes nothing"),
         ({"ulysses": 2}, True, False, "MM-SP is on already"),

@@ -201,7 +201,7 @@ def test_a_gpu_kernel_on_a_cpu_says_what_is_missing(name):
 
 
 def test_an_unknown_kernel_is_refused_with_the_names_that_exist():
-    with pytest.raises(ValueError, match="model.attention=fa3 is no kernel; use auto, fa4, cudnn"):
+    with pytest.raises(ValueError, match="model.attention=fa3 is not a kernel; use auto, fa4, cudnn"):
         select_kernel("fa3", 128, torch.bfloat16, CPU)
 
 

@@ -126,7 +126,7 @@ def test_a_number_above_its_bound_is_refused_with_the_bound(name):
     """Also of a key that has no bound of its own: the general one holds."""
     value = NUMBERS[name] * 2
     message = refused([f"{name}={int(value) if value < 1e10 and float(value).is_integer() else value}"])
-    assert f"{name}=" in message and "cannot be meant; use at most" in message, message
+    assert f"{name}=" in message and "must be a mistake; use at most" in message, message
 
 
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.type is float or "float" in str(key.type)])
@@ -144,11 +144,11 @@ def test_every_bound_is_of_a_key_that_is_a_number():
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("data.prefetch=1000000000", "data.prefetch=1000000000 cannot be meant; use at most 4096"),
+        ("data.prefetch=1000000000", "data.prefetch=1000000000 must be a mistake; use at most 4096"),
         ("train.global_batch_size=100000000", "use at most 1000000"),
-        ("optim.lr=1e30", "optim.lr=1e+30 cannot be meant; use at most 1"),
-        ("train.steps=9223372036854775808", "train.steps=9223372036854775808 cannot be meant; use at most 1000000000"),
-        ("parallel.ring=1000000007", "parallel.ring=1000000007 cannot be meant"),
+        ("optim.lr=1e30", "optim.lr=1e+30 must be a mistake; use at most 1"),
+        ("train.steps=9223372036854775808", "train.steps=9223372036854775808 must be a mistake; use at most 1000000000"),
+        ("parallel.ring=1000000007", "parallel.ring=1000000007 must be a mistake"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_the_most_that_can(setting, words):
@@ -156,7 +156,7 @@ def test_what_cannot_be_meant_is_refused_with_the_most_that_can(setting, words):
 
 
 def test_a_world_that_no_machine_has_is_refused_at_once():
-    with pytest.raises(ConfigError, match=f"world size {10**12} cannot be meant; use at most {MOST_RANKS} ranks"), at_most(20):
+    with pytest.raises(ConfigError, match=f"world size {10**12} must be a mistake; use at most {MOST_RANKS} ranks"), at_most(20):
         validate(load_config("tiny"), 10**12)
 
 

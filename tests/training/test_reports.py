@@ -100,7 +100,7 @@ def test_a_pipe_in_the_place_of_a_temporary_file_is_told_and_not_waited_for(tmp_
         (told,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith(str(tmp_path / name))]
         assert f"no plain file stands there; remove it: {tmp_path / name}.tmp" in told
     os.mkfifo(tmp_path / "summary.json")
-    with pytest.raises(UserError, match="it is no plain file"):
+    with pytest.raises(UserError, match="it is not a plain file"):
         combine([tmp_path], 1.0)
 
 

@@ -61,7 +61,7 @@ def enable_mm_sp(
         )
     check_model(model, ulysses, ATTENTION)
     if kernel != "auto" and kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel} is no kernel; use auto, {', '.join(KERNELS)}")
+        raise ValueError(f"kernel={kernel} is not a kernel; use auto, {', '.join(KERNELS)}")
     if frame_micro_batch < 1:
         raise ValueError(f"frame_micro_batch={frame_micro_batch} encodes nothing; use 1 or more")
     groups = MMSPGroups.of(ulysses, ring, group or dist.group.WORLD)

@@ -44,7 +44,7 @@ _logger = logging.getLogger(__name__)
 class VilaConfigError(UserError, RuntimeError):
     """A configuration that cannot be used.
 
-    No ``ValueError``: ``AutoProcessor`` takes one for "not a model of mine" and gives the bare tokenizer instead.
+    Not a ``ValueError``: ``AutoProcessor`` would take one for "not a model of mine" and return the bare tokenizer.
     """
 
 

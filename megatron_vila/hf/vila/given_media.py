@@ -72,7 +72,7 @@ def of_each_conversation(media: Any, is_one: Callable[[Any], bool], several: boo
 def of_each_text(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool], marker: str) -> list[list[Any]]:
     """The media of each text, from one medium, one list for all texts, or a list per text; ``counts`` are the texts' markers.
 
-    Raises ``ValueError`` for media that do not fit the markers and for what is no medium.
+    Raises ``ValueError`` for media that do not fit the markers and for what is not a medium.
     """
     if media is None:
         media = []

@@ -45,7 +45,7 @@ def select_kernel(
     Raises ``ValueError`` for an unknown name and for a kernel that cannot run here, with the reason.
     """
     if name != "auto" and name not in KERNELS:
-        raise SettingError(f"{setting}={name} is no kernel; use auto, {', '.join(KERNELS)}")
+        raise SettingError(f"{setting}={name} is not a kernel; use auto, {', '.join(KERNELS)}")
     reasons = {}
     for candidate in _AUTOMATIC if name == "auto" else (name,):
         available, kernel = KERNELS[candidate]
