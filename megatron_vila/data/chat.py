@@ -75,7 +75,7 @@ class ChatEncoder:
         """
         for turn in turns:
             if found := _UNREADABLE.search(turn.text):
-                raise RenderError(f"the text of a turn holds U+{ord(found[0]):04X}, which is no character; take it out")
+                raise RenderError(f"the text of a turn holds U+{ord(found[0]):04X}, which is not a character; remove it")
         turns = [turn._replace(text=with_signs(turn.text)) if turn.role == "user" else turn for turn in turns]
         if not self.rules.parse_control_tokens:
             turns = [turn._replace(text=self._control.mark(turn.text)) for turn in turns]

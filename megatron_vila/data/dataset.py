@@ -244,7 +244,7 @@ def fit_frames(counts: Sequence[int], room: int, places: Callable[[int], int]) -
 def share_frames(counts: Sequence[int], room: int) -> list[int]:
     """Frames to keep of videos with ``counts`` frames when there is room for ``room`` frames in all.
 
-    One of each video, the rest in proportion to the counts (largest remainder). Raises ``TooLongError``
+    Each video keeps at least one; the rest is shared in proportion to the counts (largest remainder). Raises ``TooLongError``
     if there is no room for one of each.
     """
     if sum(counts) <= room:

@@ -52,7 +52,7 @@ def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> t
     """
     for turn in turns:
         if not turn.text.isascii() and (found := RESERVED.search(turn.text)):
-            raise PlacementError(f"the text holds U+{ord(found[0]):04X}, which is no character; take it out")
+            raise PlacementError(f"the text holds U+{ord(found[0]):04X}, which is not a character; remove it")
     if rule == "vila":
         turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
     if not images + videos:
