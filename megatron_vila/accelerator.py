@@ -128,7 +128,7 @@ def set_deterministic(enabled: bool) -> None:
         os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(enabled)
     # The fill only helps to find reads of uninitialized memory, and costs a pass over every buffer.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = False
 
@@ -168,13 +168,20 @@ def cuda() -> types.ModuleType:
     twin = types.ModuleType("torch.cuda")
     vars(twin).update(vars(torch.cuda))
     stream = _Stream()
-    twin.current_device = lambda: torch.device("cpu")
-    twin.Stream = twin.Event = _Stream
-    twin.current_stream = twin.default_stream = lambda device=None: stream
-    twin.stream = lambda stream: contextlib.nullcontext()
-    twin.synchronize = twin.empty_cache = lambda *args, **kwargs: None
-    twin.manual_seed = twin.manual_seed_all = torch.manual_seed
-    twin.get_rng_state, twin.set_rng_state = _get_rng_state, _set_rng_state
+    vars(twin).update(
+        current_device=lambda: torch.device("cpu"),
+        Stream=_Stream,
+        Event=_Stream,
+        current_stream=lambda device=None: stream,
+        default_stream=lambda device=None: stream,
+        stream=lambda stream: contextlib.nullcontext(),
+        synchronize=lambda *args, **kwargs: None,
+        empty_cache=lambda *args, **kwargs: None,
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        get_rng_state=_get_rng_state,
+        set_rng_state=_set_rng_state,
+    )
     return twin
 
 
@@ -237,7 +244,7 @@ def compiled_on_cuda(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args):
         # Detached: torch.compile would make other versions for arguments that require gradients, and it keeps only a few.
-        args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        return (compiled() if args[0].device.type == _COMPILED_DEVICE and compiles() else function)(*args)
+        plain = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return (compiled() if plain[0].device.type == _COMPILED_DEVICE and compiles() else function)(*plain)
 
     return call

@@ -117,7 +117,7 @@ def launch(world: World, rank: Worker, arguments: list[str], start_method: str =
     forwarder.start()
     for number in asking():
         # Threads from before this program may have a signal unblocked: then Python gets it, and hands it on.
-        signal.signal(number, lambda number, _: signal.pthread_kill(forwarder.ident, number))
+        signal.signal(number, lambda number, _: signal.pthread_kill(forwarder.ident or 0, number))
     # Python's tracker of shared memory lets signals through in the thread that starts it: before the ranks, not between them.
     resource_tracker.ensure_running()
     hold_back_signals()
@@ -173,7 +173,7 @@ class _Forwarder(threading.Thread):
         told: set[int | None] = set()
         while True:
             for process in multiprocessing.active_children():
-                if process.pid not in told:
+                if process.pid is not None and process.pid not in told:
                     told.add(process.pid)
                     os.kill(process.pid, signal.SIGTERM)
             time.sleep(0.1)

@@ -52,7 +52,7 @@ class _RedirectingFinder(importlib.abc.MetaPathFinder):
                 execute(module)
                 self.redirect(module)
 
-            spec.loader.exec_module = exec_and_redirect
+            spec.loader.exec_module = exec_and_redirect  # type: ignore[method-assign]
         return spec
 
     def redirect(self, module: types.ModuleType) -> None:
@@ -62,8 +62,8 @@ class _RedirectingFinder(importlib.abc.MetaPathFinder):
         if module.__name__ == f"{_MCORE}.jit":
             module.disable_jit_fuser()
         if module.__name__ == f"{_MCORE}.tensor_parallel.random":
-            module._get_cuda_rng_state = self._torch.cuda.get_rng_state
-            module._set_cuda_rng_state = self._torch.cuda.set_rng_state
+            names["_get_cuda_rng_state"] = self._torch.cuda.get_rng_state
+            names["_set_cuda_rng_state"] = self._torch.cuda.set_rng_state
         # A module that was imported before prepare() may hold compiled helpers: put the plain functions back.
         for name, value in list(names.items()):
             if isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
@@ -74,8 +74,7 @@ def _cpu_torch(cuda: types.ModuleType) -> types.ModuleType:
     """A twin of ``torch`` whose factories and ``cuda`` part live on the CPU; everything else is torch's own."""
     twin = types.ModuleType("torch", torch.__doc__)
     vars(twin).update(vars(torch))
-    twin.__getattr__ = functools.partial(getattr, torch)
-    twin.cuda = cuda
+    vars(twin).update(__getattr__=functools.partial(getattr, torch), cuda=cuda)
     for name in _FACTORIES:
         setattr(twin, name, _on_cpu(getattr(torch, name)))
     return twin
@@ -126,8 +125,8 @@ def _redirect_methods() -> None:
             return result.replace("torch.", "torch.cuda.").replace("Double", "Float")
         return result
 
-    torch.Tensor.type = type_name
-    torch.Tensor.float = as_float
-    torch.Tensor.cuda = identity_for_mcore(torch.Tensor.cuda)
-    torch.Tensor.pin_memory = identity_for_mcore(torch.Tensor.pin_memory)
-    torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)
+    torch.Tensor.type = type_name  # type: ignore[method-assign]
+    torch.Tensor.float = as_float  # type: ignore[method-assign]
+    torch.Tensor.cuda = identity_for_mcore(torch.Tensor.cuda)  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = identity_for_mcore(torch.Tensor.pin_memory)  # type: ignore[method-assign]
+    torch.nn.Module.cuda = identity_for_mcore(torch.nn.Module.cuda)  # type: ignore[method-assign]

@@ -95,7 +95,7 @@ def shared_store() -> dist.Store | None:
     if rank_and_world()[1] == 1:
         return None
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _store
-    return None if store is None else store.clone()
+    return None if store is None else store.clone()  # type: ignore[attr-defined]
 
 
 def this_process() -> str:

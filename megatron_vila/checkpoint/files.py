@@ -115,7 +115,7 @@ def write_rest(
     for name, value in ((STATE, state), ("common.pt", {})):
         files[name] = Written()
         with summed_file(folder / name, files[name]) as file:
-            torch.save(dict(value), file)
+            torch.save(dict(value), file)  # type: ignore[arg-type]
     # Megatron-Core wants this one and common.pt.
     config = json.dumps(asdict(CheckpointingConfig("torch_dist")))
     files["metadata.json"] = write_bytes(folder / "metadata.json", config.encode())
@@ -264,7 +264,7 @@ def _sum_of_range(path: Path, begin: int, end: int) -> str:
     with open_plain(path) as file:
         file.seek(begin)
         while begin < end:
-            count = file.readinto(buffer[: min(len(buffer), end - begin)])
+            count = file.readinto(buffer[: min(len(buffer), end - begin)])  # type: ignore[attr-defined]
             if not count:
                 break
             found.update(buffer[:count])

@@ -72,9 +72,9 @@ def get_step(optimizer: DistributedOptimizer) -> int:
     if inner is not None:
         counts = inner.state.values() if _counts_per_parameter(inner) else inner.param_groups
         step = next((int(count["step"]) for count in counts if "step" in count), 0)
-    step = torch.tensor(step, device=optimizer.get_loss_scale().device)
-    dist.all_reduce(step, op=dist.ReduceOp.MAX)
-    return int(step)
+    most = torch.tensor(step, device=optimizer.get_loss_scale().device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def set_step(optimizer: DistributedOptimizer, step: int) -> None:

@@ -107,7 +107,7 @@ def save_checkpoint(
     try:
         partial, final = on_rank_zero(lambda: folders.make_room(root, step), failed)
         shards = on_all_ranks(lambda: _what_to_save(model_chunks, optimizer), failed)
-        state = {"adam_step": None, "scheduler_steps": None, "extra": extra or {}}
+        state: dict[str, Any] = {"adam_step": None, "scheduler_steps": None, "extra": extra or {}}
         if optimizer is not None:
             state["adam_step"] = get_step(optimizer)
         if scheduler is not None:
@@ -116,7 +116,7 @@ def save_checkpoint(
             # Replicas share the writing of the weights; of Adam's state each has its own part anyway.
             _share_writing(shards, model_chunks[0].dp_cp_group)
         pieces, written = on_all_ranks(lambda: _write_own(partial, shards), failed)
-        gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        gathered: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object((pieces, written), gathered)
 
         def finish() -> None:
@@ -355,7 +355,7 @@ def _read(state: dict[str, Any], stored: StoredTensors) -> dict[str, Any]:
     return apply_factory_merges(sharded, factories)
 
 
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+def _unwrap(chunk: torch.nn.Module) -> Any:
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 

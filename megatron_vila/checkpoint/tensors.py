@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class PieceWriter:
             # A view would be written with the whole storage that it looks into.
             tensor = tensor.clone()
         begin = self._stream.tell()
-        torch.save(tensor, self._stream)
+        torch.save(tensor, self._stream)  # type: ignore[arg-type]
         (name,) = self.files
         length = self._stream.tell() - begin
         self.pieces.append(
@@ -113,7 +113,7 @@ def write_metadata(folder: Path, pieces: Iterable[Piece]) -> Written:
         covered = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
         if covered != math.prod(tensor.size):
             raise ValueError(f"{key}: the ranks wrote {covered} elements of {math.prod(tensor.size)}")
-    metadata = Metadata(tensors, planner_data={}, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+    metadata = Metadata(dict(tensors), planner_data={}, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
     return write_bytes(folder / METADATA, pickle.dumps(metadata))
 
 
@@ -293,7 +293,8 @@ def _within(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> t
 
 
 def _load(piece: Piece, file: BinaryIO) -> torch.Tensor:
-    tensor = load_plain(_create_file_view(file, piece.begin, piece.length), f"{piece.key} in {piece.file}")
+    view: Any = _create_file_view(cast(Any, file), piece.begin, piece.length)
+    tensor = load_plain(view, f"{piece.key} in {piece.file}")
     is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not is_plain or tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
         raise DamagedError(f"{piece.file} holds something else in the place of {piece.key} at {piece.offsets}")

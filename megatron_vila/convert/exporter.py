@@ -65,9 +65,9 @@ def export_checkpoint(
         raise ConversionError(f"{checkpoint} cannot be exported", problems)
     with appearing(out) as partial:
         if adapter:
-            peft.write_adapter(partial, model, DTYPES.get(dtype))
+            peft.write_adapter(partial, model, DTYPES.get(dtype or ""))
         else:
-            _write_model(partial, model, layout, DTYPES.get(dtype), folder, shard_bytes)
+            _write_model(partial, model, layout, DTYPES.get(dtype or ""), folder, shard_bytes)
     return out
 
 
@@ -146,7 +146,7 @@ def _dtype_name(infos: Mapping[str, TensorInfo], part: str) -> str:
     for name, info in infos.items():
         if name.startswith(f"{part}."):
             sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
-    return str(max(sizes, key=sizes.get)).removeprefix("torch.")
+    return str(max(sizes, key=sizes.__getitem__)).removeprefix("torch.")
 
 
 def _tokenizer_folder(given: str | Path | None, model: StoredModel, problems: list[str]) -> Path | None:

@@ -61,9 +61,9 @@ def import_checkpoint(
         raise ConversionError(f"{source} cannot be imported", problems)
     model = description.model
     expected = entries(model)
-    tensors: dict[str, SourceTensor] = dict(folder.tensors)
+    tensors: dict[str, SourceTensor] = {**folder.tensors}
     if folder.kind == "parts":
-        tensors |= _fresh_projector(model, tensors)
+        tensors.update(_fresh_projector(model, tensors))
     problems += match_tensors(folder, tensors, expected, model)
     if problems:
         raise ConversionError(f"{source} cannot be imported", problems)

@@ -216,6 +216,6 @@ def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[s
             tensor = read(name)
             if tuple(tensor.shape) != info.shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, announced was {list(info.shape)}")
-            file.write(tensor.to(info.dtype).contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.to(info.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -49,7 +49,7 @@ def is_legacy(root: Mapping[str, Any]) -> bool:
 def _version(root: Mapping[str, Any]) -> tuple[int, int] | None:
     recorded = root.get("transformers_version")
     version = re.match(r"(\d+)\.(\d+)", recorded) if isinstance(recorded, str) else None
-    return version and (int(version[1]), int(version[2]))
+    return (int(version[1]), int(version[2])) if version else None
 
 
 def projector_type(root: Mapping[str, Any]) -> str | None:

@@ -96,7 +96,7 @@ def verify_files(path: str | Path) -> FileReport:
         raise ConversionError(f"{path} cannot be verified", [str(error)]) from error
     problems: list[str] = []
     info: Mapping[str, Any] = {"files": {}}
-    checks = (
+    checks: tuple[Callable[[], Any], ...] = (
         lambda: files.check_files(folder, info),
         lambda: files.raise_damage(files.damage(folder, info, _blocks_of_whole_files(folder, info))),
         lambda: StoredTensors(folder, info["files"]),

@@ -101,7 +101,8 @@ class ChatEncoder:
         White space after the stop token is left out. Where a template ends an answer with white space alone, that is its stop.
         A template may end the last answer with another control token than earlier ones.
         """
-        text, spans, done, since, head = self._render(turns), [], 0, 0, ((), 0)
+        text, spans, done, since = self._render(turns), [], 0, 0
+        head: tuple[Sequence[Turn], int] = ((), 0)
         for k, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
@@ -236,15 +237,15 @@ def _media(document: Document) -> Iterator[tuple[int, int, str]]:
     for (source, is_video, _), run in itertools.groupby(
         places, lambda p: (p[0].source, p[0].is_video, p[0].is_video or p[1])
     ):
-        run = list(run)
-        units, (frame, last) = [frame.unit for frame, _ in run], run[-1]
+        members = list(run)
+        units, (frame, last) = [frame.unit for frame, _ in members], members[-1]
         name = f"{sum(unit.frames for unit in units)} {in_units(units)} of {source}" if is_video else source
-        yield run[0][1], last + frame.tokens, f"{name}, {tokens_each(units)} tokens each"
+        yield members[0][1], last + frame.tokens, f"{name}, {tokens_each(units)} tokens each"
 
 
 def _text(token_ids: np.ndarray, supervised_L: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     text, edges = "", np.flatnonzero(np.diff(supervised_L)) + 1
     for start, end in itertools.pairwise([0, *edges.tolist(), len(token_ids)]):
-        words = tokenizer.decode(token_ids[start:end].tolist())
+        words = str(tokenizer.decode(token_ids[start:end].tolist()))
         text += f"[[{words}]]" if end > start and supervised_L[start] else words
     return text

@@ -120,7 +120,7 @@ class ControlTokens:
             sources.append(np.tile(found.span(), (len(pieces[-1]), 1)))
             at = found.end()
         keep(len(text))
-        sources.append([[len(text)] * 2])
+        sources.append(np.array([[len(text)] * 2]))
         return "".join(pieces), np.concatenate(sources)
 
     @functools.cached_property

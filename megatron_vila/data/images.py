@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def load_image(source: MediaSource) -> Image.Image:
             return as_rgb(picture)
 
 
-def _scale_hidden_color(picture: Image.Image) -> None:
+def _scale_hidden_color(picture: Any) -> None:
     """Bring the transparent color of a PNG file that is not loaded yet to 8 bits, as Pillow does with its pixels alone."""
     hidden = picture.info.get("transparency") if picture.format == "PNG" else None
     if isinstance(hidden, int):

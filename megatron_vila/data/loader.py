@@ -88,7 +88,7 @@ class LoadedRow:
 
     @property
     def row(self) -> Row | None:
-        return self.plan and self.plan.row
+        return None if self.plan is None else self.plan.row
 
 
 @dataclass(frozen=True)
@@ -262,13 +262,16 @@ class RowLoader:
         """The samples of a row, those left out, and the broken ones met; what nothing can replace in a packed row is left out."""
         if not self._replace_bad:
             return self._choose_asked(slots[0], broken)
-        choices, left_out, found, lengths = [], [], {}, self._order.lengths
+        choices: list[Choice] = []
+        left_out: list[LeftOut] = []
+        found: dict[int, str] = {}
+        lengths = self._order.lengths
         for slot in slots if len(slots) > 1 else ():
             try:
                 choices.append(self._dataset.choose(slot, broken, int(lengths[slot]), lengths))
             except NoUsableSampleError as error:
-                found |= error.found
-                reason = (broken | error.found).get(slot)
+                found.update(error.found)
+                reason = {**broken, **error.found}.get(slot)
                 left_out.append(LeftOut(slot, "broken" if reason else "too_long", reason or str(error)))
         if not choices:
             choices.append(self._dataset.choose(slots[0], broken))

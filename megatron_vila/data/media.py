@@ -20,7 +20,7 @@ import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 
@@ -65,7 +65,7 @@ def _limit_blocks() -> None:
 _limit_blocks()
 
 
-_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 """Tags that are not UTF-8 make PyAV 18 refuse a file unless it is told to replace them; later versions take them as they are."""
 
 
@@ -150,7 +150,7 @@ def open_media(source: MediaSource) -> BinaryIO:
         raise
 
 
-def state_of(source: MediaSource) -> tuple[int | str, ...]:
+def state_of(source: MediaSource) -> tuple[int, *tuple[int | str, ...]]:
     """A value that changes when the content of a medium does; its first part is the size in bytes. Raises ``OSError``."""
     if isinstance(source, bytes):
         return len(source), hashlib.sha256(source).hexdigest()
@@ -172,7 +172,7 @@ class _Window(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer)[: max(0, self._size - self._place)]
         count = os.preadv(self._descriptor, [room], self._offset + self._place) if room else 0
         self._place += count
@@ -242,11 +242,11 @@ def open_video(source: MediaSource) -> tuple[av.container.InputContainer, av.Vid
 
 def _open_container(file: BinaryIO) -> av.container.InputContainer:
     options = {"protocol_whitelist": "fd", "format_whitelist": ",".join(VIDEO_FORMATS)}
-    named: str | BinaryIO = file
+    named: Any = file
     with contextlib.suppress(io.UnsupportedOperation):
         # FFmpeg reads a whole file by itself and without Python, from a descriptor of its own.
         options["fd"], named = str(file.fileno()), "fd:"
-    container = av.open(
+    container: av.container.InputContainer = av.open(
         named,
         container_options=options,
         # Streams are looked at with this; a decoder gets it again when it is opened.

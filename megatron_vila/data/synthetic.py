@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -189,7 +190,7 @@ def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: i
     quality = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {"qmin": "3", "qmax": "3"}
     with av.open(str(path), "w") as container:
         # One thread: with more, the bytes of the file depend on the number of cores.
-        stream = container.add_stream(codec, rate=fps, options={**quality, "threads": "1"})
+        stream: Any = container.add_stream(codec, rate=fps, options={**quality, "threads": "1"})
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         for clip in clips:

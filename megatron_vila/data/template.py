@@ -116,7 +116,7 @@ class ChatTemplate:
 def render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
     """The text that ``template`` makes of a conversation. Raises ``RenderError`` with whatever it raises."""
     try:
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)  # type: ignore[arg-type,return-value]
     except MemoryError:
         raise
     except jinja2.TemplateError as error:

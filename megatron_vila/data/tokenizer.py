@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -110,7 +111,7 @@ def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedT
             f"data.tokenizer={str(folder)!r} is not a folder; give the folder of a Hugging Face tokenizer"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SettingError(f"data.tokenizer={str(folder)!r} holds no tokenizer that can be loaded: {error}") from error
     if not tokenizer.is_fast:
@@ -126,13 +127,13 @@ def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedT
     return tokenizer
 
 
-def tokenizer_warnings(config: Config, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def tokenizer_warnings(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Why ``tokenizer`` may not be that of the model of ``config``. Raises ``SettingError`` where it cannot be."""
     separators = {f"data.{name}": getattr(config.data, name) for name in ("frame_separator_ids", "image_separator_ids")}
     return check_tokenizer(tokenizer, config.model.llm.vocab_size, separators)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: Mapping[str, Sequence[int]]) -> list[str]:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, separators: Mapping[str, Sequence[int]]) -> list[str]:
     """Whether ``tokenizer`` can be that of a model with ``rows`` embeddings, with ``separators``, ids by the name of their key.
 
     Returns warnings. Raises ``SettingError`` for pieces beyond the table, for a table of which more than half would never be
@@ -157,7 +158,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, rows: int, separators: M
         strange = [id_ for id_ in ids if tokenizer.convert_ids_to_tokens(id_) is None]
         if strange:
             raise SettingError(f"{name} holds id {strange[0]}, which is not a token of {own}; {cure}, or other separators")
-        text = tokenizer.decode(ids)
+        text = str(tokenizer.decode(list(ids)))
         if text.strip() and not all(id_ in added for id_ in ids):
             warnings.append(f"{name}={list(ids)} is the text {text!r} in {own}; VILA writes line breaks or nothing")
     return warnings

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -25,7 +26,7 @@ from megatron_vila.data.video_info import VideoInfo
 
 
 def decode_video_frames(
-    source: MediaSource, indices: Sequence[int], info: VideoInfo | None = None
+    source: MediaSource, indices: Sequence[int] | np.ndarray, info: VideoInfo | None = None
 ) -> list[Image.Image]:
     """Decode the frames ``indices`` (ascending, repeats allowed) of ``source`` as RGB pictures, upright.
 
@@ -194,7 +195,7 @@ def _orientation(frame: av.VideoFrame) -> int:
 
     A point (x, y) is shown at (a x + c y, b x + d y); y points down. Angles between the right ones count as the nearest.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 1
     a, b, _, c, d = (value / 65536 for value in np.frombuffer(bytes(matrix), dtype=np.int32)[:5])

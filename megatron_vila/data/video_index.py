@@ -119,6 +119,7 @@ def from_index(source: MediaSource, stream: av.VideoStream) -> VideoInfo | None:
 
 
 def _agrees(table: SampleTable, stream: av.VideoStream) -> bool:
+    container: Any = stream.container
     entries, samples = stream.index_entries, len(table.pts)
     if len(entries) != samples or stream.time_base != Fraction(1, table.timescale):
         return False
@@ -128,7 +129,7 @@ def _agrees(table: SampleTable, stream: av.VideoStream) -> bool:
         found = (entry.pos, entry.size, entry.is_keyframe, entry.timestamp - shift, entry.is_discard)
         if found != (table.offsets[i], table.sizes[i], table.key[i], table.dts[i], False):
             return False
-    packets = itertools.islice((p for p in stream.container.demux(stream) if p.size), CHECKED_PACKETS)
+    packets = itertools.islice((p for p in container.demux(stream) if p.size), CHECKED_PACKETS)
     return all(p.pts == table.pts[i] and p.is_keyframe == table.key[i] for i, p in enumerate(packets))
 
 
@@ -140,7 +141,8 @@ def from_packets(source: MediaSource) -> VideoInfo:
 
 
 def _read_packets(source: MediaSource, stream: av.VideoStream) -> VideoInfo:
-    container, counter = stream.container, PartCounter(stream)
+    container: Any = stream.container
+    counter = PartCounter(stream)
     parts: list[list[Stamp]] = [[]]
     for packet in container.demux(stream):
         if packet.size:

@@ -76,7 +76,7 @@ def rank_list(ranks: Sequence[int]) -> str:
     return pieces if len(pieces) <= 44 else f"{', '.join(pieces.split(', ')[:3])} .. {ranks[-1]} ({len(ranks)} ranks)"
 
 
-def ranges(values: Sequence[int]) -> str:
+def ranges(values: Sequence[int] | np.ndarray) -> str:
     """Ascending integers as ranges: ``0-2047, 30720-32767``; ``-`` if there are none."""
     array = np.asarray(values, dtype=np.int64)
     if not len(array):

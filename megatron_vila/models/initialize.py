@@ -30,7 +30,7 @@ def tensor_parallel_slice(
     """
     if tp == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return full
-    dim = parameter.partition_dim
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
     if name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):
         return torch.cat([half.chunk(tp, dim)[tp_rank] for half in full.chunk(2, dim)], dim)
     return full.chunk(tp, dim)[tp_rank]
@@ -73,5 +73,5 @@ def _whole_shape(parameter: nn.Parameter, tp: int) -> list[int]:
     """Shape over all tensor-parallel ranks."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tp
+        shape[parameter.partition_dim] *= tp  # type: ignore[attr-defined]
     return shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -100,7 +101,7 @@ def build_language_model(
     layer.submodules.mlp = tiled(layer.submodules.mlp)
     add_low_rank(layer, model.lora)
     layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=topology.place.pp)
-    model = GPTModel(
+    gpt = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
         vocab_size=padded_vocab_size(llm.vocab_size, topology.grid.tp),
@@ -112,9 +113,9 @@ def build_language_model(
         position_embedding_type="none",  # MMSPAttention turns queries and keys by the positions of the row
         pg_collection=topology.collection,
     )
-    for layer in model.decoder.layers:
-        layer.mlp.tile_tokens = mlp_tile
-    return model
+    for built in gpt.decoder.layers:
+        built.mlp.tile_tokens = mlp_tile
+    return gpt
 
 
 def core_attention(
@@ -133,6 +134,6 @@ def core_attention(
     )
 
 
-def attention_kernel(decoder: torch.nn.Module) -> str:
+def attention_kernel(decoder: Any) -> str:
     """The kernel that runs in the layers of ``decoder``, also where ``auto`` was asked for."""
     return decoder.layers[0].self_attention.core_attention.attention.ring.kernel.name

@@ -51,7 +51,7 @@ class VilaModel(MegatronModule):
             self.vision.set_trainable(config.optim.vision.trainable)
             self.projector.requires_grad_(config.optim.projector.trainable)
             for parameter in (*self.vision.parameters(), *self.projector.parameters()):
-                parameter.sequence_parallel = grid.tp > 1
+                parameter.sequence_parallel = grid.tp > 1  # type: ignore[attr-defined]
         self.llm = build_language_model(
             model,
             self.config,

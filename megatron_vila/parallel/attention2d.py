@@ -211,7 +211,7 @@ def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, 
     for chunk in chunks:
         given = coming()
         coming = start(chunk + 1) if chunk + 1 in chunks else None
-        grads = attention.ring.backward(*given, row.layout, attention.expansion)
+        grads = attention.ring.backward(*given, row.layout, attention.expansion)  # type: ignore[call-arg]
         del given
         if ulysses.split.ulysses == 1:
             return *grads, None, None, None

@@ -29,7 +29,8 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
         self._bytes = 0
-        self._buffer = self._handle = None
+        self._buffer: Any = None
+        self._handle: Any = None
         self._stream = accelerator.cuda().Stream()
 
     @classmethod

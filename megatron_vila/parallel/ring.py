@@ -42,7 +42,7 @@ class RingLayout:
     def of(cls, plan: AttentionPlan, device: torch.device) -> RingLayout:
         lengths, shorter = plan.lengths, tuple(n // 2 for n in plan.lengths)
         if plan.halves is None:
-            halves = {FRONT: slice(0, shorter[0]), BACK: slice(shorter[0], lengths[0])}
+            halves: dict[str, slice | torch.Tensor] = {FRONT: slice(0, shorter[0]), BACK: slice(shorter[0], lengths[0])}
         else:
             front, back = (accelerator.to_device(torch.from_numpy(x), device) for x in plan.halves)
             halves = {FRONT: front, BACK: back}
@@ -214,7 +214,7 @@ class _KeyValueBlocks:
     def next(self):
         ring, step = self._ring, self._step
         if step == 0:
-            block = self._own
+            block: Tensors = self._own
         else:
             block, _, works = self._arriving
             for work in works:

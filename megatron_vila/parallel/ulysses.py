@@ -82,13 +82,13 @@ class Ulysses:
             parts = q_sHD[:, q.start : q.stop], k_sKD[:, kv.start : kv.stop], v_sKD[:, kv.start : kv.stop]
             _join_heads(parts, out_swD)
 
-        received, *flight = self._exchange(fill, [widths] * self.split.ulysses, q_sHD)
+        received, work, sent = self._exchange(fill, [widths] * self.split.ulysses, q_sHD)
 
         def finish():
             buffer = received.view(-1, heads + 2 * mine, q_sHD.shape[-1])
             return tuple(take_rows(part, order) for part in buffer.split([heads, mine, mine], dim=1))
 
-        return Pending(finish, *flight)
+        return Pending(finish, work, sent)
 
     def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor | None, out_sHD: torch.Tensor, chunk: int) -> Pending:
         """Attention output [T, h, D] into the heads of its chunk of ``out_sHD`` [s, H, D]. All-to-all over the Ulysses group."""
@@ -97,14 +97,14 @@ class Ulysses:
             take_rows(out_ThD, self._tokens_of(u, inverse), out_shD)
 
         widths = [[out_ThD.shape[1]] * self.split.ulysses] * self.split.ulysses
-        received, *flight = self._exchange(fill, widths, out_sHD)
+        received, work, sent = self._exchange(fill, widths, out_sHD)
 
         def finish():
             # heads by rank, then by chunk
             mine = out_sHD.unflatten(1, (self.split.ulysses, self.split.chunks, -1))[:, :, chunk]
             copy_vectors(mine, received.view(self.split.ulysses, -1, *out_ThD.shape[1:]).transpose(0, 1))
 
-        return Pending(finish, *flight)
+        return Pending(finish, work, sent)
 
     def outputs_to_heads(
         self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None, inverse: torch.Tensor | None, chunk: int
@@ -133,19 +133,19 @@ class Ulysses:
         def fill(u, out_swD):
             _join_heads([x[:, ranges[u].start : ranges[u].stop] for x in tensors_sHD], out_swD)
 
-        received, *flight = self._collective(fill, [[count * heads] * self.split.ulysses] * self.split.ulysses, like)
+        received, work, sent = self._collective(fill, [[count * heads] * self.split.ulysses] * self.split.ulysses, like)
 
         def finish():
             buffer = received.view(-1, count * heads, dim)
             return [take_rows(part, order) for part in buffer.split([heads] * count, dim=1)]
 
-        return Pending(finish, *flight)
+        return Pending(finish, work, sent)
 
     def grads_to_sequence(
         self,
         grads_TxD: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         inverse: torch.Tensor | None,
-        totals_sXD: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        totals_sXD: tuple[torch.Tensor, ...],
         chunk: int,
     ) -> Pending:
         """Gradients dq, dk, dv of a chunk into ``totals_sXD`` [s, H, D], [s, K, D], [s, K, D]: replicated heads are summed at
@@ -159,7 +159,7 @@ class Ulysses:
                 take_rows(x, self._tokens_of(u, inverse), place)
 
         widths = [[sum(size)] * self.split.ulysses for size in sizes]
-        received, *flight = self._exchange(fill, widths, totals_sXD[0])
+        received, work, sent = self._exchange(fill, widths, totals_sXD[0])
 
         def finish():
             dq, *others = totals_sXD
@@ -174,7 +174,7 @@ class Ulysses:
                     copy_vectors(total[:, kv.start + replicated : kv.stop], part[:, replicated:])
                 seen = kv.stop
 
-        return Pending(finish, *flight)
+        return Pending(finish, work, sent)
 
     def _tokens_of(self, rank: int, inverse: torch.Tensor) -> torch.Tensor:
         """Where the tokens of ``rank`` stand in attention's order."""

@@ -174,7 +174,7 @@ class _Chunk:
         sizes = [part.stop - part.start for _, part in self.pieces]
         gradients_E = torch.empty_like(state_RE[0])
         gradients = list(gradients_E.split(sizes))
-        torch._foreach_copy_(gradients, [shard.decoupled_grad[part] for shard, part in self.pieces])
+        torch._foreach_copy_(gradients, [shard.decoupled_grad[part] for shard, part in self.pieces])  # type: ignore[attr-defined]
         if grad_scale != 1.0:
             gradients_E.mul_(grad_scale)
         weights = [shard[part] for shard, part in self.pieces]

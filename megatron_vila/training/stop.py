@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """SIGTERM and SIGUSR1 of schedulers and launchers, Ctrl-C, and SIGHUP of a terminal that is closed. A second Ctrl-C ends the
@@ -29,7 +30,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
         """number of the signal, 0 without one"""
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self._depth = 0
 
     def install(self) -> None:

@@ -168,7 +168,9 @@ class ShardCollator:
     def _frames(self, documents: list[_Document], cu_seqlens: np.ndarray) -> dict[str, Any]:
         if self.video is None:
             return {"plan": None, "video_ends": np.zeros(0, dtype=bool)}
-        starts, counts, ends = [], [], []
+        starts: list[int] = []
+        counts: list[int] = []
+        ends: list[bool] = []
         for document, start in zip(documents, cu_seqlens, strict=False):
             tokens = self._frame_tokens(document.videos)
             places = np.flatnonzero(document.ids == self.video.token_id) + start

@@ -181,7 +181,7 @@ class MMSP:
             self._video,
             self.groups,
             self._frame_micro_batch,
-            recompute=model.is_activation_checkpointing and model.training,
+            recompute=bool(model.is_activation_checkpointing) and model.training,
             **options,
         )
         kwargs["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features_MH[None])}

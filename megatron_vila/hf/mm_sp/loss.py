@@ -24,7 +24,7 @@ class FusedHead:
         self.labels_n: torch.Tensor | None = None
 
     def install(self) -> None:
-        self._layer.forward = self._forward
+        self._layer.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         del self._layer.forward

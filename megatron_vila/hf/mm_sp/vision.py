@@ -10,6 +10,7 @@ Legend: f frames of this rank, T tokens of a frame, N visual tokens made here, M
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def owned_video_features(
     return Reshard.of(row.plan.of_rank(groups.sample.rank()), groups.sample, source_H.device)(made_NH)
 
 
-def _encode(model: nn.Module, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tensor:
+def _encode(model: Any, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tensor:
     """Tokens [f*T + 1, H] of the frames as one video, its newline last."""
     return model.get_video_features(pixels_f3HW[None], return_dict=True, **options).pooler_output[0]
 

@@ -115,7 +115,7 @@ APART = Apart()
 def products_for(hidden_TH: torch.Tensor, fc1_2FH: torch.Tensor, fc2_HF: torch.Tensor) -> Apart | Inside:
     """``Inside`` where QuACK is installed and has been measured (bfloat16 on Hopper) and rows are whole vectors of 16 bytes."""
     operands = hidden_TH, fc1_2FH, fc2_HF
-    sums = [weight.main_grad for weight in (fc1_2FH, fc2_HF) if getattr(weight, "main_grad", None) is not None]
+    sums = [total for weight in (fc1_2FH, fc2_HF) if (total := getattr(weight, "main_grad", None)) is not None]
     if hidden_TH.is_cuda and all(x.dtype == torch.bfloat16 for x in operands) and all(map(_in_vectors, (*operands, *sums))):
         inside = _inside(hidden_TH.device)
         return APART if isinstance(inside, str) else inside

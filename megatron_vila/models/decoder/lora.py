@@ -119,7 +119,7 @@ def set_trainable(llm: nn.Module, lora: LoraConfig, trainable: bool) -> None:
 
 def _whole(weight: nn.Parameter, shape: tuple[int, int], sees_part_of_tokens: bool) -> nn.Parameter:
     parameter = nn.Parameter(weight.new_empty(shape))
-    parameter.sequence_parallel = sees_part_of_tokens
+    parameter.sequence_parallel = sees_part_of_tokens  # type: ignore[attr-defined]
     return parameter
 
 

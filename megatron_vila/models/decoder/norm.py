@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
             )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Same shape and dtype as ``x`` [..., hidden_size]. No collectives."""

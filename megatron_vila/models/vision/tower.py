@@ -29,7 +29,7 @@ from megatron_vila.plan.sizes import vision_layers_run
 
 def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
     """The transformers configuration of the same tower."""
-    return SiglipVisionConfig(
+    return SiglipVisionConfig(  # type: ignore[call-arg]
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_hidden_size,
         num_hidden_layers=config.num_layers,

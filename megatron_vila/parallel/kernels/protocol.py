@@ -87,7 +87,9 @@ class DenseKernel(PackedKernel):
 
     def _forward(self, q_THD, k_UKD, v_UKD, segments: Segments, causal: bool, scale: float):
         parts = [
-            self._forward_batch(*(_batch(x, count) for x in (q_THD[b.q], k_UKD[b.k], v_UKD[b.k])), causal, scale)
+            self._forward_batch(
+                _batch(q_THD[b.q], count), _batch(k_UKD[b.k], count), _batch(v_UKD[b.k], count), causal, scale
+            )
             for b, count in _batches(segments)
         ]
         outs, lses = zip(*((out.flatten(0, 1), lse.transpose(0, 1).flatten(1)) for out, lse in parts), strict=True)
@@ -96,7 +98,11 @@ class DenseKernel(PackedKernel):
     def _backward(self, dout_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT, segments: Segments, causal: bool, scale: float):
         parts = [
             self._backward_batch(
-                *(_batch(x, count) for x in (dout_THD[b.q], q_THD[b.q], k_UKD[b.k], v_UKD[b.k], out_THD[b.q])),
+                _batch(dout_THD[b.q], count),
+                _batch(q_THD[b.q], count),
+                _batch(k_UKD[b.k], count),
+                _batch(v_UKD[b.k], count),
+                _batch(out_THD[b.q], count),
                 lse_HT[:, b.q].unflatten(1, (count, -1)).transpose(0, 1),
                 causal,
                 scale,

@@ -71,12 +71,13 @@ class Segments:
         """Cumulative lengths of queries and keys, int32 [segments + 1] each; made once per device, without waiting."""
         if device not in self._on_device:
             # Only a copy from pinned memory leaves the host running.
-            self._on_device[device] = tuple(
+            queries, keys = (
                 torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda").to(
                     device, non_blocking=True
                 )
                 for lengths in (self.lengths_q, self.lengths_k)
             )
+            self._on_device[device] = queries, keys
         return self._on_device[device]
 
     def choose(self, wanted: list[int]) -> Choice:
