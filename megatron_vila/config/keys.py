@@ -33,7 +33,7 @@ def section_names() -> frozenset[str]:
     return frozenset(name for name, _, _ in sections(Config, "") if name)
 
 
-def sections(cls: type, prefix: str) -> Iterator[tuple[str, str, list[Key]]]:
+def sections(cls: Any, prefix: str) -> Iterator[tuple[str, str, list[Key]]]:
     """Name, documentation and own keys of ``cls``, which stands at ``prefix``, and of the sections in it."""
     leaves = [key for key in _walk_schema(cls, prefix) if "." not in key.name.removeprefix(prefix)]
     yield prefix.rstrip("."), (cls.__doc__ or "").strip(), leaves
@@ -42,7 +42,7 @@ def sections(cls: type, prefix: str) -> Iterator[tuple[str, str, list[Key]]]:
             yield from sections(hint, f"{prefix}{field.name}.")
 
 
-def _walk_schema(cls: type, prefix: str) -> Iterator[Key]:
+def _walk_schema(cls: Any, prefix: str) -> Iterator[Key]:
     for field, hint in _fields(cls):
         if is_dataclass(hint):
             yield from _walk_schema(hint, f"{prefix}{field.name}.")
@@ -51,6 +51,6 @@ def _walk_schema(cls: type, prefix: str) -> Iterator[Key]:
             yield Key(f"{prefix}{field.name}", hint, default, field.metadata["help"])
 
 
-def _fields(cls: type) -> list[tuple[Any, Any]]:
+def _fields(cls: Any) -> list[tuple[Any, Any]]:
     hints = typing.get_type_hints(cls)
     return [(field, hints[field.name]) for field in fields(cls)]

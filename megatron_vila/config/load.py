@@ -257,7 +257,7 @@ def _unknown(name: str, origin: str) -> str:
     same_leaf = [known for known in names if _likeness(leaf, known.split(".")[-1]) >= 0.85]
     if likely and name.rpartition(".")[0] in section_names():
         same_leaf = []
-    proposals = list(dict.fromkeys([*sorted(likely, key=likeness.get, reverse=True), *same_leaf]))[:4]
+    proposals = list(dict.fromkeys([*sorted(likely, key=likeness.__getitem__, reverse=True), *same_leaf]))[:4]
     cure = f"did you mean {_one_of(proposals)}?" if proposals else "docs/configuration.md lists all keys"
     return f"{origin}: unknown key '{name}'; {cure}"
 

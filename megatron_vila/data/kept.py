@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def kept(
     return known
 
 
-def _put(file: Path, write: Callable[[BinaryIO], None]) -> None:
+def _put(file: Path, write: Callable[[Any], None]) -> None:
     """Write ``file`` in one step, if the folder and the disk take it."""
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:

@@ -20,7 +20,7 @@ grows with the square, leaves it little weight."""
 
 def peer_buffer_bytes(exchanged: int) -> int:
     """The buffer of a rank whose largest exchange brings ``exchanged`` bytes, in steps of a factor of 2: it seldom grows."""
-    return min(MOST_PEER_BYTES, 2 ** max(0, exchanged - 1).bit_length())
+    return min(MOST_PEER_BYTES, 1 << max(0, exchanged - 1).bit_length())
 
 
 def frames_at_once(vision: VisionConfig, learns: bool, element: int, device_bytes: int) -> int:

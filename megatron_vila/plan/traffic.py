@@ -75,7 +75,8 @@ def ulysses_bytes(grid: GridShape, llm: LanguageConfig, row_tokens: int, element
     a_head = row_tokens // grid.cp * head_dim(llm) * element
     kv_U = np.array([len(split.kv_range(u)) for u in range(grid.ulysses)], dtype=np.int64)
     to_heads_UU = np.broadcast_to(a_head * (2 * split.per_rank + 2 * kv_U), (grid.ulysses, grid.ulysses))
-    return tuple(Sent(members, _off_diagonal(bytes_UU)[None]) for bytes_UU in (to_heads_UU, to_heads_UU.T))
+    forward, backward = (Sent(members, _off_diagonal(bytes_UU)[None]) for bytes_UU in (to_heads_UU, to_heads_UU.T))
+    return forward, backward
 
 
 def ring_bytes(grid: GridShape, llm: LanguageConfig, row_tokens: int, element: int) -> tuple[Sent, Sent]:
@@ -101,7 +102,8 @@ def tensor_bytes(grid: GridShape, llm: LanguageConfig, row_tokens: int, element:
         joint = row_tokens // grid.cp * (rows // grid.tp) * element
     members, shape_TT = _groups(grid, "tp"), (grid.tp, grid.tp)
     sizes = (4 * a_slice + joint, 6 * a_slice + joint)
-    return tuple(Sent(members, _off_diagonal(np.full(shape_TT, size, dtype=np.int64))[None]) for size in sizes)
+    forward, backward = (Sent(members, _off_diagonal(np.full(shape_TT, size, dtype=np.int64))[None]) for size in sizes)
+    return forward, backward
 
 
 def _groups(grid: GridShape, axis: str) -> np.ndarray:
