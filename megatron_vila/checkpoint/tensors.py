@@ -156,7 +156,9 @@ class StoredTensors(Mapping[str, StoredTensor]):
             reads += [(piece, target, part) for piece, part in parts]
         reads.sort(key=lambda read: (read[0].file, read[0].begin))
         with ExitStack() as stack:
-            name, file, last, data = "", None, None, None
+            name, last = "", None
+            file: Any = None
+            data: Any = None
             for piece, target, (low, high) in reads:
                 if piece.file != name:
                     stack.close()
@@ -219,7 +221,7 @@ def _tensors_of(metadata: Any, files: Mapping[str, int]) -> dict[str, StoredTens
         tensors[key] = StoredTensor(dtype, shape)
         for chunk in chunks:
             offsets, sizes = _place(getattr(chunk, "offsets", None)), _place(getattr(chunk, "sizes", None))
-            if (key, offsets) not in where or not _lies_in(offsets, sizes, shape):
+            if offsets is None or sizes is None or (key, offsets) not in where or not _lies_in(offsets, sizes, shape):
                 raise DamagedError(f"{METADATA}: a piece of {key!r} at {offsets} of size {sizes} has no place or no room")
             piece = Piece(key, dtype, shape, offsets, sizes, *where[key, offsets])
             if piece.length < math.prod(sizes) * dtype.itemsize:

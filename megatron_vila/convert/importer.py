@@ -61,7 +61,7 @@ def import_checkpoint(
         raise ConversionError(f"{source} cannot be imported", problems)
     model = description.model
     expected = entries(model)
-    tensors: dict[str, SourceTensor] = {**folder.tensors}
+    tensors: dict[str, Any] = {**folder.tensors}
     if folder.kind == "parts":
         tensors.update(_fresh_projector(model, tensors))
     problems += match_tensors(folder, tensors, expected, model)

@@ -345,7 +345,7 @@ class _Picture(NamedTuple):
     place: int
 
     @property
-    def index(self) -> int:
+    def index(self) -> int:  # type: ignore[override]
         return self.ref.indices[self.place]
 
     @property

@@ -57,7 +57,7 @@ class FrameRef:
 
 
 def references(
-    source: str, indices: Sequence[int], is_video: bool, units: Sequence[Unit], pictures: Sequence[str] = ()
+    source: str, indices: Sequence[int] | np.ndarray, is_video: bool, units: Sequence[Unit], pictures: Sequence[str] = ()
 ) -> tuple[FrameRef, ...]:
     """The frames ``indices`` of one medium dealt to its ``units`` in order; ``pictures`` are the files of all frames of the
     medium, if each has its own. Raises ``ValueError`` if the units have another number of frames."""

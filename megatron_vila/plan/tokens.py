@@ -188,5 +188,5 @@ def _ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Concatenation of ``arange(begin, begin + size)``."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    offsets: np.ndarray = np.repeat(begins - (ends - sizes), sizes)
-    return np.arange(total, dtype=np.int64) + offsets
+    values: np.ndarray = np.arange(total, dtype=np.int64) + np.repeat(begins - (ends - sizes), sizes)
+    return values
