@@ -230,8 +230,8 @@ class VilaProcessor(ProcessorMixin):
             for media, is_one in ((images, is_image), (videos, is_video))
         ]
         placed = [
-            self._place(one, *own, known=tokenize or images is not None or videos is not None)
-            for one, *own in zip(conversations, *given, strict=True)
+            self._place(one, pictures, clips, known=tokenize or images is not None or videos is not None)
+            for one, pictures, clips in zip(conversations, *given, strict=True)
         ]
         template = self.tokenizer.get_chat_template(chat_template or self.chat_template, template_arguments.get("tools"))
         template = with_clock(template, self.template_clock)
@@ -278,12 +278,12 @@ class VilaProcessor(ProcessorMixin):
         if not known and not any(in_parts):
             markers = [marker for turn in turns if turn.role == "user" for marker in MARKER.findall(turn.text)]
             counts = [markers.count(IMAGE), markers.count(VIDEO)]
-        turns, _ = place_media(turns, *counts, self.media_format)
+        placed, _ = place_media(turns, counts[0], counts[1], self.media_format)
         rendered = [
             {**message, "content": with_signs(turn.text) if turn.role == "user" else turn.text}
             if message.get("content") is not None
             else dict(message)
-            for message, turn in zip(messages, turns, strict=True)
+            for message, turn in zip(messages, placed, strict=True)
         ]
         return rendered, images, videos
 
