@@ -43,7 +43,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = VilaConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ("image", "video", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisionTower", "Projector"]
     _supports_sdpa = True
@@ -184,8 +184,8 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixels_F3PP is not None and expand_size > 1:
             counts = (self._is_visual(input_ids).sum(dim=1) // self.config.tokens_per_frame).tolist()
             pixels_F3PP = torch.cat([part for part in pixels_F3PP.split(counts) for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs  # type: ignore[arg-type]
         )
         if pixels_F3PP is not None:
             model_kwargs["pixel_values"] = pixels_F3PP
