@@ -13,7 +13,7 @@ FAULTS = [
         "dist.all_reduce(num_tokens, group=pg_collection.dp)",
     ),
     Fault(
-        "compiled code has versions for what wants gradients",
+        "compiled code has versions for inputs that require gradients",
         "megatron_vila/accelerator.py",
         "arg.detach() if isinstance(arg, torch.Tensor) else arg",
         "arg",
