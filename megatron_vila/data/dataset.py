@@ -135,7 +135,7 @@ class VilaDataset:
             else:
                 if limit is None or len(document) <= limit:
                     return Choice(candidate, document, replaced, found, dropped_frames)
-        problems = [*(self.records.bad | dict(broken) | found).values()]
+        problems = [*{**self.records.bad, **broken, **found}.values()]
         raise NoUsableSampleError(
             f"none of the {len(self)} samples can be used: {len(problems)} are broken, {too_long} do not fit "
             f"train.seq_length={self.seq_length}" + "".join(f"\n  {reason}" for reason in problems[:3]),

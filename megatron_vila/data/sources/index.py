@@ -127,7 +127,8 @@ def _check_in_parts(path: str, rules: RecordRules, found: np.ndarray, parts: int
     asked = json.dumps([path, rules.media_dir, rules.media_format, sorted(rules.ignore_fields)])
     command = [sys.executable, "-P", "-m", "megatron_vila.data.sources.checker", asked]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    running, checksums, bad, first = [], [], {}, 0
+    running, checksums, first = [], [], 0
+    bad: dict[int, str] = {}
     with ExitStack() as undo:
         for part in np.array_split(found, parts):
             # Files, not pipes: a process that nobody reads from yet does not wait.

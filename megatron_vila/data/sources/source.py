@@ -20,11 +20,13 @@ class Source(Protocol):
     everywhere and do not change during a run.
     """
 
-    bad: Mapping[int, str]
-    """Records that were found to be unusable when the source was opened: their number, and place, field and reason."""
+    @property
+    def bad(self) -> Mapping[int, str]:
+        """Records that were found to be unusable when the source was opened: their number, and place, field and reason."""
 
-    digest: str
-    """A hash of all records; two sources with the same one are the same."""
+    @property
+    def digest(self) -> str:
+        """A hash of all records; two sources with the same one are the same."""
 
     def __len__(self) -> int: ...
 
