@@ -114,12 +114,13 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
         if videos:
             raise RecordError(f"{where}, field '{name}': the record has a video as well; keep one of the two")
         videos = [_frames(value, f"{where}, field '{name}'", media_dir)]
-    clips = [_of_each_video(*take(kind), len(videos), _seconds, where) for kind in ("start", "end")]
-    rates = _of_each_video(*take("fps"), len(videos), _rate, where)
-    videos = [
-        _cut(video, start_s, end_s, fps, where)
-        for video, start_s, end_s, fps in zip(videos, *clips, rates, strict=True)
-    ]
+    if not given.keys().isdisjoint(("start", "end", "fps")):
+        clips = [_of_each_video(*take(kind), len(videos), _seconds, where) for kind in ("start", "end")]
+        rates = _of_each_video(*take("fps"), len(videos), _rate, where)
+        videos = [
+            _cut(video, start_s, end_s, fps, where)
+            for video, start_s, end_s, fps in zip(videos, *clips, rates, strict=True)
+        ]
     name, system = take("system")
     if system is not None and not isinstance(system, str):
         raise RecordError(f"{where}, field '{name}': must be text, found {shown(system)}")
@@ -268,8 +269,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _cut(video: Media, start_s: float | None, end_s: float | None, fps: float | None, where: str) -> Media:
-    if start_s is end_s is fps is None:
-        return video
     if start_s is not None and end_s is not None and start_s >= end_s:
         raise RecordError(f"{where}: the clip of {shown(video.path)} starts at {start_s:g} s and ends at {end_s:g} s")
     return Media(video.path, True, start_s, end_s, fps, video.pictures)

@@ -57,9 +57,11 @@ def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> t
         turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
     if not images + videos:
         return tuple(_human(turns, _as_words)), ()
-    if not any(turn.role == "user" for turn in turns):
+    if "user" not in [turn.role for turn in turns]:
         raise PlacementError("there are media, but no human turn to put them before")
-    turns = (_media_first if rule == "vila" else _media_in_place)(turns, images, videos)
+    if rule == "vila":
+        return tuple(_media_first(turns, images, videos)), (IMAGE,) * images + (VIDEO,) * videos
+    turns = _media_in_place(turns, images, videos)
     return tuple(turns), tuple(_markers(turns))
 
 
@@ -104,7 +106,7 @@ def _media_first(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
 
 
 def _before_the_text(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
-    first = next(k for k, turn in enumerate(turns) if turn.role == "user")
+    first = [turn.role for turn in turns].index("user")
     marked = Turn("user", IMAGE * images + VIDEO * videos + turns[first].text)
     return [*turns[:first], marked, *turns[first + 1 :]]
 
@@ -113,12 +115,16 @@ def _without_markers(text: str) -> str:
     """What ``_remove_media_tokens`` of VILA leaves; words stay escaped."""
     if "<" not in text:
         return text.strip()
-    for marker, hidden in _HIDDEN.items():
+    words = _HIDDEN.items() if "\\<" in text else ()
+    for marker, hidden in words:
         text = text.replace(f"\\{marker}", hidden)
     for marker in (IMAGE, VIDEO):
-        text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
-    text = MARKER.sub(r"\\\g<0>", text.strip())
-    for marker, hidden in _HIDDEN.items():
+        if marker in text:
+            text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
+    text = text.strip()
+    if "<" in text:
+        text = MARKER.sub(r"\\\g<0>", text)
+    for marker, hidden in words:
         text = text.replace(hidden, f"\\{marker}")
     return text
 

@@ -86,14 +86,13 @@ def digest_of(parts: Iterable[object]) -> str:
 def check_records(path: str, rules: RecordRules, found: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
     """The CRC-32 (int64 [n]) of each record of ``found`` (int64 [n, 3] as ``record_places`` gives them), and what is wrong with
     the bad ones, by their row in ``found``."""
-    checksums, bad, base = np.empty(len(found), dtype=np.int64), {}, os.path.basename(path)
-    with open(path, "rb") as stream:
+    checksums, bad = np.empty(len(found), dtype=np.int64), {}
+    with open(path, "rb", buffering=0) as stream:
         for row, (offset, size, number) in enumerate(found.tolist()):
-            stream.seek(offset)
-            text = stream.read(size)
+            text = os.pread(stream.fileno(), size, offset)
             checksums[row] = zlib.crc32(text)
             try:
-                read_record(text, name_of_record(path, number), f"{base}#{number}", rules)
+                read_record(text, name_of_record(path, number), "", rules)
             except RecordError as error:
                 bad[row] = str(error)
     return checksums, bad
