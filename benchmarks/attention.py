@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.plain_ring import plain_ring_attention
+from benchmarks.predicted import attention_alone, plain_ring_alone
 from benchmarks.table import hardware, versions
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
@@ -24,7 +25,6 @@ from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import attention_alone, plain_ring_alone
 from megatron_vila.plan.budgets import GIB, MOST_PEER_BYTES
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row_plan import AttentionPlan

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from benchmarks.predicted import head_alone
 from benchmarks.table import hardware, versions
 from benchmarks.worker import Measured, measure, parse_variant
 from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models.loss import Vocabulary, fused_head
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import head_alone
 from megatron_vila.plan.budgets import GIB
 
 VARIANT = {"method": "fused", "tp": 1, "tokens": 0, "main_grad": 1}

@@ -25,6 +25,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from benchmarks.predicted import decoder_alone
 from benchmarks.table import hardware, versions
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
@@ -37,7 +38,6 @@ from megatron_vila.parallel.attention2d import RowIndices
 from megatron_vila.parallel.megatron_attention import MMSPAttention, RowParams
 from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import decoder_alone
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops
 from megatron_vila.plan.row_plan import AttentionPlan

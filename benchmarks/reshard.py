@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.predicted import reshard_alone
 from benchmarks.table import hardware, versions
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.reshard import Reshard
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import reshard_alone
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.tokens import plan_reshard
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.predicted import tower_alone
 from benchmarks.table import hardware, versions
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
@@ -15,7 +16,6 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.models.vision.projector import Projector
 from megatron_vila.models.vision.tower import VisionTower, encode_frames
-from megatron_vila.plan.activations import tower_alone
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import mfu, model_flops
 from megatron_vila.plan.pictures import pictures_of

@@ -28,8 +28,6 @@ from megatron_vila.plan.pictures import most_frames, pictures_of, places
 from megatron_vila.plan.sizes import (
     head_dim,
     linear_shapes,
-    llm_layer_parameters,
-    parameter_count,
     vision_layers_run,
 )
 
@@ -45,7 +43,7 @@ class Activations:
 
 def activations(config: Config, dp: int, element: int, device_bytes: int) -> Activations:
     """Of the fullest rank of a pipeline stage with tower, head and an equal share of the layers."""
-    kept, decoder_peak = _decoder(config, dp, element)
+    kept, decoder_peak = decoder_bytes(config, dp, element)
     kept_vision, vision_peak = _vision(config, dp, element, device_bytes)
     # The tower runs before and after the decoder, and beside it on the frames of the next micro-batch, whose tokens stay.
     tokens_ahead, frames_ahead = _frames_ahead(config, dp, element, device_bytes)
@@ -54,42 +52,7 @@ def activations(config: Config, dp: int, element: int, device_bytes: int) -> Act
     return Activations(kept, kept_vision, peak - kept + always)
 
 
-def decoder_alone(config: Config, element: int) -> int:
-    """Bytes of a rank that runs the decoder layers alone, forward and backward (``benchmarks/layer.py``): weights and their
-    gradient buffers; the input and the gradient of the output; kept and in use."""
-    llm, tp = config.model.llm, config.parallel.tp
-    per_weight = element + (4 if config.optim.grad_reduce_fp32 else element)
-    weights = llm_layer_parameters(llm) // tp * llm.num_layers * per_weight
-    streams = 2 * local_tokens(config) * llm.hidden_size // tp * element
-    return weights + streams + _decoder(config, 1, element)[1]
-
-
-def tower_alone(config: Config, frames: int, element: int, device_bytes: int) -> int:
-    """Bytes of a rank that runs tower and projector alone on ``frames`` (``benchmarks/vision.py``): weights, their gradients
-    where they learn, pixels, tokens, kept and in use."""
-    counts, optim = parameter_count(config.model), config.optim
-    learning = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
-    weights = counts["vision"] + counts["projector"] + learning
-    pixels = frames * 3 * config.model.vision.image_size**2
-    tokens = places(pictures_of(config.model).units(frames, True), 0)
-    return (weights + pixels) * element + sum(_tower(config, frames, tokens, 1, element, device_bytes))
-
-
-def head_alone(tokens: int, hidden: int, rows: int, element: int, gradient: int) -> int:
-    """Bytes of a rank that runs the fused head alone (``benchmarks/head.py``): hidden states, ``rows`` of the vocabulary, their
-    gradients (the weight's of ``gradient`` bytes a number), and what it works in."""
-    operands = 2 * tokens * hidden * element + rows * hidden * (element + gradient)
-    return operands + _logits(tokens, hidden, rows, element, gradient >= 4)
-
-
-def reshard_alone(made: int, owned: int, gathered: int) -> int:
-    """Bytes of a rank that moves visual tokens alone, forward and backward (``benchmarks/reshard.py``): it makes ``made`` bytes
-    of them and gets ``owned``, or first all of ``gathered``, padded (else 0)."""
-    # Gradients: of all; or as they come back, and once more in order.
-    return made + 2 * owned + (gathered or 2 * made)
-
-
-def _decoder(config: Config, dp: int, element: int) -> tuple[int, int]:
+def decoder_bytes(config: Config, dp: int, element: int) -> tuple[int, int]:
     """Bytes that the layers of a stage keep on the device, and the most that they hold in their backward pass."""
     parallel, memory = config.parallel, config.memory
     layers = config.model.llm.num_layers // parallel.pp
@@ -193,7 +156,7 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     inner = ((5 if again or tiled else 3) + autograd) * f + (3 * tp * h if tp > 1 else 0)
     mlp = saved + streams + tile * inner
     parallel = config.parallel
-    at_heads = _attention_backward(q, k, parallel.ulysses, parallel.ring, parallel.ulysses_chunks, again, packed=True)
+    at_heads = attention_backward_bytes(q, k, parallel.ulysses, parallel.ring, parallel.ulysses_chunks, again, packed=True)
     attention = saved - 2 * h * again + streams + q + at_heads  # q: dout
     rebuilt = (memory.block_layers - 1) * h if again else 0
     # Tiles sum the gradients of the MLP's weights in float32, unless the gradient buffer is float32 itself.
@@ -202,74 +165,45 @@ def _layer_workspace(config: Config, element: int, again: bool) -> int:
     return int(tokens * (max(mlp, attention) + rebuilt) * element) + sums
 
 
-def attention_alone(
-    part: str, q: int, k: int, lse: int, ulysses: int, ring: int, chunks: int, peers: bool, packed: bool
-) -> int:
-    """Bytes of a rank that runs 2D attention alone with fa4, in a ring of at most 2, while ``part`` of it is measured
-    (``benchmarks/attention.py``).
-
-    ``q``, ``k`` and ``lse``: bytes of a rank's queries, keys and log-sum-exp. ``peers``: exchanges go by ``parallel/peers.py``,
-    whose buffer is not counted.
-    """
-    given = q + 2 * k
-    # Of two: all queries with half of the keys, or half of the queries, copied in packed rows, with all keys.
-    ring_forward = q if ring == 1 else max(2 * q + k + 4 * lse, (2 if packed else 1.5) * q + 2 * k)
-    backward = _attention_backward(q, k, ulysses, ring, chunks, False, packed)
-    if ulysses == 1:
-        saved, forward = q + lse, ring_forward + lse
-    else:
-        saved = q + given + q + lse  # the output in both layouts; q, k and v at the heads
-        if chunks > 1:
-            # Behind the last chunk: it arrives, or is worked on, or the one before is, while the output of another leaves.
-            last = q + ((chunks - 1) * (given + q) + 2 * q) / chunks
-            before = last - (given + q) / chunks
-            forward = max(last + 2 * given / chunks, last + (given + ring_forward) / chunks)
-            forward = max(forward, before + (3 * given + ring_forward) / chunks) + lse
-        elif peers:
-            forward, backward = q + given + ring_forward + lse, max(_ring_backward(q, k, ring, packed), 2 * given)
-        else:
-            # What is sent, what has arrived, what is in order; the latter with what was put together.
-            forward = max(q + 3 * given, q + given + ring_forward + lse, q + given + 3 * q + lse)
-    # The results of one forward pass are there from the start; fa4 works in two more of the size of the log-sum-exp.
-    at_work = {"forward": forward, "backward": backward + 2 * lse, "both": max(forward, saved + backward + 2 * lse)}
-    return int(q + given + saved + at_work[part])
-
-
-def plain_ring_alone(part: str, q: int, k: int, lse: int) -> int:
-    """``attention_alone`` for the plain ring of two with flash2 (``benchmarks/plain_ring.py``): outputs and gradients are summed
-    in float32, and flash2 has a gradient of keys and values for each query head."""
-    given, saved = q + 2 * k, q + lse
-    forward, backward = 9 * q + 2 * k + 4 * lse, 8 * q + 10 * k + lse
-    at_work = {"forward": forward, "backward": backward, "both": max(forward, saved + backward)}
-    return q + given + saved + at_work[part]
-
-
-def _attention_backward(q: float, k: float, ulysses: int, ring: int, chunks: int, again: bool, packed: bool) -> float:
-    """The most that the backward pass of attention holds beside what was saved; ``again``: of a kept output, so that q, k, v and
-    output go to the heads too. Exchanges by NCCL."""
-    work, grads = _ring_backward(q, k, ring, packed), q + 2 * k
+def attention_backward_bytes(q: float, k: float, ulysses: int, ring: int, chunks: int, again: bool, packed: bool) -> float:
+    """The most that the backward pass of attention holds beside what was saved, for ``q`` and ``k`` bytes of queries and keys;
+    ``again``: of a kept output, so that q, k, v and output go to the heads too. Exchanges by NCCL. ``packed``: a row of several
+    documents."""
+    work, grads = ring_backward_bytes(q, k, ring, packed), q + 2 * k
     if ulysses == 1:
         return work
-    inputs, outputs = grads * again, q * (1 + again)
-    given = inputs + outputs
+    inputs = grads if again else 0  # q, k and v
+    outputs = 2 * q if again else q  # the output's gradient, and the output
+    in_order = inputs + outputs
     if chunks == 1:
-        # What has been put in order, while it is worked on or more arrives; gradients as formed, sent, received and in order.
-        return max(given + work, inputs + 3 * outputs, 4 * grads)
+        more_arrives = inputs + outputs + 2 * outputs  # as sent and as received
+        return max(in_order + work, more_arrives, 4 * grads)  # the last: as formed, sent, received and in order
     # A chunk at work; the next, sent and received, or the gradients of the one before and of all, or both.
-    at_work, coming, returning = given + work, 2 * given, 2 * grads
+    at_work, coming, returning = in_order + work, 2 * in_order, 2 * grads
     return max((at_work + coming) / chunks, (at_work + returning + coming * (chunks > 2)) / chunks + grads)
 
 
-def _ring_backward(q: float, k: float, ring: int, packed: bool) -> float:
-    """dq, dk, dv and the kernel's float32 sums of them; blocks and totals of the ring, these in float32 from three ranks on."""
+def ring_backward_bytes(q: float, k: float, ring: int, packed: bool) -> float:
+    """The most that the backward pass of a ring holds (``parallel/ring.py``), for ``q`` and ``k`` bytes of queries and keys."""
+
+    def at_work(queries: float, keys: float) -> float:
+        """Gradients of a block, and the kernel's float32 sums of them."""
+        grads = queries + 2 * keys
+        return grads + 2 * grads
+
     if ring == 1:
-        return 3 * q + 6 * k
-    # All queries with half of the keys; or, with all keys, half of the queries: packed rows copy it, its output and gradient,
-    # and what is sent of the keys and values meanwhile.
-    copies = 1.5 * q * packed
-    if ring == 2:
-        return max(4 * q + 6 * k, 2.5 * q + 10 * k + copies)
-    return max(5 * q + 12 * k, 3.5 * q + 17 * k + copies + k * packed)
+        return at_work(q, k)
+    # Behind its own block a rank has all queries with half of another's keys, or half of the queries with all of its keys.
+    totals = (q + 2 * k) * (1 if ring == 2 else 2)  # float32 from three ranks on
+    half, whole = k, 2 * k  # keys and values of another rank, or their gradients
+    copies = 1.5 * q * packed  # half of the queries, of the output and of its gradient
+    half_keys = totals + at_work(q, k / 2) + half
+    half_queries = totals + at_work(q / 2, k) + whole + copies
+    if ring > 2:
+        # The next keys arrive; gradients of the ones before leave, while the other part of our own comes back.
+        half_keys += half + half + whole
+        half_queries += whole + whole + half + half * packed  # packed: a copy of what is sent of our own keys
+    return max(half_keys, half_queries)
 
 
 def _widths(config: Config) -> tuple[int, int]:
@@ -282,11 +216,11 @@ def _head_workspace(config: Config, element: int) -> int:
     in."""
     llm, tp, tokens = config.model.llm, config.parallel.tp, local_tokens(config)
     wide_sums = element != 2 or config.optim.grad_reduce_fp32
-    logits = _logits(tokens, llm.hidden_size, llm.vocab_size // tp, element, wide_sums)
+    logits = logit_bytes(tokens, llm.hidden_size, llm.vocab_size // tp, element, wide_sums)
     return logits + 4 * tokens * llm.hidden_size // tp * element
 
 
-def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) -> int:
+def logit_bytes(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) -> int:
     """Logits and their gradients; without a float32 gradient buffer also the float32 sums of a block of rows."""
     per_logit = element + max(element, 4)
     sums = 0 if wide_sums else math.isqrt(HEAD_LOGIT_BYTES // per_logit) * hidden * 4
@@ -296,7 +230,7 @@ def _logits(tokens: int, hidden: int, rows: int, element: int, wide_sums: bool) 
 def _vision(config: Config, dp: int, element: int, device_bytes: int) -> tuple[int, int]:
     """Kept by the tower for its backward pass, and in use while it works on a micro-batch."""
     in_flight = min(config.parallel.pp, max(1, config.train.global_batch_size // dp))
-    return _tower(config, *pictures_of_a_rank(config), in_flight, element, device_bytes)
+    return tower_bytes(config, *pictures_of_a_rank(config), in_flight, element, device_bytes)
 
 
 def pictures_of_a_rank(config: Config) -> tuple[int, int]:
@@ -325,7 +259,7 @@ def _squares_in_work(vision: VisionConfig, squares: int, element: int) -> int:
     return squares * patches_per_square(vision) * 7 * vision.hidden_size * element
 
 
-def _tower(config: Config, squares: int, tokens: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
+def tower_bytes(config: Config, squares: int, tokens: int, in_flight: int, element: int, device_bytes: int) -> tuple[int, int]:
     """Kept from forward to backward pass for ``squares`` of each of ``in_flight`` micro-batches, and in use on top: the
     ``tokens`` that they become, their gradients if something below learns, and the squares that are in work."""
     vision, learns = config.model.vision, config.optim.vision.trainable

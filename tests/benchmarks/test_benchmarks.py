@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from benchmarks import attention, head, layer, reshard, vision
 from benchmarks.max_length import longest
 from benchmarks.plain_ring import plain_ring_attention
+from benchmarks.predicted import decoder_alone, head_alone, tower_alone
 from benchmarks.table import ALWAYS, RATES
 from benchmarks.worker import launch, one_by_one, parse_variant
 from megatron_vila.config.load import load_config
@@ -31,7 +32,6 @@ from megatron_vila.models.language import transformer_config
 from megatron_vila.models.vision import tower as encoder
 from megatron_vila.parallel.kernels import Segments, select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import decoder_alone, head_alone, tower_alone
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.memory import estimate_memory
 from tests.ranks import pool

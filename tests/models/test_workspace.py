@@ -18,7 +18,7 @@ from megatron_vila.config.schema import MemoryConfig, ParallelConfig
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.activations import _decoder, _ring_backward, local_tokens
+from megatron_vila.plan.activations import decoder_bytes, local_tokens, ring_backward_bytes
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row import pack
 from megatron_vila.plan.row_plan import AttentionPlan
@@ -80,7 +80,7 @@ def most_alive(rank, parallel, memory):
         found.append(alive.most)
     topology.destroy()
     unit = local_tokens(config) * WIDTH * 2
-    return min(found) / unit, _decoder(config, 1, 2)[1] / unit
+    return min(found) / unit, decoder_bytes(config, 1, 2)[1] / unit
 
 
 def test_the_exchange_in_chunks_holds_no_more_than_the_model_says():
@@ -115,4 +115,4 @@ def test_the_backward_pass_of_a_ring_holds_what_the_model_says(ring, documents, 
     dim = 64
     q, k = (sum(documents) // ring * n * dim * 2 for n in (heads, kv_heads))
     found = max(pool.run(ring, alive_in_ring, ring, documents, heads, kv_heads, dim))
-    assert found == pytest.approx(_ring_backward(q, k, ring, len(documents) > 1), rel=0.02)
+    assert found == pytest.approx(ring_backward_bytes(q, k, ring, len(documents) > 1), rel=0.02)
