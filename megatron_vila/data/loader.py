@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -338,7 +337,8 @@ class RowLoader:
         out_T3HW.copy_(squares_T3HW)
 
 
-class _Picture(NamedTuple):
+@dataclass(frozen=True)
+class _Picture:
     """Frame ``place`` of a unit."""
 
     ref: FrameRef

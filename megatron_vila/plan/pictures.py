@@ -16,10 +16,11 @@ are taken (one of an image). What it must provide:
 * More frames of a video never have fewer tokens, because a video that is too long is cut by its number of frames.
 * ``cost`` counts the patches that the tower sees, so that units of different kinds are dealt fairly.
 
-Two other places must do what a unit promises. ``preprocess`` in ``data/images.py`` turns each frame into ``tiles`` squares; the
+Three other places must do what a unit promises. ``preprocess`` in ``data/images.py`` turns each frame into ``tiles`` squares; the
 loader lays them one after the other, frame by frame, and refuses another number. Tower and projector turn the ``squares`` of a
 unit into its ``tokens``: today these are the tokens of its squares in their order (``models/vila.py``), and stage 2 refuses
-another number than the plan has.
+another number than the plan has. The classes for transformers (``hf/vila``) have one number of tokens for every picture, saved
+with the processor as ``tokens_per_frame``.
 
 Legend: a square is a picture as the tower takes it, ``vision.image_size`` pixels a side.
 """
