@@ -345,7 +345,7 @@ class _Picture:
     place: int
 
     @property
-    def index(self) -> int:  # type: ignore[override]
+    def index(self) -> int:
         return self.ref.indices[self.place]
 
     @property
