@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 from megatron_vila.busy import CurrentStdout, busy
 from megatron_vila.config.text_rules import TEMPLATES
-from megatron_vila.convert.token_order import ORDERS
 from megatron_vila.errors import entry_point
+from megatron_vila.plan.validate import CHOICES
 
 
 @entry_point
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "--projector", help="type of the fresh projector beside a plain language model (mlp_downsample)"
     )
     command.add_argument(
-        "--token-order", choices=ORDERS, help="order of mlp_downsample's tokens, where it cannot be told"
+        "--token-order",
+        choices=CHOICES["model.projector.token_order"],
+        help="order of mlp_downsample's tokens, where it cannot be told",
     )
     command.add_argument(
         "--template",

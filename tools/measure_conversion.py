@@ -49,7 +49,7 @@ def make_random_model(preset: str, folder: Path) -> None:
 
     from megatron_vila.config.load import load_config
     from megatron_vila.convert import hf_config_out as hf
-    from megatron_vila.convert.hf_folder import PARTS
+    from megatron_vila.convert.hf_sections import PARTS
     from megatron_vila.convert.tensor_files import TensorInfo, write_tensors
     from megatron_vila.convert.weight_map import shapes
 

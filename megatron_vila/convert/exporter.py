@@ -18,7 +18,7 @@ from megatron_vila.config.text_rules import TextRules
 from megatron_vila.convert import adapter as peft
 from megatron_vila.convert import hf_config_out as hf
 from megatron_vila.convert.errors import ConversionError
-from megatron_vila.convert.hf_folder import PARTS
+from megatron_vila.convert.hf_sections import PARTS
 from megatron_vila.convert.output import appearing, output_problems
 from megatron_vila.convert.stored_model import StoredModel
 from megatron_vila.convert.tensor_files import SHARD_BYTES, TensorInfo, write_tensors

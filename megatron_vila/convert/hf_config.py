@@ -1,30 +1,31 @@
-"""Hugging Face configurations to ours: what the model is, and how its pictures were prepared.
+"""Hugging Face configurations to ours: what the model is, and how its pictures and texts were prepared.
 
-Values are checked against fixed lists. Nothing that a configuration names is imported or run: an unknown model type,
-projector or ``_target_`` is a problem that names it.
+The one reader of such configurations: imports, comparisons and the classes for transformers all take what it says, so they accept
+and refuse the same models with the same words. Values are checked against fixed lists. Nothing that a configuration names is
+imported or run: an unknown model type, projector or ``_target_`` is a problem that names it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_vila.config.schema import Config, DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.text_rules import TextRules
-from megatron_vila.convert.hf_folder import HfFolder
+from megatron_vila.convert.hf_sections import FLAT_KEYS, PARTS, HfSections, decoded
 from megatron_vila.convert.token_order import is_legacy, projector_type, suggest_token_order
-from megatron_vila.errors import ConfigError
-from megatron_vila.plan.sizes import PROJECTOR_TYPES
-from megatron_vila.plan.validate import validate
+from megatron_vila.plan.validate import shape_problems, value_problems
 
 METADATA_FORMAT = 2
-"""Format of the section ``megatron_vila`` in a root configuration."""
+"""Format of the section ``megatron_vila`` in a root configuration; format 1 is read too."""
 
 ROOT_TYPES = ("llava_llama", "vila", "nvila_lite")
 LANGUAGE_TYPES = ("llama", "qwen2")
 ENCODERS = ("llava.model.encoders.BasicImageEncoder", "llava.model.encoders.BasicVideoEncoder")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+SEPARATORS = {"image_separator_ids": "image_encoder", "frame_separator_ids": "video_encoder"}
+"""Which of VILA's encoders writes the text that each of our keys holds as ids."""
 
 # What transformers leaves out of a file because its classes have it as default.
 _SIGLIP_DEFAULTS = {
@@ -35,7 +36,7 @@ _SIGLIP_DEFAULTS = {
     "image_size": 224,
     "patch_size": 16,
 }
-UNSUPPORTED = {
+_UNSUPPORTED = {
     "s2": "features of several scales",
     "dynamic_s2": "features of several scales",
     "ps3": "selection of high-resolution patches",
@@ -45,49 +46,56 @@ UNSUPPORTED = {
 
 @dataclass
 class Description:
-    """A model in our terms. ``separator`` is the text written after each frame or picture unless ``data`` has its ids;
-    ``legacy_prompt``: VILA's code did not use the tokenizer's chat template then. ``notes`` are for the user."""
+    """A model in our terms. ``notes`` are for the user.
+
+    ``separator_texts`` are written after each picture: texts by the keys of ``data`` whose ids the configuration does not know.
+    ``legacy_prompt``: VILA's code did not use the tokenizer's chat template then. ``dtype`` of the weights is None where nothing
+    says it.
+    """
 
     model: ModelConfig
     data: DataConfig
-    separator: str | None = "\n"
-    has_separator_ids: bool = False
+    separator_texts: dict[str, str] = field(default_factory=dict)
     legacy_prompt: bool = False
+    dtype: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def describe_model(
-    folder: HfFolder, projector: str | None, token_order: str | None, problems: list[str]
+    sections: HfSections,
+    problems: list[str],
+    token_order: str | None = None,
+    fresh_projector: str | None = None,
+    has_head: bool = True,
 ) -> Description:
-    """The model in ``folder``; everything that is wrong is appended to ``problems``.
+    """The model that ``sections`` describe; everything that is wrong with it is appended to ``problems``.
 
-    ``projector`` is the type of a fresh one (``parts`` only); ``token_order`` wins over what the folder suggests.
+    ``token_order`` wins over what the sections suggest. ``fresh_projector`` is the type of one that is not stored yet, beside a
+    language model and a tower without a root configuration. ``has_head`` says whether a tower has SigLIP's pooling head, where
+    its settings do not.
     """
-    model, data = ModelConfig(name=folder.path.resolve().name), DataConfig()
-    description = Description(model, data)
-    _refuse_targets(folder, problems)
-    model.llm = _language(folder.llm, f"{folder.path}: language model", problems)
-    use_head = any(name.startswith("vision_tower.vision_model.head.") for name in folder.tensors)
-    if folder.vision:
-        model.vision = _vision(folder.vision, use_head, f"{folder.path}: vision tower", problems)
-    if folder.kind == "parts":
-        model.projector = ProjectorConfig(projector or "mlp_downsample", token_order or "row_major")
-        _check_projector(model.projector, folder, problems)
-    elif folder.kind in ("vila", "flat"):
-        _root(folder, description, token_order, problems)
-    if not problems:
-        try:
-            # Shapes that do not fit together are told as for any run.
-            validate(Config(model=model), world_size=1)
-        except ConfigError as error:
-            problems += [line.removeprefix("- ") for line in str(error).splitlines()[1:]]
+    model = ModelConfig(name=sections.path.resolve().name if sections.path else "")
+    description = Description(model, DataConfig())
+    _refuse_targets(sections, description, problems)
+    if sections.llm:
+        model.llm = _language(sections.llm, sections.part("language model"), problems)
+    tower = _vision(sections.vision, has_head, sections.part("vision tower"), problems) if sections.vision else None
+    model.vision = tower or model.vision
+    if sections.root:
+        _root(sections, tower, description, token_order, problems)
+    else:
+        model.projector = ProjectorConfig(fresh_projector or "mlp_downsample", token_order or "row_major")
+    # Values, and sizes if all are known, are judged as those of any run.
+    config = Config(model=model, data=description.data)
+    unfit = [*value_problems(config)] or ([] if problems else [*shape_problems(config)])
+    problems += [f"{sections.part('as settings of a run')}, {problem}" for problem in unfit]
     return description
 
 
 def _language(config: Mapping[str, Any], where: str, problems: list[str]) -> LanguageConfig:
     kind = config.get("model_type")
     if kind not in LANGUAGE_TYPES:
-        problems.append(f"{where}: model_type={kind!r} is not known; this converter reads {', '.join(LANGUAGE_TYPES)}")
+        problems.append(f"{where}: model_type={kind!r} is not known; language models are {', '.join(LANGUAGE_TYPES)}")
         return LanguageConfig()
     read = _Reader(config, where, problems)
     heads, hidden = read.whole("num_attention_heads"), read.whole("hidden_size")
@@ -119,7 +127,7 @@ def _rope(config: Mapping[str, Any], where: str, problems: list[str]) -> tuple[f
     newer = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or newer
     if not isinstance(scaling, Mapping) or not isinstance(newer, Mapping):
-        problems.append(f"{where}: rope_scaling={scaling!r} is no object; write null or a type and a factor")
+        problems.append(f"{where}: rope_scaling={scaling!r} is not an object; write null or a type and a factor")
         return 1.0, 1.0
     theta = _Reader({**newer, **config}, where, problems).number("rope_theta", 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -127,17 +135,17 @@ def _rope(config: Mapping[str, Any], where: str, problems: list[str]) -> tuple[f
         return theta, 1.0
     if kind != "linear":
         problems.append(
-            f"{where}: rope_scaling of type {kind!r} is not known; this model scales positions linearly or not"
+            f"{where}: rope_scaling of type {kind!r} is not known; this model scales positions linearly or not at all"
         )
         return theta, 1.0
     return theta, _Reader(scaling, f"{where}: rope_scaling", problems).number("factor")
 
 
-def _vision(config: Mapping[str, Any], has_head: bool, where: str, problems: list[str]) -> VisionConfig:
-    kind = config.get("model_type", "siglip_vision_model")
+def _vision(config: Mapping[str, Any], has_head: bool, where: str, problems: list[str]) -> VisionConfig | None:
+    kind = config.get("model_type") or "siglip_vision_model"
     if kind != "siglip_vision_model":
-        problems.append(f"{where}: model_type={kind!r} is not known; this converter reads siglip_vision_model")
-        return VisionConfig()
+        problems.append(f"{where}: model_type={kind!r} is not known; towers are siglip_vision_model")
+        return None
     read = _Reader(_SIGLIP_DEFAULTS | dict(config), where, problems)
     read.expect("hidden_act", "gelu_pytorch_tanh")
     read.expect("num_channels", 3)
@@ -148,81 +156,89 @@ def _vision(config: Mapping[str, Any], has_head: bool, where: str, problems: lis
         ffn_hidden_size=read.whole("intermediate_size"),
         image_size=read.whole("image_size"),
         patch_size=read.whole("patch_size"),
-        use_head=bool(config.get("vision_use_head", has_head)),
+        use_head=read.flag("vision_use_head", has_head),
         layer_norm_eps=read.number("layer_norm_eps", 1e-6),
     )
 
 
-def _root(folder: HfFolder, description: Description, token_order: str | None, problems: list[str]) -> None:
-    """Projector, feature selection and pictures, from the root configuration of a whole model."""
-    root, where, model = folder.root, f"{folder.path / 'config.json'}", description.model
+def _root(
+    sections: HfSections,
+    tower: VisionConfig | None,
+    description: Description,
+    token_order: str | None,
+    problems: list[str],
+) -> None:
+    """Projector, feature selection, pictures and texts, from the root configuration of a whole model."""
+    root, where, model = sections.root, sections.root_file, description.model
     kind = root.get("model_type")
     if kind == "nvila":
         problems.append(
-            f"{where}: model_type='nvila' joins features of several scales (dynamic S2), unknown to this model"
+            f"{where}: model_type='nvila' joins features of several scales (dynamic S2), unknown to this model; use an NVILA-Lite"
         )
     elif kind not in ROOT_TYPES:
-        problems.append(f"{where}: model_type={kind!r} is not known; this converter reads {', '.join(ROOT_TYPES)}")
-    for key, meaning in UNSUPPORTED.items():
-        if root.get(key):
-            problems.append(f"{where}: {key}={root[key]!r} ({meaning}) is unknown to this model")
+        problems.append(f"{where}: model_type={kind!r} is not known; whole models are {', '.join(ROOT_TYPES)}")
     read = _Reader(root, where, problems)
-    read.expect("vision_resolution", -1)
-    read.expect("mm_vision_select_feature", "cls_patch")
-    read.expect("mm_hidden_size", model.vision.hidden_size)
+    for key, meaning in _UNSUPPORTED.items():
+        if root.get(key):
+            read.expect(key, False, meaning)
+    if tower and root.get("vision_resolution") != tower.image_size:
+        read.expect("vision_resolution", -1, "pictures of another size than the tower's")
+    read.expect("mm_vision_select_feature", "cls_patch", "SigLIP has no class token that could be dropped")
+    if tower:
+        read.expect("mm_hidden_size", tower.hidden_size, "channels of the projector's input")
     model.vision.select_layer = read.integer("mm_vision_select_layer", -2)
-    named = folder.projector.get("mm_projector_type") or projector_type(root)
-    model.projector = ProjectorConfig(named, token_order or "row_major")
-    if _check_projector(model.projector, folder, problems) and token_order is None:
-        _settle_token_order(root | {"mm_projector_type": named, "mm_projector_cfg": {}}, where, description, problems)
-    _pictures(root, where, description, problems)
-
-
-def _check_projector(projector: ProjectorConfig, folder: HfFolder, problems: list[str]) -> bool:
-    if projector.type not in PROJECTOR_TYPES:
+    description.dtype = _dtype(sections, problems)
+    own = root.get("megatron_vila") or {}
+    if not isinstance(own, Mapping):
+        problems.append(f"{where}: megatron_vila={own!r} is not an object; write its keys into {{}}, or leave it out")
+    elif own.get("format", METADATA_FORMAT) not in (1, METADATA_FORMAT):
         problems.append(
-            f"{folder.path}: mm_projector_type={projector.type!r} is not known; this model has {', '.join(PROJECTOR_TYPES)}"
+            f"{where}: megatron_vila.format={own['format']!r} is not known, only 1 and {METADATA_FORMAT}; update megatron_vila"
         )
-        return False
-    if projector.token_order != "row_major" and projector.type != "mlp_downsample":
-        problems.append(
-            f"--token-order {projector.token_order} belongs to mlp_downsample, not to {projector.type}; leave it out"
-        )
-    return True
+    else:
+        _projector(sections, own, description, token_order, problems)
+        _pictures(root, own, where, description, problems)
+        _texts(root, own, where, description, problems)
 
 
-def _settle_token_order(root: Mapping[str, Any], where: str, description: Description, problems: list[str]) -> None:
-    try:
-        order, reason = suggest_token_order(root)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return
+def _dtype(sections: HfSections, problems: list[str]) -> str | None:
+    """The element type that the weights are stored in, as far as the files say."""
+    root, llm = sections.root, sections.llm
+    given = (root.get("model_dtype"), *(section.get(key) for section in (root, llm) for key in ("dtype", "torch_dtype")))
+    written = next((dtype for dtype in given if dtype is not None), None)
+    dtype = None if written is None else str(written).removeprefix("torch.")
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(f"{sections.root_file}: the dtype {written!r} of the model is not known; use {', '.join(DTYPES)}")
+    return dtype
+
+
+def _projector(
+    sections: HfSections, own: Mapping[str, Any], description: Description, token_order: str | None, problems: list[str]
+) -> None:
+    root = sections.root | {"mm_projector_cfg": sections.projector}
+    projector = description.model.projector = ProjectorConfig(projector_type(root))
+    order, reason = (token_order, "") if token_order else suggest_token_order(root)
     if order is None:
         problems.append(
-            f"{where}: the token order of mlp_downsample cannot be told: {reason}; give --token-order legacy_column_major for "
-            "VILA-1.5 and Llama-3-LongVILA, --token-order row_major for NVILA and Qwen2-LongVILA"
+            f"{sections.root_file}: the token order of mlp_downsample cannot be told: {reason}; give --token-order "
+            "(projector_token_order= in from_pretrained): legacy_column_major for VILA-1.5 and Llama-3-LongVILA, row_major for "
+            "NVILA and Qwen2-LongVILA"
         )
-        return
-    description.model.projector.token_order = order
-    description.notes.append(f"projector token order: {order} ({reason})")
+    else:
+        projector.token_order = order
+        if not token_order and "projector_token_order" not in own:
+            description.notes.append(f"projector token order: {order} ({reason})")
 
 
-def _pictures(root: Mapping[str, Any], where: str, description: Description, problems: list[str]) -> None:
-    own = root.get("megatron_vila") or {}
-    if own.get("format", METADATA_FORMAT) > METADATA_FORMAT:
-        problems.append(
-            f"{where}: megatron_vila.format={own['format']} is newer than {METADATA_FORMAT}; update megatron_vila"
-        )
-        return
+def _pictures(
+    root: Mapping[str, Any], own: Mapping[str, Any], where: str, description: Description, problems: list[str]
+) -> None:
     data, read = description.data, _Reader(root, where, problems)
-    description.legacy_prompt = not own and is_legacy(root)
-    if own:
-        for name, value in asdict(stored_text_rules(own)).items():
-            setattr(data, name, value)
-    data.num_frames = own.get("num_frames", read.whole("num_video_frames", data.num_frames))
-    data.fps = own.get("fps", read.number("fps", 0.0))
-    data.fps_rule = own.get("fps_rule", "spread")
-    aspect = own.get("image_aspect", root.get("image_aspect_ratio") or "resize")
+    ours = _Reader(own, f"{where}: megatron_vila", problems)
+    data.num_frames = ours.whole("num_frames", read.whole("num_video_frames", data.num_frames))
+    data.fps = ours.number("fps", read.number("fps", 0.0))
+    data.fps_rule = ours.text("fps_rule", data.fps_rule)
+    aspect = own.get("image_aspect") or root.get("image_aspect_ratio") or "resize"
     data.image_aspect = aspect if aspect in ("resize", "pad") else "resize"
     if data.image_aspect != aspect:
         description.notes.append(
@@ -230,50 +246,67 @@ def _pictures(root: Mapping[str, Any], where: str, description: Description, pro
         )
     if root.get("num_time_tokens"):
         description.notes.append(f"num_time_tokens={root['num_time_tokens']}: time tokens are trained as plain text")
-    separators = {_separator(root, key, where, problems) for key in ("image_encoder", "video_encoder")}
-    if "frame_separator_ids" in own:
-        data.frame_separator_ids = list(own["frame_separator_ids"])
-        data.image_separator_ids = list(own.get("image_separator_ids", []))
-        description.has_separator_ids = True
-    elif len(separators) > 1:
-        problems.append(
-            f"{where}: image_encoder and video_encoder end differently; add megatron_vila.frame_separator_ids"
-        )
-    else:
-        (description.separator,) = separators
+    for name, key in SEPARATORS.items():
+        text = separator_text(root.get(key), f"{where}: {key}", problems)
+        if own.get(name) is None:
+            description.separator_texts[name] = text
+        elif isinstance(own[name], list) and all(type(id_) is int for id_ in own[name]):
+            setattr(data, name, list(own[name]))
+        else:
+            problems.append(f"{where}: megatron_vila.{name}={own[name]!r} is not a list of token ids; write one, or null")
 
 
-def stored_text_rules(own: Mapping[str, Any]) -> TextRules:
-    """The rules in the section ``megatron_vila``, where it is of format 1 completed by what was done then."""
-    early = {"media_format": "verbatim", "parse_control_tokens": True} if own.get("format") == 1 else {}
-    given = {field.name: own[field.name] for field in fields(TextRules) if field.name in own}
-    return TextRules(**{**early, **given})
-
-
-def _separator(root: Mapping[str, Any], key: str, where: str, problems: list[str]) -> str | None:
+def separator_text(value: Any, where: str, problems: list[str]) -> str:
     """The text that an encoder of VILA's adds after each picture: a newline unless it says otherwise."""
-    encoder = decoded(root.get(key))
+    encoder = _encoder(value)
     if not isinstance(encoder, Mapping):
-        return "\n"
+        problems.append(f"{where}={value!r} describes no encoder; write an object with _target_, or leave it out")
+        return ""
     if encoder.get("start_tokens") is not None:
         problems.append(
-            f"{where}: {key}.start_tokens={encoder['start_tokens']!r}: this model writes nothing before a picture"
+            f"{where}.start_tokens={encoder['start_tokens']!r}: this model writes nothing before a picture; use a model without"
         )
-    return encoder.get("end_tokens", "\n")
+    text = encoder.get("end_tokens", "\n")
+    if not isinstance(text, str | None):
+        problems.append(f"{where}.end_tokens={text!r} is not a text; write one, or null for none")
+        return ""
+    return text or ""
 
 
-def _refuse_targets(folder: HfFolder, problems: list[str]) -> None:
+def _encoder(value: Any) -> Any:
+    """The settings of one of VILA's encoders; a plain text is its class's name."""
+    encoder = decoded(value)
+    return {"_target_": encoder} if isinstance(encoder, str) else {} if encoder is None else encoder
+
+
+def _texts(
+    root: Mapping[str, Any], own: Mapping[str, Any], where: str, description: Description, problems: list[str]
+) -> None:
+    """The ``TextRules``; exports of format 1 were completed by what was done then."""
+    ours = _Reader(own, f"{where}: megatron_vila", problems)
+    early = {"media_format": "verbatim", "parse_control_tokens": True} if own.get("format") == 1 else {}
+    for rule in fields(TextRules):
+        read = ours.flag if isinstance(rule.default, bool) else ours.text
+        setattr(description.data, rule.name, read(rule.name, early.get(rule.name, rule.default)))
+    undecided = own.get("template", "") is None if own else is_legacy(root)
+    description.legacy_prompt = undecided
+
+
+def _refuse_targets(sections: HfSections, description: Description, problems: list[str]) -> None:
     """Name every class that a configuration wants to be made, but for the two encoders that this model has built in."""
-    sections = {"": folder.root, "llm: ": folder.llm, "vision tower: ": folder.vision, "projector: ": folder.projector}
-    for section, config in sections.items():
+    parts = {*FLAT_KEYS.values(), *(f"{part}_cfg" for part in PARTS)}
+    root = {key: value for key, value in sections.root.items() if key not in parts}
+    root |= {key: _encoder(root[key]) for key in SEPARATORS.values() if key in root}
+    found = {"": root, "llm: ": sections.llm, "vision tower: ": sections.vision, "projector: ": sections.projector}
+    for section, config in found.items():
         for place, target in _targets(config, ""):
             if target not in ENCODERS:
                 problems.append(
-                    f"{folder.path}: {section}{place} asks for {target!r} to be run, which is refused; this model has "
+                    f"{sections.part(f'{section}{place}')} asks for {target!r} to be run, which is refused; this model has "
                     f"{' and '.join(name.rpartition('.')[2] for name in ENCODERS)} built in"
                 )
         if "auto_map" in config:
-            folder.ignored.append(f"auto_map in {section or 'the root '}configuration: its code is not used")
+            description.notes.append(f"auto_map in {section or 'the root '}configuration: its code is not used")
 
 
 def _targets(value: Any, place: str) -> Iterable[tuple[str, Any]]:
@@ -289,24 +322,14 @@ def _targets(value: Any, place: str) -> Iterable[tuple[str, Any]]:
             yield from _targets(item, place)
 
 
-def decoded(value: Any) -> Any:
-    """What a value means: VILA writes its encoders as objects or as strings of JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
 class _Reader:
-    """Values of a configuration with their types checked."""
+    """Values of a configuration with their types checked; one that is missing or null has the default."""
 
     def __init__(self, config: Mapping[str, Any], where: str, problems: list[str]) -> None:
         self.config, self.where, self.problems = config, where, problems
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return self._value(key, default, int, "a whole number")
+        return self._value(key, default, int, "a whole number", 1)
 
     def whole(self, key: str, default: int | None = None) -> int:
         value = self.integer(key, default)
@@ -316,19 +339,29 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._value(key, default, (int, float), "a number"))
+        return float(self._value(key, default, (int, float), "a number", 1))
 
-    def expect(self, key: str, wanted: Any) -> None:
+    def text(self, key: str, default: str) -> str:
+        return self._value(key, default, str, "a text", default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._value(key, default, bool, "true or false", default)
+
+    def expect(self, key: str, wanted: Any, meaning: str = "") -> None:
         """A key that may be missing or null but must not ask for something else."""
         value = self.config.get(key)
         if value is not None and value != wanted:
-            self.problems.append(f"{self.where}: {key}={value!r} is unknown to this model, which has {wanted!r}")
+            meant = f" ({meaning})" if meaning else ""
+            self.problems.append(
+                f"{self.where}: {key}={value!r}{meant} is unknown to this model, which has {wanted!r}; use another model, or "
+                f"write {wanted!r} if the weights were trained so"
+            )
 
-    def _value(self, key: str, default: Any, types: Any, meant: str) -> Any:
+    def _value(self, key: str, default: Any, types: Any, meant: str, instead: Any) -> Any:
         value = self.config.get(key)
         value = default if value is None else value
-        if value is None or isinstance(value, bool) or not isinstance(value, types):
+        if value is None or (isinstance(value, bool) and types is not bool) or not isinstance(value, types):
             found = "is missing" if value is None else f"is {value!r}"
             self.problems.append(f"{self.where}: {key} {found}, but must be {meant}")
-            return 1
+            return instead
         return value

@@ -49,22 +49,31 @@ def language_config(llm: LanguageConfig, carried: Mapping[str, Any], dtype: str,
     }
     first = {
         "attention_dropout": 0.0,
-        "hidden_act": "silu",
         "initializer_range": 0.02,
         "tokenizer_padding_side": "right",
         "transformers_version": _VERSIONS["row_major"],
         "use_cache": True,
         **_special_ids(tokenizer),
     }
-    kind, architecture = ("qwen2", "Qwen2ForCausalLM") if llm.qkv_bias else ("llama", "LlamaForCausalLM")
+    kind = _kind(llm)
+    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]
     if kind == "llama":
         first |= {"attention_bias": False, "mlp_bias": False}
-    config = first | _kept(carried) | {
+    return first | _kept(carried) | language_keys(llm, carried) | {
         "architectures": [architecture],
+        "torch_dtype": dtype,
+        **lengths,
+    }  # fmt: skip
+
+
+def language_keys(llm: LanguageConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings of a language model in Hugging Face's words, to be written over those of ``carried``."""
+    keys = {
+        "hidden_act": "silu",
         "hidden_size": llm.hidden_size,
         "intermediate_size": llm.ffn_hidden_size,
         "max_position_embeddings": llm.max_positions,
-        "model_type": kind,
+        "model_type": _kind(llm),
         "num_attention_heads": llm.num_heads,
         "num_hidden_layers": llm.num_layers,
         "num_key_value_heads": llm.num_kv_heads,
@@ -72,33 +81,36 @@ def language_config(llm: LanguageConfig, carried: Mapping[str, Any], dtype: str,
         "rope_scaling": _rope_scaling(llm.rope_scaling_factor),
         "rope_theta": llm.rope_theta,
         "tie_word_embeddings": llm.tie_embeddings,
-        "torch_dtype": dtype,
         "vocab_size": llm.vocab_size,
-        **lengths,
-    }  # fmt: skip
-    if head_dim(llm) * llm.num_heads != llm.hidden_size or "head_dim" in carried:
-        config["head_dim"] = head_dim(llm)
-    return config
+    }
+    told = head_dim(llm) * llm.num_heads != llm.hidden_size or "head_dim" in carried
+    return keys | ({"head_dim": head_dim(llm)} if told else {})
 
 
 def vision_config(vision: VisionConfig, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """``vision_tower/config.json``."""
     first = {"attention_dropout": 0.0, "transformers_version": _VERSIONS["row_major"]}
-    return first | _kept(carried) | {
+    return first | _kept(carried) | vision_keys(vision) | {
         "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "torch_dtype": dtype,
+    }  # fmt: skip
+
+
+def vision_keys(vision: VisionConfig) -> dict[str, Any]:
+    """Our settings of a tower in Hugging Face's words."""
+    return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": vision.hidden_size,
         "image_size": vision.image_size,
         "intermediate_size": vision.ffn_hidden_size,
         "layer_norm_eps": vision.layer_norm_eps,
-        "model_type": "siglip_vision_model",
         "num_attention_heads": vision.num_heads,
         "num_channels": 3,
         "num_hidden_layers": vision.num_layers,
         "patch_size": vision.patch_size,
-        "torch_dtype": dtype,
         "vision_use_head": vision.use_head,
-    }  # fmt: skip
+    }
 
 
 def projector_config(kind: str, dtype: str) -> dict[str, Any]:
@@ -229,6 +241,10 @@ def _encoder(name: str, separator_ids: list[int], tokenizer: Any) -> dict[str, A
         return encoder | {"end_tokens": None}
     text = "\n" if tokenizer is None else tokenizer.decode(separator_ids)
     return encoder if text == "\n" else encoder | {"end_tokens": text}
+
+
+def _kind(llm: LanguageConfig) -> str:
+    return "qwen2" if llm.qkv_bias else "llama"
 
 
 def _rope_scaling(factor: float) -> dict[str, Any] | None:

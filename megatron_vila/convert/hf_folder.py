@@ -2,21 +2,25 @@
 
 Three kinds are known: ``vila`` (``llm/``, ``vision_tower/`` and ``mm_projector/``, each a folder), ``flat`` (one state dict,
 ``llm.*``, ``vision_tower.*``, ``mm_projector.*``) and ``parts`` (a plain causal language model and a SigLIP folder beside it).
+``misfits`` says whether the tensors are those of a model.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_vila.convert.tensor_files import FileTensor, find_tensors
+import torch
+
+from megatron_vila.config.schema import ModelConfig
+from megatron_vila.convert.hf_sections import PARTS, HfSections, part_folder, read_json, sections_of, tower_section
+from megatron_vila.convert.tensor_files import FileTensor, SourceTensor, find_tensors
+from megatron_vila.convert.weight_map import shapes
 from megatron_vila.errors import some
 
-PARTS = ("llm", "vision_tower", "mm_projector")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,23 +39,24 @@ _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 @dataclass
 class HfFolder:
-    """What was found: tensors by flat name, the JSON files of each part ({} where there is none), and where files lie.
+    """What was found: tensors by flat name, the JSON of the model and beside it ({} where there is none), and where files lie.
 
-    ``root`` is the model's configuration ({} for ``parts``), ``llm``, ``vision`` and ``projector`` those of its parts;
     ``ignored`` says what was left out and why.
     """
 
     path: Path
     kind: str
     tensors: dict[str, FileTensor] = field(default_factory=dict)
-    root: dict[str, Any] = field(default_factory=dict)
-    llm: dict[str, Any] = field(default_factory=dict)
-    vision: dict[str, Any] = field(default_factory=dict)
-    projector: dict[str, Any] = field(default_factory=dict)
+    sections: HfSections = field(default_factory=HfSections)
     generation: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     tokenizer: Path | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the tensors hold SigLIP's pooling head."""
+        return any(name.startswith("vision_tower.vision_model.head.") for name in self.tensors)
 
 
 def open_folder(path: Path, vision: Path | None, problems: list[str]) -> HfFolder:
@@ -72,6 +77,36 @@ def open_folder(path: Path, vision: Path | None, problems: list[str]) -> HfFolde
     return folder
 
 
+def misfits(
+    folder: HfFolder, tensors: dict[str, SourceTensor], model: ModelConfig, places: Mapping[str, str] | None = None
+) -> list[str]:
+    """What of ``tensors`` is missing, superfluous or of another shape for ``model``; ``places`` say where each would go.
+
+    Takes out of ``tensors`` an output layer that repeats the tied embedding table.
+    """
+    head, table = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+    if model.llm.tie_embeddings and head in tensors and table in tensors:
+        if not torch.equal(tensors[head].read(), tensors[table].read()):
+            return [f"{head} differs from {table}, but tie_word_embeddings=true; set it to false in the language model"]
+        del tensors[head]
+        folder.ignored.append(f"{head}, which repeats the tied {table}")
+    wanted, problems = shapes(model), []
+    for name, shape in wanted.items():
+        should = f"it should be {list(shape)}" + (f" and go into {places[name]}" if places else "")
+        if name not in tensors:
+            problems.append(f"{name} is missing; {should}")
+        elif tensors[name].shape != shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}; {should}{_file_of(tensors[name])}")
+    return problems + [
+        f"{name} {list(tensors[name].shape)} belongs to no part of this model{_file_of(tensors[name])}"
+        for name in sorted(tensors.keys() - wanted.keys())
+    ]
+
+
+def _file_of(tensor: SourceTensor) -> str:
+    return f" ({tensor.file})" if isinstance(tensor, FileTensor) else ""
+
+
 def _open_tensors(path: Path, tensors: Mapping[str, FileTensor], vision: Path | None, problems: list[str]) -> HfFolder:
     names = list(tensors)
     if any(name.startswith("llm.") for name in names):
@@ -87,48 +122,26 @@ def _open_tensors(path: Path, tensors: Mapping[str, FileTensor], vision: Path | 
 
 
 def _open_vila(path: Path, problems: list[str]) -> HfFolder:
-    folder = HfFolder(path, "vila", root=read_json(path / "config.json", problems))
-    configurations = {}
+    root = read_json(path / "config.json", problems)
+    folder = HfFolder(path, "vila", sections=sections_of(root, path, problems))
     for part in PARTS:
-        place = _part_folder(path, part, folder.root, problems)
+        place = part_folder(root, path, part)
         if place is None:
+            if not isinstance(root.get(f"{part}_cfg"), str):
+                problems.append(f"{path} has no {part}/ folder; the VILA layout needs {', '.join(PARTS)}")
             continue
-        configurations[part] = read_json(place / "config.json", problems)
         _add(folder, find_tensors(place, problems), part, problems)
         if part == "llm":
             folder.tokenizer = _tokenizer_folder(path) or _tokenizer_folder(place)
             folder.generation = _optional_json(place / "generation_config.json", problems)
         if part == "vision_tower":
             folder.preprocessor = _optional_json(place / "preprocessor_config.json", problems)
-    folder.llm = configurations.get("llm", {})
-    folder.vision = _vision_section(configurations.get("vision_tower", {}))
-    folder.projector = configurations.get("mm_projector", {})
     return folder
-
-
-def _part_folder(path: Path, part: str, root: Mapping[str, Any], problems: list[str]) -> Path | None:
-    """The folder of a part: inside ``path``, or the local folder that the root configuration names instead."""
-    if (path / part).is_dir():
-        return path / part
-    named = root.get(f"{part}_cfg")
-    if isinstance(named, str) and named:
-        for place in (path / named, Path(named)):
-            if place.is_dir():
-                return place
-        problems.append(f"{path} has no {part}/, and {part}_cfg={named!r} is no local folder; put the part there")
-    else:
-        problems.append(f"{path} has no {part}/ folder; the VILA layout needs {', '.join(PARTS)}")
-    return None
 
 
 def _open_flat(path: Path, tensors: Mapping[str, FileTensor], problems: list[str]) -> HfFolder:
     root = read_json(path / "config.json", problems)
-    folder = HfFolder(path, "flat", root=root)
-    for part in ("text_config", "vision_config"):
-        if not isinstance(root.get(part), Mapping):
-            problems.append(f"{path / 'config.json'}: {part} is missing; a flat layout describes its parts there")
-    folder.llm = _mapping(root.get("text_config"))
-    folder.vision = _mapping(root.get("vision_config"))
+    folder = HfFolder(path, "flat", sections=sections_of(root, path, problems))
     _add(folder, tensors, "", problems)
     folder.tokenizer = _tokenizer_folder(path)
     folder.generation = _optional_json(path / "generation_config.json", problems)
@@ -137,7 +150,7 @@ def _open_flat(path: Path, tensors: Mapping[str, FileTensor], problems: list[str
 
 
 def _open_parts(path: Path, tensors: Mapping[str, FileTensor], vision: Path | None, problems: list[str]) -> HfFolder:
-    folder = HfFolder(path, "parts", llm=read_json(path / "config.json", problems))
+    folder = HfFolder(path, "parts", sections=HfSections(path, llm=read_json(path / "config.json", problems)))
     _add(folder, tensors, "llm", problems)
     folder.tokenizer = _tokenizer_folder(path)
     folder.generation = _optional_json(path / "generation_config.json", problems)
@@ -146,7 +159,7 @@ def _open_parts(path: Path, tensors: Mapping[str, FileTensor], vision: Path | No
     elif not vision.is_dir():
         problems.append(f"--vision {vision} is not a folder; give the folder of a SigLIP model")
     else:
-        folder.vision = _vision_section(read_json(vision / "config.json", problems))
+        folder.sections.vision = tower_section(read_json(vision / "config.json", problems))
         folder.preprocessor = _optional_json(vision / "preprocessor_config.json", problems)
         _add(folder, find_tensors(vision, problems), "vision_tower", problems)
     return folder
@@ -181,36 +194,8 @@ def _flat_name(name: str, part: str) -> str | None:
     return name.replace("vision_tower.vision_tower.", "vision_tower.", 1)
 
 
-def read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object in ``path``, or {} and a problem."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a plain file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path} is missing")
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path} cannot be read as JSON: {error}")
-        return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path} holds a {type(value).__name__}, not an object")
-        return {}
-    return value
-
-
 def _optional_json(path: Path, problems: list[str]) -> dict[str, Any]:
     return read_json(path, problems) if path.is_file() else {}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
-
-
-def _vision_section(config: dict[str, Any]) -> dict[str, Any]:
-    """A whole SigLIP model keeps its tower's settings in a section."""
-    section = config.get("vision_config")
-    return {"model_type": "siglip_vision_model", **section} if isinstance(section, Mapping) else config
 
 
 def _tokenizer_folder(path: Path) -> Path | None:

@@ -22,10 +22,10 @@ from megatron_vila.config.text_rules import TextRules
 from megatron_vila.convert.distributed import Part, write_checkpoint
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.convert.hf_config import Description, describe_model
-from megatron_vila.convert.hf_folder import HfFolder, open_folder
+from megatron_vila.convert.hf_folder import HfFolder, misfits, open_folder
 from megatron_vila.convert.output import appearing, output_problems
 from megatron_vila.convert.tensor_files import MemoryTensor, SourceTensor, TensorInfo
-from megatron_vila.convert.tokenizer import copy_tokenizer, open_tokenizer, suggest_template
+from megatron_vila.convert.tokenizer import copy_tokenizer, open_tokenizer, separator_ids, suggest_template
 from megatron_vila.convert.weight_map import Entry, entries
 from megatron_vila.models.vision.projector import Projector
 
@@ -56,7 +56,7 @@ def import_checkpoint(
     folder = open_folder(source, vision, problems)
     if projector is not None and folder.kind in ("vila", "flat"):
         problems.append(f"{source} has a projector of its own; leave out --projector {projector}")
-    description = describe_model(folder, projector, token_order, problems)
+    description = describe_model(folder.sections, problems, token_order, projector, folder.has_head)
     if problems:
         raise ConversionError(f"{source} cannot be imported", problems)
     model = description.model
@@ -64,7 +64,8 @@ def import_checkpoint(
     tensors: dict[str, Any] = {**folder.tensors}
     if folder.kind == "parts":
         tensors.update(_fresh_projector(model, tensors))
-    problems += match_tensors(folder, tensors, expected, model)
+    places = {name: entry.place for entry in expected for name in entry.tensors}
+    problems += misfits(folder, tensors, model, places)
     if problems:
         raise ConversionError(f"{source} cannot be imported", problems)
     for note in (*description.notes, *(f"left out: {text}" for text in folder.ignored)):
@@ -78,43 +79,6 @@ def import_checkpoint(
         (partial / "checkpoints" / "latest").write_text(STEP + "\n")
         (partial / "config.yaml").write_text(dump_config(config))
     return out
-
-
-def match_tensors(
-    folder: HfFolder, tensors: dict[str, SourceTensor], expected: list[Entry], model: ModelConfig
-) -> list[str]:
-    """What is missing, superfluous or of another shape, each with the expected shape and where it would go.
-
-    Takes out of ``tensors`` an output layer that repeats the tied embedding table.
-    """
-    problems = []
-    head, table = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
-    if model.llm.tie_embeddings and head in tensors and table in tensors:
-        if torch.equal(tensors[head].read(), tensors[table].read()):
-            del tensors[head]
-            folder.ignored.append(f"{head}, which repeats the tied {table}")
-        else:
-            problems.append(
-                f"{head} differs from {table}, but tie_word_embeddings=true; set it to false in the language model"
-            )
-            return problems
-    known: set[str] = set()
-    for entry in expected:
-        place = entry.key if entry.layer is None else f"{entry.key}[{entry.layer}]"
-        for name, shape in entry.tensors.items():
-            known.add(name)
-            if name not in tensors:
-                problems.append(f"{name} is missing; it should be {list(shape)} and go into {place}")
-            elif tensors[name].shape != shape:
-                problems.append(
-                    f"{name} is {list(tensors[name].shape)}; it should be {list(shape)} and go into {place}"
-                )
-    problems += [
-        f"{name} {list(tensors[name].shape)} belongs to no part of this model"
-        for name in sorted(tensors)
-        if name not in known
-    ]
-    return problems
 
 
 def _fresh_projector(model: ModelConfig, tensors: Mapping[str, SourceTensor]) -> dict[str, MemoryTensor]:
@@ -151,19 +115,13 @@ def _configuration(
     tokenizer, why_not = open_tokenizer(copied)
     if tokenizer is None:
         logger.warning("%s: set data.tokenizer and the separators in %s", why_not, out / "config.yaml")
-    elif not description.has_separator_ids:
-        text = description.separator or ""
-        ids = tokenizer.encode(text, add_special_tokens=False) if text else []
-        config.data.frame_separator_ids = config.data.image_separator_ids = ids
-        logger.info("after each frame and picture: %r, token ids %s", text, ids)
+    else:
+        for name, text in description.separator_texts.items():
+            setattr(config.data, name, separator_ids(tokenizer, name, text))
     if template is not None:
         config.data.template = template
     elif description.legacy_prompt and tokenizer is not None:
         config.data.template = suggest_template(tokenizer)
-        logger.info(
-            "chat template: %s, VILA's own prompt at the time of this model (--template own takes the tokenizer's)",
-            config.data.template,
-        )
     if tokenizer is not None and not tokenizer.chat_template and not config.data.template:
         logger.warning("the tokenizer has no chat template; add chat_template.jinja to %s", out / "tokenizer")
     return config, tokenizer
@@ -183,9 +141,9 @@ def _info(config: Config, folder: HfFolder) -> dict[str, Any]:
         "config": asdict(config),
         "hugging_face": {
             "layout": folder.kind,
-            "root": folder.root,
-            "llm": folder.llm,
-            "vision": folder.vision,
+            "root": folder.sections.root,
+            "llm": folder.sections.llm,
+            "vision": folder.sections.vision,
             "generation": folder.generation,
             "preprocessor": folder.preprocessor,
         },

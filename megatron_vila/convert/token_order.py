@@ -11,22 +11,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-ORDERS = ("row_major", "legacy_column_major")
 _LEGACY = (4, 37)
 
 
 def suggest_token_order(root: Mapping[str, Any]) -> tuple[str | None, str]:
     """The token order of a model with the root configuration ``root``, and why; None where it cannot be told.
 
-    Our own metadata says it; other projectors than ``mlp_downsample`` have one order only; else the recorded
-    ``transformers_version`` suggests it. Raises ``ValueError`` for metadata with an unknown order.
+    Our own metadata says it, whatever it says; other projectors than ``mlp_downsample`` have one order only; else the recorded
+    ``transformers_version`` suggests it.
     """
-    own = root.get("megatron_vila") or {}
-    if "projector_token_order" in own:
-        order = own["projector_token_order"]
-        if order not in ORDERS:
-            raise ValueError(f"megatron_vila.projector_token_order={order!r} is unknown; use {' or '.join(ORDERS)}")
-        return order, "recorded by megatron_vila"
+    recorded = (root.get("megatron_vila") or {}).get("projector_token_order")
+    if recorded is not None:
+        return recorded, "recorded by megatron_vila"
     kind = projector_type(root)
     if kind is not None and kind != "mlp_downsample":
         return "row_major", f"{kind} has no other"

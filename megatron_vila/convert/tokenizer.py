@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoTokenizer
 from megatron_vila.convert.hf_folder import TOKENIZER_FILES
 
 IMAGE, VIDEO = "<image>", "<vila/video>"
+
+logger = logging.getLogger(__name__)
 
 
 def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None) -> Path:
@@ -30,11 +33,23 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None)
 
 
 def suggest_template(tokenizer: Any) -> str:
-    """VILA's own prompt for a language model with this tokenizer, as its code chose it until transformers 4.37."""
+    """VILA's own prompt for a language model with this tokenizer, as its code chose it until transformers 4.37; it is logged."""
     known = tokenizer.get_vocab()
-    if "<|start_header_id|>" in known:
-        return "llama_3"
-    return "hermes-2" if "<|im_end|>" in known else "vicuna_v1"
+    prompts = {"<|start_header_id|>": "llama_3", "<|im_end|>": "hermes-2"}
+    name = next((prompt for token, prompt in prompts.items() if token in known), "vicuna_v1")
+    logger.warning(
+        "chat template: %s, VILA's own prompt at the time of this model (the tokenizer's own: --template own at an import, "
+        "template='' in from_pretrained)",
+        name,
+    )
+    return name
+
+
+def separator_ids(tokenizer: Any, name: str, text: str) -> list[int]:
+    """The ids of what VILA writes after a picture, for the key ``name``; they are logged."""
+    ids = tokenizer.encode(text, add_special_tokens=False) if text else []
+    logger.warning("%s=%s: %r, what VILA writes after a picture", name, ids, text)
+    return ids
 
 
 def open_tokenizer(folder: Path | None) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_vila.models.language import padded_vocab_size
+from megatron_vila.plan.sizes import padded_vocab_size
 
 Shape = tuple[int, ...]
 

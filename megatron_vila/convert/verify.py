@@ -146,7 +146,7 @@ def _open(path: Path) -> Side:
         return Side(path, stored.config.model, stored.infos, stored.read)
     problems: list[str] = []
     folder = open_folder(path, None, problems)
-    description = describe_model(folder, None, None, problems)
+    description = describe_model(folder.sections, problems, has_head=folder.has_head)
     if problems:
         raise ConversionError(f"{path} cannot be compared", problems)
     tensors = dict(folder.tensors)

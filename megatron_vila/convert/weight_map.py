@@ -47,6 +47,11 @@ class Entry:
     how: Transform
 
     @property
+    def place(self) -> str:
+        """How messages name the place of the tensors in a distributed checkpoint."""
+        return self.key if self.layer is None else f"{self.key}[{self.layer}]"
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of ``key`` in a distributed checkpoint."""
         return self.shape if self.layer is None else (self.layers, *self.shape)

@@ -1,19 +1,19 @@
 """VILA for transformers: ``import megatron_vila.hf`` registers configuration, model and processor with the Auto classes.
 
 From then on ``AutoConfig``, ``AutoModelForCausalLM`` (also ``AutoModel`` and ``AutoModelForImageTextToText``) and
-``AutoProcessor`` load folders of the model types ``vila`` and ``llava_llama`` without ``trust_remote_code``. Nothing here needs
-Megatron-Core.
+``AutoProcessor`` load folders of the model types ``vila``, ``llava_llama`` and ``nvila_lite`` without
+``trust_remote_code``. Nothing here needs Megatron-Core.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from megatron_vila.hf.vila.configuration import LlavaLlamaConfig, VilaConfig, VilaConfigError
+from megatron_vila.hf.vila.configuration import OTHER_TYPES, VilaConfig, VilaConfigError
 from megatron_vila.hf.vila.modeling import VILAForConditionalGeneration
 from megatron_vila.hf.vila.processing import VilaProcessor
 
 __all__ = ["VILAForConditionalGeneration", "VilaConfig", "VilaConfigError", "VilaProcessor"]
 
-for _config in (VilaConfig, LlavaLlamaConfig):
+for _config in (VilaConfig, *OTHER_TYPES):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoProcessor.register(_config, VilaProcessor, exist_ok=True)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

@@ -6,7 +6,6 @@ The one factory of ``GPTModel`` and ``TransformerConfig`` in the project; both M
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +23,7 @@ from megatron_vila.models.decoder.norm import RMSNorm
 from megatron_vila.parallel.megatron_attention import MMSPAttention
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.sizes import head_dim
-
-VOCAB_MULTIPLE = 64
-"""The embedding table is padded to a multiple of this (and of tp), so that checkpoints fit every usual tp."""
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the table over all tensor-parallel ranks; those from ``vocab_size`` on are padding that no token reaches."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tp)
-    return -(-vocab_size // multiple) * multiple
+from megatron_vila.plan.sizes import head_dim, padded_vocab_size
 
 
 def transformer_config(model: ModelConfig, topology: ParallelTopology, dtype: torch.dtype) -> TransformerConfig:

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vila.config.schema import ModelConfig, OptimConfig, ProjectorConfig
-from megatron_vila.plan.geometry import downsample_rate, patches_per_square
+from megatron_vila.plan.geometry import POOL_SIDE, patches_per_square
 from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.sizes import head_dim, linear_shapes, lora_layer_parameters, vision_layers_run
 
@@ -131,7 +131,7 @@ def _projector_flops(model: ModelConfig, train_vision: bool, train_projector: bo
 
 def _projector_products(projector: ProjectorConfig, vision_hidden: int, llm_hidden: int) -> list[int]:
     """Weights of the projector's matrix products in order."""
-    cell = downsample_rate(projector.type) ** 2 * vision_hidden
+    cell = POOL_SIDE[projector.type] ** 2 * vision_hidden
     if projector.type == "linear":
         return [cell * llm_hidden]
     if projector.type == "mlp_downsample_3x3_fix":

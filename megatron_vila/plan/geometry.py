@@ -5,13 +5,14 @@ from __future__ import annotations
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.errors import SettingError
 
-_DOWNSAMPLE_RATES = {
+POOL_SIDE = {
     "mlp_downsample": 2,
     "mlp_downsample_2x2_fix": 2,
     "mlp_downsample_3x3_fix": 3,
     "linear": 1,
     "mlp2x_gelu": 1,
 }
+"""Side, in patches, of the square cell that each projector type merges into one token."""
 
 
 def patches_per_side(vision: VisionConfig) -> int:
@@ -27,16 +28,6 @@ def patches_per_side(vision: VisionConfig) -> int:
     return vision.image_size // vision.patch_size
 
 
-def downsample_rate(type: str) -> int:
-    """Side, in patches, of the square cell that becomes one token of the projector ``type``.
-
-    Raises ``ValueError`` for an unknown type.
-    """
-    if type not in _DOWNSAMPLE_RATES:
-        raise SettingError(f"projector.type={type} is unknown; use one of {', '.join(_DOWNSAMPLE_RATES)}")
-    return _DOWNSAMPLE_RATES[type]
-
-
 def patches_per_square(vision: VisionConfig) -> int:
     """Patches of one picture as the tower takes it; 384 px with patch 14 gives 27 x 27."""
     return patches_per_side(vision) ** 2
@@ -44,4 +35,4 @@ def patches_per_square(vision: VisionConfig) -> int:
 
 def tokens_per_square(vision: VisionConfig, projector: ProjectorConfig) -> int:
     """LLM tokens that the projector makes of one picture as the tower takes it: the square of ceil(patches per side / rate)."""
-    return (-(-patches_per_side(vision) // downsample_rate(projector.type))) ** 2
+    return (-(-patches_per_side(vision) // POOL_SIDE[projector.type])) ** 2

@@ -6,13 +6,15 @@ projectors and Hugging Face's Llama and Qwen2.
 
 from __future__ import annotations
 
+import math
+
 from megatron_vila.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vila.plan.geometry import downsample_rate, patches_per_square
+from megatron_vila.plan.geometry import POOL_SIDE, patches_per_square
 
-PROJECTOR_TYPES = ("mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "linear", "mlp2x_gelu")
+PROJECTOR_TYPES = tuple(POOL_SIDE)
 
-POOL_SIDE = {name: downsample_rate(name) for name in PROJECTOR_TYPES}
-"""Side of the patch cell that each projector type merges into one token."""
+VOCAB_MULTIPLE = 64
+"""The embedding table is padded to a multiple of this (and of tp), so that checkpoints fit every usual tp."""
 
 
 def parameter_count(model: ModelConfig) -> dict[str, int]:
@@ -83,6 +85,12 @@ def lora_layer_parameters(model: ModelConfig, tp: int = 1) -> int:
 def head_dim(llm: LanguageConfig) -> int:
     """Size of an attention head."""
     return llm.head_dim if llm.head_dim is not None else llm.hidden_size // llm.num_heads
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding table over all tensor-parallel ranks; no token reaches those from ``vocab_size`` on."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tp)
+    return -(-vocab_size // multiple) * multiple
 
 
 def vision_layers_run(vision: VisionConfig) -> int:

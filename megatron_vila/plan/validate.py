@@ -181,6 +181,12 @@ def shape_problems(config: Config) -> Iterable[str]:
             f"model.vision.select_layer={vision.select_layer} is outside the {vision.num_layers + 1} hidden states of "
             f"{vision.num_layers} layers; use {-vision.num_layers - 1} to {vision.num_layers} (-2: last layer but one)"
         )
+    projector = config.model.projector
+    if projector.token_order != "row_major" and projector.type != "mlp_downsample":
+        yield (
+            f"model.projector.token_order={projector.token_order} belongs to model.projector.type=mlp_downsample, not to "
+            f"{projector.type}; set model.projector.token_order=row_major"
+        )
     if llm.head_dim is None and llm.hidden_size % llm.num_heads:
         yield (
             f"model.llm.num_heads={llm.num_heads} does not divide model.llm.hidden_size={llm.hidden_size}; use "

@@ -116,7 +116,7 @@ def test_pickled_weights_are_refused_and_not_run(source, tmp_path, monkeypatch, 
         (
             "config.json",
             {"model_type": "llava_mistral"},
-            "model_type='llava_mistral' is not known; this converter reads llava_llama",
+            "model_type='llava_mistral' is not known; whole models are llava_llama",
         ),
         ("config.json", {"model_type": "nvila"}, "joins features of several scales"),
         (
@@ -132,16 +132,16 @@ def test_pickled_weights_are_refused_and_not_run(source, tmp_path, monkeypatch, 
         (
             "mm_projector/config.json",
             {"mm_projector_type": "mlp_downsample_fix"},
-            "mm_projector_type='mlp_downsample_fix' is not known",
+            "model.projector.type=mlp_downsample_fix is not known",
         ),
         ("config.json", {"dynamic_s2": True}, "dynamic_s2=True .features of several scales. is unknown to this model"),
         ("config.json", {"s2": True}, "s2=True"),
         ("config.json", {"ps3": True}, "ps3=True"),
-        ("config.json", {"mm_hidden_size": 48}, "mm_hidden_size=48 is unknown to this model, which has 16"),
+        ("config.json", {"mm_hidden_size": 48}, "mm_hidden_size=48 .*is unknown to this model, which has 16"),
         (
             "config.json",
             {"mm_vision_select_feature": "patch"},
-            "mm_vision_select_feature='patch' .* which has 'cls_patch'",
+            "mm_vision_select_feature='patch' .*which has 'cls_patch'",
         ),
         ("config.json", {"vision_resolution": 448}, "vision_resolution=448"),
         (
@@ -167,16 +167,15 @@ def test_pickled_weights_are_refused_and_not_run(source, tmp_path, monkeypatch, 
             {"video_encoder": {"start_tokens": "<v>"}},
             "video_encoder.start_tokens='<v>': this model writes nothing before",
         ),
-        ("config.json", {"video_encoder": {"end_tokens": None}}, "image_encoder and video_encoder end differently"),
         (
             "config.json",
             {"megatron_vila": {"format": 3}},
-            "megatron_vila.format=3 is newer than 2; update megatron_vila",
+            "megatron_vila.format=3 is not known, only 1 and 2; update megatron_vila",
         ),
         (
             "config.json",
             {"megatron_vila": {"projector_token_order": "spiral"}},
-            "projector_token_order='spiral' is unknown",
+            "model.projector.token_order=spiral is not known",
         ),
         (
             "llm/config.json",
@@ -188,7 +187,7 @@ def test_pickled_weights_are_refused_and_not_run(source, tmp_path, monkeypatch, 
             {"rope_scaling": {"type": "linear"}},
             "rope_scaling: factor is missing, but must be a number",
         ),
-        ("llm/config.json", {"rope_scaling": 4}, "rope_scaling=4 is no object"),
+        ("llm/config.json", {"rope_scaling": 4}, "rope_scaling=4 is not an object"),
         ("llm/config.json", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("llm/config.json", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llm/config.json", {"hidden_size": None}, "hidden_size is missing, but must be a whole number"),
@@ -217,7 +216,7 @@ def test_all_problems_of_all_files_are_told_together(source, tmp_path):
         "s2=True",
         "a.B",
         "'gpt2'",
-        "'magic'",
+        "model.projector.type=magic",
         "cannot be read as JSON",
         "lacks model-00001",
         "--vision",
@@ -236,9 +235,9 @@ def test_folders_that_are_no_model_are_told_apart(tmp_path):
 
 def test_a_folder_layout_with_a_part_missing_is_told_so(source, tmp_path):
     (source / "mm_projector").rename(tmp_path / "elsewhere")
-    assert "has no mm_projector/, and mm_projector_cfg" not in refusal(source, tmp_path / "out")
+    assert "and mm_projector_cfg=" not in refusal(source, tmp_path / "out")
     edit(source / "config.json", mm_projector_cfg="Some/hub-model")
-    assert "has no mm_projector/, and mm_projector_cfg='Some/hub-model' is no local folder" in refusal(
+    assert "there is no mm_projector/, and mm_projector_cfg='Some/hub-model' is not a local folder" in refusal(
         source, tmp_path / "out"
     )
     edit(source / "config.json", mm_projector_cfg=str(tmp_path / "elsewhere"))
@@ -250,20 +249,20 @@ def test_an_ambiguous_token_order_is_asked_for(source, tmp_path):
         edit(source / "config.json", transformers_version=version)
         text = refusal(source, tmp_path / "out")
         assert "the token order of mlp_downsample cannot be told" in text
-        assert "--token-order legacy_column_major for VILA-1.5" in text
+        assert "legacy_column_major for VILA-1.5" in text and "--token-order" in text
     import_checkpoint(source, tmp_path / "out", token_order="legacy_column_major")
 
 
 def test_a_token_order_that_the_projector_never_had_is_refused(tmp_path):
     source = material.write_vila(tmp_path / "source", "nvila-lite")
     text = refusal(source, tmp_path / "out", token_order="legacy_column_major")
-    assert "--token-order legacy_column_major belongs to mlp_downsample, not to mlp_downsample_3x3_fix" in text
+    assert "token_order=legacy_column_major belongs to model.projector.type=mlp_downsample, not to mlp_downsample_3x3" in text
 
 
 def test_a_language_model_alone_needs_a_tower_and_a_whole_model_no_projector(source, tmp_path):
     assert "name the folder of its SigLIP vision tower with --vision" in refusal(source / "llm", tmp_path / "out")
     text = refusal(source / "llm", tmp_path / "out", vision=tmp_path / "nowhere", projector="magic")
-    assert "--vision" in text and "is not a folder" in text and "mm_projector_type='magic'" in text
+    assert "--vision" in text and "is not a folder" in text and "model.projector.type=magic" in text
     assert "leave out --projector" in refusal(source, tmp_path / "out", projector="linear")
 
 

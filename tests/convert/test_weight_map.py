@@ -58,7 +58,7 @@ def test_the_hugging_face_side_is_the_published_key_set(family, tmp_path):
 
     problems = []
     folder = open_folder(material.write_vila(tmp_path / "vila", family), None, problems)
-    model = describe_model(folder, None, None, problems).model
+    model = describe_model(folder.sections, problems, has_head=folder.has_head).model
     assert not problems
     assert shapes(model) == {name: tuple(t.shape) for name, t in material.model_tensors(family).items()}
 

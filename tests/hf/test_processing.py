@@ -14,11 +14,13 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.sources.json_files import JsonFiles
+from megatron_vila.data.template import NAMED
 from megatron_vila.data.video import MediaError, decode_video_frames
 from megatron_vila.hf import VilaConfig, VilaProcessor
 from megatron_vila.models.vision.tower import scale_pixels
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import MEDIA_TOKEN
+from tests.convert import material
 from tests.data.material import (
     QWEN2_TEMPLATE,
     byte_level_tokenizer,
@@ -328,6 +330,20 @@ def test_what_vila_writes_after_a_picture_separates_where_the_files_know_no_ids(
     assert processor.tokenizer.decode(asked.frame_separator_ids) == text
     assert processor.tokenizer.decode(asked.image_separator_ids) == "\n"
     assert "frame_separator_ids" in caplog.text
+
+
+def test_the_prompt_of_early_models_is_the_one_that_an_import_takes(processor, tmp_path, caplog):
+    early = material.write_flat(tmp_path / "early", "vila-1.5")
+    config = VilaConfig.from_pretrained(early)
+    config.save_pretrained(tmp_path / "saved")
+    for read in (config, VilaConfig.from_pretrained(tmp_path / "saved")):
+        asked = VilaProcessor.from_config(read, processor.tokenizer)
+        assert asked.template == "hermes-2" and asked.chat_template == NAMED["hermes-2"]
+    assert "chat template: hermes-2, VILA's own prompt" in caplog.text
+    own = VilaProcessor.from_config(config, processor.tokenizer, template="")
+    assert own.template == "" and own.chat_template == processor.tokenizer.chat_template
+    later = VilaConfig.from_pretrained(material.write_flat(tmp_path / "later", "longvila-7b"))
+    assert VilaProcessor.from_config(later, processor.tokenizer).template == ""
 
 
 def test_a_prompt_longer_than_the_model_was_trained_for_is_told(processor, media, caplog):

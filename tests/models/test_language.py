@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from megatron_vila.config.schema import Config, LanguageConfig, ParallelConfig
 from megatron_vila.models.initialize import global_name, tensor_parallel_slice
-from megatron_vila.models.language import padded_vocab_size
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.row import pack
+from megatron_vila.plan.sizes import padded_vocab_size
 from tests import samples
 from tests.parallel import contract
 from tests.ranks import pool

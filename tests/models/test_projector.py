@@ -7,7 +7,7 @@ import torch
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
 from megatron_vila.models.vision.projector import Projector, SpaceToChannel
-from megatron_vila.plan.geometry import downsample_rate, patches_per_side, tokens_per_square
+from megatron_vila.plan.geometry import patches_per_side, tokens_per_square
 
 TYPES = ("mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "linear", "mlp2x_gelu")
 CHANNELS, HIDDEN = 6, 10
@@ -182,18 +182,6 @@ def test_initial_weights_follow_from_the_seed_and_the_standard_deviation_alone()
         assert torch.equal(weight, weights[2][name]) == (weight.dim() == 1), name
     assert abs(weights[0]["layers.2.weight"].std() - 0.02) < 1e-3
     assert weights[0]["layers.1.weight"].eq(1).all() and weights[0]["layers.2.bias"].eq(0).all()
-
-
-def test_an_unknown_type_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="projector.type=mlp_downsample_fix is unknown; use one of mlp_downsample, "):
-        downsample_rate("mlp_downsample_fix")
-
-
-def test_a_token_order_that_the_type_never_had_is_refused():
-    with pytest.raises(ValueError, match="legacy_column_major belongs to projector.type=mlp_downsample, not to linear"):
-        Projector(ProjectorConfig("linear", "legacy_column_major"), vision(4), HIDDEN, 0.02)
-    with pytest.raises(ValueError, match="token_order=diagonal is unknown; use row_major or legacy_column_major"):
-        Projector(ProjectorConfig("mlp_downsample", "diagonal"), vision(4), HIDDEN, 0.02)
 
 
 def test_features_of_another_tower_are_refused():

@@ -6,7 +6,6 @@ from megatron_vila.config.keys import config_keys
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import LanguageConfig
 from megatron_vila.errors import ConfigError
-from megatron_vila.plan.geometry import downsample_rate
 from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.layouts import chunk_problems, layout_problems, nearest_layouts
@@ -164,8 +163,12 @@ def test_a_value_outside_the_known_ones_lists_them(name):
     assert message == f"{name}=nonsense is not known; choose one of {', '.join(known)}"
 
 
+def test_a_token_order_that_the_projector_never_had_is_refused():
+    (message,) = refused(1, "model.projector.type=linear", "model.projector.token_order=legacy_column_major")
+    assert "token_order=legacy_column_major belongs to model.projector.type=mlp_downsample, not to linear" in message
+
+
 def test_choices_are_those_of_the_code():
-    assert all(downsample_rate(kind) for kind in CHOICES["model.projector.type"])
     defaults = {key.name: key.default for key in config_keys()}
     assert all(defaults[name] in choices for name, choices in CHOICES.items())
 

@@ -54,10 +54,10 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
-        text, vision = config.text_config, config.vision_settings
+        text, ours = config.text_config, config.model_settings
         std = text.initializer_range
-        self.vision_tower = VisionTower(vision, std)
-        self.mm_projector = Projector(config.projector_settings, vision, text.hidden_size, std)
+        self.vision_tower = VisionTower(ours.vision, std)
+        self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
         self.llm = _LANGUAGE_MODELS[text.model_type](text)
         self.post_init()
 
@@ -77,10 +77,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = local_folder(pretrained_model_name_or_path)
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        with torch.device("meta"):
-            wanted = cls(config)
-        shapes = {name: tensor.shape for name, tensor in wanted.state_dict().items()}
-        tensors = read_weights(folder, shapes, wanted.all_tied_weights_keys)
+        tensors = read_weights(folder, config.model_settings)
         # transformers takes no folder beside tensors; what else it would read there is read below.
         result = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
         model = result[0] if isinstance(result, tuple) else result

@@ -10,10 +10,10 @@ Legend: B texts, S tokens with padding, F pictures of all texts in order, P pixe
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vila.config.text_rules import DEFAULT_CLOCK, TextRules
+from megatron_vila.convert.hf_config import SEPARATORS
+from megatron_vila.convert.tokenizer import separator_ids, suggest_template
 from megatron_vila.data.chat import Segment, assemble, own_start
 from megatron_vila.data.control_tokens import control_tokens
 from megatron_vila.data.images import preprocess
@@ -99,29 +101,26 @@ class VilaProcessor(ProcessorMixin):
         self.parse_control_tokens, self.fps_rule = parse_control_tokens, fps_rule
 
     @classmethod
-    def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase) -> VilaProcessor:
-        """The processor of a model. Where ``config`` knows no ids of separators (published VILA files), the tokenizer makes them
-        of what VILA writes after a picture; that is logged."""
-        own, separators = config.megatron_vila, {}
-        for name, encoder in (("image_separator_ids", "image_encoder"), ("frame_separator_ids", "video_encoder")):
-            separators[name], text = own[name], config.separator_text(encoder)
-            if own[name] is None:
-                separators[name] = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-                _logger.warning("%s=%s: %r, what VILA writes after a picture", name, separators[name], text)
-        return cls(
-            tokenizer,
-            image_size=config.vision_config.image_size,
-            tokens_per_frame=config.tokens_per_frame,
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
-            num_frames=own["num_frames"],
-            fps=own["fps"],
-            image_aspect=own["image_aspect"],
-            max_positions=own["max_positions"],
-            fps_rule=own["fps_rule"],
-            **{name: own[name] for name in asdict(TextRules())},
-            **separators,
-        )
+    def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase, **given: Any) -> VilaProcessor:
+        """The processor of a model; arguments of the class that are ``given`` win.
+
+        Where ``config`` knows no ids of separators or no prompt (published VILA files), they are what an import makes of the
+        tokenizer; that is logged.
+        """
+        settings = {
+            "image_size": config.vision_config.image_size,
+            "tokens_per_frame": config.tokens_per_frame,
+            "image_token_id": config.image_token_id,
+            "video_token_id": config.video_token_id,
+            **{name: value for name, value in config.megatron_vila.items() if name in _ARGUMENTS},
+            **given,
+        }
+        for name in SEPARATORS:
+            if settings[name] is None:
+                settings[name] = separator_ids(tokenizer, name, config.separator_text(name))
+        if settings["template"] is None:
+            settings["template"] = suggest_template(tokenizer)
+        return cls(tokenizer, **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaProcessor:
@@ -134,16 +133,12 @@ class VilaProcessor(ProcessorMixin):
         if (folder / "config.json").is_file():
             order = {key: kwargs[key] for key in ("projector_token_order",) if key in kwargs}
             config = AutoConfig.from_pretrained(folder, **order)
-        tokenizer = _tokenizer(folder, config)
-        if (folder / "processor_config.json").is_file():
-            settings, _ = cls.get_processor_dict(folder)
-            settings = {k: v for k, v in settings.items() if k not in ("processor_class", "auto_map", "chat_template")}
-            processor = cls(tokenizer, **settings)
-        else:
-            processor = cls.from_config(config, tokenizer)
-        for name in processor.to_dict().keys() & kwargs.keys():
-            setattr(processor, name, kwargs[name])
-        return processor
+        tokenizer, given = _tokenizer(folder, config), {name: kwargs[name] for name in _ARGUMENTS & kwargs.keys()}
+        if not (folder / "processor_config.json").is_file():
+            return cls.from_config(config, tokenizer, **given)
+        settings, _ = cls.get_processor_dict(folder)
+        settings = {k: v for k, v in settings.items() if k not in ("processor_class", "auto_map", "chat_template")}
+        return cls(tokenizer, **{**settings, **given})
 
     @property
     def model_input_names(self) -> list[str]:
@@ -318,6 +313,9 @@ class VilaProcessor(ProcessorMixin):
             input_ids[place, longest - len(row) :] = torch.from_numpy(row)
             attention_mask[place, longest - len(row) :] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+_ARGUMENTS = inspect.signature(VilaProcessor.__init__).parameters.keys() - {"self", "tokenizer"}
 
 
 def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBase:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
-from megatron_vila.errors import SettingError
 from megatron_vila.models.vision.initialize import initialize, zero_connected_to
-from megatron_vila.plan.geometry import downsample_rate, patches_per_side, patches_per_square, tokens_per_square
+from megatron_vila.plan.geometry import POOL_SIDE, patches_per_side, patches_per_square, tokens_per_square
 
 
 class SpaceToChannel(nn.Module):
@@ -43,8 +42,8 @@ class Projector(nn.Module):
     """Maps features [F, P, C] of the vision tower to tokens [F, T, H] of the LLM.
 
     ``hidden_size`` is the LLM's width H. Weights are drawn on the CPU with standard deviation ``init_std`` from
-    torch's generator (the caller seeds it and casts the module). Raises ``ValueError`` for an unknown type or token
-    order, and for a legacy token order with a type that never had it.
+    torch's generator (the caller seeds it and casts the module). Type and token order
+    are among those that ``plan/validate.py`` lets pass.
     """
 
     def __init__(self, projector: ProjectorConfig, vision: VisionConfig, hidden_size: int, init_std: float) -> None:
@@ -74,10 +73,10 @@ class Projector(nn.Module):
 
 def _build_layers(projector: ProjectorConfig, side: int, channels: int, hidden: int) -> nn.Module:
     """The modules of ``projector.type``; their indices are part of the weight names."""
-    _check_token_order(projector)
-    rate = downsample_rate(projector.type)
+    rate = POOL_SIDE[projector.type]
     cell = rate * rate * channels
-    gather = SpaceToChannel(side, rate, column_major=projector.token_order == "legacy_column_major")
+    column_major = {"row_major": False, "legacy_column_major": True}[projector.token_order]
+    gather = SpaceToChannel(side, rate, column_major)
     if projector.type == "linear":
         return nn.Linear(channels, hidden)
     if projector.type == "mlp2x_gelu":
@@ -94,14 +93,3 @@ def _build_layers(projector: ProjectorConfig, side: int, channels: int, hidden: 
             nn.Linear(hidden, hidden),
         )
     return nn.Sequential(gather, nn.LayerNorm(cell), nn.Linear(cell, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-
-
-def _check_token_order(projector: ProjectorConfig) -> None:
-    orders = ("row_major", "legacy_column_major")
-    if projector.token_order not in orders:
-        raise SettingError(f"projector.token_order={projector.token_order} is unknown; use {' or '.join(orders)}")
-    if projector.token_order != "row_major" and projector.type != "mlp_downsample":
-        raise SettingError(
-            f"projector.token_order={projector.token_order} belongs to projector.type=mlp_downsample, "
-            f"not to {projector.type}; set token_order to row_major"
-        )
