@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_vila.config.schema import Config, DataConfig
+from megatron_vila.config.text_rules import NO_TEMPLATE
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.hardware import UNNAMED, Machine, machine_of
 from megatron_vila.plan.memory import ranks_of_a_node, state_on_host
@@ -144,10 +145,7 @@ def tokenizer_problems(folder: str, template: str) -> Iterable[str]:
     elif not template and not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
         (path / "tokenizer_config.json").read_text(encoding="utf-8", errors="replace")
     ):
-        yield (
-            f"data.tokenizer='{folder}' has no chat template; add chat_template.jinja to it, use the tokenizer of an "
-            "instruction-tuned model, or set data.template"
-        )
+        yield f"data.tokenizer='{folder}' {NO_TEMPLATE}"
 
 
 def _unreadable(path: str) -> str:

@@ -158,7 +158,7 @@ def settings_of(config: Config) -> dict[str, Any]:
             settings[key.name] = values[key.name]
     settings["model.llm.head_dim"] = head_dim(config.model.llm)
     try:
-        tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
+        tokenizer = load_tokenizer(config.data.tokenizer)
     except SettingError:
         return settings
     # Where the folder lies does not matter.

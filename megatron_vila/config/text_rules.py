@@ -9,6 +9,12 @@ MEDIA_FORMATS = ("vila", "verbatim")
 TEMPLATES = ("llama_3", "vicuna_v1", "hermes-2")
 """VILA's own prompts, by the names that its code has for them (``template.py``)."""
 
+NO_TEMPLATE = (
+    "has no chat template; put a chat_template.jinja into its folder, use the tokenizer of an instruction-tuned model, or set "
+    "data.template"
+)
+"""What is said of a tokenizer, behind its name."""
+
 DEFAULT_CLOCK = "2024-07-26"
 """The date that the templates of Llama 3 write where they cannot ask for one."""
 

@@ -18,7 +18,7 @@ import torch
 from megatron_vila.checkpoint.resume import tokenizer_settings
 from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config, ModelConfig
-from megatron_vila.config.text_rules import TextRules
+from megatron_vila.config.text_rules import NO_TEMPLATE, TextRules
 from megatron_vila.convert.distributed import Part, write_checkpoint
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.convert.hf_config import Description, describe_model
@@ -123,7 +123,7 @@ def _configuration(
     elif description.legacy_prompt and tokenizer is not None:
         config.data.template = suggest_template(tokenizer)
     if tokenizer is not None and not tokenizer.chat_template and not config.data.template:
-        logger.warning("the tokenizer has no chat template; add chat_template.jinja to %s", out / "tokenizer")
+        logger.warning("the tokenizer in %s %s", out / "tokenizer", NO_TEMPLATE)
     return config, tokenizer
 
 

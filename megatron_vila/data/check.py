@@ -118,7 +118,7 @@ def _bad_record(reason: str) -> Problem:
 
 def _dataset(config: Config, records: Source) -> VilaDataset:
     if config.data.tokenizer:
-        tokenizer, length = load_tokenizer(config.data.tokenizer, config.data.template), config.train.seq_length
+        tokenizer, length = load_tokenizer(config.data.tokenizer), config.train.seq_length
         if config.model.llm.vocab_size != ANY_VOCABULARY:
             tokenizer_warnings(config, tokenizer)
     else:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vila.config.text_rules import NO_TEMPLATE
 from megatron_vila.errors import UserError
 
 _SIGHT = (
@@ -87,9 +88,7 @@ class ChatTemplate:
         try:
             template = NAMED[name] if name else tokenizer.get_chat_template()
         except ValueError as error:
-            raise ChatTemplateError(
-                f"tokenizer {own} has no chat template; put a chat_template.jinja into its folder, or set data.template"
-            ) from error
+            raise ChatTemplateError(f"tokenizer {own} {NO_TEMPLATE}") from error
         self.text = with_clock(template, clock)
         reason = _chance(template)
         if not reason:

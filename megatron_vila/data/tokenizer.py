@@ -100,11 +100,11 @@ def train_tokenizer(
     return tokenizer
 
 
-def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a local folder; nothing is downloaded and no code of the folder is run.
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a local folder; nothing is downloaded and no code of the folder is run.
 
-    Raises ``SettingError`` if there is no such folder or it holds no tokenizer, no fast one (character offsets are needed to
-    mark the answers), or no chat template where ``template`` names none.
+    Raises ``SettingError`` if there is no such folder or it holds no tokenizer. Whether it is a fast one with a chat template is
+    for ``ChatEncoder`` to say.
     """
     if not os.path.isdir(folder):
         raise SettingError(
@@ -114,16 +114,6 @@ def load_tokenizer(folder: str | os.PathLike, template: str = "") -> PreTrainedT
         tokenizer: Any = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SettingError(f"data.tokenizer={str(folder)!r} holds no tokenizer that can be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise SettingError(
-            f"data.tokenizer={str(folder)!r} is a slow tokenizer without character offsets; save it again as a fast one "
-            "(it needs a tokenizer.json file)"
-        )
-    if not tokenizer.chat_template and not template:
-        raise SettingError(
-            f"data.tokenizer={str(folder)!r} has no chat template; put chat_template.jinja into the folder, as the "
-            "tokenizers of instruction-tuned models have it, or set data.template"
-        )
     return tokenizer
 
 

@@ -112,7 +112,7 @@ def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.template)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     tokenizer_warnings(config, tokenizer)
     return tokenizer
 

@@ -215,7 +215,7 @@ def test_the_prompt_of_early_models_is_suggested_and_can_be_chosen(tmp_path, cap
         with caplog.at_level(logging.INFO, "megatron_vila"):
             data = load_config(str(import_checkpoint(source, tmp_path / f"out-{name}") / "config.yaml"), []).data
         assert data.template == name and f"chat template: {name}" in caplog.text
-        assert ChatEncoder(load_tokenizer(data.tokenizer, data.template), TextRules.of(data)).stops
+        assert ChatEncoder(load_tokenizer(data.tokenizer), TextRules.of(data)).stops
     assert "has no chat template" not in caplog.text
     for template in ("", "llama_3"):
         chosen = import_checkpoint(source, tmp_path / f"chosen-{template}", template=template)

@@ -7,6 +7,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vila.data.chat import ChatEncoder
+from megatron_vila.data.template import ChatTemplateError
 from megatron_vila.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from megatron_vila.errors import SettingError
 from tests.data.material import byte_level_tokenizer
@@ -130,8 +132,8 @@ def test_loading_says_what_is_missing(folder, tmp_path):
         load_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(ValueError, match="no chat template"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(ChatTemplateError, match="has no chat template; put a chat_template.jinja into its folder"):
+        ChatEncoder(load_tokenizer(tmp_path))
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)

@@ -173,7 +173,9 @@ class _OtherType(VilaConfig):
 
 
 # The last one is refused, with words that say why.
-OTHER_TYPES = [type(f"_{name}", (_OtherType,), {"model_type": name}) for name in ("llava_llama", "nvila_lite", "nvila")]
+OTHER_TYPES: list[type[VilaConfig]] = [
+    type(f"_{name}", (_OtherType,), {"model_type": name}) for name in ("llava_llama", "nvila_lite", "nvila")
+]
 
 
 def _read(sections: HfSections, token_order: str | None = None, problems: Sequence[str] = ()) -> Description:
