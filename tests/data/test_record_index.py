@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def checked(monkeypatch):
 
     def check(path, rules, found):
         files.append(path)
+        time.sleep(0.02)  # others get their turn
         return check_records(path, rules, found)
 
     monkeypatch.setattr(index_module, "check_records", check)
