@@ -64,7 +64,9 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
         if not is_curable:
             raise failure or PeerError("a rank failed in what each does by itself")
         raised = _error(is_damage, f"{failed}{where}: {reason}", cure)
-        raise raised from failure if failure else _heard(raised)
+        if failure is None:
+            raise _heard(raised)
+        raise raised from failure
     return result
 
 

@@ -130,7 +130,7 @@ class Board:
 
     def told(self) -> None:
         """Let the others go: what there is to say has been said."""
-        self._ask(lambda store: store.set(_TOLD, "yes") or True)  # type: ignore[func-returns-value]
+        self._ask(lambda store: store.add(_TOLD, 1))
 
     def await_told(self, wait_s: float) -> bool:
         """Whether the first rank has told, after ``wait_s`` at most."""
