@@ -126,11 +126,12 @@ class Reporter:
 
     def _shown(self, failure: Failure, error: BaseException, is_kept: bool) -> str:
         """What happened, and in a last line which rank failed first and where the files are."""
+        alone = processes.rank_and_world()[1] == 1
         cause, where = cause_of(error), [f"what each rank was doing: {self._folder}"] if is_kept else []
         if failure.kind == STALL:
             return "\n  ".join([f"megatron_vila: {cause}", *where])
         if isinstance(cause, UserError):
-            alone = processes.rank_and_world()[1] == 1  # what to cure says all
+            # Of a lone rank the cure says all.
             return "\n  ".join([described(error), *("; ".join([failure.headline, place]) for place in where if not alone)])
         if failure.kind == CONSEQUENCE:
             lost = (
@@ -138,6 +139,8 @@ class Reporter:
                 f"host memory left) or its node failed; the same command continues from the last checkpoint ({cause})"
             )
             return "\n  ".join([f"megatron_vila: {cause if isinstance(cause, PeerError) else lost}", *where])
+        if alone and not where:
+            return described(error)
         return "\n".join([described(error), f"megatron_vila: {'; '.join([failure.headline, *where])}"])
 
 
