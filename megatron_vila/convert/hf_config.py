@@ -216,7 +216,7 @@ def _projector(
     sections: HfSections, own: Mapping[str, Any], description: Description, token_order: str | None, problems: list[str]
 ) -> None:
     root = sections.root | {"mm_projector_cfg": sections.projector}
-    projector = description.model.projector = ProjectorConfig(projector_type(root))
+    projector = description.model.projector = ProjectorConfig(projector_type(root))  # type: ignore[arg-type]
     order, reason = (token_order, "") if token_order else suggest_token_order(root)
     if order is None:
         problems.append(
@@ -286,7 +286,7 @@ def _texts(
     ours = _Reader(own, f"{where}: megatron_vila", problems)
     early = {"media_format": "verbatim", "parse_control_tokens": True} if own.get("format") == 1 else {}
     for rule in fields(TextRules):
-        read = ours.flag if isinstance(rule.default, bool) else ours.text
+        read: Any = ours.flag if isinstance(rule.default, bool) else ours.text
         setattr(description.data, rule.name, read(rule.name, early.get(rule.name, rule.default)))
     undecided = own.get("template", "") is None if own else is_legacy(root)
     description.legacy_prompt = undecided

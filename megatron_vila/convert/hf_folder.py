@@ -78,7 +78,7 @@ def open_folder(path: Path, vision: Path | None, problems: list[str]) -> HfFolde
 
 
 def misfits(
-    folder: HfFolder, tensors: dict[str, SourceTensor], model: ModelConfig, places: Mapping[str, str] | None = None
+    folder: HfFolder, tensors: dict[str, Any], model: ModelConfig, places: Mapping[str, str] | None = None
 ) -> list[str]:
     """What of ``tensors`` is missing, superfluous or of another shape for ``model``; ``places`` say where each would go.
 

@@ -93,7 +93,7 @@ def _section(root: Mapping[str, Any], path: Path | None, part: str, problems: li
     place = None if path is None else part_folder(root, path, part)
     if place is not None and (place / "config.json").exists():
         return read_json(place / "config.json", problems)
-    for key in (FLAT_KEYS.get(part), f"{part}_cfg"):
+    for key in (FLAT_KEYS.get(part, ""), f"{part}_cfg"):
         if isinstance(root.get(key), Mapping) and root[key]:
             return dict(root[key])
     file, named = HfSections(path).root_file, root.get(f"{part}_cfg")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from megatron_vila.config.schema import ModelConfig
 from megatron_vila.convert.transforms import COPY, FUSE_QKV, PAD_ROWS, STACK_ROWS, Transform
-from megatron_vila.plan.geometry import patches_per_square
-from megatron_vila.plan.sizes import POOL_SIDE, head_dim
+from megatron_vila.plan.geometry import POOL_SIDE, patches_per_square
+from megatron_vila.plan.sizes import head_dim
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from megatron_vila.hf.vila.processing import VilaProcessor
 
 __all__ = ["VILAForConditionalGeneration", "VilaConfig", "VilaConfigError", "VilaProcessor"]
 
-for _config in (VilaConfig, *OTHER_TYPES):
+_configs: list[type[VilaConfig]] = [VilaConfig, *OTHER_TYPES]
+for _config in _configs:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoProcessor.register(_config, VilaProcessor, exist_ok=True)
 for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):

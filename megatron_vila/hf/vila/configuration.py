@@ -68,7 +68,7 @@ class VilaConfig(PreTrainedConfig):
     model_type = "vila"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
-        "vision_config": SiglipVisionConfig,
+        "vision_config": SiglipVisionConfig,  # type: ignore[dict-item]
     }
 
     text_config: dict | PreTrainedConfig | None = None
@@ -110,7 +110,8 @@ class VilaConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> VilaConfig:
         """From a parsed root ``config.json`` of either layout. ``projector_token_order`` may be given beside it."""
-        folder, problems = kwargs.get("name_or_path"), []
+        folder = kwargs.get("name_or_path")
+        problems: list[str] = []
         sections = sections_of(config_dict, Path(folder) if folder else None, problems)
         described = _read(sections, kwargs.pop("projector_token_order", None), problems)
         is_flat = "llm_cfg" not in config_dict
@@ -155,8 +156,8 @@ class VilaConfig(PreTrainedConfig):
 
     def _sections(self) -> HfSections:
         """This configuration as the one reader takes it."""
-        keys = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size", "model_type")
-        keys += ("image_aspect_ratio", "num_video_frames", "fps", "image_encoder", "video_encoder")
+        keys: tuple[str, ...] = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size")
+        keys += ("model_type", "image_aspect_ratio", "num_video_frames", "fps", "image_encoder", "video_encoder")
         own = {"projector_token_order": "row_major", "template": "", **(self.megatron_vila or {})}
         root = {key: getattr(self, key) for key in keys} | {"megatron_vila": own}
         parts = [(self.text_config, Qwen2Config), (self.vision_config, SiglipVisionConfig)]
