@@ -75,7 +75,15 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
     else:
         split = HeadSplit(heads, kv_heads, grid.ulysses, variant["ulysses_chunks"])
         peers = PeerMemory.of(topology.ulysses, device) if variant["exchange"] == "peers" else None
-        attention = Attention2D.of(split, kernel, dim**-0.5, topology.ulysses, topology.ring, device, peers)
+        attention = Attention2D.of(
+            split,
+            kernel,
+            dim**-0.5,
+            ulysses_group=topology.ulysses,
+            ring_group=topology.ring,
+            device=device,
+            peers=peers,
+        )
         row = RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), device)
 
         def forward():

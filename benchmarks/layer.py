@@ -32,7 +32,7 @@ from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config, MemoryConfig, ParallelConfig
 from megatron_vila.models.decoder.decoder import run_decoder
-from megatron_vila.models.decoder.saved import HostMemory
+from megatron_vila.models.decoder.saved import HostStore
 from megatron_vila.models.language import attention_kernel, build_language_model, core_attention, transformer_config
 from megatron_vila.parallel.attention2d import RowIndices
 from megatron_vila.parallel.megatron_attention import MMSPAttention, RowParams
@@ -127,15 +127,14 @@ def _mmsp(
     """The kernel of attention, the layers, and their call."""
     grid, llm = topology.grid, config.model.llm
     stock = transformer_config(config.model, topology, dtype)
-    settings = config.memory.mlp_tile, config.parallel.ulysses_chunks
-    decoder = build_language_model(config.model, stock, topology, device, False, *settings).decoder.to(device, dtype)
-    for layer in decoder.layers:
-        layer.mlp.swiglu_inside = SWIGLU[variant["swiglu"]]
+    settings = {"mlp_tile": config.memory.mlp_tile, "ulysses_chunks": config.parallel.ulysses_chunks}
+    settings |= {"swiglu_inside": SWIGLU[variant["swiglu"]]}
+    decoder = build_language_model(config.model, stock, topology, device, **settings).decoder.to(device, dtype)
     cu_seqlens = np.array([0, length])
     positions = torch.from_numpy(local_positions(cu_seqlens, grid.cp, topology.cp_rank)).to(device)
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
     row = RowParams(*angles, RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), device))
-    host = HostMemory(int(config.memory.offload_gib * GIB), device)
+    host = HostStore(int(config.memory.offload_gib * GIB), device)
     return attention_kernel(decoder), decoder, lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
 
 

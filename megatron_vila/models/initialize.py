@@ -1,6 +1,7 @@
-"""Random initial weights of the language model as a function of (seed, name) alone, whatever the process grid.
+"""Random initial weights that do not depend on the process grid.
 
-Each parameter is drawn whole from a generator seeded by its global name, and each rank keeps its tensor-parallel slice.
+Language model: a function of (seed, name) alone. Each parameter is drawn whole from a generator seeded by its global name, and
+each rank keeps its tensor-parallel slice. Tower and projector, whole on each rank that has them, follow from torch's seed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def tensor_parallel_slice(
 
 
 def initialize_language_model(
-    model: nn.Module, seed: int, std: float, num_layers: int, layer_offset: int, tp: int, tp_rank: int
-):
+    model: nn.Module, *, seed: int, std: float, num_layers: int, layer_offset: int, tp: int, tp_rank: int
+) -> None:
     """Fill the parameters of a ``GPTModel`` shard in place: N(0, std), output projections N(0, std/sqrt(2*layers)), norms 1,
     biases 0, LoRA's A N(0, 1/(3*inputs)) and its B 0. ``layer_offset`` counts the decoder layers of earlier pipeline stages.
     No collectives."""
@@ -59,6 +60,21 @@ def initialize_language_model(
                 residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
                 scale = std / math.sqrt(2.0 * num_layers) if residual else std
                 parameter.copy_(_draw(parameter, name, seed, scale, tp, tp_rank))
+
+
+def initialize_vision(module: nn.Module, std: float) -> None:
+    """Fill every parameter of ``module`` in place: matrices from N(0, std), biases 0, norm weights 1.
+
+    The order is that of the sorted parameter names and the numbers come from torch's CPU generator: the weights follow
+    from ``torch.manual_seed`` before the module is built, whatever the process grid.
+    """
+    for name, parameter in sorted(module.named_parameters()):
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=std)
 
 
 def _draw(parameter: nn.Parameter, name: str, seed: int, std: float, tp: int, tp_rank: int) -> torch.Tensor:

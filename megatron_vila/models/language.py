@@ -74,11 +74,17 @@ def build_language_model(
     config: TransformerConfig,
     topology: ParallelTopology,
     device: torch.device,
-    deterministic: bool,
+    *,
     mlp_tile: int,
     ulysses_chunks: int,
+    deterministic: bool = False,
+    swiglu_inside: bool = True,
 ) -> GPTModel:
-    """This rank's part of the GPT: its tensor-parallel shard of its pipeline stage's layers."""
+    """This rank's part of the GPT: its tensor-parallel shard of its pipeline stage's layers.
+
+    ``config`` is ``transformer_config`` of the same model and grid; the other settings are those of ``memory.mlp_tile``,
+    ``parallel.ulysses_chunks``, ``train.deterministic`` and ``TiledMLP``.
+    """
     llm = model.llm
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     self_attention = layer.submodules.self_attention.submodules
@@ -88,10 +94,10 @@ def build_language_model(
     self_attention.linear_qkv, self_attention.linear_proj = ColumnLinear, RowLinear
     # Megatron's local norms refuse sequence parallelism.
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.mlp = tiled(layer.submodules.mlp)
+    layer.submodules.mlp = tiled(layer.submodules.mlp, mlp_tile, swiglu_inside)
     add_low_rank(layer, model.lora)
     layers = get_num_layers_to_build(config, vp_stage=None, pp_rank=topology.place.pp)
-    gpt = GPTModel(
+    return GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm),
         vocab_size=padded_vocab_size(llm.vocab_size, topology.grid.tp),
@@ -103,9 +109,6 @@ def build_language_model(
         position_embedding_type="none",  # MMSPAttention turns queries and keys by the positions of the row
         pg_collection=topology.collection,
     )
-    for built in gpt.decoder.layers:
-        built.mlp.tile_tokens = mlp_tile
-    return gpt
 
 
 def core_attention(

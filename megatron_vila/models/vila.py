@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_vila.config.schema import Config
 from megatron_vila.models.decoder.decoder import run_decoder
 from megatron_vila.models.decoder.lora import set_trainable
-from megatron_vila.models.decoder.saved import HostMemory
+from megatron_vila.models.decoder.saved import HostStore
 from megatron_vila.models.initialize import initialize_language_model
 from megatron_vila.models.language import build_language_model, transformer_config
 from megatron_vila.models.loss import HeadOutput, Vocabulary, fused_head
@@ -57,20 +57,20 @@ class VilaModel(MegatronModule):
             self.config,
             topology,
             device,
-            config.train.deterministic,
-            config.memory.mlp_tile,
-            config.parallel.ulysses_chunks,
+            mlp_tile=config.memory.mlp_tile,
+            ulysses_chunks=config.parallel.ulysses_chunks,
+            deterministic=config.train.deterministic,
         )
         self.memory = config.memory
-        self.host = HostMemory(int(config.memory.offload_gib * GIB), device)
+        self.host = HostStore(int(config.memory.offload_gib * GIB), device)
         initialize_language_model(
             self.llm,
-            config.train.seed,
-            model.init_std,
-            model.llm.num_layers,
-            get_transformer_layer_offset(self.config, vp_stage=None, pp_rank=topology.place.pp),
-            grid.tp,
-            topology.place.tp,
+            seed=config.train.seed,
+            std=model.init_std,
+            num_layers=model.llm.num_layers,
+            layer_offset=get_transformer_layer_offset(self.config, vp_stage=None, pp_rank=topology.place.pp),
+            tp=grid.tp,
+            tp_rank=topology.place.tp,
         )
         self.llm.to(device=device, dtype=dtype)
         set_trainable(self.llm, model.lora, config.optim.llm.trainable)

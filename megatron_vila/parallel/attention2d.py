@@ -1,9 +1,9 @@
 """2D attention of packed documents: Ulysses inside, zigzag ring outside (LongVILA section 3.3).
 
-q, k, v [s, heads, D] after the rotary embedding -> all-to-all over the Ulysses group -> zigzag ring -> all-to-all back. One
-autograd function saves q, k, v, the output and its log-sum-exp; where a layer is run again for its gradients, another one gets
-the output that was kept, so that attention never runs twice. With several chunks of heads the exchanges of one chunk run under
-the attention of another. It knows neither Megatron-Core nor Transformers; the adapters to both use it
+q, k, v [s, heads, D] after the rotary embedding -> all-to-all over the Ulysses group -> zigzag ring -> all-to-all back
+(``Attention2D.forward``). One autograd function saves its q, k, v, output and log-sum-exp; where a layer is run again for its
+gradients, another one gets the saved output, so that attention never runs twice. With several chunks of heads the exchanges of
+one chunk run under the attention of another. It knows neither Megatron-Core nor Transformers; the adapters to both use it
 (``parallel/megatron_attention.py``, ``hf/mm_sp/enable.py``).
 
 Legend: S tokens of a row, s local tokens (S/cp), T = U*s, H query heads, K key/value heads, D head dim.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,14 +47,14 @@ class RowIndices:
         return cls(RingLayout.of(plan, device), order, inverse)
 
 
-class KeptAttention:
+class SavedAttention:
     """Output and log-sum-exp of one layer's attention for one row, from the forward pass to the backward pass.
 
-    ``keep`` holds a tensor and gives something with ``prefetch()`` and ``take()`` (``models.keep.HostMemory.keep``).
+    ``save`` holds a tensor and gives something with ``prefetch()`` and ``take()``, as ``models.decoder.saved.HostStore.save``.
     """
 
-    def __init__(self, keep: Callable[[torch.Tensor], Any]) -> None:
-        self._keep = keep
+    def __init__(self, save: Callable[[torch.Tensor], Any]) -> None:
+        self._save = save
         self._held: tuple[Any, Any] | None = None
         self._taken: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -63,7 +63,7 @@ class KeptAttention:
         return self._held is not None
 
     def fill(self, out_sHD: torch.Tensor, lse_hT: torch.Tensor) -> None:
-        self._held = self._keep(out_sHD), self._keep(lse_hT)
+        self._held = self._save(out_sHD), self._save(lse_hT)
 
     def prefetch(self) -> None:
         for held in self._held:
@@ -78,6 +78,16 @@ class KeptAttention:
     def output(self) -> torch.Tensor:
         """What the layer's output projection gets: [s, 1, H*D]."""
         return self.take()[0].flatten(1).unsqueeze(1)
+
+
+class HeadAttention(NamedTuple):
+    """Attention of a chunk of heads over this rank's tokens after the exchange: its inputs, its output and their log-sum-exp."""
+
+    q_ThD: torch.Tensor
+    k_TkD: torch.Tensor
+    v_TkD: torch.Tensor
+    out_ThD: torch.Tensor
+    lse_hT: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Attention2D:
         split: HeadSplit,
         kernel: AttentionKernel,
         scale: float,
+        *,
         ulysses_group: dist.ProcessGroup,
         ring_group: dist.ProcessGroup,
         device: torch.device,
@@ -117,25 +128,29 @@ class Attention2D:
         k_sKD: torch.Tensor,
         v_sKD: torch.Tensor,
         row: RowIndices,
-        kept: KeptAttention | None = None,
+        saved: SavedAttention | None = None,
     ) -> torch.Tensor:
         """q [s, H, D], k and v [s, K, D] to the output [s, H, D].
 
-        An empty ``kept`` is filled; a filled one gives the output, and only the backward pass is computed. All-to-all over the
-        Ulysses group and point-to-point over the ring group, forward (unless ``kept`` is filled) and backward.
+        An empty ``saved`` is filled; a filled one gives the output, and only the backward pass is computed. All-to-all over the
+        Ulysses group and point-to-point over the ring group, forward (unless ``saved`` is filled) and backward.
         """
-        if kept is not None and kept.is_filled:
-            return _KeptAttention2D.apply(q_sHD, k_sKD, v_sKD, row, self, kept)
-        return _Attention2D.apply(q_sHD, k_sKD, v_sKD, row, self, kept)
+        if saved is not None and saved.is_filled:
+            return _SavedAttention2D.apply(q_sHD, k_sKD, v_sKD, row, self, saved)
+        return _Attention2D.apply(q_sHD, k_sKD, v_sKD, row, self, saved)
 
+    def forward(
+        self, q_sHD: torch.Tensor, k_sKD: torch.Tensor, v_sKD: torch.Tensor, row: RowIndices
+    ) -> tuple[torch.Tensor, list[HeadAttention]]:
+        """The forward pass outside autograd: the output [s, H, D], and the attention of each chunk of heads it is made of.
 
-class _Attention2D(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention | None):
-        ulysses, ring, chunks = attention.ulysses, attention.ring, range(attention.ulysses.split.chunks)
+        The chunks' k and v, side by side, are what a cache keeps: the keys and values of this ring rank's tokens (those of both
+        ends of each document) for the query heads of this Ulysses rank. Collectives as in a call.
+        """
+        ulysses, ring, chunks = self.ulysses, self.ring, range(self.ulysses.split.chunks)
         exchanged = ulysses.split.ulysses > 1
         out_sHD = torch.empty_like(q_sHD) if exchanged else None
-        saved, returning = [], None
+        attended, returning = [], None
         coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, 0)
         for chunk in chunks:
             q, k, v = coming.wait()
@@ -143,19 +158,25 @@ class _Attention2D(torch.autograd.Function):
                 coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, chunk + 1)
             # Without an exchange v may be a view, which would keep the whole tensor that it is a part of.
             v = v.contiguous()
-            out, lse = ring.forward(q, k, v, row.layout, attention.expansion)
-            saved += [q, k, v, out, lse]
+            out, lse = ring.forward(q, k, v, row.layout, self.expansion)
+            attended.append(HeadAttention(q, k, v, out, lse))
             if returning is not None:  # its transfer ran under this chunk's attention
                 returning.wait()
             if exchanged:
                 returning = ulysses.to_sequence(out, row.inverse, out_sHD, chunk)
         if returning is not None:
             returning.wait()
-        ctx.save_for_backward(*saved)
+        return (out_sHD if exchanged else out), attended
+
+
+class _Attention2D(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, saved: SavedAttention | None):
+        out_sHD, chunks = attention.forward(q_sHD, k_sKD, v_sKD, row)
+        ctx.save_for_backward(*(x for chunk in chunks for x in chunk))
         ctx.row, ctx.attention = row, attention
-        out_sHD = out_sHD if exchanged else saved[3]
-        if kept is not None:
-            kept.fill(out_sHD, saved[4] if len(chunks) == 1 else torch.cat(saved[4::5]))
+        if saved is not None:
+            saved.fill(out_sHD, chunks[0].lse_hT if len(chunks) == 1 else torch.cat([chunk.lse_hT for chunk in chunks]))
         return out_sHD
 
     @staticmethod
@@ -164,26 +185,27 @@ class _Attention2D(torch.autograd.Function):
 
         def start(chunk: int) -> Callable[[], tuple]:
             dout = ctx.attention.ulysses.outputs_to_heads([dout_sHD], row.order, row.inverse, chunk)
-            return lambda: (*dout.wait(), *saved[5 * chunk : 5 * chunk + 5])
+            fields = len(HeadAttention._fields)
+            return lambda: (*dout.wait(), *saved[fields * chunk : fields * (chunk + 1)])
 
         return _gradients(ctx.attention, row, dout_sHD, start)
 
 
-class _KeptAttention2D(torch.autograd.Function):
+class _SavedAttention2D(torch.autograd.Function):
     """Attention whose output is known. q, k and v go through the Ulysses exchange in the backward pass, and so does the output
     together with its gradient."""
 
     @staticmethod
-    def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, kept: KeptAttention):
+    def forward(ctx, q_sHD, k_sKD, v_sKD, row: RowIndices, attention: Attention2D, saved: SavedAttention):
         ctx.save_for_backward(q_sHD, k_sKD, v_sKD.contiguous())
-        ctx.row, ctx.attention, ctx.kept = row, attention, kept
-        out_sHD, _ = kept.take()
+        ctx.row, ctx.attention, ctx.saved = row, attention, saved
+        out_sHD, _ = saved.take()
         return out_sHD.view_as(out_sHD)
 
     @staticmethod
     def backward(ctx, dout_sHD):
         ulysses, row = ctx.attention.ulysses, ctx.row
-        out_sHD, lse = ctx.kept.take()
+        out_sHD, lse = ctx.saved.take()
         lses = lse.chunk(ulysses.split.chunks)
         saved = ctx.saved_tensors
 

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
-from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIndices
+from megatron_vila.parallel.attention2d import Attention2D, RowIndices, SavedAttention
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.rope import rotary_qkv
@@ -27,17 +27,17 @@ from megatron_vila.plan.heads import HeadSplit
 class RowParams:
     """What every attention layer needs to know of a row.
 
-    ``cos_SD``, ``sin_SD`` [s, D] belong to the local tokens; ``kept`` to the layer that is being run (``keeping``).
+    ``cos_SD``, ``sin_SD`` [s, D] belong to the local tokens; ``saved`` to the layer that is being run (``with_saved``).
     """
 
     cos_SD: torch.Tensor
     sin_SD: torch.Tensor
     indices: RowIndices
-    kept: KeptAttention | None = None
+    saved: SavedAttention | None = None
 
-    def keeping(self, kept: KeptAttention | None) -> RowParams:
-        """The same row for one layer, whose attention fills ``kept`` or, once it is filled, is taken from it."""
-        return replace(self, kept=kept)
+    def with_saved(self, saved: SavedAttention | None) -> RowParams:
+        """The same row for one layer, whose attention fills ``saved`` or, once it is filled, is taken from it."""
+        return replace(self, saved=saved)
 
 
 class MMSPAttention(nn.Module):
@@ -78,10 +78,10 @@ class MMSPAttention(nn.Module):
             HeadSplit(heads, kv_heads, ulysses_group.size(), ulysses_chunks),
             select_kernel(kernel_name, config.kv_channels, config.params_dtype, device, deterministic),
             softmax_scale if softmax_scale is not None else config.kv_channels**-0.5,
-            ulysses_group,
-            ring_group,
-            device,
-            peers,
+            ulysses_group=ulysses_group,
+            ring_group=ring_group,
+            device=device,
+            peers=peers,
         )
 
     def forward(self, qkv_s1KX: torch.Tensor, row: RowParams) -> torch.Tensor:
@@ -92,5 +92,5 @@ class MMSPAttention(nn.Module):
         if ranks > 1:  # share a key/value head: Megatron gives each of them the query heads of all
             queries = qkv_sKGD.narrow(2, self._tp_rank % ranks * self._per_group, self._per_group)
             qkv_sKGD = torch.cat([queries, qkv_sKGD[:, :, -2:]], dim=2)
-        out_sHD = self.attention(*rotary_qkv(qkv_sKGD, row.cos_SD, row.sin_SD), row.indices, row.kept)
+        out_sHD = self.attention(*rotary_qkv(qkv_sKGD, row.cos_SD, row.sin_SD), row.indices, row.saved)
         return out_sHD.flatten(1).unsqueeze(1)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_vila.config.schema import LoraConfig, MemoryConfig, ParallelConfig
-from megatron_vila.models.decoder import saved as keep
+from megatron_vila.models.decoder import saved
 from megatron_vila.models.decoder.gated import Apart
-from megatron_vila.models.decoder.saved import HostMemory
+from megatron_vila.models.decoder.saved import HostStore
 from megatron_vila.parallel.ring import Ring
 from megatron_vila.plan.activations import _kept_by_policy, whole_layer_bytes
 from megatron_vila.plan.row import pack
@@ -27,8 +27,8 @@ def bytes_of(*tensors):
 
 def test_what_is_kept_comes_back_bit_for_bit_from_the_host_and_from_the_device():
     first, second, third = torch.randn(3, 5), torch.randn(4, dtype=torch.float64), torch.randn(2, 2).bfloat16()
-    host = HostMemory(bytes_of(first, second), CPU)
-    kept = [host.keep(x) for x in (first.clone(), second.clone(), third)]
+    host = HostStore(bytes_of(first, second), CPU)
+    kept = [host.save(x) for x in (first.clone(), second.clone(), third)]
     assert host.used_bytes == bytes_of(first, second)
     kept[1].prefetch()
     assert kept[2].take() is third
@@ -37,37 +37,37 @@ def test_what_is_kept_comes_back_bit_for_bit_from_the_host_and_from_the_device()
 
 
 def test_buffers_are_used_again_and_the_budget_counts_what_is_held():
-    host = HostMemory(40, CPU)
-    kept = host.keep(torch.ones(10))
+    host = HostStore(40, CPU)
+    kept = host.save(torch.ones(10))
     stays = torch.ones(1)
-    assert host.keep(stays).take() is stays
+    assert host.save(stays).take() is stays
     buffer = kept._buffer
     kept.take()
-    assert host.keep(torch.zeros(10))._buffer is buffer
+    assert host.save(torch.zeros(10))._buffer is buffer
 
 
 def test_rows_of_many_lengths_take_no_more_host_memory_than_the_budget():
-    host = HostMemory(1000, CPU)
+    host = HostStore(1000, CPU)
     for length in (10, 100, 90, 30, 120, 7, 125, 60):
         row = torch.randn(length), torch.randn(length)
-        kept = [host.keep(x.clone()) for x in row]
+        kept = [host.save(x.clone()) for x in row]
         assert host.used_bytes + sum(buffer.nbytes for buffer in host._free) <= 1000
         assert all(torch.equal(held.take(), x) for held, x in zip(kept, row, strict=True))
     assert host.used_bytes == 0 and host.peak_bytes <= 1000
     # Half of what a buffer holds is enough to use it again, less is not.
-    host = HostMemory(1000, CPU)
-    large = host.keep(torch.zeros(125))
+    host = HostStore(1000, CPU)
+    large = host.save(torch.zeros(125))
     large.take()
-    assert host.keep(torch.zeros(70))._buffer is large._buffer and host.keep(torch.zeros(20))._buffer.nbytes < 500
+    assert host.save(torch.zeros(70))._buffer is large._buffer and host.save(torch.zeros(20))._buffer.nbytes < 500
 
 
 def test_once_the_longest_row_was_seen_nothing_is_page_locked_any_more(monkeypatch):
-    sizes, page_locked = [], keep.page_locked
-    monkeypatch.setattr(keep, "page_locked", lambda size, setting: sizes.append(size) or page_locked(size, setting))
-    host = HostMemory(1000, CPU)
+    sizes, page_locked = [], saved.page_locked
+    monkeypatch.setattr(saved, "page_locked", lambda size, setting: sizes.append(size) or page_locked(size, setting))
+    host = HostStore(1000, CPU)
     for length in (12, 100, 20, 100, 9, 57, 100):
         row = [torch.randn(length), torch.randn(length), torch.randn(length // 8)]
-        kept = [host.keep(x.clone()) for x in row]
+        kept = [host.save(x.clone()) for x in row]
         assert host.used_bytes > 0 and all(torch.equal(held.take(), x) for held, x in zip(kept, row, strict=True))
         assert host.used_bytes + sum(buffer.nbytes for buffer in host._free) <= 1000
     # Small ones as long as there is room for them, none after 20.
@@ -76,12 +76,12 @@ def test_once_the_longest_row_was_seen_nothing_is_page_locked_any_more(monkeypat
 
 def test_longer_rows_find_their_host_memory_page_locked(monkeypatch):
     def row(size):
-        kept = [host.keep(torch.full((n,), n, dtype=torch.uint8)) for n in (4 * size, size, 4 * size, size)]
+        kept = [host.save(torch.full((n,), n, dtype=torch.uint8)) for n in (4 * size, size, 4 * size, size)]
         assert [int(x.take()[0]) for x in reversed(kept)] == [size, 4 * size, size, 4 * size]
 
-    locked, page_locked = [], keep.page_locked
-    monkeypatch.setattr(keep, "page_locked", lambda size, setting: locked.append(size) or page_locked(size, setting))
-    host = HostMemory(90, CPU)
+    locked, page_locked = [], saved.page_locked
+    monkeypatch.setattr(saved, "page_locked", lambda size, setting: locked.append(size) or page_locked(size, setting))
+    host = HostStore(90, CPU)
     row(5)
     host.scale(2)
     # The budget ends before the last one.
@@ -92,7 +92,7 @@ def test_longer_rows_find_their_host_memory_page_locked(monkeypatch):
 
 def test_nothing_goes_to_the_host_without_a_budget():
     x = torch.ones(3)
-    assert HostMemory(0, CPU).keep(x).take() is x
+    assert HostStore(0, CPU).save(x).take() is x
 
 
 def one_step(rank, memory):
@@ -155,7 +155,7 @@ def test_all_that_a_policy_keeps_is_on_the_host_until_the_backward_pass():
 
 def most_outputs_back(rank, memory):
     """How many layers' attention outputs are back from the host at the same time, at most."""
-    back, most, original = [], [0], keep._OnHost.prefetch
+    back, most, original = [], [0], saved._SavedOnHost.prefetch
 
     def prefetch(self):
         original(self)
@@ -163,11 +163,11 @@ def most_outputs_back(rank, memory):
             back.append(weakref.ref(self._back))
         most[0] = max(most[0], sum(tensor() is not None for tensor in back))
 
-    keep._OnHost.prefetch = prefetch
+    saved._SavedOnHost.prefetch = prefetch
     try:
         one_step(rank, memory)
     finally:
-        keep._OnHost.prefetch = original
+        saved._SavedOnHost.prefetch = original
     return len(back), most[0]
 
 
@@ -188,7 +188,7 @@ def most_kept_on_device(rank, memory):
             weakref.finalize(storage, alive.pop, storage._cdata)
             most[0] = max(most[0], sum(alive.values()))
 
-    stay, prefetch = keep.Kept.__init__, keep._OnHost.prefetch
+    stay, prefetch = saved.Saved.__init__, saved._SavedOnHost.prefetch
 
     def stays(self, x):
         stay(self, x)
@@ -199,11 +199,11 @@ def most_kept_on_device(rank, memory):
         prefetch(self)
         see(self._back)
 
-    keep.Kept.__init__, keep._OnHost.prefetch = stays, comes_back
+    saved.Saved.__init__, saved._SavedOnHost.prefetch = stays, comes_back
     try:
         _, peak, left = one_step(rank, memory)
     finally:
-        keep.Kept.__init__, keep._OnHost.prefetch = stay, prefetch
+        saved.Saved.__init__, saved._SavedOnHost.prefetch = stay, prefetch
     return most[0], peak, left
 
 

@@ -96,7 +96,8 @@ def alive_in_ring(rank, ring, documents, heads, kv_heads, dim):
     unfilled.register()
     topology = ParallelTopology.create(ParallelConfig(ring=ring))
     kernel = select_kernel(unfilled.NAME, dim, torch.bfloat16, CPU)
-    attention = Attention2D.of(HeadSplit(heads, kv_heads, 1), kernel, 1.0, topology.ulysses, topology.ring, CPU)
+    split, groups = HeadSplit(heads, kv_heads, 1), {"ulysses_group": topology.ulysses, "ring_group": topology.ring}
+    attention = Attention2D.of(split, kernel, 1.0, **groups, device=CPU)
     row = RowIndices.of(AttentionPlan.of(np.cumsum([0, *documents]), topology.grid, topology.place.ring), CPU)
     tokens = sum(documents) // ring
     q, k, v = (torch.randn(tokens, n, dim).bfloat16().requires_grad_() for n in (heads, kv_heads, kv_heads))

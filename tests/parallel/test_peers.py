@@ -10,9 +10,9 @@ import torch
 
 from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
-from megatron_vila.models.decoder.saved import HostMemory
+from megatron_vila.models.decoder.saved import HostStore
 from megatron_vila.parallel import peers
-from megatron_vila.parallel.attention2d import Attention2D, KeptAttention, RowIndices
+from megatron_vila.parallel.attention2d import Attention2D, RowIndices, SavedAttention
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
@@ -42,9 +42,12 @@ def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torc
     kernel = select_kernel("reference", dim, dtype, device)
     direct = PeerMemory.of(topology.ulysses, device) if device.type == "cuda" else SharedFiles(topology.ulysses)
     plain, written = (
-        Attention2D.of(split, kernel, 0.3, topology.ulysses, topology.ring, device, memory) for memory in (None, direct)
+        Attention2D.of(
+            split, kernel, 0.3, ulysses_group=topology.ulysses, ring_group=topology.ring, device=device, peers=memory
+        )
+        for memory in (None, direct)
     )
-    host = HostMemory(0, device)
+    host = HostStore(0, device)
     same, generator = True, torch.Generator().manual_seed(rank)
     for documents in ROWS * repeats:
         cu_seqlens = unit * np.concatenate([[0], np.cumsum(documents)])
@@ -59,10 +62,10 @@ def both_ways(rank, parallel, heads, kv_heads, dim, most_bytes=2**30, dtype=torc
                 if device.type == "cuda":
                     torch.cuda._sleep(int(torch.randint(10**7, (), generator=generator)))
                 parts = [x.clone().requires_grad_() for x in (q, k, v)]
-                kept = KeptAttention(host.keep)
-                out = attention(*parts, row, kept)
+                saved = SavedAttention(host.save)
+                out = attention(*parts, row, saved)
                 grads = torch.autograd.grad(out, parts, upstream)
-                again = attention(*parts, row, kept)
+                again = attention(*parts, row, saved)
                 found.append([out, *grads, again, *torch.autograd.grad(again, parts, upstream)])
         same = same and all(torch.equal(a, b) for i in (0, 1) for a, b in zip(found[i], found[i + 2], strict=True))
     topology.destroy()

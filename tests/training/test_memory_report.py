@@ -61,7 +61,7 @@ def test_a_traced_step_is_a_chrome_trace_of_the_rank_that_was_named(run):
     (file,) = (output / "traces").iterdir()
     assert file.name == "step-000002-rank-1.json.gz"
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
-    assert any("_KeptAttention2D" in event.get("name", "") for event in events)
+    assert any("_SavedAttention2D" in event.get("name", "") for event in events)
 
 
 def test_a_gpu_that_is_too_small_is_answered_with_the_largest_part_and_a_setting(monkeypatch):

@@ -159,7 +159,7 @@ FAULTS = [
     ),
     Fault(
         "initial biases are not zero",
-        "megatron_vila/models/vision/initialize.py",
+        "megatron_vila/models/initialize.py",
         "nn.init.zeros_(parameter)",
         "nn.init.normal_(parameter, std=std)",
         FRESH,

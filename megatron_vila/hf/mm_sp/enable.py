@@ -197,8 +197,9 @@ class MMSP:
         if case not in self._attentions:
             kernel = select_kernel(self._kernel, query_1HsD.shape[-1], *case[:2], setting="kernel")
             peers = PeerMemory.of(self.groups.ulysses, query_1HsD.device)
+            groups = {"ulysses_group": self.groups.ulysses, "ring_group": self.groups.ring}
             self._attentions[case] = Attention2D.of(
-                self._split, kernel, scale, self.groups.ulysses, self.groups.ring, query_1HsD.device, peers
+                self._split, kernel, scale, **groups, device=query_1HsD.device, peers=peers
             )
         q_sHD, k_sKD, v_sKD = (x[0].transpose(0, 1) for x in (query_1HsD, key_1KsD, value_1KsD))
         return self._attentions[case](q_sHD, k_sKD, v_sKD, indices)[None]

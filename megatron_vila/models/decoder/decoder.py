@@ -1,10 +1,10 @@
 """The decoder layers of this rank under a recompute policy that never runs attention twice.
 
-``attention_output`` (the policy of long context) keeps the output and log-sum-exp of each layer's attention and the input of
+``attention_output`` (the policy of long context) saves the output and log-sum-exp of each layer's attention and the input of
 every ``block_layers``-th layer. The backward pass of a block first rebuilds the inputs of its layers from the first one (only
-output projection and MLP, because attention's outputs were kept). Then it takes the layers from the last to the first: it
-runs a layer once more with gradients, with the kept output in the place of attention, and goes back through it. The policy
-may hold for the first layers only; the last ones, whose backward pass comes first, then keep everything.
+output projection and MLP, because attention's outputs were saved). Then it takes the layers from the last to the first: it
+runs a layer once more with gradients, with the saved output in the place of attention, and goes back through it. The policy
+may hold for the first layers only; the last ones, whose backward pass comes first, then save everything.
 
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
@@ -12,7 +12,6 @@ Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -20,18 +19,18 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_vila.config.schema import MemoryConfig
-from megatron_vila.models.decoder.saved import HostMemory, Kept
-from megatron_vila.parallel.attention2d import KeptAttention
+from megatron_vila.models.decoder.saved import HostStore, Saved
+from megatron_vila.parallel.attention2d import SavedAttention
 from megatron_vila.parallel.megatron_attention import RowParams
 
 
 def run_decoder(
-    decoder: TransformerBlock, hidden_t1H: torch.Tensor | None, row: RowParams, memory: MemoryConfig, host: HostMemory
+    decoder: TransformerBlock, hidden_t1H: torch.Tensor | None, row: RowParams, memory: MemoryConfig, host: HostStore
 ) -> torch.Tensor:
     """All layers of this pipeline stage and, on the last stage, the final norm: [t, 1, H] to [t, 1, H].
 
     ``hidden_t1H`` is None after the first stage, where Megatron's schedule has set the input. ``host`` takes what the policy
-    keeps. Collectives: those of the layers, once more in the backward pass under a policy other than ``none`` (attention's
+    saves. Collectives: those of the layers, once more in the backward pass under a policy other than ``none`` (attention's
     only under ``full``).
     """
     if hidden_t1H is None:
@@ -50,7 +49,7 @@ def run_decoder(
 
 
 def _blocks(layers: Sequence[TransformerLayer], memory: MemoryConfig) -> list[list[TransformerLayer]]:
-    """The layers in blocks, of one layer if attention is not kept: a longer block would have to run attention three times."""
+    """The layers in blocks, of one layer if attention is not saved: a longer block would have to run attention three times."""
     size = memory.block_layers if memory.recompute == "attention_output" else 1
     return [list(layers[first : first + size]) for first in range(0, len(layers), size)]
 
@@ -69,82 +68,77 @@ class _Recompute(torch.autograd.Function):
 
 
 class _Block:
-    """Consecutive layers of one forward pass and what is kept of them."""
+    """Consecutive layers of one forward pass and what is saved of them."""
 
     def __init__(
         self,
         layers: Sequence[TransformerLayer],
         row: RowParams,
-        host: HostMemory,
-        keeps_attention: bool,
+        host: HostStore,
+        saves_attention: bool,
         before: _Block | None,
     ) -> None:
         self._layers, self._row, self._before = layers, row, before
-        self._host, self._keeps_attention = host, keeps_attention
-        self._attention: list[KeptAttention | None] = []
-        self._input: Kept | None = None
+        self._host, self._saves_attention = host, saves_attention
+        self._attention: list[SavedAttention | None] = []
+        self._input: Saved | None = None
 
     def forward(self, hidden_t1H: torch.Tensor) -> torch.Tensor:
-        self._input = self._host.keep(hidden_t1H.detach())
+        self._input = self._host.save(hidden_t1H.detach())
         for layer in self._layers:
-            kept = KeptAttention(self._host.keep) if self._keeps_attention else None
-            hidden_t1H = _run(layer, hidden_t1H, self._row.keeping(kept))
-            self._attention.append(kept)
+            saved = SavedAttention(self._host.save) if self._saves_attention else None
+            hidden_t1H = _run(layer, hidden_t1H, self._row.with_saved(saved))
+            self._attention.append(saved)
         return hidden_t1H
 
     def prefetch(self, layers: int) -> None:
-        """Bring back the input and what is kept of the first ``layers`` layers."""
+        """Bring back the input and what is saved of the first ``layers`` layers."""
         self._input.prefetch()
-        for kept in self._attention[:layers]:
-            if kept is not None:
-                kept.prefetch()
+        for saved in self._attention[:layers]:
+            if saved is not None:
+                saved.prefetch()
 
     def backward(self, grad_t1H: torch.Tensor) -> torch.Tensor:
         self.prefetch(len(self._layers))
         inputs = [self._input.take()]
         with torch.no_grad():
-            for layer, kept in zip(self._layers[:-1], self._attention[:-1], strict=True):
-                inputs.append(_without_attention(layer, inputs[-1], kept))
+            for layer, saved in zip(self._layers[:-1], self._attention[:-1], strict=True):
+                inputs.append(_without_attention(layer, inputs[-1], saved))
         for done, layer in enumerate(reversed(self._layers)):
             # For each layer done here, one layer of the block before is brought back: what this one kept is free by then.
             if self._before is not None:
                 self._before.prefetch(done + 1)
-            kept = self._attention.pop()
+            saved = self._attention.pop()
             hidden_t1H = inputs.pop().detach().requires_grad_()
-            with torch.enable_grad(), _value_not_needed(layer):
-                out_t1H = _run(layer, hidden_t1H, self._row.keeping(kept))
+            with torch.enable_grad():
+                out_t1H = _run(layer, hidden_t1H, self._row.with_saved(saved), value_needed=False)
             torch.autograd.backward(out_t1H, grad_t1H)
             grad_t1H = hidden_t1H.grad
-            del kept, out_t1H
+            del saved, out_t1H
         self._before = None
         return grad_t1H
 
 
-def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams) -> torch.Tensor:
-    """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h))."""
+def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams, value_needed: bool = True) -> torch.Tensor:
+    """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h)).
+
+    Where the output serves as the root of a backward pass only, its value is not needed: the MLP need not compute its part.
+    """
     attention = layer.self_attention
     hidden_t1H, normed_t1H = layer.input_layernorm.with_stream(hidden_t1H)
     qkv_s1KX, _ = attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
-    return _after_attention(layer, attention.core_attention(qkv_s1KX, row), hidden_t1H)
+    return _after_attention(layer, attention.core_attention(qkv_s1KX, row), hidden_t1H, value_needed)
 
 
-def _without_attention(layer: TransformerLayer, hidden_t1H: torch.Tensor, kept: KeptAttention) -> torch.Tensor:
-    """The layer's output from the kept output of its attention: no query, key or value is needed."""
-    return _after_attention(layer, kept.output(), hidden_t1H)
+def _without_attention(layer: TransformerLayer, hidden_t1H: torch.Tensor, saved: SavedAttention) -> torch.Tensor:
+    """The layer's output from the saved output of its attention: no query, key or value is needed."""
+    return _after_attention(layer, saved.output(), hidden_t1H)
 
 
-def _after_attention(layer: TransformerLayer, out_t1H: torch.Tensor, hidden_t1H: torch.Tensor) -> torch.Tensor:
+def _after_attention(
+    layer: TransformerLayer, out_t1H: torch.Tensor, hidden_t1H: torch.Tensor, value_needed: bool = True
+) -> torch.Tensor:
     attended_t1H, _ = layer.self_attention.linear_proj(out_t1H)
     hidden_t1H, normed_t1H = layer.pre_mlp_layernorm.with_stream(attended_t1H, hidden_t1H)
-    out_t1H, _ = layer.mlp(normed_t1H)
+    out_t1H, _ = layer.mlp(normed_t1H, value_needed=value_needed)
     return hidden_t1H + out_t1H
-
-
-@contextmanager
-def _value_not_needed(layer: TransformerLayer):
-    """The layer's output only starts a backward pass, so the tiled MLP need not compute its part of it."""
-    layer.mlp.value_needed = False
-    try:
-        yield
-    finally:
-        layer.mlp.value_needed = True

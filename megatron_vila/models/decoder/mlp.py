@@ -22,36 +22,45 @@ from megatron_vila.models.decoder.gated import APART, products_for
 from megatron_vila.models.decoder.weight_gradient import WeightGradient
 
 
-def tiled(spec: ModuleSpec | partial) -> ModuleSpec | partial:
-    """The same layer spec entry with ``TiledMLP`` in the place of Megatron-Core's ``MLP``."""
+def tiled(spec: ModuleSpec | partial, tile_tokens: int, swiglu_inside: bool) -> ModuleSpec | partial:
+    """The same layer spec entry with ``TiledMLP`` of these settings in the place of Megatron-Core's ``MLP``."""
+    settings = {"tile_tokens": tile_tokens, "swiglu_inside": swiglu_inside}
     if isinstance(spec, ModuleSpec):  # Megatron-Core 0.16.1
-        return ModuleSpec(module=TiledMLP, submodules=spec.submodules)
-    return partial(TiledMLP.as_mlp_submodule, **spec.keywords)
+        return ModuleSpec(module=TiledMLP, submodules=spec.submodules, params=settings)
+    return partial(TiledMLP.as_mlp_submodule, **spec.keywords, **settings)
 
 
 class TiledMLP(MLP):
     """Megatron-Core's MLP (gate, up and down projection without bias), in tiles above ``tile_tokens`` tokens (0: never).
 
-    In tiles it keeps its input only, and the backward pass of a tile forms gate and up once more. ``value_needed`` is False
-    while a layer runs for its gradients alone: the output is then zeros and the forward pass costs nothing. Under sequence
-    parallelism each tile is gathered and scattered over the tensor-parallel group on its own.
+    In tiles it keeps its input only, and the backward pass of a tile forms gate and up once more. Under sequence parallelism each
+    tile is gathered and scattered over the tensor-parallel group on its own. ``swiglu_inside``: products with SwiGLU inside where
+    there are such (``gated.products_for``).
     """
 
-    tile_tokens = 0
-    value_needed = True
-    swiglu_inside = True
-    """Whether products with SwiGLU inside are used where they are available (``gated.products_for``)."""
+    def __init__(self, *args, tile_tokens: int, swiglu_inside: bool, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.tile_tokens, self.swiglu_inside = tile_tokens, swiglu_inside
 
-    def forward(self, hidden_t1H: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        """[t, 1, H] to [t, 1, H], and Megatron's bias, which is None."""
+    @classmethod
+    def as_mlp_submodule(cls, submodules, config, pg_collection, *, tile_tokens: int, swiglu_inside: bool, **_unused) -> TiledMLP:
+        """How a layer of Megatron-Core 0.19 builds it."""
+        settings = {"tile_tokens": tile_tokens, "swiglu_inside": swiglu_inside}
+        return cls(config=config, submodules=submodules, tp_group=pg_collection.tp, **settings)
+
+    def forward(self, hidden_t1H: torch.Tensor, *, value_needed: bool = True) -> tuple[torch.Tensor, None]:
+        """[t, 1, H] to [t, 1, H], and Megatron's bias, which is None.
+
+        Without ``value_needed``, as where a layer runs for its gradients alone, the output is zeros and costs nothing.
+        """
         tile = self.tile_tokens if 0 < self.tile_tokens < hidden_t1H.shape[0] else hidden_t1H.shape[0]
         if any(hasattr(linear, "lora_a") for linear in (self.linear_fc1, self.linear_fc2)):
             if tile == hidden_t1H.shape[0]:
                 return self.with_updates(hidden_t1H), None
             trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            return _TilesWithUpdates.apply(hidden_t1H, self, tile, trained, *trained), None
+            return _TilesWithUpdates.apply(hidden_t1H, self, tile, value_needed, trained, *trained), None
         weights = self.linear_fc1.weight, self.linear_fc2.weight
-        return _SwiGLUMLP.apply(hidden_t1H.squeeze(1), *weights, self, tile).unsqueeze(1), None
+        return _SwiGLUMLP.apply(hidden_t1H.squeeze(1), *weights, self, tile, value_needed).unsqueeze(1), None
 
     def with_updates(self, hidden_n1H: torch.Tensor) -> torch.Tensor:
         """The MLP through autograd, for layers with LoRA updates."""
@@ -68,11 +77,11 @@ class TiledMLP(MLP):
 
 class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_tH, fc1_FH, fc2_HF, mlp: TiledMLP, tile: int):
+    def forward(ctx, hidden_tH, fc1_FH, fc2_HF, mlp: TiledMLP, tile: int, value_needed: bool):
         ctx.mlp, ctx.tile = mlp, tile
         # The two keep gate and up in different orders.
         ctx.products = products = products_for(hidden_tH, fc1_FH, fc2_HF) if mlp.swiglu_inside else APART
-        if not mlp.value_needed:
+        if not value_needed:
             ctx.save_for_backward(hidden_tH, None)
             return hidden_tH.new_zeros(()).expand_as(hidden_tH)
         group = mlp.linear_fc1.tp_group
@@ -112,7 +121,7 @@ class _SwiGLUMLP(torch.autograd.Function):
                 products.add_weight_gradient(dgate_up_T2F, hidden_TH, sums[0])
             if sent is not None:
                 sent.wait()
-        return dhidden_tH, *(None if total is None else total.result() for total in sums), None, None
+        return dhidden_tH, *(None if total is None else total.result() for total in sums), None, None, None
 
 
 def _gathered(x_tH: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -140,10 +149,12 @@ class _TilesWithUpdates(torch.autograd.Function):
     """Tiles of an MLP with LoRA: the backward pass of a tile runs it once more under autograd."""
 
     @staticmethod
-    def forward(ctx, hidden_t1H: torch.Tensor, mlp: TiledMLP, tile: int, trained: Sequence[torch.nn.Parameter], *_):
+    def forward(
+        ctx, hidden_t1H: torch.Tensor, mlp: TiledMLP, tile: int, value_needed: bool, trained: Sequence[torch.nn.Parameter], *_
+    ):
         ctx.save_for_backward(hidden_t1H)
         ctx.mlp, ctx.tile, ctx.trained = mlp, tile, trained
-        if not mlp.value_needed:
+        if not value_needed:
             return hidden_t1H.new_zeros(()).expand_as(hidden_t1H)
         out_t1H = torch.empty_like(hidden_t1H)
         for tile_n1H, out_n1H in zip(hidden_t1H.split(tile), out_t1H.split(tile), strict=True):
@@ -167,4 +178,4 @@ class _TilesWithUpdates(torch.autograd.Function):
             for total, grad in zip(sums, grads[1:], strict=True):
                 total += grad
         dtypes = [parameter.dtype for parameter in trained]
-        return dhidden_t1H, None, None, None, *(x.to(dtype) for x, dtype in zip(sums, dtypes, strict=True))
+        return dhidden_t1H, None, None, None, None, *(x.to(dtype) for x, dtype in zip(sums, dtypes, strict=True))

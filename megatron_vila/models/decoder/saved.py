@@ -1,6 +1,6 @@
-"""Tensors kept between forward and backward pass, on the device or, up to a budget, in page-locked host memory.
+"""Tensors saved between forward and backward pass, on the device or, up to a budget, in page-locked host memory.
 
-What is kept first is needed last, so the first tensors go to the host and the rest stay. Copies run on a stream of their own:
+What is saved first is needed last, so the first tensors go to the host and the rest stay. Copies run on a stream of their own:
 out while the next layers compute, back while the block of layers behind them is in its backward pass.
 """
 
@@ -12,7 +12,7 @@ from megatron_vila.host_memory import page_locked
 from megatron_vila.plan.budgets import GIB
 
 
-class Kept:
+class Saved:
     """A tensor that stays where it is."""
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -27,7 +27,7 @@ class Kept:
         return x
 
 
-class HostMemory:
+class HostStore:
     """Buffers in host memory, used again from step to step, of at most ``budget_bytes`` together.
 
     On a CPU the buffers are ordinary memory and copies are immediate, so that the same code runs without a GPU.
@@ -39,10 +39,10 @@ class HostMemory:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and budget_bytes else None
         self._free: list[torch.Tensor] = []
 
-    def keep(self, x: torch.Tensor) -> Kept:
+    def save(self, x: torch.Tensor) -> Saved:
         """Hold ``x`` until ``take``; nobody may write to it meanwhile. It stays on its device when the budget is used up."""
         buffer = self._acquire(x.nbytes) if x.nbytes else None
-        return Kept(x) if buffer is None else _OnHost(x, buffer, self)
+        return Saved(x) if buffer is None else _SavedOnHost(x, buffer, self)
 
     def _acquire(self, size: int) -> torch.Tensor | None:
         """A buffer of ``size`` bytes or more; None without room for it.
@@ -78,10 +78,10 @@ class HostMemory:
     def scale(self, factor: int) -> None:
         """Page-lock now what rows ``factor`` times as long as those so far will need, as far as the budget goes.
 
-        Otherwise the first of these rows would wait for the page-locking. Nothing may be kept at present. Raises
+        Otherwise the first of these rows would wait for the page-locking. Nothing may be saved at present. Raises
         ``HostMemoryError``.
         """
-        # What is kept first is released last.
+        # What is saved first is released last.
         sizes = [factor * buffer.nbytes for buffer in reversed(self._free)]
         self._make_room(self.budget_bytes)
         for size in sizes:
@@ -93,10 +93,10 @@ class HostMemory:
         self._free.append(buffer)
 
 
-class _OnHost(Kept):
+class _SavedOnHost(Saved):
     """A tensor in host memory. All copies are on one stream, so a buffer is never overwritten before it was read."""
 
-    def __init__(self, x: torch.Tensor, buffer: torch.Tensor, host: HostMemory) -> None:
+    def __init__(self, x: torch.Tensor, buffer: torch.Tensor, host: HostStore) -> None:
         super().__init__(x.new_empty(0))
         self._host, self._shape, self._size = host, x.shape, x.nbytes
         self._buffer = buffer

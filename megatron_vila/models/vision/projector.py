@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
-from megatron_vila.models.vision.initialize import initialize, zero_connected_to
+from megatron_vila.models.initialize import initialize_vision
+from megatron_vila.models.vision.no_frames import zero_connected_to
 from megatron_vila.plan.geometry import POOL_SIDE, patches_per_side, patches_per_square, tokens_per_square
 
 
@@ -52,7 +53,7 @@ class Projector(nn.Module):
         self.num_tokens = tokens_per_square(vision, projector)
         self.in_channels, self.hidden_size = vision.hidden_size, hidden_size
         self.layers = _build_layers(projector, patches_per_side(vision), vision.hidden_size, hidden_size)
-        initialize(self, init_std)
+        initialize_vision(self, init_std)
 
     def forward(self, features_FPC: torch.Tensor) -> torch.Tensor:
         """Tokens [F, T, H] in the dtype of the features.

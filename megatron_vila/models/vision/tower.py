@@ -21,7 +21,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_vila import accelerator
 from megatron_vila.config.schema import VisionConfig
-from megatron_vila.models.vision.initialize import initialize, zero_connected_to
+from megatron_vila.models.initialize import initialize_vision
+from megatron_vila.models.vision.no_frames import zero_connected_to
 from megatron_vila.plan.budgets import frames_at_once
 from megatron_vila.plan.geometry import patches_per_square
 from megatron_vila.plan.sizes import vision_layers_run
@@ -79,7 +80,7 @@ class VisionTower(nn.Module):
         # transformers 4 wraps the tower once more.
         self.vision_model = getattr(model, "vision_model", model).to_empty(device=torch.get_default_device())
         self.vision_model.embeddings.position_ids.copy_(torch.arange(self.num_patches))
-        initialize(self, init_std)
+        initialize_vision(self, init_std)
         self.requires_grad_(False)
         self.set_trainable(True)
         self._layers_are_compiled = False
