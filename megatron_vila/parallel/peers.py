@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ class PeerMemory:
     """One buffer per rank of ``group``, mapped into the memory of all of them (PyTorch's symmetric memory).
 
     Protocol of an exchange: ``reserve``, ``barrier`` (all have read what came before), ``beside`` writes into ``view``s of the
-    others, ``barrier`` (all has arrived), reads. Everything is ordered with the current stream; the host does not wait.
+    others, ``barrier`` (all has arrived), reads. Everything is ordered with the current stream; the host does not wait. What is
+    read later than at once comes with its ``arrival``, which refuses a read after the next ``reserve``.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
-        self._bytes = 0
+        self.exchanges, self._bytes = 0, 0
         self._buffer: Any = None
         self._handle: Any = None
         self._stream = accelerator.cuda().Stream()
@@ -48,7 +50,7 @@ class PeerMemory:
         return cls(group, torch.device("cuda", here)) if all(_gathered(reaches, group)) else None
 
     def reserve(self, nbytes: int) -> bool:
-        """Make buffers of at least ``nbytes``, the same number on all ranks; False if they would exceed ``MOST_PEER_BYTES``.
+        """Begin an exchange of at most ``nbytes``, the same number on all ranks; False if it would exceed ``MOST_PEER_BYTES``.
 
         Collective over the group where they have to grow; raises ``torch.OutOfMemoryError`` if the GPU has no room for that.
         """
@@ -69,7 +71,12 @@ class PeerMemory:
                     f"no room for the {self._bytes / 2**20:.0f} MiB through which GPUs exchange heads: CUDA out of memory"
                 ) from error
             self._handle = symmetric_memory.rendezvous(self._buffer, self._group)
+        self.exchanges += 1
         return True
+
+    def arrival(self) -> Arrival:
+        """Of the exchange that is under way."""
+        return Arrival(self, self.exchanges)
 
     def view(self, rank: int, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Part of the buffer of ``rank`` from element ``first`` on."""
@@ -89,6 +96,22 @@ class PeerMemory:
         """
         torch.cuda.current_stream().wait_stream(self._stream)
         self._handle.barrier(timeout_ms=TIMEOUT_MS)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What exchange number ``exchange`` has brought into the buffer of ``peers``, until the next one begins."""
+
+    peers: PeerMemory
+    exchange: int
+
+    def wait(self) -> None:
+        """Raises ``RuntimeError`` if another exchange has begun, whose values may stand there now."""
+        if self.peers.exchanges != self.exchange:
+            raise RuntimeError(
+                f"what exchange {self.exchange} brought was asked for after exchange {self.peers.exchanges} had begun, which "
+                "writes to the same memory: wait for an exchange before starting the next one"
+            )
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -22,18 +22,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vila.parallel.peers import PeerMemory
+from megatron_vila.parallel.peers import Arrival, PeerMemory
 from megatron_vila.plan.heads import HeadSplit
 
 
 class Pending:
     """An exchange that has been started, or (``work`` is None) is over; ``wait`` gives what has arrived, once."""
 
-    def __init__(self, finish: Callable[[], Any], work: dist.Work | None = None, sent: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, finish: Callable[[], Any], work: dist.Work | Arrival | None = None, sent: torch.Tensor | None = None
+    ) -> None:
         self._finish, self._work = finish, work
         self._sent = None if work is None else sent  # lives until it has left
         if work is None:
-            # Memory that others write into has to be read before the next exchange.
+            # Memory that others write into is read now: the next exchange may come before ``wait``.
             arrived = finish()
             self._finish = lambda: arrived
 
@@ -111,7 +113,8 @@ class Ulysses:
     ) -> Pending:
         """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.
 
-        One all-to-all over the Ulysses group. What comes by ``peers`` has to be used before the next exchange.
+        One all-to-all over the Ulysses group. What comes by ``peers`` is not copied: after the next exchange has begun, ``wait``
+        raises ``RuntimeError``.
         """
         if self.split.ulysses == 1:
             return Pending(lambda: list(tensors_sHD))
@@ -128,7 +131,7 @@ class Ulysses:
                     put_rows(x[:, ranges[u].start : ranges[u].stop], self._tokens_of(self.rank, inverse), there)
 
             self._write_to_all(write)
-            return Pending(lambda: arrived(self.rank))
+            return Pending(lambda: arrived(self.rank), self.peers.arrival())
 
         def fill(u, out_swD):
             _join_heads([x[:, ranges[u].start : ranges[u].stop] for x in tensors_sHD], out_swD)
@@ -188,7 +191,7 @@ class Ulysses:
         what goes to rank u into ``out`` [s, width, D].
 
         Returns where the values arrive, one flat tensor, those of rank 0 first; the transfer, or None if it is over; and what is
-        sent. Memory of ``peers`` has to be read before the next exchange.
+        sent. Memory of ``peers`` is written again by the next exchange.
         """
         tokens, dim, ranks = len(like_sXD), like_sXD.shape[-1], range(self.split.ulysses)
         most = max(sum(widths[a][b] for a in ranks) for b in ranks)

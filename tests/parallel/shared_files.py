@@ -16,7 +16,6 @@ class SharedFiles(peers.PeerMemory):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group, torch.device("cpu"))
-        self.exchanges = 0
 
     def reserve(self, nbytes: int) -> bool:
         if nbytes > peers.MOST_PEER_BYTES:

@@ -16,7 +16,7 @@ from megatron_vila.parallel.attention2d import Attention2D, RowIndices, SavedAtt
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.parallel.ulysses import Pending, as_vectors, copy_vectors
+from megatron_vila.parallel.ulysses import Pending, Ulysses, as_vectors, copy_vectors
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row_plan import AttentionPlan
 from tests import samples
@@ -125,6 +125,32 @@ def test_a_gpu_without_room_for_the_buffer_says_so(gpus):
 def test_what_is_larger_than_the_buffers_may_be_goes_by_the_collective():
     [(same, _), _] = pool.run(2, both_ways, ParallelConfig(ulysses=2), 4, 2, 8, 4000)
     assert same
+
+
+def read_late(rank) -> tuple[bool, str]:
+    """Whether what an exchange by peers brought is there in time, and what is said of it after another one has begun."""
+    topology = ParallelTopology.create(ParallelConfig(ulysses=2))
+    row = RowIndices.of(AttentionPlan.of(np.array([0, 8]), topology.grid, 0), CPU)
+    ulysses = Ulysses(HeadSplit(2, 2, 2), topology.place.ulysses, topology.ulysses, SharedFiles(topology.ulysses))
+    out_sHD = torch.arange(4 * 2 * 3, dtype=torch.float32).view(4, 2, 3)
+
+    def start():
+        return ulysses.outputs_to_heads([out_sHD], row.order, row.inverse, 0)
+
+    (in_time,) = start().wait()
+    own_ThD = out_sHD[:, rank : rank + 1]
+    arrived = bool((in_time[row.inverse[4 * rank : 4 * rank + 4]] == own_ThD).all())
+    late, _ = start(), start().wait()
+    with pytest.raises(RuntimeError) as error:
+        late.wait()
+    topology.destroy()
+    return arrived, str(error.value)
+
+
+def test_what_an_exchange_brought_is_refused_once_the_next_one_may_have_written_over_it():
+    for arrived, said in pool.run(2, read_late):
+        assert arrived
+        assert "what exchange 2 brought was asked for after exchange 3 had begun, which writes to the same memory" in said
 
 
 def compare(rank, *case):
