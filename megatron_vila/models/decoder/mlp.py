@@ -24,10 +24,11 @@ from megatron_vila.models.decoder.weight_gradient import WeightGradient
 
 def tiled(spec: ModuleSpec | partial, tile_tokens: int, swiglu_inside: bool) -> ModuleSpec | partial:
     """The same layer spec entry with ``TiledMLP`` of these settings in the place of Megatron-Core's ``MLP``."""
-    settings = {"tile_tokens": tile_tokens, "swiglu_inside": swiglu_inside}
     if isinstance(spec, ModuleSpec):  # Megatron-Core 0.16.1
+        settings = {"tile_tokens": tile_tokens, "swiglu_inside": swiglu_inside}
         return ModuleSpec(module=TiledMLP, submodules=spec.submodules, params=settings)
-    return partial(TiledMLP.as_mlp_submodule, **spec.keywords, **settings)
+    build = partial(TiledMLP.as_mlp_submodule, tile_tokens=tile_tokens, swiglu_inside=swiglu_inside)
+    return partial(build, **spec.keywords)
 
 
 class TiledMLP(MLP):
@@ -45,8 +46,13 @@ class TiledMLP(MLP):
     @classmethod
     def as_mlp_submodule(cls, submodules, config, pg_collection, *, tile_tokens: int, swiglu_inside: bool, **_unused) -> TiledMLP:
         """How a layer of Megatron-Core 0.19 builds it."""
-        settings = {"tile_tokens": tile_tokens, "swiglu_inside": swiglu_inside}
-        return cls(config=config, submodules=submodules, tp_group=pg_collection.tp, **settings)
+        return cls(
+            config=config,
+            submodules=submodules,
+            tp_group=pg_collection.tp,
+            tile_tokens=tile_tokens,
+            swiglu_inside=swiglu_inside,
+        )
 
     def forward(self, hidden_t1H: torch.Tensor, *, value_needed: bool = True) -> tuple[torch.Tensor, None]:
         """[t, 1, H] to [t, 1, H], and Megatron's bias, which is None.
