@@ -47,7 +47,7 @@ def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: 
         from megatron_vila import accelerator
 
         accelerator.prepare()
-        # Imported late: Megatron-Core must find the platform prepared.
+        # Imported late: Megatron-Core must be prepared for this machine first.
         from megatron_vila.training import failures
 
     with contextlib.suppress(OSError, ValueError):

@@ -2,7 +2,7 @@
 
 info.json names every file with its size and the xxh3 checksum of each block of ``BLOCK`` bytes, and ends with a checksum of
 itself. Blocks let many ranks share the check of one large file. The sums guard against damage and mixed-up files, not against
-somebody who writes new sums: what is read is checked for its own sake (``checkpoint_tensors``).
+somebody who writes new sums: what is read is checked for its own sake (``tensors.py``).
 """
 
 from __future__ import annotations

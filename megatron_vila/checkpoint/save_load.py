@@ -1,11 +1,11 @@
 """Distributed checkpoints that survive a crash or a full disk at any moment and load under any layout.
 
-A run's folder holds ``checkpoints/step-00000100/`` (``checkpoint_folder`` tells which names are ours), one checkpoint::
+A run's folder holds ``checkpoints/step-00000100/`` (``folder.py`` tells which names are ours), one checkpoint::
 
-    __0_0.distcp, ...   the tensors that a rank wrote (checkpoint_tensors)
+    __0_0.distcp, ...   the tensors that a rank wrote (tensors.py)
     .metadata           which pieces a tensor consists of
     state.pt            Adam's step count, place on the schedule, what the trainer counts
-    info.json           step, layout, configuration, size and checksums of every file (checkpoint_files); the last one written
+    info.json           step, layout, configuration, size and checksums of every file (files.py); the last one written
 
 A checkpoint is written under a hidden name, its files are flushed to disk, then it is renamed, then ``latest`` is replaced.
 Weights and Adam's state are stored by global name and place, so (tp, pp, ulysses, ring, dp) may differ when it is loaded.
@@ -228,7 +228,7 @@ def undecided(folder: Path, error: Exception) -> str:
 
 
 def set_aside(damaged: Iterable[Path], whole: Path) -> list[Path]:
-    """As ``checkpoint_folder.set_aside``, collective over all ranks. Raises ``CheckpointError``."""
+    """As ``folder.set_aside``, collective over all ranks. Raises ``CheckpointError``."""
     return on_rank_zero(
         lambda: folders.set_aside(damaged, whole), "damaged checkpoints cannot be renamed", "rename or delete them yourself"
     )

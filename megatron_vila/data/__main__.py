@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     # The report names what is broken.
     logging.getLogger("megatron_vila.data").setLevel(logging.ERROR)
     accelerator.prepare()
-    # Imported late: Megatron-Core must find the platform prepared.
+    # Imported late: Megatron-Core must be prepared for this machine first.
     from megatron_vila.config.load import load_config
     from megatron_vila.start_checks import check_data
 

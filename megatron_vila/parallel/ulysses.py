@@ -51,7 +51,7 @@ class Pending:
 class Ulysses:
     """The exchange between sequence shards and head shards over ``group``, chunk by chunk of ``split``.
 
-    ``order`` permutes received tokens (``layout.ulysses_permutation``) and ``inverse`` undoes it; both int64 [T] on the
+    ``order`` permutes received tokens (``tokens.ulysses_permutation``) and ``inverse`` undoes it; both int64 [T] on the
     device, None when U = 1, where nothing travels and there is one chunk. With ``peers`` the ranks write into each other's memory
     instead of calling NCCL or gloo, if there is one chunk.
     """
