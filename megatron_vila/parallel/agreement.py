@@ -44,7 +44,7 @@ def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T
     return result
 
 
-def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
+def on_all_ranks(action: Callable[[], T], failed: str) -> T:
     """The result of ``action`` on this rank; if it raises on any, ``CheckpointError`` with that reason on all of them.
 
     Collective over all ranks, after the action. A file that is damaged for one rank and refused to another counts as refused.
@@ -63,7 +63,7 @@ def on_all_ranks(action: Callable[[], T], failed: str, cure: str = "") -> T:
         is_curable, is_damage, reason = min(bad.values(), key=lambda told: told[:2])
         if not is_curable:
             raise failure or PeerError("a rank failed in what each does by itself")
-        raised = _error(is_damage, f"{failed}{where}: {reason}", cure)
+        raised = _error(is_damage, f"{failed}{where}: {reason}")
         if failure is None:
             raise _heard(raised)
         raise raised from failure
@@ -80,7 +80,7 @@ def _heard(error: UserError) -> UserError:
     return error
 
 
-def _error(is_damage: bool, text: str, cure: str) -> CheckpointError:
+def _error(is_damage: bool, text: str, cure: str = "") -> CheckpointError:
     return (DamagedError if is_damage else CheckpointError)(text + (f"; {cure}" if cure else ""))
 
 

@@ -12,7 +12,6 @@ TRAINER = "megatron_vila/training/trainer.py"
 OPTIMIZER = "megatron_vila/training/optimizer.py"
 CHECKPOINT = "megatron_vila/checkpoint/save_load.py"
 EVALUATE = "megatron_vila/training/evaluate.py"
-FEED = "megatron_vila/training/feed.py"
 FLOPS = "megatron_vila/plan/flops.py"
 
 FAULTS = [
