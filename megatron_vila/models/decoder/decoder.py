@@ -55,7 +55,7 @@ def _blocks(layers: Sequence[TransformerLayer], memory: MemoryConfig) -> list[li
 
 
 class _Recompute(torch.autograd.Function):
-    """One block of layers; the the inner backward pass stores the gradients of the parameters."""
+    """One block of layers; the inner backward pass stores the gradients of the parameters."""
 
     @staticmethod
     def forward(ctx, hidden_t1H: torch.Tensor, block: _Block) -> torch.Tensor:
