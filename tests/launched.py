@@ -94,8 +94,8 @@ def _lead(job: dict) -> int:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if job["rank"] == "is_hung_up_on":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Whatever started the tests: they may themselves run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if job["rank"] == "is_hung_up_on" else signal.SIG_DFL)
     launch.hold_back_signals()
     Path(job["log"]).with_suffix(".held").touch()
     time.sleep(job["imports_s"])

@@ -290,8 +290,8 @@ def _after_failure(run_folder: Path) -> str:
             "again"
         )
     return (
-        f"earlier checkpoints are intact; free space{free} or make the folder writable, and give the same command again: it goes "
-        f"on from {newest.name}"
+        f"earlier checkpoints are intact; free space{free} or make the folder writable, and give the same command again: it "
+        f"continues from {newest.name}"
     )
 
 
