@@ -170,7 +170,9 @@ def _train(config: Config, stop: StopRequest, watch: Watch, reporter: Reporter, 
         trainer.run()
         if trainer.is_writer:
             stopped, saved = bool(trainer.stopped_by), trainer.saved
-            lines = closing_lines(arguments, config, trainer.step, saved, stopped, trainer.skipped, trainer.counts)
+            lines = closing_lines(
+                arguments, config, trainer.step, saved, stopped, skipped=trainer.skipped, counts=trainer.counts
+            )
             logging.getLogger("megatron_vila").info("%s", "\n".join(lines))
     if trainer.stopped_by:
         goes_on = config.checkpoint.save and config.checkpoint.resume

@@ -69,7 +69,16 @@ def main(arguments: Sequence[str]) -> None:
     settings = {name: getattr(options, name) for name in (*SETTINGS[options.kind], "warmup", "timed")}
     settings |= {"variants": options.variant or [""], "command": command}
     if options.kind == "max-length":
-        search(options.gpus, settings, options.start, options.unit, options.most, options.share, options.limit_s, keep)
+        search(
+            options.gpus,
+            settings,
+            start=options.start,
+            unit=options.unit,
+            most=options.most,
+            share=options.share,
+            limit_s=options.limit_s,
+            on_row=keep,
+        )
     else:
         launch("trial" if options.kind == "step" else options.kind, options.gpus, settings, on_row=keep)
     if not rows:

@@ -87,11 +87,11 @@ def _import(options: argparse.Namespace) -> int:
     out = import_checkpoint(
         options.source,
         options.out,
-        options.vision,
-        options.projector,
-        options.token_order,
-        options.overwrite,
-        "" if options.template == "own" else options.template,
+        vision=options.vision,
+        projector=options.projector,
+        token_order=options.token_order,
+        overwrite=options.overwrite,
+        template="" if options.template == "own" else options.template,
     )
     print(
         f"imported into {out}; train it with: python -m megatron_vila.train {out / 'config.yaml'} data.train=[samples.json]"
@@ -105,11 +105,11 @@ def _export(options: argparse.Namespace) -> int:
     out = export_checkpoint(
         options.checkpoint,
         options.out,
-        options.layout,
-        options.dtype,
-        options.adapter,
-        options.tokenizer,
-        options.overwrite,
+        layout=options.layout,
+        dtype=options.dtype,
+        adapter=options.adapter,
+        tokenizer=options.tokenizer,
+        overwrite=options.overwrite,
     )
     print(f"exported to {out}")
     return 0

@@ -92,7 +92,7 @@ class PieceWriter:
         (name,) = self.files
         length = self._stream.tell() - begin
         self.pieces.append(
-            Piece(key, tensor.dtype, tuple(shape), tuple(offsets), tuple(tensor.shape), name, begin, length)
+            Piece(key, tensor.dtype, tuple(shape), tuple(offsets), tuple(tensor.shape), file=name, begin=begin, length=length)
         )
 
 

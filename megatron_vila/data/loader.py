@@ -251,7 +251,9 @@ class RowLoader:
             pixels, undecodable = self._decode(choices, local)
             decode_s, mine = time.perf_counter() - started_s, row.units[local.start : local.stop]
             decoded = sum(unit.frames for unit in mine)
-            return _Attempt(choices, left_out, found | undecodable, plan, pixels, decoded, decode_s)
+            return _Attempt(
+                choices, left_out, found | undecodable, plan, pixels, decoded_frames=decoded, decode_s=decode_s
+            )
         except Exception as error:
             return _Attempt(choices=tuple(choices), error=error)
 

@@ -191,7 +191,7 @@ def make_info(
     fps = gaps / span_s if span_s > 0 else float(stream.average_rate or 1)
     # A stream refreshed bit by bit may mark no key frame at all.
     key_table = np.unique(np.array(keys or [(0, pts[0], -1)], dtype=np.int64), axis=0)
-    return _info(source, stream, pts, key_table, bounds, skipped, fps, has_pts=True)
+    return _info(source, stream, pts, key_table, bounds, skipped=skipped, fps=fps, has_pts=True)
 
 
 def _counted(
@@ -209,7 +209,9 @@ def _counted(
     if not frames:
         raise MediaError(source, "the video stream holds no frame")
     pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or _rate_of(parts) / stream.time_base or 1)
-    return _info(source, stream, pts, np.array([[0, 0, -1]]), np.cumsum([0, *lengths]), skipped, fps, has_pts=False)
+    return _info(
+        source, stream, pts, np.array([[0, 0, -1]]), np.cumsum([0, *lengths]), skipped=skipped, fps=fps, has_pts=False
+    )
 
 
 def _rate_of(parts: Sequence[Sequence[Stamp]]) -> Fraction:

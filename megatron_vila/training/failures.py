@@ -117,7 +117,9 @@ class Reporter:
             kind = CONSEQUENCE if is_consequence(cause) else STALL if isinstance(cause, StallError) else CAUSE
             status = exit_code(error)
             text = str(cause) if isinstance(cause, UserError | StallError) else f"{type(cause).__name__}: {cause}"
-            failure = Failure(kind, time_s, rank, processes.this_process(), status, doing, text[:_MOST_TEXT])
+            failure = Failure(
+                kind, time_s, rank, processes.this_process(), status=status, doing=doing, text=text[:_MOST_TEXT]
+            )
             is_kept = self._folder is not None and failure_files.write(self._folder, failure, error)
             board = Board()
             board.write(failure, described(error)[-4 * _MOST_TEXT :])

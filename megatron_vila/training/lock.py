@@ -69,7 +69,7 @@ class Owner:
         except (KeyError, OSError):  # a container without an entry for the user
             user = str(os.getuid())
         born = _born(os.getpid())
-        return cls(uuid.uuid4().hex, user, socket.gethostname(), _machine(), os.getpid(), born, since, command)
+        return cls(uuid.uuid4().hex, user, socket.gethostname(), _machine(), os.getpid(), born, since=since, command=command)
 
     @classmethod
     def of_record(cls, record: Any) -> Owner:

@@ -329,9 +329,9 @@ class Trainer:
             [self.model],
             self.optimizer,
             self.scheduler,
-            extra,
-            self.config.checkpoint.keep,
-            info,
+            extra=extra,
+            keep=self.config.checkpoint.keep,
+            info=info,
         )
 
     def _keep_config(self) -> None:
