@@ -1,6 +1,6 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import guards, inputs, models, parallel, runs, steps, weights
+from . import guards, house, inputs, models, parallel, runs, steps, weights
 
 FAULTS = [
     *parallel.FAULTS,
@@ -10,4 +10,5 @@ FAULTS = [
     *weights.FAULTS,
     *steps.FAULTS,
     *guards.FAULTS,
+    *house.FAULTS,
 ]
