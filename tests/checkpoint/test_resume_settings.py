@@ -1,11 +1,9 @@
 """Settings that change between a checkpoint and the run that continues from it are told, or refused where they make no sense."""
 
-import logging
 import re
 from fnmatch import fnmatchcase
 
 import pytest
-import torch.distributed as dist
 
 from megatron_vila.checkpoint.resume import RULES, UNWATCHED, changes, kept_settings, other_text, settings_of
 from megatron_vila.checkpoint.save_load import load_checkpoint, save_checkpoint
@@ -14,9 +12,12 @@ from megatron_vila.config.load import load_config
 from megatron_vila.data.synthetic import corpus
 from megatron_vila.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from megatron_vila.errors import CheckpointError
+from tests.checkpoint import test_damaged_checkpoint
 from tests.ranks import pool
 from tests.training.real_run import overrides, train
 from tests.training.small_run import build
+
+CHANGED = ("changed since", "warning: other than")
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +116,9 @@ def test_a_new_run_with_the_ids_of_other_separators_is_refused_and_other_texts_a
 
 
 def resumed(rank, overrides_):
-    """What the run says, or why it is refused."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("megatron_vila")
-    logger.addHandler(handler)
-    try:
-        train(rank, overrides_)
-    except CheckpointError as error:
-        dist.barrier()
-        return str(error)
-    finally:
-        logger.removeHandler(handler)
-    return [line for line in said if line.startswith(("changed since", "warning: other than"))]
+    """What the run says of changed settings, or why it is refused."""
+    said = test_damaged_checkpoint.resumed(rank, overrides_)
+    return said if isinstance(said, str) else [line for line in said if line.startswith(CHANGED)]
 
 
 def test_a_run_that_goes_on_tells_what_changed_and_all_ranks_refuse_what_makes_no_sense(videos, tmp_path):
