@@ -39,7 +39,7 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.sources.json_files import open_records
+from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_vila.plan.grid import GridShape
 

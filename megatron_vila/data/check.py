@@ -18,7 +18,7 @@ from megatron_vila.data import loader
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import LoadedRow, RowLoader
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.sources.json_files import open_records
+from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
 from megatron_vila.plan.bounds import MOST

@@ -112,7 +112,7 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
 
     from megatron_vila.data.check import problem_of
     from megatron_vila.data.dataset import VilaDataset
-    from megatron_vila.data.sources.json_files import open_records
+    from megatron_vila.data.sources.open import open_records
 
     records = open_records(data, data.train)
     if index >= len(records):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.fields import RecordError
-from megatron_vila.data.sources.json_files import open_records
+from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError

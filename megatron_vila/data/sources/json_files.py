@@ -58,6 +58,11 @@ class JsonFiles:
         if self.bad and (len(self.bad) == len(self) or not skip_bad):
             raise BadRecordsError(report_bad_records(self.bad, len(self)), self.bad)
 
+    @classmethod
+    def of(cls, data: DataConfig, paths: Sequence[str]) -> JsonFiles:
+        """The records of ``paths`` by the settings of a run."""
+        return cls(paths, data.media_dir, data.media_format, data.bad_records == "skip", data.ignore_fields)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -90,8 +95,3 @@ class JsonFiles:
             raise IndexError(f"record {index} of {len(self)}")
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return file, self._places[file][index - self._starts[file]].tolist()
-
-
-def open_records(data: DataConfig, files: Sequence[str]) -> JsonFiles:
-    """The records of ``files`` by the settings of a run. Raises ``RecordError``."""
-    return JsonFiles(files, data.media_dir, data.media_format, data.bad_records == "skip", data.ignore_fields)
