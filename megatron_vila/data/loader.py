@@ -4,30 +4,26 @@ Row g of a run goes to data-parallel replica ``(g % global_batch_size) % dp_size
 block holds the same row and decodes only its own frames. A sample that one rank cannot decode is made known to the whole block,
 and every rank puts the same other sample in its place.
 
-Legend: F squares that this rank decodes (frames, or tiles of frames), T of them of one frame, H = W side of a picture in pixels.
+Legend: F squares that this rank decodes (frames, or tiles of frames), H = W side of a picture in pixels.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
-from PIL import Image
 
 from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSampleError, TooLongError, VilaDataset
-from megatron_vila.data.images import load_image, preprocess
-from megatron_vila.data.media import MediaSource
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.video import VideoReader
+from megatron_vila.data.row_decoder import DecodedRow, RowDecoder
 from megatron_vila.errors import PeerError
 from megatron_vila.plan.grid import GridShape
-from megatron_vila.plan.row import FrameRef, Row, pack
+from megatron_vila.plan.row import Row, pack
 from megatron_vila.plan.row_plan import RowPlan, ShardPlan
 
 logger = logging.getLogger(__name__)
@@ -98,9 +94,7 @@ class _Attempt:
     left_out: tuple[LeftOut, ...] = ()
     found: dict[int, str] = field(default_factory=dict)
     plan: ShardPlan | None = None
-    pixels: torch.Tensor | None = None
-    decoded_frames: int = 0
-    decode_s: float = 0.0
+    decoded: DecodedRow | None = None
     error: Exception | None = None
 
     def reports(self) -> list[str]:
@@ -153,10 +147,9 @@ class RowLoader:
         self._dataset, self._order = dataset, order
         self._grid, self._rank, self._agree = grid, rank, agree
         self._global_batch_size, self._decodes = global_batch_size, decode
-        self._image_size, self._aspect = image_size, aspect
         self._prefetch, self._replace_bad = max(0, prefetch), replace_bad
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-        self._closing = threading.Event()
+        self._decoder = RowDecoder(dataset.probe, dataset.failures, image_size=image_size, aspect=aspect)
         self._jobs: dict[int, tuple[list[int], Future[_Attempt]]] = {}
         self._broken: dict[int, str] = dict(dataset.records.bad)
         self._warned: set[int] = set()
@@ -169,7 +162,7 @@ class RowLoader:
 
     def close(self) -> None:
         """Stop the threads: rows not begun are given up, a row in work ends at its next picture."""
-        self._closing.set()
+        self._decoder.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._jobs.clear()
 
@@ -203,9 +196,10 @@ class RowLoader:
         while reports := self._agree(attempt.reports()):
             self._learn(reports, attempt.error)
             attempt = self._attempt(slots, dict(self._broken), attempt)
+        assert attempt.decoded is not None, "an attempt without pixels has reported its error"
         self._warn(attempt)
-        stats = _stats(attempt, wait_s=time.perf_counter() - started_s)
-        return LoadedRow(self._number(place), attempt.plan, attempt.pixels, stats, attempt.left_out)
+        stats = _stats(attempt, attempt.decoded, wait_s=time.perf_counter() - started_s)
+        return LoadedRow(self._number(place), attempt.plan, attempt.decoded.pixels, stats, attempt.left_out)
 
     def _number(self, place: int) -> int:
         dp_size, dp_rank = self._grid.dp, self._grid.coordinates(self._rank).dp
@@ -241,19 +235,15 @@ class RowLoader:
         try:
             choices, left_out, found = self._choose(slots, broken)
             if not choices:
-                return _Attempt((), left_out, found, pixels=self._no_pixels(0))
+                return _Attempt((), left_out, found, decoded=self._decoder.decode((), range(0)))
             if previous is not None and [c.index for c in choices] == [c.index for c in previous.choices]:
                 return replace(previous, choices=choices, left_out=left_out, found=found)
             row = pack([choice.document for choice in choices], self._grid.document_multiple, self._grid.row_multiple)
             plan = RowPlan.of(row, self._grid).shard(self._rank)
             local = plan.frames if self._decodes else range(0)
-            started_s = time.perf_counter()
-            pixels, undecodable = self._decode(choices, local)
-            decode_s, mine = time.perf_counter() - started_s, row.units[local.start : local.stop]
-            decoded = sum(unit.frames for unit in mine)
-            return _Attempt(
-                choices, left_out, found | undecodable, plan, pixels, decoded_frames=decoded, decode_s=decode_s
-            )
+            decoded = self._decoder.decode([choice.document for choice in choices], local)
+            found |= {choices[place].index: reason for place, reason in decoded.undecodable.items()}
+            return _Attempt(choices, left_out, found, plan, decoded)
         except Exception as error:
             return _Attempt(choices=tuple(choices), error=error)
 
@@ -293,89 +283,8 @@ class RowLoader:
             return (), (LeftOut(index, "too_long", str(error)),), {}
         return (Choice(index, document, "", {}, dropped_frames),), (), {}
 
-    def _decode(self, choices: Sequence[Choice], local: range) -> tuple[torch.Tensor, dict[int, str]]:
-        """Squares of the units ``local`` of the row, one after the other, and the samples whose frames could not be decoded."""
-        parts, first = [], 0
-        for choice in choices:
-            frames = choice.document.frames
-            parts.append(frames[max(0, local.start - first) : max(0, local.stop - first)])
-            first += len(frames)
-        sizes = [sum(frame.unit.squares for frame in part) for part in parts]
-        pixels, undecodable = self._no_pixels(sum(sizes)), {}
-        for choice, part, out_F3HW in zip(choices, parts, pixels.split(sizes), strict=True):
-            try:
-                self._decode_units(part, out_F3HW)
-            except LoaderError:
-                raise
-            except Exception as error:
-                undecodable[choice.index] = self._dataset.failures.reason(error, choice.document.sample_id)
-        return pixels, undecodable
 
-    def _no_pixels(self, squares: int) -> torch.Tensor:
-        return torch.zeros(squares, 3, self._image_size, self._image_size, dtype=torch.uint8)
-
-    def _decode_units(self, units: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
-        """Decode and preprocess picture by picture, so that no more than one picture of full size is held."""
-        outputs = iter(out_F3HW.split([ref.unit.tiles for ref in units for _ in ref.indices]))
-        for run in _runs([_Picture(ref, place) for ref in units for place in range(len(ref.indices))]):
-            for picture in self._pictures(run):
-                self._put(picture, next(outputs))
-
-    def _pictures(self, run: Sequence[_Picture]) -> Iterator[Image.Image]:
-        """The pictures of a run; those of a video in one pass."""
-        if run[0].file:
-            yield load_image(run[0].file)
-            return
-        with VideoReader(self._dataset.probe(run[0].ref.source), [picture.index for picture in run]) as reader:
-            for picture in run:
-                yield reader.frame(picture.index)
-
-    def _put(self, picture: Image.Image, out_T3HW: torch.Tensor) -> None:
-        if self._closing.is_set():
-            raise LoaderError("the loader was closed")
-        squares_T3HW = preprocess([picture], self._image_size, self._aspect)
-        if len(squares_T3HW) != len(out_T3HW):
-            raise LoaderError(f"a frame became {len(squares_T3HW)} squares, and its unit has {len(out_T3HW)} tiles")
-        out_T3HW.copy_(squares_T3HW)
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """Frame ``place`` of a unit."""
-
-    ref: FrameRef
-    place: int
-
-    @property
-    def index(self) -> int:
-        return self.ref.indices[self.place]
-
-    @property
-    def file(self) -> MediaSource | None:
-        """The picture's own file; None for a frame of a video file."""
-        if self.ref.pictures:
-            return self.ref.pictures[self.place]
-        return None if self.ref.is_video else self.ref.source
-
-
-def _runs(pictures: Sequence[_Picture]) -> Iterator[Sequence[_Picture]]:
-    """``pictures`` in runs: frames that ascend in one video, or one picture with a file of its own."""
-    first = 0
-    for end in range(1, len(pictures) + 1):
-        following = pictures[end] if end < len(pictures) else None
-        last = pictures[end - 1]
-        if (
-            following is None
-            or last.file
-            or following.file
-            or following.ref.source != last.ref.source
-            or following.index <= last.index
-        ):
-            yield pictures[first:end]
-            first = end
-
-
-def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
+def _stats(attempt: _Attempt, decoded: DecodedRow, wait_s: float) -> RowStats:
     choices = attempt.choices
     return RowStats(
         documents=len(choices),
@@ -384,7 +293,7 @@ def _stats(attempt: _Attempt, wait_s: float) -> RowStats:
         truncated=sum(c.dropped_frames > 0 for c in choices),
         unsupervised=sum(not c.supervised for c in choices),
         left_out=len(attempt.left_out),
-        decoded_frames=attempt.decoded_frames,
-        decode_s=attempt.decode_s,
+        decoded_frames=decoded.frames,
+        decode_s=decoded.decode_s,
         wait_s=wait_s,
     )

@@ -216,13 +216,13 @@ def test_an_unexpected_error_on_one_rank_ends_all_ranks(tmp_path, folder):
     data = Data(tmp_path, folder, GOOD)
     agreement = Agreement(2)
 
-    def no_memory(frames):
+    def no_memory(documents, local):
         raise MemoryError("out of memory")
 
     def run(rank):
         with data.loader(rank, 2, lambda reports: agreement(rank, reports), prefetch=0) as loader:
             if rank:
-                loader._no_pixels = no_memory
+                loader._decoder.decode = no_memory
             with pytest.raises(LoaderError, match=r"MemoryError: out of memory \(samples of the row: ") as error:
                 loader.rows(0)
             return error.value.__cause__
