@@ -3,6 +3,8 @@
 TFLOP/s count causal attention as half and per document: forward 2, backward 5 products of a score matrix (part ``both``: the
 model FLOPs 2 + 4, as MFU counts them).
 
+Settings: ``documents`` (lengths), ``heads``, ``kv_heads``, ``head_dim``.
+
 Legend: s local tokens (S/cp), H query heads, K key/value heads, D head dim.
 """
 
@@ -17,7 +19,6 @@ import torch.distributed as dist
 
 from benchmarks.plain_ring import plain_ring_attention
 from benchmarks.predicted import attention_alone, plain_ring_alone
-from benchmarks.table import hardware, versions
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
@@ -25,33 +26,21 @@ from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.budgets import GIB, MOST_PEER_BYTES
+from megatron_vila.plan.budgets import MOST_PEER_BYTES
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row_plan import AttentionPlan
 
-VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto", "method": "mmsp", "exchange": "peers"}
-METHODS = ("mmsp", "plain_ring")
-EXCHANGES = ("peers", "collective")
+VARIANT = {"ulysses": 1, "ulysses_chunks": 1, "ring": 1, "kernel": "auto"}
+VARIANT |= {"method": ("mmsp", "plain_ring"), "exchange": ("peers", "collective")}
 PRODUCTS = {"forward": 2, "backward": 5, "both": 6}
 
 
-def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings``: ``documents`` (lengths), ``heads``, ``kv_heads``, ``head_dim``, ``variants``, ``warmup``, ``timed``,
-    ``command``."""
-    for text in settings["variants"]:
-        yield from _variant(settings, text)
-
-
-def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
+def rows(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
+    """One for each part of the variant ``text``."""
     variant = parse_variant(text, VARIANT)
-    if variant["method"] not in METHODS:
-        raise ValueError(f"variant {text}: method={variant['method']} is unknown; use {' or '.join(METHODS)}")
-    if variant["exchange"] not in EXCHANGES:
-        raise ValueError(f"variant {text}: exchange={variant['exchange']} is unknown; use {' or '.join(EXCHANGES)}")
     heads, kv_heads, dim = (settings[name] for name in ("heads", "kv_heads", "head_dim"))
     documents = np.array(settings["documents"])
-    device = accelerator.device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = accelerator.device(), accelerator.dtype_of("auto")
     topology = ParallelTopology.create(ParallelConfig(ulysses=variant["ulysses"], ring=variant["ring"]))
     grid = topology.grid
     unit = grid.document_multiple
@@ -96,27 +85,19 @@ def _variant(settings: dict[str, Any], text: str) -> Iterator[dict[str, Any]]:
         "backward": lambda: torch.autograd.grad(out_sHD, (q_sHD, k_sKD, v_sKD), dout_sHD, retain_graph=True),
         "both": lambda: torch.autograd.grad(forward(), (q_sHD, k_sKD, v_sKD), dout_sHD),
     }
-    world = dist.get_world_size()
     score = heads * dim * float((documents.astype(np.float64) ** 2).sum())
     for part, step in steps.items():
         found = measure(step, settings["warmup"], settings["timed"])
         yield {
             "model": f"{heads}/{kv_heads} heads of {dim}" + f", {len(documents)} documents" * (len(documents) > 1),
-            "variant": text,
             "part": part,
-            "gpus": world,
             "tp": 1,
             "ulysses": grid.ulysses,
             "ring": grid.ring,
             "attention": kernel.name,
             "seq_len": int(cu_seqlens[-1]),
-            "time_s": round(found.seconds, 6),
-            "tflops_per_gpu": float(f"{PRODUCTS[part] * score / found.seconds / world / 1e12:.4g}"),
-            "peak_gib": round(found.peak_bytes / GIB, 3),
-            "predicted_gib": round(predicted[part] / GIB, 3) if predicted else "",
-            "hardware": hardware(world),
-            "versions": versions(),
-            "command": settings["command"],
+            "tflops_per_gpu": float(f"{PRODUCTS[part] * score / found.seconds / dist.get_world_size() / 1e12:.4g}"),
+            **found.columns(predicted and predicted[part]),
         }
     topology.destroy()
 
@@ -134,4 +115,5 @@ def predicted_bytes(settings: dict[str, Any], variant: dict[str, Any], kernel: s
         return None
     peers = variant["exchange"] == "peers" and q + 2 * k <= MOST_PEER_BYTES
     packed = len(settings["documents"]) > 1
-    return {part: attention_alone(part, q, k, lse, ulysses, ring, chunks, peers, packed) for part in PRODUCTS}
+    layout = {"ulysses": ulysses, "ring": ring, "chunks": chunks, "peers": peers, "packed": packed}
+    return {part: attention_alone(part, q, k, lse, **layout) for part in PRODUCTS}

@@ -2,11 +2,13 @@
 
 ``method`` is ``fused`` (this project) or ``eager``: all logits in bfloat16, then in float32. With ``main_grad=1`` the fused head
 adds the weight gradient to a float32 buffer, as under Megatron's DDP; else autograd gets it in bfloat16.
+
+Settings: ``tokens`` (of the tp group, unless the variant says otherwise), ``hidden``, ``vocab``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.predicted import head_alone
-from benchmarks.table import hardware, versions
 from benchmarks.worker import Measured, measure, parse_variant
 from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
@@ -22,25 +23,17 @@ from megatron_vila.models.loss import Vocabulary, fused_head
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
 
-VARIANT = {"method": "fused", "tp": 1, "tokens": 0, "main_grad": 1}
+VARIANT = {"method": ("fused", "eager"), "tp": 1, "tokens": 0, "main_grad": 1}
 SAMPLE = 256
 """Tokens that gradients are compared on."""
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Vocabulary], torch.Tensor]
 
 
-def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings``: ``tokens`` (of the tp group, unless the variant says otherwise), ``hidden``, ``vocab``, ``variants``,
-    ``warmup``, ``timed``, ``command``."""
-    for text in settings["variants"]:
-        yield _variant(settings, text)
-
-
-def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
+def rows(settings: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """That of the variant ``text``."""
     variant = parse_variant(text, VARIANT)
     method, tp, hidden, vocab = variant["method"], variant["tp"], settings["hidden"], settings["vocab"]
-    if method not in LOSSES:
-        raise ValueError(f"variant {text}: method={method} is unknown; use {', '.join(LOSSES)}")
     if method == "eager" and tp > 1:
         raise ValueError(f"variant {text}: method=eager knows no tensor parallelism; use tp=1")
     tokens = variant["tokens"] or settings["tokens"]
@@ -49,33 +42,26 @@ def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
     topology = ParallelTopology.create(ParallelConfig(tp=tp))
     in_buffer = method == "fused" and bool(variant["main_grad"])
     found, kept = _measure(settings, LOSSES[method], in_buffer, tokens, topology)
-    world = dist.get_world_size()
-    flops = 6 * tokens * hidden * vocab * topology.grid.dp
+    tokens_per_s = tokens * topology.grid.dp / found.seconds / dist.get_world_size()
     element = accelerator.dtype_of("auto").itemsize
     predicted = head_alone(tokens, hidden, vocab, element, 4 if in_buffer else element)
     note = f"{(found.peak_bytes - kept) / GIB:.3f} GiB beyond operands and gradients; relative gradient errors"
     topology.destroy()
     # Only now: what is compiled first is compiled for the lengths that are timed.
     note += " {:.2e} (hidden) {:.2e} (weight)".format(*_worst_errors(LOSSES[method], in_buffer, hidden, vocab))
-    return {
+    row = {
         "model": f"{tokens} tokens, hidden {hidden}, vocabulary {vocab}",
-        "variant": text,
         "part": "both",
-        "gpus": world,
         "tp": tp,
         "ulysses": 1,
         "ring": 1,
         "seq_len": tokens,
-        "time_s": round(found.seconds, 6),
-        "tokens_per_s_per_gpu": round(tokens * topology.grid.dp / found.seconds / world, 1),
-        "tflops_per_gpu": float(f"{flops / found.seconds / world / 1e12:.4g}"),
-        "peak_gib": round(found.peak_bytes / GIB, 3),
-        "predicted_gib": round(predicted / GIB, 3) if method == "fused" and tp == 1 else "",
+        "tokens_per_s_per_gpu": round(tokens_per_s, 1),
+        "tflops_per_gpu": float(f"{6 * hidden * vocab * tokens_per_s / 1e12:.4g}"),
         "note": note,
-        "hardware": hardware(world),
-        "versions": versions(),
-        "command": settings["command"],
+        **found.columns(predicted if method == "fused" and tp == 1 else None),
     }
+    return [row]
 
 
 def _measure(
@@ -99,8 +85,7 @@ def _measure(
 
 def _operands(tokens: int, hidden: int, vocab: int, held: int) -> tuple[torch.Tensor, torch.nn.Parameter, torch.Tensor]:
     """Hidden states, the ``held`` rows of the output layer, whose logits have deviation 1, and labels in the whole vocabulary."""
-    device = accelerator.device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = accelerator.device(), accelerator.dtype_of("auto")
     torch.manual_seed(0)
     hidden_nH = torch.randn(tokens, hidden, device=device, dtype=dtype).requires_grad_()
     weight_VH = torch.nn.Parameter(torch.randn(held, hidden, device=device, dtype=dtype) / hidden**0.5)

@@ -7,13 +7,15 @@ trained, weights in bfloat16 on a GPU. As in training, products add the gradient
 start (float32, or with ``optim.grad_reduce_fp32=false`` the weights' dtype). ``swiglu=apart`` is without the products that have
 SwiGLU inside.
 
+Settings: ``config``, ``overrides``, ``layers``.
+
 Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from benchmarks.predicted import decoder_alone
-from benchmarks.table import hardware, versions
+from benchmarks.table import rates
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
@@ -39,42 +41,31 @@ from megatron_vila.parallel.megatron_attention import MMSPAttention, RowParams
 from megatron_vila.parallel.rope import rotary_angles
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
-from megatron_vila.plan.flops import mfu, model_flops
+from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.row_plan import AttentionPlan
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.plan.tokens import local_positions
 
-VARIANT = {
-    "tp": 1, "ulysses": 1, "ulysses_chunks": 1, "ring": 1, "attention": "auto", "method": "mmsp", "recompute": "none",
-    "block_layers": 1, "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0, "swiglu": "inside",
-}  # fmt: skip
-SWIGLU = {"inside": True, "apart": False}
 MEGATRON = {"megatron_p2p": "p2p", "megatron_a2a": "a2a", "megatron_tp": None, "megatron_mmsp": None}
+VARIANT = {
+    "tp": 1, "ulysses": 1, "ulysses_chunks": 1, "ring": 1, "attention": "auto", "method": ("mmsp", *MEGATRON),
+    "recompute": "none", "block_layers": 1, "recompute_layers": 0, "mlp_tile": 0, "offload_gib": 0.0,
+    "swiglu": ("inside", "apart"),
+}  # fmt: skip
 
 
-def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings``: ``config``, ``overrides``, ``layers``, ``lengths``, ``variants``, ``warmup``, ``timed``, ``command``."""
-    for length in settings["lengths"]:
-        for text in settings["variants"]:
-            yield _variant(settings, text, length)
-
-
-def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]:
-    variant = parse_variant(text, VARIANT)
-    if variant["method"] not in ("mmsp", *MEGATRON):
-        raise ValueError(f"variant {text}: method={variant['method']} is unknown; use mmsp, {', '.join(MEGATRON)}")
-    if variant["swiglu"] not in SWIGLU:
-        raise ValueError(f"variant {text}: swiglu={variant['swiglu']} is unknown; use {' or '.join(SWIGLU)}")
+def rows(settings: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """That of the variant ``text``."""
+    variant, length = parse_variant(text, VARIANT), settings["length"]
     config = config_of(settings, variant, length)
     topology = ParallelTopology.create(config.parallel)
     model_parallel_cuda_manual_seed(1)
-    device = accelerator.device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = accelerator.device(), accelerator.dtype_of("auto")
     hidden = torch.randn(
         length // topology.grid.encoders, 1, config.model.llm.hidden_size, device=device, dtype=dtype
     ).requires_grad_()
-    build = _mmsp if variant["method"] == "mmsp" else _megatron
-    attention, decoder, run = build(config, variant, topology, dtype, device, length)
+    build = our_layers if variant["method"] == "mmsp" else _megatron
+    attention, decoder, run = build(config, variant, topology)
     dout = torch.randn_like(hidden)
     learned = list(decoder.parameters())
     for parameter in learned:
@@ -86,28 +77,18 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         run(hidden).backward(dout)
 
     found = measure(step, settings["warmup"], settings["timed"])
-    world = dist.get_world_size()
     flops = model_flops([length], 0, (), config.model, config.optim).total * topology.grid.dp
-    peak = accelerator.machine().peak_flops
-    share = mfu(flops, found.seconds, world, peak)
     topology.destroy()
-    return {
+    row = {
         "model": f"{config.model.name}, {settings['layers']} layers",
-        "variant": text,
         "part": "both",
-        "gpus": world,
         **{axis: variant[axis] for axis in ("tp", "ulysses", "ring")},
         "attention": attention,
         "seq_len": length,
-        "time_s": round(found.seconds, 6),
-        "tflops_per_gpu": float(f"{flops / found.seconds / world / 1e12:.4g}"),
-        "mfu": "" if share is None else round(share, 4),
-        "peak_gib": round(found.peak_bytes / GIB, 3),
-        "predicted_gib": round(decoder_alone(config, dtype.itemsize) / GIB, 3) if variant["method"] == "mmsp" else "",
-        "hardware": hardware(world),
-        "versions": versions(),
-        "command": settings["command"],
+        **rates(flops / found.seconds / dist.get_world_size()),
+        **found.columns(decoder_alone(config, dtype.itemsize) if variant["method"] == "mmsp" else None),
     }
+    return [row]
 
 
 def config_of(settings: dict[str, Any], variant: dict[str, Any], length: int) -> Config:
@@ -121,26 +102,26 @@ def config_of(settings: dict[str, Any], variant: dict[str, Any], length: int) ->
     return config
 
 
-def _mmsp(
-    config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
-) -> tuple[str, torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """The kernel of attention, the layers, and their call."""
-    grid, llm = topology.grid, config.model.llm
+Layers = tuple[str, torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]
+"""The kernel of attention, the layers, and their call on the hidden states of this rank's tokens."""
+
+
+def our_layers(config: Config, variant: dict[str, Any], topology: ParallelTopology) -> Layers:
+    """``build_language_model``'s."""
+    grid, llm, device, dtype = topology.grid, config.model.llm, accelerator.device(), accelerator.dtype_of("auto")
     stock = transformer_config(config.model, topology, dtype)
     settings = {"mlp_tile": config.memory.mlp_tile, "ulysses_chunks": config.parallel.ulysses_chunks}
-    settings |= {"swiglu_inside": SWIGLU[variant["swiglu"]]}
+    settings |= {"swiglu_inside": variant["swiglu"] == "inside"}
     decoder = build_language_model(config.model, stock, topology, device, **settings).decoder.to(device, dtype)
-    cu_seqlens = np.array([0, length])
-    positions = torch.from_numpy(local_positions(cu_seqlens, grid.cp, topology.cp_rank)).to(device)
+    document = np.array([0, config.train.seq_length])
+    positions = torch.from_numpy(local_positions(document, grid.cp, topology.cp_rank)).to(device)
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
-    row = RowParams(*angles, RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), device))
+    row = RowParams(*angles, _row_indices(config, topology))
     host = HostStore(int(config.memory.offload_gib * GIB), device)
     return attention_kernel(decoder), decoder, lambda hidden_t1H: run_decoder(decoder, hidden_t1H, row, config.memory, host)
 
 
-def _megatron(
-    config: Config, variant: dict[str, Any], topology: ParallelTopology, dtype: torch.dtype, device: torch.device, length: int
-) -> tuple[str, torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+def _megatron(config: Config, variant: dict[str, Any], topology: ParallelTopology) -> Layers:
     """Megatron-Core's GPT layers of Transformer Engine with its own context parallelism and choice of kernel, or with ours."""
     method = variant["method"]
     try:
@@ -150,7 +131,7 @@ def _megatron(
     except (ImportError, NameError, TypeError) as error:
         raise RuntimeError(f"method={method} needs Transformer Engine, which does not load here ({error})") from error
     stock = dataclasses.replace(
-        transformer_config(config.model, topology, dtype),
+        transformer_config(config.model, topology, accelerator.dtype_of("auto")),
         cp_comm_type=MEGATRON[method],
         apply_rope_fusion=True,
         bias_activation_fusion=True,
@@ -161,39 +142,37 @@ def _megatron(
     )
     inside = method == "megatron_mmsp"
     if inside:
-        put_attention_inside(spec, config, topology, device, length)
+        put_attention_inside(spec, config, topology)
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal
-    block, run = megatron_layers(spec, stock, config, topology, dtype, device, length)
+    block, run = megatron_layers(spec, stock, config, topology)
     return attention_kernel(block) if inside else "", block, run
 
 
 def megatron_layers(
-    spec: ModuleSpec,
-    stock: TransformerConfig,
-    config: Config,
-    topology: ParallelTopology,
-    dtype: torch.dtype,
-    device: torch.device,
-    length: int,
+    spec: ModuleSpec, stock: TransformerConfig, config: Config, topology: ParallelTopology
 ) -> tuple[TransformerBlock, Callable[[torch.Tensor], torch.Tensor]]:
-    """Layers of ``spec`` as Megatron-Core runs them, and their call on a document of ``length`` tokens."""
-    llm = config.model.llm
+    """Layers of ``spec`` as Megatron-Core runs them, and their call on a document of ``train.seq_length`` tokens."""
+    llm, device = config.model.llm, accelerator.device()
     block = TransformerBlock(
         stock, spec, post_layer_norm=False, pre_process=True, post_process=False, pg_collection=topology.collection
-    ).to(device, dtype)
+    ).to(device, stock.params_dtype)
     rotary = RotaryEmbedding(head_dim(llm), rotary_percent=1.0, rotary_base=int(llm.rope_theta), cp_group=topology.cp)
-    angles = rotary(length).to(device)
+    angles = rotary(config.train.seq_length).to(device)
     return block, lambda hidden_t1H: block(hidden_states=hidden_t1H, attention_mask=None, rotary_pos_emb=angles)
 
 
-def put_attention_inside(
-    spec: ModuleSpec, config: Config, topology: ParallelTopology, device: torch.device, length: int
-) -> None:
-    """Give Megatron's layers this project's attention, for a document of ``length`` tokens."""
-    indices = RowIndices.of(AttentionPlan.of(np.array([0, length]), topology.grid, topology.place.ring), device)
-    spec.submodules.self_attention.submodules.core_attention = core_attention(
-        _InsideMegatron, config.model, topology, device, config.parallel.ulysses_chunks, indices=indices
+def put_attention_inside(spec: ModuleSpec, config: Config, topology: ParallelTopology) -> None:
+    """Give Megatron's layers this project's attention, for a document of ``train.seq_length`` tokens."""
+    device, chunks = accelerator.device(), config.parallel.ulysses_chunks
+    inside = core_attention(
+        _InsideMegatron, config.model, topology, device, chunks, indices=_row_indices(config, topology)
     )
+    spec.submodules.self_attention.submodules.core_attention = inside
+
+
+def _row_indices(config: Config, topology: ParallelTopology) -> RowIndices:
+    document = np.array([0, config.train.seq_length])
+    return RowIndices.of(AttentionPlan.of(document, topology.grid, topology.place.ring), accelerator.device())
 
 
 class _InsideMegatron(MMSPAttention):

@@ -51,7 +51,7 @@ def reshard_alone(made: int, owned: int, gathered: int) -> int:
 
 
 def attention_alone(
-    part: str, q: int, k: int, lse: int, ulysses: int, ring: int, chunks: int, peers: bool, packed: bool
+    part: str, q: int, k: int, lse: int, *, ulysses: int, ring: int, chunks: int, peers: bool, packed: bool
 ) -> int:
     """Bytes of a rank that runs 2D attention alone with fa4, in a ring of at most 2, while ``part`` of it is measured
     (``benchmarks/attention.py``).
@@ -62,7 +62,7 @@ def attention_alone(
     given = q + 2 * k
     # Of two: all queries with half of the keys, or half of the queries, copied in packed rows, with all keys.
     ring_forward = q if ring == 1 else max(2 * q + k + 4 * lse, (2 if packed else 1.5) * q + 2 * k)
-    backward = attention_backward_bytes(q, k, ulysses, ring, chunks, False, packed)
+    backward = attention_backward_bytes(q, k, ulysses, ring, chunks, again=False, packed=packed)
     if ulysses == 1:
         saved, forward = q + lse, ring_forward + lse
     else:

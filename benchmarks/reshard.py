@@ -3,13 +3,14 @@
 ``part`` is forward plus backward. The gather pads every rank to the most tokens, as equal-sized collectives need; its backward
 pass sums the gradient of the whole and cuts out the own part, as Megatron-Bridge does.
 
+Settings: ``frames``, ``tokens_per_frame``, ``hidden``.
+
 Legend: N visual tokens made here, M visual tokens owned here, H hidden size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,53 +18,36 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.predicted import reshard_alone
-from benchmarks.table import hardware, versions
 from benchmarks.worker import measure, parse_variant
 from megatron_vila import accelerator
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.parallel.reshard import Reshard
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.tokens import plan_reshard
 
-VARIANT = {"tp": 1, "ulysses": 1, "ring": 1, "method": "all_to_all"}
-METHODS = ("all_to_all", "full_gather")
+VARIANT = {"tp": 1, "ulysses": 1, "ring": 1, "method": ("all_to_all", "full_gather")}
 
 
-def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings``: ``frames``, ``tokens_per_frame``, ``hidden``, ``variants``, ``warmup``, ``timed``, ``command``."""
-    for text in settings["variants"]:
-        yield _variant(settings, text)
-
-
-def _variant(settings: dict[str, Any], text: str) -> dict[str, Any]:
+def rows(settings: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """That of the variant ``text``."""
     variant = parse_variant(text, VARIANT)
-    if variant["method"] not in METHODS:
-        raise ValueError(f"variant {text}: method={variant['method']} is unknown; use {' or '.join(METHODS)}")
     sizes = {axis: variant[axis] for axis in ("tp", "ulysses", "ring")}
     frames, each, hidden = (settings[name] for name in ("frames", "tokens_per_frame", "hidden"))
     topology = ParallelTopology.create(ParallelConfig(**sizes))
-    length, moves, made_NH, downed_MH = _prepare(topology, frames, each, hidden)
+    length, moves, made_NH, downed_MH = prepare(topology, frames, each, hidden)
     move = moves[variant["method"]]
     found = measure(lambda: torch.autograd.grad(move(made_NH), made_NH, downed_MH), settings["warmup"], settings["timed"])
-    world = dist.get_world_size()
     topology.destroy()
-    return {
+    row = {
         "model": f"{frames} frames of {each} tokens, hidden {hidden}",
-        "variant": text,
         "part": "both",
-        "gpus": world,
         **sizes,
         "seq_len": length,
         "frames": frames,
-        "time_s": round(found.seconds, 6),
-        "frames_per_s_per_gpu": round(frames / found.seconds / world, 1),
-        "peak_gib": round(found.peak_bytes / GIB, 3),
-        "predicted_gib": round(predicted_bytes(settings, variant, length, made_NH.element_size()) / GIB, 3),
-        "hardware": hardware(world),
-        "versions": versions(),
-        "command": settings["command"],
+        "frames_per_s_per_gpu": round(frames / found.seconds / dist.get_world_size(), 1),
+        **found.columns(predicted_bytes(settings, variant, length, made_NH.element_size())),
     }
+    return [row]
 
 
 def predicted_bytes(settings: dict[str, Any], variant: dict[str, Any], length: int, element: int) -> int:
@@ -74,19 +58,7 @@ def predicted_bytes(settings: dict[str, Any], variant: dict[str, Any], length: i
     return reshard_alone(made, owned, ranks * made if variant["method"] == "full_gather" else 0)
 
 
-def difference(parallel: ParallelConfig, frames: int, each: int, hidden: int) -> float:
-    """Largest difference, in value or gradient, between the two methods on this rank. Collective over the tp_cp group."""
-    topology = ParallelTopology.create(parallel)
-    _, moves, made_NH, downed_MH = _prepare(topology, frames, each, hidden)
-    results = []
-    for method in METHODS:
-        moved_MH = moves[method](made_NH)
-        results.append((moved_MH, *torch.autograd.grad(moved_MH, made_NH, downed_MH)))
-    topology.destroy()
-    return max(float((x - y).abs().max()) if x.numel() else 0.0 for x, y in zip(*results, strict=True))
-
-
-def _prepare(topology: ParallelTopology, frames: int, each: int, hidden: int):
+def prepare(topology: ParallelTopology, frames: int, each: int, hidden: int):
     """Tokens of the row, the two methods, the tokens made here and the gradient of those owned here."""
     grid, device = topology.grid, accelerator.device()
     unit = math.lcm(grid.document_multiple, grid.row_multiple)
@@ -94,7 +66,7 @@ def _prepare(topology: ParallelTopology, frames: int, each: int, hidden: int):
     cu_seqlens = np.array([0, length])
     plan = plan_reshard(cu_seqlens, each * np.arange(frames), [each] * frames, [1] * frames, grid.cp, grid.tp)
     reshard = Reshard.of(plan.of_rank(topology.encoder_rank), topology.tp_cp, device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = accelerator.dtype_of("auto")
     made_NH = torch.randn(sum(reshard.plan.send_counts), hidden, device=device, dtype=dtype).requires_grad_()
     downed_MH = torch.randn(sum(reshard.plan.recv_counts), hidden, device=device, dtype=dtype)
     made = plan.traffic.sum(axis=1).tolist()

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_vila import accelerator
+from megatron_vila.plan.flops import mfu
+
 COLUMNS = (
     "model", "variant", "part", "gpus", "tp", "pp", "ulysses", "ring", "attention", "seq_len", "frames", "time_s",
     "vision_s", "tokens_per_s_per_gpu", "frames_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "predicted_gib", "host_gib",
@@ -44,6 +47,12 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def rates(flops_per_s: float) -> dict[str, Any]:
+    """Columns for the model FLOP/s of one of our GPUs; its MFU is empty where its peak is not known."""
+    share = mfu(flops_per_s, 1.0, 1, accelerator.machine().peak_flops)
+    return {"tflops_per_gpu": float(f"{flops_per_s / 1e12:.4g}"), "mfu": "" if share is None else round(share, 4)}
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:

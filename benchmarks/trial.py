@@ -6,13 +6,15 @@ backward pass of the last layers, where the most memory is in use; Adam's state 
 makes it quicker still (``benchmarks/unfilled.py``); such rows tell of memory alone. ``vision_s`` is what the last step spent on
 frames: pixels to the device, tower, projector and stage 2, forward and backward, on the slowest rank. The lookup of text tokens
 between them counts with it.
+
+Settings: ``config``, ``overrides``, ``video``, ``supervised`` (last tokens of a row, 0: all), ``short_warmup`` (warm up on rows
+of an eighth), ``partial`` (layers, 0: whole steps), ``without_attention``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from benchmarks import unfilled
-from benchmarks.table import hardware, versions
+from benchmarks.table import rates
 from benchmarks.worker import measure
 from megatron_vila import accelerator
 from megatron_vila.checkpoint.optimizer_shards import ensure_state
@@ -33,28 +35,21 @@ from megatron_vila.models.language import attention_kernel
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
-from megatron_vila.plan.flops import mfu, model_flops
+from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.memory import estimate_memory
 from megatron_vila.plan.pictures import most_frames, pictures_of
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, pack
 from megatron_vila.plan.row_plan import RowPlan
-from megatron_vila.training.optimizer import apply_step, build_optimizer, wrap_ddp
+from megatron_vila.training.optimizer import apply_step, build_optimizer, part_of, wrap_ddp
 from megatron_vila.training.step import Pass, mean_loss
 
 FRAME_SHARE = 15 / 16
 """Part of a video row that is frames."""
 
 
-def rows(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """``settings``: ``config``, ``overrides``, ``lengths``, ``variants``, ``video``, ``supervised`` (last tokens of a row, 0:
-    all), ``warmup``, ``timed``, ``short_warmup`` (warm up on rows of an eighth), ``partial`` (layers, 0: whole steps),
-    ``without_attention``, ``command``."""
-    for length in settings["lengths"]:
-        for text in settings["variants"]:
-            yield _variant(settings, text, length)
-
-
-def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]:
+def rows(settings: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """That of the variant ``text``."""
+    length = settings["length"]
     chosen = [*settings["overrides"], *filter(None, text.split(",")), f"train.seq_length={length}", "train.steps=10"]
     config = load_config(settings["config"], chosen)
     if settings["without_attention"]:
@@ -64,17 +59,16 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
     topology = ParallelTopology.create(config.parallel)
     config.train.global_batch_size = topology.grid.dp  # one row for each replica
     model_parallel_cuda_manual_seed(config.train.seed)
-    model = wrap_ddp(built := VilaModel(config, topology, dtype, device), config.optim, built.config)
+    model = wrap_ddp(built := _ClockedVila(config, topology, dtype, device), config.optim, built.config)
     optimizer, _ = build_optimizer([model], config.optim, config.train, dtype)
     ensure_state(optimizer)
     forward = Pass(model, topology, config.model.llm, dtype, device)
     losses: list[float] = []
-    clock = _VisionClock(built)
 
     def train(batch: LoadedRow) -> None:
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        clock.start()
+        built.start_clock()
         loss, _ = mean_loss(forward.run([batch]), topology, device)
         apply_step(optimizer)
         losses.append(loss)
@@ -92,66 +86,55 @@ def _variant(settings: dict[str, Any], text: str, length: int) -> dict[str, Any]
         found = measure(lambda: train(batch), warmup, settings["timed"])
     row, world = batch.row, dist.get_world_size()
     flops = model_flops(row.lengths, row.supervised_tokens, row.units, config.model, config.optim).total
-    rate = flops * topology.grid.dp / found.seconds / world
-    peak = accelerator.machine().peak_flops
+    replicas_per_s = topology.grid.dp / found.seconds / world
     estimate = estimate_memory(config, world, accelerator.device_memory_bytes())
-    share = mfu(rate, 1.0, 1, peak)
     whole = not (settings["partial"] or settings["without_attention"])
-    vision_s = clock.seconds() if whole and row.frames else 0.0
+    vision_s = built.vision_s() if whole and row.frames else 0.0
     most = torch.tensor([built.host.peak_bytes / GIB, vision_s], dtype=torch.float64, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     host_gib, vision_s = most.tolist()
     topology.destroy()
-    return {
+    tokens, speed = sum(row.lengths), {}
+    if whole:
+        speed = {"tokens_per_s_per_gpu": round(tokens * replicas_per_s, 1)} | rates(flops * replicas_per_s)
+    shown = {
         "model": config.model.name,
-        "variant": text,
-        "gpus": world,
         **{axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "ulysses", "ring")},
         "attention": attention_kernel(built.llm.decoder),
-        "seq_len": sum(row.lengths),
+        "seq_len": tokens,
         "frames": sum(unit.frames for unit in row.units),
-        "time_s": round(found.seconds, 4),
         "vision_s": round(vision_s, 4) or "",
-        "tokens_per_s_per_gpu": round(sum(row.lengths) * topology.grid.dp / found.seconds / world, 1) if whole else "",
-        "tflops_per_gpu": float(f"{rate / 1e12:.4g}") if whole else "",
-        "mfu": "" if share is None or not whole else round(share, 4),
-        "peak_gib": round(found.peak_bytes / GIB, 3),
-        "predicted_gib": round(estimate.allocated / GIB, 3),
+        **speed,
+        **found.columns(estimate.allocated),
         "host_gib": round(host_gib, 2),
         "first_loss": round(losses[0], 5) if losses else "",
         "note": _note(settings),
-        "hardware": hardware(world),
-        "versions": versions(),
-        "command": settings["command"],
     }
+    return [shown]
 
 
-class _VisionClock:
-    """How long the vision part of the last step took on this rank: from its start until the embeddings are there, and from the
-    arrival of their gradient until the last gradient of tower and projector. On CUDA by events, so that nobody waits for it."""
+class _ClockedVila(VilaModel):
+    """Knows how long the vision part of its last step took on this rank: from the start until the embeddings are there, and
+    from the arrival of their gradient until the last gradient of tower and projector. On CUDA by events, so that nobody waits."""
 
-    def __init__(self, model: VilaModel) -> None:
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
         self._marks: dict[str, Any] = {}
-        if not model.pre_process:
-            return
-        embed = model._embed
-
-        def timed(*args) -> torch.Tensor:
-            embeddings = embed(*args)
-            self._mark("embedded")
-            if embeddings.requires_grad:
-                embeddings.register_hook(lambda _: self._mark("gradient", "end"))
-            return embeddings
-
-        model._embed = timed
-        for parameter in (*model.vision.parameters(), *model.projector.parameters()):
-            if parameter.requires_grad:
+        for name, parameter in self.named_parameters():
+            if part_of(name) != "llm" and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda _: self._mark("end"))
 
-    def start(self) -> None:
+    def embed(self, *args) -> torch.Tensor:
+        embeddings = super().embed(*args)
+        self._mark("embedded")
+        if embeddings.requires_grad:
+            embeddings.register_hook(lambda _: self._mark("gradient", "end"))
+        return embeddings
+
+    def start_clock(self) -> None:
         self._mark("start")
 
-    def seconds(self) -> float:
+    def vision_s(self) -> float:
         """0 on pipeline stages after the first."""
         spans = [("start", "embedded"), ("gradient", "end")]
         return sum(_between(*(self._marks[name] for name in span)) for span in spans if self._marks.keys() >= set(span))

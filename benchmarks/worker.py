@@ -5,6 +5,7 @@ Running the variants in one job makes their ratios fair: same GPUs, same clocks,
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -22,7 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.table import hardware, versions
 from megatron_vila import accelerator, processes
+from megatron_vila.plan.budgets import GIB
 
 _QUEUEING_CYCLES = 40_000_000  # some 20 ms
 KINDS = ("attention", "layer", "head", "reshard", "vision", "trial")
@@ -34,6 +37,14 @@ class Measured:
 
     seconds: float
     peak_bytes: int
+
+    def columns(self, predicted_bytes: float | None) -> dict[str, Any]:
+        """Of a table, beside the memory that was predicted (None: it is not modeled)."""
+        return {
+            "time_s": round(self.seconds, 6),
+            "peak_gib": round(self.peak_bytes / GIB, 3),
+            "predicted_gib": "" if predicted_bytes is None else round(predicted_bytes / GIB, 3),
+        }
 
 
 def measure(call: Callable[[], Any], warmup: int, timed: int) -> Measured:
@@ -72,6 +83,21 @@ def _seconds(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def measured_rows(kind: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of all ``variants``, at each of ``lengths`` if ``settings`` name some. Collective over all ranks.
+
+    ``rows(settings, text)`` of the module ``kind`` measures one variant. It finds in ``settings`` what the top of the module
+    lists, the ``length`` of this row, ``warmup`` and ``timed`` (steps).
+    """
+    world = dist.get_world_size()
+    same = {"gpus": world, "hardware": hardware(world), "versions": versions(), "command": settings["command"]}
+    of_variant = importlib.import_module(f"benchmarks.{kind}").rows
+    for length in settings.get("lengths", [0]):
+        for text in settings["variants"]:
+            for row in of_variant(settings | {"length": length}, text):
+                yield {"variant": text} | row | same
+
+
 def one_by_one(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows; before the next is measured, the memory of the one before is free."""
     for row in rows:
@@ -80,16 +106,21 @@ def one_by_one(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def parse_variant(text: str, known: dict[str, Any]) -> dict[str, Any]:
-    """``ulysses=2,kernel=fa4`` over the defaults ``known``. Raises ``ValueError`` for an unknown name or a wrong type."""
-    values = dict(known)
+    """``ulysses=2,kernel=fa4`` over the defaults ``known``; a tuple names all choices, the default first.
+
+    Raises ``ValueError`` for an unknown name, an unknown choice or a wrong type.
+    """
+    values = {name: default[0] if isinstance(default, tuple) else default for name, default in known.items()}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in known:
             raise ValueError(f"variant {text}: {name} is unknown; use {', '.join(known)}")
+        if isinstance(known[name], tuple) and value not in known[name]:
+            raise ValueError(f"variant {text}: {name}={value} is unknown; use {' or '.join(known[name])}")
         try:
-            values[name] = type(known[name])(value)
+            values[name] = type(values[name])(value)
         except ValueError as error:
-            raise ValueError(f"variant {text}: {name}={value} should be of type {type(known[name]).__name__}") from error
+            raise ValueError(f"variant {text}: {name}={value} should be of type {type(values[name]).__name__}") from error
     return values
 
 
@@ -153,12 +184,8 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"benchmark kind {kind} is unknown; use {', '.join(KINDS)}")
     accelerator.prepare()
     processes.init_distributed()
-    # Imported late: Megatron-Core must find the platform prepared.
-    import importlib
-
-    module = importlib.import_module(f"benchmarks.{kind}")
     with open(rows_file, "a", encoding="utf-8") as file:
-        for row in one_by_one(module.rows(json.loads(settings))):
+        for row in one_by_one(measured_rows(kind, json.loads(settings))):
             if dist.get_rank() == 0:
                 file.write(json.dumps(row) + "\n")
                 file.flush()  # the parent reads along

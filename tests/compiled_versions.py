@@ -25,14 +25,14 @@ def main() -> None:
     # Before the first call of a function, which compiles it.
     accelerator._COMPILED_DEVICE, torch.compile = "cpu", counting
     accelerator.prepare()
-    from benchmarks import trial
+    from benchmarks.worker import measured_rows
 
     processes.init_distributed()
     overrides = ["train.precision=fp32", "memory.recompute=attention_output", "memory.recompute_layers=1"]
     settings = {"config": "models/tiny", "overrides": overrides, "variants": [""], "lengths": [128, 256, 512, 384, 448]}
     settings |= {"video": True, "supervised": 0, "warmup": 0, "timed": 1, "short_warmup": False, "partial": 0}
     settings |= {"without_attention": False, "command": ""}
-    list(trial.rows(settings))
+    list(measured_rows("trial", settings))
     print(json.dumps(made), flush=True)
 
 

@@ -98,7 +98,7 @@ class VilaModel(MegatronModule):
         first stage. Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each
         layer.
         """
-        embeddings = self._embed(shard, made_NH) if self.pre_process else None
+        embeddings = self.embed(shard, made_NH) if self.pre_process else None
         return run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)
 
     def loss(self, hidden_t1H: torch.Tensor, shard: RowShard) -> HeadOutput:
@@ -108,8 +108,9 @@ class VilaModel(MegatronModule):
         selected_nH = hidden_t1H.squeeze(1).index_select(0, shard.selected_n)
         return fused_head(selected_nH, weight, shard.labels_n, shard.counts, self.vocabulary)
 
-    def _embed(self, shard: RowShard, made_NH: torch.Tensor) -> torch.Tensor:
-        """Token embeddings of this rank [t, 1, H], visual tokens in their places."""
+    def embed(self, shard: RowShard, made_NH: torch.Tensor) -> torch.Tensor:
+        """Token embeddings of this rank [t, 1, H], visual tokens in their places. First stage only. Collectives: Megatron's over
+        tp, then the stage-2 all-to-all over tp x cp."""
         text_tH = self.llm.embedding(input_ids=shard.token_ids_1s, position_ids=None).squeeze(1)
         merged_tH = text_tH.index_copy(0, shard.reshard.slots, shard.reshard(made_NH).to(text_tH.dtype))
         if torch.is_grad_enabled() and not merged_tH.requires_grad:

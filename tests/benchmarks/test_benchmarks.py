@@ -25,7 +25,7 @@ from benchmarks.max_length import longest
 from benchmarks.plain_ring import plain_ring_attention
 from benchmarks.predicted import decoder_alone, head_alone, tower_alone
 from benchmarks.table import ALWAYS, RATES
-from benchmarks.worker import launch, one_by_one, parse_variant
+from benchmarks.worker import launch, measured_rows, one_by_one, parse_variant
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.models.language import transformer_config
@@ -63,7 +63,7 @@ NEEDED = {"model", "gpus", "tp", "ulysses", "ring", "time_s", "peak_gib", "hardw
 
 
 def rows_of(rank, kind, settings):
-    return list(importlib.import_module(f"benchmarks.{kind}").rows(settings))
+    return list(measured_rows(kind, settings))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,14 +133,15 @@ def test_the_plain_ring_that_we_compare_with_computes_causal_attention():
 def difference_of_layers(rank, ulysses, ring):
     """Megatron-Core's own layers with our attention inside against ours, with the same weights: output and gradients."""
     settings = {"config": "tiny", "overrides": [], "layers": 2}
-    config = layer.config_of(settings, layer.VARIANT | {"ulysses": ulysses, "ring": ring}, 64)
+    variant = parse_variant(f"ulysses={ulysses},ring={ring}", layer.VARIANT)
+    config = layer.config_of(settings, variant, 64)
     topology = ParallelTopology.create(config.parallel)
     model_parallel_cuda_manual_seed(1)
-    given = config, topology, torch.float32, CPU, 64
-    _, ours, run_ours = layer._mmsp(config, layer.VARIANT, *given[1:])
+    _, ours, run_ours = layer.our_layers(config, variant, topology)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.put_attention_inside(spec, config, topology, CPU, 64)
-    theirs, run_theirs = layer.megatron_layers(spec, transformer_config(config.model, topology, torch.float32), *given)
+    layer.put_attention_inside(spec, config, topology)
+    stock = transformer_config(config.model, topology, torch.float32)
+    theirs, run_theirs = layer.megatron_layers(spec, stock, config, topology)
     # The last norm is not the decoder layers'.
     theirs.load_state_dict({name: x for name, x in ours.state_dict().items() if "final" not in name})
     ours.final_layernorm = None
@@ -164,9 +165,12 @@ def test_megatron_layers_that_we_compare_with_compute_the_same_with_our_attentio
 
 def same_tokens(rank, tp, ring):
     """The gather of all tokens gives each rank what the all-to-all gives it, and the same gradients."""
-    from benchmarks import reshard
-
-    return reshard.difference(ParallelConfig(tp=tp, ring=ring), frames=7, each=4, hidden=3)
+    topology = ParallelTopology.create(ParallelConfig(tp=tp, ring=ring))
+    _, moves, made, gradient = reshard.prepare(topology, frames=7, each=4, hidden=3)
+    moved = {method: move(made) for method, move in moves.items()}
+    found = [(x, *torch.autograd.grad(x, made, gradient)) for x in moved.values()]
+    topology.destroy()
+    return max(float((x - y).abs().max()) if x.numel() else 0.0 for x, y in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(("tp", "ring"), [(2, 1), (1, 4), (2, 2)])
@@ -228,7 +232,7 @@ def test_a_job_that_fails_in_its_second_variant_keeps_the_first_row_and_says_why
 def test_unknown_values_of_a_variant_are_refused(kind, setting):
     rows = importlib.import_module(f"benchmarks.{kind}").rows
     with pytest.raises(ValueError, match=f"variant {setting}=x: {setting}=x is unknown; use "):
-        next(rows(KINDS[kind] | QUICK | {"variants": [f"{setting}=x"]}))
+        list(rows(KINDS[kind] | QUICK | {"length": 32}, f"{setting}=x"))
 
 
 def test_no_variant_is_measured_beside_what_the_one_before_left_behind():
