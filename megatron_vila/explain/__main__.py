@@ -6,7 +6,8 @@ sample=3           sample number 3 of data.train: where its frames and tokens go
 frames=600         a made-up video of 600 frames ...
 text=2000          ... with 2000 text tokens
 parallel.tp=4 ...  any key of the configuration
---gpu h200         GPU planned for: a100, b200, gb200, h100, h200 or its memory, e.g. 80GB (default: this machine's, else 80GB)
+--gpu h200         GPU planned for: a100, b200, gb200, h100, h200 or its memory, e.g. 80GB (default: this machine's, else 80GB);
+                   with a name, what a step sends over each link and the least time that takes are predicted
 --all-ranks        every rank of a sample's table, not the first and last ones
 """
 
@@ -21,10 +22,12 @@ from megatron_vila.config.schema import Config
 from megatron_vila.errors import ConfigError, entry_point
 from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
 from megatron_vila.explain.sample import explain_sample, made_up_document
+from megatron_vila.explain.step import explain_step, full_document
 from megatron_vila.explain.text import console
 from megatron_vila.plan.bounds import MOST
 from megatron_vila.plan.grid import GridShape, Layout
-from megatron_vila.plan.row import Document
+from megatron_vila.plan.row import Document, pack
+from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.validate import validate
 from megatron_vila.start_checks import planned_machine, tokenizer_problems
 
@@ -60,8 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     explain_grid(out, config, grid)
     explain_model(out, config, grid, machine)
     explain_tokens(out, config, grid)
+    plan = RowPlan.of(pack([document or full_document(config)], grid.document_multiple, grid.row_multiple), grid)
     if document is not None:
-        explain_sample(out, config, grid, document, note, options.all_ranks)
+        explain_sample(out, config, plan, note, options.all_ranks)
+    explain_step(out, config, plan, machine)
     for warning in warnings:
         out.print(f"warning: {warning}", style="yellow")
     return 0

@@ -13,10 +13,9 @@ from rich.console import Console
 from megatron_vila.config.schema import Config
 from megatron_vila.explain.text import count, number, ranges, size, table
 from megatron_vila.plan import traffic
-from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.memory import element_bytes
 from megatron_vila.plan.pictures import pictures_of, places, tokens_each
-from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, pack, references
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, references
 from megatron_vila.plan.row_plan import RowPlan
 
 LISTED_RANKS = 16
@@ -24,7 +23,8 @@ LISTED_RANKS = 16
 
 
 def made_up_document(config: Config, frames: int, text: int) -> Document:
-    """A video of ``frames`` frames in the middle of ``text`` text tokens (a sixteenth of them before it, as a prompt has)."""
+    """A video of ``frames`` frames in the middle of ``text`` text tokens (a sixteenth of them before it, as a prompt has). Either
+    may be 0."""
     units, separators = pictures_of(config.model).units(frames, True), config.data.frame_separator_ids
     before = text // 16
     blocks = [np.array([MEDIA_TOKEN] * unit.tokens + separators, dtype=np.int64) for unit in units]
@@ -35,15 +35,12 @@ def made_up_document(config: Config, frames: int, text: int) -> Document:
     return Document(ids, np.full(len(ids), IGNORE, np.int64), refs, starts, name)
 
 
-def explain_sample(
-    out: Console, config: Config, grid: GridShape, document: Document, note: str, all_ranks: bool = False
-) -> None:
-    """Print the frame plan, the token plan and the traffic of a row with this one document; ``note`` is shown beside it."""
-    row = pack([document], grid.document_multiple, grid.row_multiple)
-    plan = RowPlan.of(row, grid)
+def explain_sample(out: Console, config: Config, plan: RowPlan, note: str, all_ranks: bool = False) -> None:
+    """Print the frame plan, the token plan and the traffic of a row of one document; ``note`` is shown beside it."""
+    row = plan.row
     visual, shown = places(row.units, 0), sum(unit.frames for unit in row.units)
     out.print(
-        f"Sample {document.sample_id}: {number(len(document))} tokens "
+        f"Sample {row.sample_ids[0]}: {number(row.lengths[0])} tokens "
         f"({number(visual)} visual of {count(shown, 'frame')}), {number(row.length)} with padding"
     )
     if note:

@@ -17,7 +17,7 @@ WIDTH = 110
 
 NARROWEST = 80
 
-_NUMBER = re.compile(r"\d[\d .]*( ([KMGT]i)?B)?|-|\.\.")
+_NUMBER = re.compile(r"\d[\d .]*( ([KMGT]i)?B| m?s| %)?|-|\.\.")
 
 
 def console(file: TextIO) -> Console:
@@ -62,6 +62,12 @@ def size(n: int) -> str:
             return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """``1.25 s``, ``12.5 ms``, ``0.0125 ms``: three digits that count."""
+    value, unit = (seconds, "s") if seconds >= 0.9995 else (1000 * seconds, "ms")
+    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:#.3g} {unit}"
 
 
 def rank_list(ranks: Sequence[int]) -> str:

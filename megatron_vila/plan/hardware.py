@@ -1,10 +1,21 @@
 """What a run is planned for: GPUs, hosts and links as figures. A ``Machine`` is given to the plan, which never asks the one that
 it runs on; ``accelerator.machine`` describes that.
 
-Sources: NVIDIA's data sheets of the A100, H100, H200, GH200, H20, L40S and L40, its user guides of DGX A100, H100, H200 and B200,
-the Blackwell Architecture Technical Brief and the GB200 NVL72 data sheet. Peaks are dense bf16 and fp16 rates, half of what is
-given with sparsity; links count one direction. Memory is what PyTorch sees of the GPU (of the A100 the larger one), for the GB200
-the published 186 GB.
+Figures and where NVIDIA publishes them (peaks are dense bf16 and fp16, half of what is told with sparsity; links count one
+direction, half of what is told for NVLink):
+
+* A100: 312 TFLOP/s, NVLink 600 GB/s (data sheet of the A100 80GB); 8 GPUs, 8 ConnectX-6 or -7 of 200 Gbit/s, 2 TB (user guide of
+  the DGX A100 with 640 GB).
+* H100, H200: 1,979 TFLOP/s sparse, NVLink 900 GB/s (their data sheets); 8 GPUs, 8 ConnectX-7 of 400 Gbit/s, 2 TB (user guide of
+  DGX H100 and H200; reference architecture of DGX BasePOD, "Core Components").
+* B200: 2.25 PFLOP/s (Blackwell Architecture Technical Brief, HGX B200); 8 GPUs with 14.4 TB/s of NVLink together, 8 ConnectX-7 of
+  400 Gbit/s, 2 TB (user guide of DGX B200, "Introduction").
+* GB200: 2.5 PFLOP/s, NVLink 1.8 TB/s, 480 GB at each Grace (data sheet of the GB200 NVL72); 4 GPUs, 2 Grace and 4 ConnectX-7 of
+  400 Gbit/s in a compute tray, 72 GPUs of 18 trays joined by NVLink (user guide of DGX GB200, "Hardware").
+* Other GPUs: data sheets of GH200, H20, L40S and L40.
+
+Memory is what PyTorch sees, which is less than is sold: 79.1 GiB of an A100 or H100 with 80 GB, 139.8 of the 141 GB of an H200,
+178.3 of the 180 GB of a B200, 184.3 of the 186 GB of a GB200.
 """
 
 from __future__ import annotations
@@ -42,8 +53,9 @@ class Machine:
     """A node of a cluster, by what its ranks compute with and send over. What is not known is None.
 
     ``name`` stands in messages. ``gpu_bytes``: memory of a GPU, 0 where ranks run on the CPU. ``peak_flops``: FLOP/s of a GPU in
-    16 bits. ``host_bytes``: memory of a node's host. ``nvlink`` and ``network``: bytes/s that a GPU sends over each;
-    ``nvlink_gpus`` are joined by the first, in one node or in several. ``is_here``: the machine at hand, else one planned for.
+    16 bits. ``host_bytes``: memory of a node's host. ``nvlink`` and ``network``: bytes/s that a GPU sends over each, and receives
+    at the same time; ``nvlink_gpus`` are joined by the first, in one node or in several. ``is_here``: the machine at hand, else
+    one planned for.
     """
 
     name: str
@@ -59,6 +71,12 @@ class Machine:
     def rank_bytes(self, ranks: int) -> int:
         """Memory of a rank, one of ``ranks`` on the node: its GPU's, or its share of the host's."""
         return self.gpu_bytes or (self.host_bytes or 0) // ranks
+
+    def joined_ranks(self, ranks: int) -> int:
+        """How many ranks in a row NVLink joins where ``ranks`` run on a node: those of one node if that is not known."""
+        if self.nvlink_gpus is None or self.gpus_per_node is None:
+            return ranks
+        return min(self.nvlink_gpus, ranks * max(1, self.nvlink_gpus // self.gpus_per_node))
 
     def of_a_rank(self, ranks: int) -> str:
         """What has ``rank_bytes``, for a message."""
@@ -87,7 +105,7 @@ def _node(gpu: str, gib: float, host_gb: int, gpus: int, nvlink_gpus: int, nvlin
 PRESETS = {
     "a100": _node("A100", 79.1, host_gb=2000, gpus=8, nvlink_gpus=8, nvlink_gb=300, network_gb=25),
     "b200": _node("B200", 178.3, host_gb=2000, gpus=8, nvlink_gpus=8, nvlink_gb=900, network_gb=50),
-    "gb200": _node("GB200", 173.2, host_gb=960, gpus=4, nvlink_gpus=72, nvlink_gb=900, network_gb=50),
+    "gb200": _node("GB200", 184.3, host_gb=960, gpus=4, nvlink_gpus=72, nvlink_gb=900, network_gb=50),
     "h100": _node("H100", 79.1, host_gb=2000, gpus=8, nvlink_gpus=8, nvlink_gb=450, network_gb=50),
     "h200": _node("H200", 139.8, host_gb=2000, gpus=8, nvlink_gpus=8, nvlink_gb=450, network_gb=50),
 }

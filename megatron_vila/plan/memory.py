@@ -55,6 +55,11 @@ def element_bytes(precision: str, on_gpu: bool) -> int:
     return {"bf16": 2, "fp32": 4, "fp64": 8, "auto": 2 if on_gpu else 4}[precision]
 
 
+def gradient_bytes(config: Config, element: int) -> int:
+    """Bytes of the gradient of a weight of ``element`` bytes, as it is kept and summed over replicas."""
+    return max(element, 4 if config.optim.grad_reduce_fp32 else element)
+
+
 def estimate_memory(config: Config, world_size: int, device_bytes: int) -> MemoryEstimate:
     """The fullest pipeline stage's rank on GPUs of ``device_bytes``, from which the tower takes its share; 0: on a CPU.
 
@@ -63,8 +68,8 @@ def estimate_memory(config: Config, world_size: int, device_bytes: int) -> Memor
     layout, optim = Layout.of(config.parallel), config.optim
     cp, dp = layout.cp, world_size // layout.size
     element = element_bytes(config.train.precision, device_bytes > 0)
-    held, trained = _stage_parameters(config)
-    grad_bytes = max(element, 4 if optim.grad_reduce_fp32 else element)
+    held, trained = stage_parameters(config)
+    grad_bytes = gradient_bytes(config, element)
     active = activations(config, dp, element, device_bytes)
     # 16-bit gradients are copied to float32 for the update, when no activation is left; with offload chunk by chunk.
     update = 0 if grad_bytes >= 4 or optim.offload_fraction else 4 * trained // (dp * cp)
@@ -83,7 +88,7 @@ def state_on_host(config: Config, world_size: int, on_gpu: bool) -> int:
     """Bytes of host memory that ``optim.offload_fraction`` takes on a rank of the fullest stage."""
     parallel = config.parallel
     replicas = max(1, world_size // (parallel.tp * parallel.pp))
-    _, trained = _stage_parameters(config)
+    _, trained = stage_parameters(config)
     state_bytes = _state_bytes(element_bytes(config.train.precision, on_gpu))
     return int(config.optim.offload_fraction * state_bytes * trained / replicas)
 
@@ -123,7 +128,7 @@ def _state_bytes(element: int) -> int:
     return 2 * max(element, 4) + (4 if element == 2 else 0)
 
 
-def _stage_parameters(config: Config) -> tuple[int, int]:
+def stage_parameters(config: Config) -> tuple[int, int]:
     """Parameters held and trained by a rank of the fullest pipeline stage."""
     model, parallel, optim = config.model, config.parallel, config.optim
     counts = parameter_count(model)

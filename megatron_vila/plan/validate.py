@@ -118,8 +118,10 @@ def number_problems(config: Config, world_size: int) -> list[str]:
 
 def number_warnings(config: Config, world_size: int, machine: Machine | None) -> list[str]:
     """What runs, but hardly as it is meant; ``config`` has no ``number_problems``."""
-    memory = [] if machine is None else _memory_warnings(config, world_size, machine)
-    return [*_length_warnings(config), *_grid_warnings(config, world_size), *memory]
+    found = [*_length_warnings(config), *_grid_warnings(config, world_size, machine)]
+    if machine is not None:
+        found += [*_node_warnings(config, world_size, machine), *_memory_warnings(config, world_size, machine)]
+    return found
 
 
 def value_problems(config: Config) -> Iterable[str]:
@@ -337,16 +339,28 @@ def _length_warnings(config: Config) -> Iterable[str]:
         )
 
 
-def _grid_warnings(config: Config, world_size: int) -> Iterable[str]:
+def _grid_warnings(config: Config, world_size: int, machine: Machine | None) -> Iterable[str]:
     parallel = config.parallel
-    inner = parallel.tp * parallel.ulysses
-    if world_size <= parallel.gpus_per_node or parallel.gpus_per_node % inner == 0:
+    inner, ranks = parallel.tp * parallel.ulysses, parallel.gpus_per_node
+    joined = machine.joined_ranks(ranks) if machine else ranks
+    if world_size <= joined or joined % inner == 0:
         return
+    where = f"inside nodes of parallel.gpus_per_node={ranks}"
+    if machine and joined != ranks:
+        where = f"among the {joined} ranks that NVLink joins on {machine.name}"
     yield (
-        f"parallel.tp={parallel.tp} * parallel.ulysses={parallel.ulysses} = {inner} ranks do not lie inside nodes of "
-        f"parallel.gpus_per_node={parallel.gpus_per_node}: their all-to-all and all-gather cross the network; choose a product "
-        f"that divides {parallel.gpus_per_node} and put the rest into parallel.ring"
+        f"parallel.tp={parallel.tp} * parallel.ulysses={parallel.ulysses} = {inner} ranks do not lie {where}: their all-to-all "
+        f"and all-gather cross the network; choose a product that divides {joined} and put the rest into parallel.ring"
     )
+
+
+def _node_warnings(config: Config, world_size: int, machine: Machine) -> Iterable[str]:
+    ranks, gpus = config.parallel.gpus_per_node, machine.gpus_per_node
+    if gpus is not None and min(ranks, world_size) > gpus:
+        yield (
+            f"parallel.gpus_per_node={ranks}, but the nodes planned for ({machine.name}) have {gpus} GPUs; set "
+            f"parallel.gpus_per_node={gpus}"
+        )
 
 
 def _memory_warnings(config: Config, world_size: int, machine: Machine) -> Iterable[str]:

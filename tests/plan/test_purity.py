@@ -26,7 +26,7 @@ for place, names in (
 from megatron_vila.config.schema import Config
 from megatron_vila.plan import (
     activations, bounds, budgets, flops, frames, geometry, grid, hardware, heads, layouts, memory, pictures, row, row_plan, sizes,
-    tokens, traffic, validate,
+    step_traffic, tokens, traffic, validate,
 )
 used = {name for name in sys.modules if name.startswith("megatron_vila.plan.")}
 
@@ -53,6 +53,7 @@ assert frames.deal_frames([f.cost for f in refs], shape.encoders)[-1] == 8
 plan = row_plan.RowPlan.of(packed, shape)
 assert sum(len(plan.shard(rank).frames) for rank in range(shape.encoders)) == 8
 assert isinstance(plan.reshard, tokens.ReshardPlan)
+assert step_traffic.step_traffic(config, plan, machine) and step_traffic.step_flop_seconds(config, plan, machine.peak_flops) > 0
 nodes = numpy.array(traffic.block_ranks(shape)) // 2
 for sent in (
     *traffic.reshard_bytes(plan.reshard, 64, 2),

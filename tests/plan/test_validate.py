@@ -1,5 +1,7 @@
 """Validation: what is refused, what is warned about, and the cure that the message proposes."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_vila.config.keys import config_keys
@@ -7,6 +9,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import LanguageConfig
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.grid import Layout
+from megatron_vila.plan.hardware import machine_of
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.layouts import chunk_problems, layout_problems, nearest_layouts
 from megatron_vila.plan.sizes import linear_shapes
@@ -315,3 +318,17 @@ def test_groups_that_should_stay_in_a_node_are_warned_about_when_they_do_not():
     (warning,) = warned(16, "parallel.tp=4", "parallel.ring=4", "parallel.gpus_per_node=2")
     assert "parallel.tp=4 * parallel.ulysses=1 = 4 ranks do not lie inside nodes of parallel.gpus_per_node=2" in warning
     assert warned(16, "parallel.tp=4", "parallel.ring=4", "parallel.gpus_per_node=8") == []
+
+
+def test_nvlink_of_a_known_machine_may_join_several_nodes():
+    def told(*settings):
+        config = load_config("tiny", ["parallel.tp=2", "parallel.ulysses=2", "train.global_batch_size=32", *settings])
+        return validate(config, 128, replace(machine_of("gb200"), gpu_bytes=10**13))
+
+    assert told("parallel.gpus_per_node=4") == []
+    (warning,) = told("parallel.gpus_per_node=1")
+    assert "= 4 ranks do not lie among the 18 ranks that NVLink joins on a GB200: their all-to-all" in warning
+    (warning,) = told("parallel.gpus_per_node=8")
+    assert warning == (
+        "parallel.gpus_per_node=8, but the nodes planned for (a GB200) have 4 GPUs; set parallel.gpus_per_node=4"
+    )
