@@ -54,7 +54,7 @@ def dry_run(config: Config, world_size: int, machine: Machine, show: Sequence[st
         files = getattr(config.data, name)
         indices = [index for set_name, index in wanted if set_name == name] if wanted else [0]
         if files:
-            dataset = open_dataset(config, files)
+            dataset = open_dataset(config, name)
             if name == "train":
                 for warning in tokenizer_warnings(config, dataset.encoder.tokenizer):
                     warnings.append(warning)

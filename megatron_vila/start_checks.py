@@ -16,6 +16,9 @@ from megatron_vila.plan.hardware import UNNAMED, Machine, machine_of
 from megatron_vila.plan.memory import ranks_of_a_node, state_on_host
 from megatron_vila.plan.validate import number_problems, number_warnings, refuse, shape_problems, value_problems
 
+MARKS_OF_SHARDS = (".nv-meta", "wids-meta.json")
+"""What a folder with shards holds: Energon's index, or that of VILA."""
+
 _OF_SAMPLES = ("data.", "model.", "train.seq_length")
 """How the keys begin that decide how samples are read and how many tokens they become."""
 
@@ -88,7 +91,8 @@ def data_file_problems(data: DataConfig) -> Iterable[str]:
     """Those of ``file_problems`` that concern the files of samples and the folder of their media."""
     for name in ("train", "eval"):
         for path in getattr(data, name):
-            if problem := _unreadable(path):
+            # What is remote is looked at when it is opened.
+            if "://" not in path and (problem := _unreadable(path)):
                 yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
     if data.media_dir and not _is_folder(data.media_dir):
         yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
@@ -155,6 +159,9 @@ def _unreadable(path: str) -> str:
         return "which does not exist"
     except OSError as error:
         return f"which cannot be looked at ({error.strerror})"
+    if stat.S_ISDIR(found.st_mode):
+        marks = " or ".join(MARKS_OF_SHARDS)
+        return "" if any(os.path.exists(os.path.join(path, mark)) for mark in MARKS_OF_SHARDS) else f"a folder without {marks}"
     if not stat.S_ISREG(found.st_mode):
         return "which is not a file"
     if not os.access(path, os.R_OK):

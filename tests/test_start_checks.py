@@ -44,7 +44,7 @@ def test_an_empty_sample_file_and_a_folder_in_its_place_are_refused(data_folder,
     (tmp_path / "empty.json").touch()
     messages = files_refused(data_folder, f"data.train=[{tmp_path / 'empty.json'},{tmp_path}]")
     assert "which is empty" in messages[0]
-    assert "which is not a file" in messages[1]
+    assert "a folder without .nv-meta or wids-meta.json" in messages[1]
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):

@@ -7,7 +7,6 @@ decoded.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data import loader
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import LoadedRow, RowLoader
+from megatron_vila.data.media import is_there
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source
@@ -164,5 +164,5 @@ def _problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Proble
     if kind == "broken":
         media = dataset.records.record(index).media
         paths = [path for medium in media for path in medium.pictures or (medium.path,)]
-        kind = "broken" if all(map(os.path.exists, paths)) else "missing"
+        kind = "broken" if all(map(is_there, paths)) else "missing"
     return Problem(dataset.records.name(index), dataset.name(index), kind, reason)

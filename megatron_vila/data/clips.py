@@ -15,19 +15,20 @@ import numpy as np
 
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import PICTURE_ENDINGS, Media
-from megatron_vila.data.media import MediaError
+from megatron_vila.data.media import MediaError, Member
 from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.video_info import VideoInfo
 
 
 def take_frames(
-    medium: Media, data: DataConfig, probe: Callable[[str], VideoInfo], list_folder: Callable[[str], tuple[str, ...]]
-) -> tuple[np.ndarray, tuple[str, ...]]:
+    medium: Media, data: DataConfig, probe: Callable[[str | Member], VideoInfo], list_folder: Callable[[str], tuple[str, ...]]
+) -> tuple[np.ndarray, tuple[str | Member, ...]]:
     """Frames to take of a video by ``data``, int64 [n] ascending, and its N pictures if it is made of pictures, else ().
 
     ``probe`` and ``list_folder`` are ``probe_video`` and ``picture_files``, or remember what these found. Raises ``MediaError``.
     """
-    pictures = medium.pictures or (list_folder(medium.path) if os.path.isdir(medium.path) else ())
+    is_folder = not medium.pictures and isinstance(medium.path, str) and os.path.isdir(medium.path)
+    pictures = list_folder(str(medium.path)) if is_folder else medium.pictures
     clipped = medium.start_s is not None or medium.end_s is not None
     if not pictures:
         info = probe(medium.path)
@@ -52,10 +53,11 @@ def picture_files(folder: str) -> tuple[str, ...]:
     names = [name for name in names if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS]
     if not names:
         raise MediaError(folder, "the folder holds no picture that could be a frame")
-    return tuple(os.path.join(folder, name) for name in sorted(names, key=_natural))
+    return tuple(os.path.join(folder, name) for name in sorted(names, key=natural))
 
 
-def _natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
+def natural(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """A key that sorts names in natural order."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(0, int(part)) if part[0] in "0123456789" else (1, part) for part in parts], name
 

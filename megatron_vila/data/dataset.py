@@ -22,7 +22,7 @@ from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
 from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.fields import Media
-from megatron_vila.data.media import MediaError, errors_of, state_of
+from megatron_vila.data.media import MediaError, Member, errors_of, state_of
 from megatron_vila.data.records import Record
 from megatron_vila.data.sampling import thin_out, uneven_seconds
 from megatron_vila.data.sources.source import ChangedFileError, Source
@@ -203,7 +203,7 @@ class VilaDataset:
         separators = self.data.frame_separator_ids if is_video else self.data.image_separator_ids
         return places(self.pictures.units(frames, is_video), len(separators))
 
-    def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str, ...]]:
+    def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member, ...]]:
         """The frames to take of a medium, and the files of all its frames where each has its own."""
         if medium.is_video:
             return take_frames(medium, self.data, self.probe, self.list_folder)

@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from megatron_vila.data.media import Member
 from megatron_vila.errors import UserError
 
 PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -25,7 +26,7 @@ _OTHER_ENDINGS = frozenset(
     {".gif", ".avif", ".jfif", ".heic", ".heif", ".ppm", ".svg", ".vob", ".mts", ".m2v", ".asf"}
     | {".wav", ".mp3", ".flac", ".m4a", ".ogg"}
 )
-_MEDIA_ENDINGS = PICTURE_ENDINGS | VIDEO_ENDINGS | _OTHER_ENDINGS
+MEDIA_ENDINGS = PICTURE_ENDINGS | VIDEO_ENDINGS | _OTHER_ENDINGS
 
 _NAMES = {
     "image": {"image", "images", "imagepath", "imagepaths", "imagefile", "imagefiles"},
@@ -61,15 +62,16 @@ class Media(NamedTuple):
 
     ``start_s`` and ``end_s`` cut a clip out of a video, in seconds from its first frame, both ends included. ``pictures`` are
     the files of a video that was given as a list of pictures; ``path`` is then their folder. (A ``path`` that is a folder is
-    such a video too; its files are looked up when they are needed.) ``fps`` is the rate at which such pictures were taken.
+    such a video too; its files are looked up when they are needed.) ``fps`` is the rate at which such pictures were taken. In a
+    shard, ``path`` and ``pictures`` are members of it.
     """
 
-    path: str
+    path: str | Member
     is_video: bool
     start_s: float | None = None
     end_s: float | None = None
     fps: float | None = None
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[str | Member, ...] = ()
 
 
 class Fields(NamedTuple):
@@ -128,6 +130,12 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
     if videos:
         _refuse_other_clips(content, where)
     return Fields(images, videos, system)
+
+
+def names_media(content: Mapping[str, Any]) -> bool:
+    """Whether a field of a record names media."""
+    given = ((_kind(name), value) for name, value in content.items() if not _is_empty(value))
+    return any(kind in ("image", "video") or (kind == "frames" and not isinstance(value, int | float)) for kind, value in given)
 
 
 def refuse_media(content: Mapping[str, Any], where: str) -> None:
@@ -279,7 +287,7 @@ def _refuse_unknown(content: Mapping[str, Any], where: str, known: Collection[st
         plain = _plain(name)
         if plain in known or _is_empty(value):
             continue
-        file = next((text for text in _texts(value) if _ending(text) in _MEDIA_ENDINGS), None)
+        file = next((text for text in _texts(value) if _ending(text) in MEDIA_ENDINGS), None)
         if file is not None:
             found = f"holds the media file {shown(file)}"
         elif _MEDIA_WORD.search(plain) and _says_media(plain, value):

@@ -160,6 +160,11 @@ def state_of(source: MediaSource) -> tuple[int, *tuple[int | str, ...]]:
     return status.st_size, status.st_mtime_ns
 
 
+def is_there(source: MediaSource) -> bool:
+    """Whether the file of a medium exists, or the file that holds it."""
+    return isinstance(source, bytes) or os.path.exists(source.path if isinstance(source, Member) else source)
+
+
 class _Window(io.RawIOBase):
     """``size`` bytes from ``offset`` of an open file, which is closed with it."""
 

@@ -41,7 +41,7 @@ class RecordRules:
 def read_record(text: bytes, where: str, default_id: str, rules: RecordRules) -> Record:
     """The record with the JSON ``text``. Raises ``RecordError`` that begins with ``where``, whatever is wrong with it."""
     try:
-        content = _parse_json(text, where)
+        content = parse_json(text, where)
         if rules.ignore_fields and isinstance(content, dict):
             content = {name: value for name, value in content.items() if name not in rules.ignore_fields}
         return parse_record(content, where, default_id, rules.media_dir, rules.media_format)
@@ -120,7 +120,7 @@ def _place_media(
     return turns, tuple(next(left[marker == IMAGE]) for marker in markers)
 
 
-def _parse_json(content: bytes, where: str) -> Any:
+def parse_json(content: bytes, where: str) -> Any:
     try:
         return _JSON.decode(content.removeprefix(_BOM).decode())
     except UnicodeDecodeError as error:

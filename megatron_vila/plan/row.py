@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ MEDIA_TOKEN = -1
 IGNORE = -100
 """Label of a token that is not supervised."""
 
+MediaName = Any
+"""The path of a file, or a member of a shard (``data/media.py``): a plan only compares it with others."""
+
 
 @dataclass(frozen=True)
 class FrameRef:
@@ -33,11 +37,11 @@ class FrameRef:
     the unit has frames.
     """
 
-    source: str
+    source: MediaName
     indices: tuple[int, ...]
     is_video: bool
     unit: Unit
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[MediaName, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.indices) != self.unit.frames or len(self.pictures) not in (0, self.unit.frames):
@@ -57,7 +61,11 @@ class FrameRef:
 
 
 def references(
-    source: str, indices: Sequence[int] | np.ndarray, is_video: bool, units: Sequence[Unit], pictures: Sequence[str] = ()
+    source: MediaName,
+    indices: Sequence[int] | np.ndarray,
+    is_video: bool,
+    units: Sequence[Unit],
+    pictures: Sequence[MediaName] = (),
 ) -> tuple[FrameRef, ...]:
     """The frames ``indices`` of one medium dealt to its ``units`` in order; ``pictures`` are the files of all frames of the
     medium, if each has its own. Raises ``ValueError`` if the units have another number of frames."""

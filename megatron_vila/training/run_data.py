@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.fields import RecordError
-from megatron_vila.data.sources.open import open_records
+from megatron_vila.data.media import is_there, name_of
+from megatron_vila.data.sources.open import PARTS, open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError
@@ -64,10 +64,10 @@ def open_run_data(config: Config, is_writer: bool) -> RunData:
     return RunData(opened[0], opened[1] if len(opened) > 1 else None)
 
 
-def open_dataset(config: Config, files: Sequence[str]) -> VilaDataset:
-    """The samples of ``files`` as documents. Raises ``UserError`` that names file, place and cure."""
+def open_dataset(config: Config, name: str) -> VilaDataset:
+    """The samples of data.``name`` (train or eval) as documents. Raises ``UserError`` that names file, place and cure."""
     try:
-        return _dataset(config, open_records(config.data, files), _tokenizer(config))
+        return _dataset(config, open_records(config.data, getattr(config.data, name), PARTS[name]), _tokenizer(config))
     except BadRecordsError as error:
         raise ConfigError(_explained(config, error)) from error
 
@@ -77,13 +77,14 @@ def held_out_gaps(held_out: Source) -> str:
     good = (held_out.record(index) for index in range(len(held_out)) if index not in held_out.bad)
     media = [medium for record in good for medium in record.media]
     paths = dict.fromkeys(path for medium in media for path in medium.pictures or (medium.path,))
-    missing = [path for path in paths if not os.path.exists(path)]
+    missing = [path for path in paths if not is_there(path)]
     if not missing:
         return ""
+    named = ", ".join(map(name_of, missing[:SHOWN_FILES]))
     more = f" and {len(missing) - SHOWN_FILES} more" if len(missing) > SHOWN_FILES else ""
     return (
         f"data.eval names {len(paths)} media files, of which {len(missing)} are missing: "
-        f"{', '.join(missing[:SHOWN_FILES])}{more}; restore them or set data.media_dir before the evaluation comes: "
+        f"{named}{more}; restore them or set data.media_dir before the evaluation comes: "
         "samples without their files are left out of it"
     )
 
@@ -93,9 +94,12 @@ def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
     sources: list[Source] = []
     bad: list[str] = []
     problem: UserError | None = None
-    for files in filter(None, (config.data.train, config.data.eval)):
+    for name, part in PARTS.items():
+        files = getattr(config.data, name)
+        if not files:
+            continue
         try:
-            sources.append(open_records(config.data, files))
+            sources.append(open_records(config.data, files, part))
             bad += sources[-1].bad.values()
         except RecordError as error:
             problem = problem or error

@@ -119,8 +119,8 @@ def test_a_dry_run_shows_any_sample_of_either_set_as_the_model_sees_it(videos, t
     status, out, err = _dry_run(arguments, "--show", "9", "--show", "eval:7")
     assert (status, err) == (0, "")
     config = load_config("tiny", arguments)
-    for name, files, index in (("train", config.data.train, 9), ("eval", config.data.eval, 7)):
-        dataset = open_dataset(config, files)
+    for name, index in (("train", 9), ("eval", 7)):
+        dataset = open_dataset(config, name)
         assert f"number {index}:\n{describe(dataset.document(index), dataset.encoder.tokenizer)}\n" in out, name
     assert out.count("number ") == 2
     for show, words in (
@@ -290,7 +290,7 @@ def test_too_many_broken_samples_end_the_run_when_all_is_saved(videos, tmp_path)
 
 
 def _lengths(settings):
-    dataset = open_dataset(load_config("tiny", settings), load_config("tiny", settings).data.train)
+    dataset = open_dataset(load_config("tiny", settings), "train")
     return [len(dataset.document(index)) for index in range(len(dataset))]
 
 

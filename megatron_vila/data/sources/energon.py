@@ -1,0 +1,233 @@
+"""The index of a folder that ``energon prepare`` has made: WebDataset shards and, in ``.nv-meta``, where their samples stand.
+
+Read by the standard library's sqlite3, without Energon, whose own loader cannot change the number of ranks between two runs.
+What stands in the index is checked: it may be of other shards, of no origin that can be trusted, or no database at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import yaml
+
+from megatron_vila.data.fields import RecordError, shown
+from megatron_vila.data.sources.sample_table import SampleTable, kept_table
+from megatron_vila.data.sources.tar import BLOCK, text_of
+
+META = ".nv-meta"
+CRUDE = "CrudeWebdataset"
+
+LARGEST_META = 2**26
+"""Bytes of the largest file of YAML or JSON in ``.nv-meta``."""
+
+LONGEST_CELL = 2**16
+"""Bytes of the longest value that is taken from the index."""
+
+_ROWS = 2**14
+_PREPARE = "run `energon prepare` on the folder again"
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
+
+
+def energon_table(folder: str, part: str) -> SampleTable:
+    """The samples of ``part`` (train, val, test ...) of an Energon folder, in the order of its shards.
+
+    A folder whose shards are all in one other part is read whole. A sample that lies beyond the end of its shard is bad.
+    Raises ``RecordError`` for a folder that is not whole, an index that is none, and shards that are missing.
+    """
+    info = _shard_counts(folder)
+    shards, left_out = _chosen(folder, info, part)
+    sizes = [_size(folder, name) for name in shards]
+    index = os.path.join(folder, META, "index.sqlite")
+    try:
+        status = os.stat(index)
+    except OSError as error:
+        raise RecordError(
+            f"{index}: the index of the shards cannot be read: {error.strerror}; {_PREPARE} (Energon 7)"
+        ) from error
+    state = [status.st_size, status.st_mtime_ns, info, shards, sorted(left_out), sizes]
+    return kept_table(
+        os.path.realpath(folder), ["energon", part], state, lambda: _make(index, folder, info, shards, sizes, left_out)
+    )
+
+
+def _shard_counts(folder: str) -> dict[str, int]:
+    """The shards of the folder in the order of their numbers, and how many samples each has."""
+    _check_sample_type(folder)
+    for name in (".info.json", ".info.yaml"):
+        info = _load(os.path.join(folder, META, name))
+        if info is not None:
+            break
+    counts = info.get("shard_counts") if isinstance(info, dict) else None
+    if not isinstance(counts, dict) or not counts or not all(isinstance(count, int) for count in counts.values()):
+        raise RecordError(f"{folder}/{META}/.info.json: names no shards (shard_counts); {_PREPARE}")
+    for name in counts:
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+            raise RecordError(f"{folder}/{META}/.info.json: {shown(name)} is not the name of a shard in the folder")
+    return counts
+
+
+def _check_sample_type(folder: str) -> None:
+    """Raise ``RecordError`` for a folder that was prepared for samples of another kind than JSON with media."""
+    path = os.path.join(folder, META, "dataset.yaml")
+    content = _load(path)
+    kind = content.get("__class__") if isinstance(content, dict) else None
+    if kind not in (None, CRUDE):
+        raise RecordError(
+            f"{path}: the folder was prepared as {shown(kind)}; only {CRUDE} is read, whose samples hold a JSON record and media "
+            f"(`energon prepare --sample-type {CRUDE}`)"
+        )
+
+
+def _chosen(folder: str, counts: Mapping[str, int], part: str) -> tuple[list[str], set[str]]:
+    """The shards of ``part``, and what is left out of them as ``shard/key``."""
+    path = os.path.join(folder, META, "split.yaml")
+    split = _load(path)
+    if split is None:
+        split = _load(os.path.join(folder, META, "split.json"))
+    parts = split.get("split_parts") if isinstance(split, dict) else None
+    if not isinstance(parts, dict):
+        raise RecordError(f"{path}: names no split_parts; {_PREPARE}")
+    left_out = set(_expanded(path, split.get("exclude") or []))
+    found = {str(name): [s for s in _expanded(path, names or []) if s not in left_out] for name, names in parts.items()}
+    filled = [name for name, names in found.items() if names]
+    if not found.get(part) and len(filled) == 1:
+        part = filled[0]
+    shards = found.get(part, [])
+    if not shards:
+        raise RecordError(
+            f"{path}: no shard is in the part '{part}'; parts with shards are {', '.join(filled) or 'none'}"
+        )
+    if unknown := [name for name in shards if name not in counts]:
+        raise RecordError(f"{path}: {shown(unknown[0])} is not among the shards of {META}/.info.json; {_PREPARE}")
+    return shards, {name for name in left_out if name not in counts}
+
+
+def _expanded(path: str, names: Any) -> Iterator[str]:
+    """``names`` with their braces written out: ``{000..004}`` and ``{a,b}``."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecordError(f"{path}: must list the names of shards, found {shown(names)}")
+    waiting = names[::-1]
+    for _ in range(10**7):
+        if not waiting:
+            return
+        name = waiting.pop()
+        braces = _BRACES.search(name)
+        if not braces:
+            yield name
+            continue
+        if ends := _RANGE.fullmatch(braces[1]):
+            width = max(map(len, ends.groups())) if any(e[0] == "0" and len(e) > 1 for e in ends.groups()) else 0
+            low, high = map(int, ends.groups())
+            if abs(high - low) > 10**6:
+                raise RecordError(f"{path}: {shown(name)} stands for more than 1,000,000 shards")
+            step = 1 if low <= high else -1
+            choices = [str(number).zfill(width) for number in range(low, high + step, step)]
+        else:
+            choices = braces[1].split(",")
+        waiting += [name[: braces.start()] + choice + name[braces.end() :] for choice in reversed(choices)]
+    raise RecordError(f"{path}: its braces stand for more than 10,000,000 names")
+
+
+def _size(folder: str, name: str) -> int:
+    path = os.path.join(folder, name)
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise RecordError(
+            f"{path}: a shard that {META} names cannot be read: {error.strerror}; put it back, or {_PREPARE}"
+        ) from error
+
+
+def _make(
+    index: str, folder: str, counts: Mapping[str, int], shards: Sequence[str], sizes: Sequence[int], left_out: set[str]
+) -> SampleTable:
+    numbers = {number: shards.index(name) for number, name in enumerate(counts) if name in set(shards)}
+    rows, keys = _read_index(index)
+    order = np.lexsort((rows[:, 1], rows[:, 0]))
+    rows, keys = rows[order], keys[order]
+    for number, (name, count) in enumerate(counts.items()):
+        found = int(np.searchsorted(rows[:, 0], number, "right") - np.searchsorted(rows[:, 0], number, "left"))
+        if found != count:
+            raise RecordError(
+                f"{index}: has {found} samples of {name}, and .info.json says {count}: the two do not belong together; {_PREPARE}"
+            )
+    shard = np.array([numbers.get(number, -1) for number in range(len(counts))], dtype=np.int64)[rows[:, 0]]
+    order = np.argsort(shard, kind="stable")[int((shard < 0).sum()) :]
+    places, keys = np.stack([shard[order], rows[order, 2], rows[order, 3]], axis=1), keys[order]
+    if left_out:
+        names = [f"{shards[number]}/{text_of(key)}" for number, key in zip(places[:, 0], keys, strict=True)]
+        kept = np.array([name not in left_out for name in names], dtype=bool)
+        places, keys = places[kept], keys[kept]
+    return SampleTable.of(shards, sizes, places, keys.tolist(), _beyond_the_end(folder, shards, sizes, places, keys))
+
+
+def _beyond_the_end(
+    folder: str, shards: Sequence[str], sizes: Sequence[int], places: np.ndarray, keys: np.ndarray
+) -> dict[int, str]:
+    sizes_of = np.asarray(sizes, np.int64)[places[:, 0]]
+    bad = {}
+    for index in np.flatnonzero(places[:, 1] + places[:, 2] > sizes_of).tolist():
+        shard, start, size = places[index].tolist()
+        bad[index] = (
+            f"{os.path.join(folder, shards[shard])}, sample {text_of(keys[index])}: cut off: the index puts it before byte "
+            f"{start + size:,}, and the file has {sizes[shard]:,}"
+        )
+    return bad
+
+
+def _read_index(index: str) -> tuple[np.ndarray, np.ndarray]:
+    """Shard, number in it, first byte and bytes of each sample, int64 [samples, 4], and their keys (bytes objects)."""
+    uri = f"file:{quote(os.path.abspath(index))}?mode=ro&immutable=1"
+    rows = [np.empty((0, 4), np.int64)]
+    keys: list[bytes] = []
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            database.text_factory = bytes
+            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_CELL)
+            database.execute("PRAGMA trusted_schema = OFF")
+            kind = database.execute("SELECT type FROM sqlite_master WHERE name = 'samples'").fetchone()
+            if kind != (b"table",):
+                raise RecordError(f"{index}: has no table of samples; {_PREPARE}")
+            cursor = database.execute(
+                "SELECT tar_file_id, sample_index, byte_offset, byte_size, sample_key FROM samples"
+            )
+            while block := cursor.fetchmany(_ROWS):
+                *numbers, names = zip(*block, strict=True)
+                if not all(set(map(type, column)) == {int} for column in numbers) or set(map(type, names)) != {bytes}:
+                    raise RecordError(
+                        f"{index}: the table of samples holds values that are not those of an index; {_PREPARE}"
+                    )
+                rows.append(np.array(numbers, dtype=np.int64).T)
+                keys += names
+    except (sqlite3.Error, OverflowError) as error:
+        raise RecordError(f"{index}: not an index that can be read: {error}; {_PREPARE}") from error
+    table = np.concatenate(rows)
+    if len(table) and (table.min() < 0 or (table[:, 2] % BLOCK).any() or (table[:, 2:].max() > 2**60)):
+        raise RecordError(f"{index}: holds places that are none in a tar file; {_PREPARE}")
+    return table, np.fromiter(keys, dtype=object, count=len(keys))
+
+
+def _load(path: str) -> Any:
+    """A file of YAML or JSON; None if there is none. Raises ``RecordError``."""
+    try:
+        if os.path.getsize(path) > LARGEST_META:
+            raise RecordError(f"{path}: more than {LARGEST_META:,} bytes")
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream) if path.endswith(".json") else yaml.safe_load(stream)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise RecordError(
+            f"{path}: not what `energon prepare` writes: {' '.join(str(error).split())}; {_PREPARE}"
+        ) from error
