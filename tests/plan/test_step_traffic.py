@@ -10,13 +10,14 @@ from megatron_vila.explain.__main__ import main
 from megatron_vila.explain.sample import made_up_document
 from megatron_vila.explain.step import full_document
 from megatron_vila.explain.text import duration, size
+from megatron_vila.plan import traffic
 from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.hardware import PRESETS, Machine
 from megatron_vila.plan.row import pack
 from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.sizes import parameter_count
-from megatron_vila.plan.step_traffic import step_flop_seconds, step_traffic
+from megatron_vila.plan.step_traffic import Load, step_flop_seconds, step_traffic
 
 NVLINK, NETWORK, PEAK = 11e9, 3e9, 7e12
 ODD = Machine(
@@ -145,3 +146,9 @@ def test_nothing_is_predicted_where_the_links_are_not_known(capsys):
 def test_a_time_has_three_digits():
     times = [0.0000012345, 0.012345, 0.12345, 0.9999, 1.0, 12.345, 123456.0]
     assert [duration(t) for t in times] == ["0.00123 ms", "12.3 ms", "123 ms", "1.00 s", "1.00 s", "12.3 s", "123456 s"]
+
+
+def test_the_busiest_rank_may_be_one_that_receives():
+    sent = traffic.Sent(np.arange(3)[None], np.array([[[0, 0, 5], [0, 0, 7], [1, 2, 0]]]))
+    assert Load.of(sent, np.zeros(3, dtype=int)) == Load(nvlink=12, network=0)
+    assert Load.of(sent, np.array([0, 1, 1])) == Load(nvlink=7, network=5)
