@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -51,12 +52,29 @@ class Pooled:
     together: int
     tiles: int
     tokens: int
+    needs_size: ClassVar[bool] = False
 
-    def units(self, frames, is_video):
+    def units(self, frames, is_video, size=None):
         if not is_video:
             return (Unit(1, 1, 1, 16),) * frames
         taken = [min(self.together, frames - first) for first in range(0, frames, self.together)]
         return tuple(Unit(count, self.tiles, self.tokens, 16 * count * self.tiles) for count in taken)
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Each frame is cut into tiles of ``side`` pixels a side, at most ``most`` of them, and has three tokens a tile."""
+
+    side: int
+    most: int
+    needs_size: ClassVar[bool] = True
+
+    def units(self, frames, is_video, size=None):
+        tiles = self.most
+        if size is not None:
+            width, height = (-(-pixels // self.side) for pixels in size)
+            tiles = min(self.most, width * height)
+        return (Unit(1, tiles, 3 * tiles, 16 * tiles),) * frames
 
 
 def document(name: str, layout: str, supervised: slice | None = None) -> Document:

@@ -22,13 +22,15 @@ from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
 from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.fields import Media
+from megatron_vila.data.images import picture_size
 from megatron_vila.data.media import MediaError, Member, errors_of, state_of
 from megatron_vila.data.records import Record
 from megatron_vila.data.sampling import thin_out, uneven_seconds
 from megatron_vila.data.sources.source import ChangedFileError, Source
-from megatron_vila.data.video import probe_video
+from megatron_vila.data.video import probe_video, shown_size
+from megatron_vila.data.video_info import VideoInfo
 from megatron_vila.errors import SettingError, UserError
-from megatron_vila.plan.pictures import pictures_of, places
+from megatron_vila.plan.pictures import Size, pictures_of, places
 from megatron_vila.plan.row import IGNORE, Document, references
 
 
@@ -89,7 +91,8 @@ class VilaDataset:
         self.encoder = ChatEncoder(tokenizer, TextRules.of(data))
         self.vocab_size = model.llm.vocab_size
         self.pictures = pictures_of(model)
-        self.probe = functools.lru_cache(maxsize=64)(probe_video)
+        self.probe: Callable[..., VideoInfo] = functools.lru_cache(maxsize=64)(probe_video)
+        self.shown_size = functools.lru_cache(maxsize=64)(shown_size)
         self.list_folder = functools.lru_cache(maxsize=64)(picture_files)
         self.failures = FailureReasons()
         for name in ("frame_separator_ids", "image_separator_ids"):
@@ -166,26 +169,33 @@ class VilaDataset:
         segments = self.encoder.encode(record.turns)
         chosen, files = zip(*map(self._choose_frames, record.media), strict=True) if record.media else ((), ())
         is_video = [medium.is_video for medium in record.media]
-        room = self.seq_length - sum(len(s.token_ids) for s in segments) - is_video.count(False) * self._places(1, False)
+        sizes = list(map(self._size, record.media, chosen, files))
+        room = self.seq_length - sum(len(s.token_ids) for s in segments)
+        room -= sum(self._places(1, False, size) for size, video in zip(sizes, is_video, strict=True) if not video)
         counts = [len(indices) for indices, video in zip(chosen, is_video, strict=True) if video]
+        counted = [
+            functools.partial(self._places, is_video=True, size=size)
+            for size, video in zip(sizes, is_video, strict=True)
+            if video
+        ]
         if room < 0:
             raise TooLongError(
                 f"text and images alone have {self.seq_length - room} tokens, train.seq_length={self.seq_length}"
             )
-        wanted = sum(map(self._places, counts))
+        wanted = sum(tokens(count) for tokens, count in zip(counted, counts, strict=True))
         if self.data.over_long == "drop" and wanted > room:
             raise TooLongError(
                 f"its {self.seq_length - room + wanted} tokens do not fit "
                 f"train.seq_length={self.seq_length} and data.over_long=drop"
             )
-        kept = iter(counts if wanted <= room else fit_frames(counts, room, self._places))
+        kept = iter(counts if wanted <= room else fit_frames(counts, room, counted))
         taken = [
             self._thin_out(medium, indices, next(kept), bool(names)) if medium.is_video else indices
             for medium, indices, names in zip(record.media, chosen, files, strict=True)
         ]
         pictures = [
-            references(m.path, indices, m.is_video, self.pictures.units(len(indices), m.is_video), names)
-            for m, indices, names in zip(record.media, taken, files, strict=True)
+            references(m.path, indices, m.is_video, self.pictures.units(len(indices), m.is_video, size), names)
+            for m, indices, size, names in zip(record.media, taken, sizes, files, strict=True)
         ]
         document = assemble(
             segments, pictures, self.data.image_separator_ids, self.data.frame_separator_ids, record.sample_id
@@ -198,10 +208,19 @@ class VilaDataset:
             raise RenderError(str(error)) from error
         return document, sum(map(len, chosen)) - sum(map(len, taken))
 
-    def _places(self, frames: int, is_video: bool = True) -> int:
-        """Tokens that a medium with ``frames`` frames takes, separators included."""
+    def _places(self, frames: int, is_video: bool, size: Size | None) -> int:
+        """Tokens that a medium with ``frames`` frames of ``size`` takes, separators included."""
         separators = self.data.frame_separator_ids if is_video else self.data.image_separator_ids
-        return places(self.pictures.units(frames, is_video), len(separators))
+        return places(self.pictures.units(frames, is_video, size), len(separators))
+
+    def _size(self, medium: Media, indices: np.ndarray, files: Sequence[str | Member]) -> Size | None:
+        """Of the pictures of ``medium``: of its first frame, or of the first one taken where each has its own file. None where
+        nothing depends on it."""
+        if not self.pictures.needs_size:
+            return None
+        if medium.is_video and not files:
+            return self.shown_size(self.probe(medium.path))
+        return picture_size(files[indices[0]] if files else medium.path)
 
     def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member, ...]]:
         """The frames to take of a medium, and the files of all its frames where each has its own."""
@@ -228,15 +247,15 @@ class VilaDataset:
             )
 
 
-def fit_frames(counts: Sequence[int], room: int, places: Callable[[int], int]) -> list[int]:
-    """Frames to keep of videos with ``counts`` frames whose tokens fit ``room``; a video of n frames has ``places(n)`` of them.
+def fit_frames(counts: Sequence[int], room: int, places: Sequence[Callable[[int], int]]) -> list[int]:
+    """Frames to keep of videos with ``counts`` frames whose tokens fit ``room``; ``places`` gives those of each video by frames.
 
     As many in all as fit, shared as ``share_frames`` does, which raises ``TooLongError``.
     """
 
     def too_many(frames: int) -> bool:
         shares = share_frames(counts, frames) if frames >= len(counts) else [1] * frames
-        return sum(map(places, shares)) > room
+        return sum(tokens(share) for tokens, share in zip(places, shares, strict=False)) > room
 
     return share_frames(counts, bisect_left(range(sum(counts) + 1), True, lo=1, key=too_many) - 1)
 

@@ -5,9 +5,10 @@ Legend: F pictures, H = W side in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -47,6 +48,7 @@ UPRIGHT = {
 """What turns a picture upright, by its EXIF orientation (1: nothing to do)."""
 
 _ORIENTATION_TAG = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
 _BITS_TAG, _MEANING_TAG, _SAMPLE_FORMAT_TAG = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 # From one gray to the next, by Pillow's names of codings with 2 and 4 bits.
@@ -60,6 +62,24 @@ def load_image(source: MediaSource) -> Image.Image:
     ``IMAGE_FORMATS``, larger than ``MAX_PIXELS`` or a JPEG of more scans than it needs, and for values that ``as_rgb`` refuses;
     the size is taken from the header, before anything is decoded.
     """
+    with _opened(source) as (picture, file):
+        if picture.format in ("JPEG", "MPO"):
+            _check_scans(source, file, picture.width * picture.height)
+        _scale_hidden_color(picture)
+        picture.load()
+        return as_rgb(picture)
+
+
+def picture_size(source: MediaSource) -> tuple[int, int]:
+    """Width and height of an image as ``load_image`` gives it, in pixels, from its header. Raises ``MediaError`` as that does."""
+    with _opened(source) as (picture, _):
+        width, height = picture.size
+        return (height, width) if _orientation(picture) in _SIDEWAYS else (width, height)
+
+
+@contextlib.contextmanager
+def _opened(source: MediaSource) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """An image of which no pixel is decoded yet, and its open file."""
     with open_media(source) as file, errors_of(source, "not an image that can be read"):
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -73,11 +93,7 @@ def load_image(source: MediaSource) -> Image.Image:
             raise MediaError(source, f"not an image that can be read: {reason}") from error
         with opened as picture:
             check_size(source, *picture.size)
-            if picture.format in ("JPEG", "MPO"):
-                _check_scans(source, file, picture.width * picture.height)
-            _scale_hidden_color(picture)
-            picture.load()
-            return as_rgb(picture)
+            yield picture, file
 
 
 def _scale_hidden_color(picture: Any) -> None:

@@ -49,6 +49,13 @@ def decode_video_frames(
     return [pictures[i] for i in wanted]
 
 
+def shown_size(info: VideoInfo) -> tuple[int, int]:
+    """Width and height of the first frame as it is shown, in pixels. It is decoded: only frames tell of a rotation. Raises
+    ``MediaError``."""
+    with VideoReader(info, [0]) as reader:
+        return reader.frame(0).size
+
+
 class VideoReader:
     """An open video that gives frames by ascending index. Use it as a context manager: it holds a decoder.
 

@@ -5,14 +5,16 @@ each; whole units are dealt to ranks by cost; stage 2, memory and FLOPs add up w
 the squares or the cost of another.
 
 A new kind of unit (tiles of a picture, several scales of it, frames pooled over time) is one more class beside ``Squares``, and
-``pictures_of`` chooses it. Its one method, ``units(frames, is_video)``, gives the units of a medium of which ``frames`` frames
-are taken (one of an image). What it must provide:
+``pictures_of`` chooses it. Its one method, ``units(frames, is_video, size)``, gives the units of a medium of which ``frames``
+frames are taken (one of an image). What it must provide:
 
 * The ``frames`` of its units add up to ``frames``. A unit takes its frames where the one before stopped, in the order of the
   medium; the last may have fewer.
 * It is a pure function of its arguments and of the fields of its class, because every rank plans alone. The class is a dataclass
-  of numbers: its ``repr`` tells tables of lengths that were made with other settings apart (``data/lengths.py``). Where the units
-  depend on the size of a picture, that is one more argument, known where ``VilaDataset`` looks at the file of a medium.
+  of numbers: its ``repr`` tells tables of lengths that were made with other settings apart (``data/lengths.py``).
+* ``needs_size`` tells whether the units depend on the size of the pictures. Only then does ``VilaDataset`` read that: from the
+  header of a picture, and by decoding the first frame of a video. Plans that are made before any medium is known give no size,
+  and are told as many units as a medium of any size may have.
 * More frames of a video never have fewer tokens, because a video that is too long is cut by its number of frames.
 * ``cost`` counts the patches that the tower sees, so that units of different kinds are dealt fairly.
 
@@ -30,7 +32,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from megatron_vila.config.schema import ModelConfig
 from megatron_vila.plan.geometry import patches_per_square, tokens_per_square
@@ -56,11 +58,17 @@ class Unit:
         return self.frames * self.tiles
 
 
+Size = tuple[int, int]
+"""Width and height in pixels of a picture as it is shown, upright."""
+
+
 class Pictures(Protocol):
     """How media become units; see the top of this file."""
 
-    def units(self, frames: int, is_video: bool) -> tuple[Unit, ...]:
-        """The units of a medium with ``frames`` frames, in their order."""
+    needs_size: ClassVar[bool]
+
+    def units(self, frames: int, is_video: bool, size: Size | None = None) -> tuple[Unit, ...]:
+        """The units of a medium with ``frames`` frames of ``size``, in their order; without a size, the most that may be."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,9 @@ class Squares:
     """Each frame is one square and one unit, the same for images and videos."""
 
     unit: Unit
+    needs_size: ClassVar[bool] = False
 
-    def units(self, frames: int, is_video: bool) -> tuple[Unit, ...]:
+    def units(self, frames: int, is_video: bool, size: Size | None = None) -> tuple[Unit, ...]:
         return (self.unit,) * frames
 
 

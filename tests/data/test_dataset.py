@@ -139,11 +139,11 @@ def test_an_over_long_video_of_pooled_frames_keeps_the_frames_of_the_units_that_
 
 def test_videos_of_pooled_frames_share_the_room_that_their_units_take():
     places = lambda frames: 5 * -(-frames // 3)  # noqa: E731
-    assert fit_frames([8, 8], 30, places) == [8, 8]
-    assert fit_frames([8, 2], 14, places) == [3, 1]
-    assert fit_frames([8, 2], 15, places) == [6, 2]
+    assert fit_frames([8, 8], 30, [places] * 2) == [8, 8]
+    assert fit_frames([8, 2], 14, [places] * 2) == [3, 1]
+    assert fit_frames([8, 2], 15, [places] * 2) == [6, 2]
     with pytest.raises(TooLongError, match="room for 1 frames, not for one of each of its 2 videos"):
-        fit_frames([8, 2], 9, places)
+        fit_frames([8, 2], 9, [places] * 2)
 
 
 def test_over_long_samples_are_replaced_where_the_policy_is_drop(media, tmp_path):

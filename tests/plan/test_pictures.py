@@ -74,7 +74,7 @@ def test_memory_follows_the_squares_and_tokens_of_the_rank_with_most_of_them(mon
 class DearFirst:
     """The first frame of a medium costs what eight of the others do."""
 
-    def units(self, frames, is_video):
+    def units(self, frames, is_video, size=None):
         return (Unit(1, 8, 5, 8), *(Unit(1, 1, 5, 1),) * (frames - 1))[:frames]
 
 
