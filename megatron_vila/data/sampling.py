@@ -15,6 +15,9 @@ from megatron_vila.errors import SettingError
 FPS_RULES = ("spread", "first")
 """Rules for a number of frames per second, see ``sample_frame_indices``."""
 
+TOLERANCE_S = 1e-6
+"""Seconds that a frame may come after a moment and still be the one that is shown then: what a time loses as a float."""
+
 
 def sample_frame_indices(
     video: VideoInfo | tuple[int, float], num_frames: int, fps: float = 0.0, rule: str = "spread"
@@ -30,9 +33,10 @@ def sample_frame_indices(
     * ``fps`` > 0, ``rule`` = first: the frames at 0, 1 / ``fps``, 2 / ``fps`` ... seconds, the first ``num_frames`` of them, the
       rule of VILA's main branch.
 
-    Both rules for ``fps`` count frames, which stands for time at a constant rate. Where a frame lies half an interval or more
-    from where a constant rate would put it, the same places are taken in time: the frame that is shown then. A frame that is
-    shown at several of them is taken once.
+    Both rules for ``fps`` count frames, which stands for time at a constant rate. Of a ``VideoInfo``, which knows the times,
+    first takes the frames that are shown at these moments; so does spread where a frame lies half an interval or more from where
+    a constant rate would put it. A frame that is shown at several of them is taken once. So a file that keeps these frames alone,
+    at their times, gives the same frames by first.
 
     n is never above N: VILA's inference repeats frames of a shorter video to fill the count, its training does not, and a
     repeated frame costs time and teaches nothing. Raises ``SettingError`` for a count, rate or video that makes no sense.
@@ -48,14 +52,16 @@ def sample_frame_indices(
         return np.round(np.linspace(0, total - 1, min(num_frames, total))).astype(np.int64)
     if rate <= 0:
         raise SettingError(f"fps={fps} needs a video with a frame rate, got {rate}; set fps=0 to take frames uniformly")
-    seconds, duration_s = uneven_seconds(video), total / rate
+    duration_s = total / rate
     if rule == "first":
         count = max(1, min(num_frames, math.ceil(duration_s / (1.0 / fps))))
         times = np.arange(count) * (1.0 / fps)
-        places = (times * rate).astype(np.int64) if seconds is None else shown_at(seconds, times)
+        if isinstance(video, VideoInfo):
+            return np.unique(shown_at(video.seconds, times + TOLERANCE_S))
+        places = (times * rate).astype(np.int64)
         return np.unique(places[places < total])
     wanted = num_frames if duration_s >= num_frames / fps else max(2, int(duration_s * fps))
-    count = min(wanted, num_frames, total)
+    count, seconds = min(wanted, num_frames, total), uneven_seconds(video)
     if seconds is None:
         return np.linspace(0, total - 1, count).astype(np.int64)
     return np.unique(shown_at(seconds, np.linspace(0, seconds[-1], count)))
