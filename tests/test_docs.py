@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vila.config.keys import config_keys
 from megatron_vila.config.load import load_config, preset_names
-from megatron_vila.data.records import parse_record
+from megatron_vila.data.formats.read import parse_record
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

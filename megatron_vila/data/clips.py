@@ -21,8 +21,11 @@ from megatron_vila.data.video_info import VideoInfo
 
 
 def take_frames(
-    medium: Media, data: DataConfig, probe: Callable[[str | Member], VideoInfo], list_folder: Callable[[str], tuple[str, ...]]
-) -> tuple[np.ndarray, tuple[str | Member, ...]]:
+    medium: Media,
+    data: DataConfig,
+    probe: Callable[[str | Member | bytes], VideoInfo],
+    list_folder: Callable[[str], tuple[str, ...]],
+) -> tuple[np.ndarray, tuple[str | Member | bytes, ...]]:
     """Frames to take of a video by ``data``, int64 [n] ascending, and its N pictures if it is made of pictures, else ().
 
     ``probe`` and ``list_folder`` are ``probe_video`` and ``picture_files``, or remember what these found. Raises ``MediaError``.

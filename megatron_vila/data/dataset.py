@@ -222,7 +222,7 @@ class VilaDataset:
             return self.shown_size(self.probe(medium.path))
         return picture_size(files[indices[0]] if files else medium.path)
 
-    def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member, ...]]:
+    def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member | bytes, ...]]:
         """The frames to take of a medium, and the files of all its frames where each has its own."""
         if medium.is_video:
             return take_frames(medium, self.data, self.probe, self.list_folder)

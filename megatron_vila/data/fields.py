@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from megatron_vila.data.addresses import AddressError, kind_in, source_of
 from megatron_vila.data.media import Member
 from megatron_vila.errors import UserError
 
@@ -34,7 +35,7 @@ _NAMES = {
     "frames": {"frames", "videoframes", "framepaths", "framefiles"},
     "fps": {"fps", "videofps"},
     "system": {"system", "systemprompt", "systemmessage"},
-    "text": {"id", "conversations"},
+    "id": {"id"},
 } | {
     word: {
         before + word + unit
@@ -58,7 +59,7 @@ class RecordError(UserError, ValueError):
 
 
 class Media(NamedTuple):
-    """One image or video.
+    """One image or video: ``path`` says where it lies.
 
     ``start_s`` and ``end_s`` cut a clip out of a video, in seconds from its first frame, both ends included. ``pictures`` are
     the files of a video that was given as a list of pictures; ``path`` is then their folder. (A ``path`` that is a folder is
@@ -66,12 +67,12 @@ class Media(NamedTuple):
     shard, ``path`` and ``pictures`` are members of it.
     """
 
-    path: str | Member
+    path: str | Member | bytes
     is_video: bool
     start_s: float | None = None
     end_s: float | None = None
     fps: float | None = None
-    pictures: tuple[str | Member, ...] = ()
+    pictures: tuple[str | Member | bytes, ...] = ()
 
 
 class Fields(NamedTuple):
@@ -87,15 +88,15 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Fields:
-    """The media and the system text of a record; relative paths start at ``media_dir``.
+def read_fields(content: Mapping[str, Any], where: str, media_dir: str, spoken: Collection[str] = ()) -> Fields:
+    """The media and the system text of a record; relative paths start at ``media_dir``. The fields ``spoken`` hold what is said.
 
     Raises ``RecordError`` that begins with ``where`` and names the field.
     """
 
     given: dict[str, list[str]] = {}
     for name, value in content.items():
-        if (kind := _kind(name)) and not _is_empty(value):
+        if (kind := _kind(name)) and not is_empty(value):
             given.setdefault(kind, []).append(name)
 
     def take(kind: str) -> tuple[str, Any]:
@@ -108,7 +109,7 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
         return names[0], content[names[0]]
 
     name, value = take("image")
-    images = [Media(path, False) for path in _image_paths(value, f"{where}, field '{name}'", media_dir)]
+    images = [Media(path, False) for path in _images(value, f"{where}, field '{name}'", media_dir)]
     name, value = take("video")
     videos = _videos(value, f"{where}, field '{name}'", media_dir)
     name, value = take("frames")
@@ -126,7 +127,7 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
     name, system = take("system")
     if system is not None and not isinstance(system, str):
         raise RecordError(f"{where}, field '{name}': must be text, found {shown(system)}")
-    _refuse_unknown(content, where)
+    _refuse_unknown(content, where, spoken)
     if videos:
         _refuse_other_clips(content, where)
     return Fields(images, videos, system)
@@ -134,14 +135,14 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str) -> Field
 
 def names_media(content: Mapping[str, Any]) -> bool:
     """Whether a field of a record names media."""
-    given = ((_kind(name), value) for name, value in content.items() if not _is_empty(value))
+    given = ((_kind(name), value) for name, value in content.items() if not is_empty(value))
     return any(kind in ("image", "video") or (kind == "frames" and not isinstance(value, int | float)) for kind, value in given)
 
 
-def refuse_media(content: Mapping[str, Any], where: str) -> None:
-    """Raise ``RecordError`` for a field that looks like media, where none belongs (in a turn)."""
-    if content.keys() != _TURN_NAMES:
-        _refuse_unknown(content, where, _TURN_NAMES)
+def refuse_media(content: Mapping[str, Any], where: str, known: Collection[str]) -> None:
+    """Raise ``RecordError`` for a field that looks like media, where none belongs (in a turn) but in those of the plain names
+    ``known``."""
+    _refuse_unknown(content, where, (), known)
 
 
 def check_text(text: str, where: str) -> None:
@@ -155,34 +156,38 @@ def check_text(text: str, where: str) -> None:
         raise RecordError(f"{where}: {half} is half of a character (a surrogate without its other half)") from None
 
 
-_TURN_NAMES = frozenset({"from", "value"})
-
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 @functools.lru_cache(maxsize=4096)
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name of a field without case, ``_`` and ``-``."""
     return re.sub(r"[\s_-]", "", name.lower())
 
 
 @functools.lru_cache(maxsize=4096)
 def _kind(name: str) -> str:
     """What a field says by its name: a key of ``_NAMES``, "" if it is not known."""
-    return _KINDS.get(_plain(name), "")
+    return _KINDS.get(plain_name(name), "")
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a field counts as not given."""
     return value is None or value == "" or value == []
 
 
-def _path(value: Any, where: str, media_dir: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise RecordError(f"{where}: must be a path or a list of paths, found {shown(value)}")
-    check_text(value, where)
-    if "\0" in value:
-        raise RecordError(f"{where}: the path {shown(value)} holds a zero byte")
-    return os.path.join(media_dir, value)
+def source(value: Any, where: str, media_dir: str) -> str | bytes:
+    """Where the medium lies that ``value`` names (``addresses.py``). Raises ``RecordError`` that begins with ``where``."""
+    try:
+        found = source_of(value, media_dir)
+    except AddressError as error:
+        if not str(error):
+            raise RecordError(f"{where}: must be a path or a list of paths, found {shown(value)}") from None
+        raise RecordError(f"{where}: {shown(value)} {error}") from error
+    if isinstance(found, str):
+        check_text(found, where)
+    return found
 
 
 def _ending(path: str) -> str:
@@ -191,12 +196,12 @@ def _ending(path: str) -> str:
     return dot + ending.lower() if dot else ""
 
 
-def _image_paths(value: Any, where: str, media_dir: str) -> list[str]:
+def _images(value: Any, where: str, media_dir: str) -> list[str | bytes]:
     if value is None:
         return []
-    paths = [_path(v, where, media_dir) for v in (value if isinstance(value, list) else [value])]
+    paths = [source(v, where, media_dir) for v in (value if isinstance(value, list) else [value])]
     for path in paths:
-        if _ending(path) in VIDEO_ENDINGS:
+        if isinstance(path, str) and _ending(path) in VIDEO_ENDINGS:
             raise RecordError(f"{where}: {shown(path)} is a video by its name; give it in the field 'video'")
     return paths
 
@@ -208,7 +213,7 @@ def _videos(value: Any, where: str, media_dir: str) -> list[Media]:
         return []
     if not isinstance(value, list):
         value = [value]
-    are_pictures = [isinstance(v, str) and _ending(v) in PICTURE_ENDINGS for v in value]
+    are_pictures = [_is_picture(v) for v in value]
     if all(are_pictures):
         return [_frames(value, where, media_dir)]
     if any(are_pictures):
@@ -216,23 +221,29 @@ def _videos(value: Any, where: str, media_dir: str) -> list[Media]:
             f"{where}: pictures and videos in one list; write the pictures of one video as a list of their own"
         )
     return [
-        _frames(v, where, media_dir) if isinstance(v, list) else Media(_path(v, where, media_dir), True) for v in value
+        _frames(v, where, media_dir) if isinstance(v, list) else Media(source(v, where, media_dir), True) for v in value
     ]
 
 
 def _frames(value: Any, where: str, media_dir: str) -> Media:
     """One video from the path of a folder, or from the list of its pictures in the order of time."""
-    if isinstance(value, str) and _ending(value) not in PICTURE_ENDINGS:
-        return Media(_path(value, where, media_dir), True)
-    pictures = tuple(_path(v, where, media_dir) for v in (value if isinstance(value, list) else [value]))
+    if isinstance(value, str) and not _is_picture(value):
+        return Media(source(value, where, media_dir), True)
+    pictures = tuple(source(v, where, media_dir) for v in (value if isinstance(value, list) else [value]))
     for path in pictures:
-        if _ending(path) not in PICTURE_ENDINGS:
+        if isinstance(path, str) and _ending(path) not in PICTURE_ENDINGS:
             raise RecordError(
                 f"{where}: {shown(path)} is not a picture by its name; the frames of a video must be pictures"
             )
     if not pictures:
         raise RecordError(f"{where}: a video of pictures needs at least one")
-    return Media(os.path.dirname(pictures[0]), True, pictures=pictures)
+    first = pictures[0]
+    return Media(os.path.dirname(first) if isinstance(first, str) else first, True, pictures=pictures)
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a text names a picture, by its ending or its kind."""
+    return isinstance(value, str) and (_ending(value) in PICTURE_ENDINGS or kind_in(value) == "image")
 
 
 def _of_each_video(
@@ -249,7 +260,7 @@ def _of_each_video(
     values = value if isinstance(value, list) else [value]
     if len(values) != videos:
         raise RecordError(f"{where}: {len(values)} values for {videos} videos; give a list with one for each video")
-    return [None if _is_empty(one) else read(one, where) for one in values]
+    return [None if is_empty(one) else read(one, where) for one in values]
 
 
 def _seconds(value: Any, where: str) -> float:
@@ -282,12 +293,14 @@ def _cut(video: Media, start_s: float | None, end_s: float | None, fps: float | 
     return Media(video.path, True, start_s, end_s, fps, video.pictures)
 
 
-def _refuse_unknown(content: Mapping[str, Any], where: str, known: Collection[str] = _KINDS.keys()) -> None:
+def _refuse_unknown(
+    content: Mapping[str, Any], where: str, spoken: Collection[str], known: Collection[str] = _KINDS.keys()
+) -> None:
     for name, value in content.items():
-        plain = _plain(name)
-        if plain in known or _is_empty(value):
+        plain = plain_name(name)
+        if plain in known or name in spoken or is_empty(value):
             continue
-        file = next((text for text in _texts(value) if _ending(text) in MEDIA_ENDINGS), None)
+        file = next((text for text in _texts(value) if _is_medium(text)), None)
         if file is not None:
             found = f"holds the media file {shown(file)}"
         elif _MEDIA_WORD.search(plain) and _says_media(plain, value):
@@ -316,7 +329,7 @@ def _refuse_other_clips(content: Mapping[str, Any], where: str) -> None:
 @functools.lru_cache(maxsize=4096)
 def _clip_names(name: str) -> tuple[bool, bool]:
     """Whether a field that is not known may give an end of a clip by its name, and whether both ends."""
-    plain = _plain(name)
+    plain = plain_name(name)
     if plain in _KINDS or plain.endswith(("id", "ids", "idx", "index")):
         return False, False
     return bool(_BOUND_NAME.fullmatch(plain)), bool(_RANGE_NAME.fullmatch(plain))
@@ -336,9 +349,14 @@ def _says_media(plain: str, value: Any) -> bool:
     return not all(isinstance(number, int | float) for number in numbers) or bool(_CLIP_WORD.search(plain))
 
 
-def _texts(value: Any, depth: int = 3) -> Iterator[str]:
-    """The texts in ``value``, at most ``depth`` lists or objects deep."""
-    if isinstance(value, str):
+def _is_medium(value: str | bytes) -> bool:
+    """Whether a text in an unknown field is the name of a medium or one itself, as bytes are."""
+    return isinstance(value, bytes) or _ending(value) in MEDIA_ENDINGS or bool(kind_in(value))
+
+
+def _texts(value: Any, depth: int = 3) -> Iterator[str | bytes]:
+    """The texts and bytes in ``value``, at most ``depth`` lists or objects deep."""
+    if isinstance(value, str | bytes):
         yield value
     elif isinstance(value, list | dict) and depth:
         for part in value.values() if isinstance(value, dict) else value:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vila.data.chat import ChatEncoder, ChatTemplateError, RenderError, assemble, describe
-from megatron_vila.data.records import Turn
+from megatron_vila.data.placement import Turn
 from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, FrameRef
 from tests.data.material import QWEN2_TEMPLATE, byte_level_tokenizer, metaspace_tokenizer, sentencepiece_tokenizer

@@ -73,7 +73,7 @@ def test_everything_that_cannot_be_used_is_found_named_and_counted_by_its_kind(f
     assert kinds["gone.mp4"] == ("missing", f"{path}, line 2") and kinds["bad.mp4"] == ("broken", f"{path}, line 3")
     assert "5 cannot be used: 1 bad record, 1 missing, 2 broken, 1 too long" in out
     assert f"broken: {path}, line 4, sample empty.mp4: {folder}/empty.mp4: the file is empty" in out
-    assert f"bad record: {path}, line 5, field 'conversations'" in out
+    assert f"bad record: {path}, line 5: nothing to train" in out
     assert "1 (50.0%) lose frames to fit train.seq_length" in out
 
 

@@ -16,10 +16,10 @@ from megatron_vila.data import dataset as dataset_module
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, fit_frames, share_frames
 from megatron_vila.data.failures import MachineError
+from megatron_vila.data.formats.read import parse_record
 from megatron_vila.data.lengths import length_table
 from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
 from megatron_vila.data.placement import Turn
-from megatron_vila.data.records import parse_record
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.sources.source import ChangedFileError
 from megatron_vila.plan.row import MEDIA_TOKEN

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_vila.data.fields import Media, RecordError
+from megatron_vila.data.formats.read import parse_record
 from megatron_vila.data.placement import Turn
-from megatron_vila.data.records import parse_record
 from megatron_vila.data.sources.json_files import JsonFiles
 from tests.data.material import conversation, write_jsonl
 

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_vila.config.text_rules import MEDIA_FORMATS
 from megatron_vila.data.chat import ChatEncoder, assemble
+from megatron_vila.data.formats.read import parse_record
 from megatron_vila.data.placement import (
     MARKER,
     PlacementError,
@@ -12,7 +13,6 @@ from megatron_vila.data.placement import (
     place_media,
     unescape,
 )
-from megatron_vila.data.records import parse_record
 from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import MEDIA_TOKEN, FrameRef
 from tests.data.material import byte_level_tokenizer

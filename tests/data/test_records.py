@@ -86,11 +86,12 @@ GOOD = {"conversations": conversation()}
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [
-        ({}, "line 2, field 'conversations': must be a list of turns"),
+        ({}, "line 2: nothing to train; one of the fields 'conversations'"),
         ({"conversations": []}, "line 2, field 'conversations': must be a list of turns"),
         (
             {"conversations": [{"from": "bot", "value": "x"}]},
-            "turn 1: 'from' must be one of system, human, gpt, found 'bot'",
+            "turn 1: 'from' must be one of system, developer, human, user, gpt, assistant, model, chatgpt, bing, bard, "
+            "found 'bot'",
         ),
         ({"conversations": [{"from": "human", "value": None}]}, "turn 1: 'value' must be text, found None"),
         (
@@ -105,11 +106,14 @@ GOOD = {"conversations": conversation()}
         ({"id": float("nan"), **GOOD}, "field 'id': must be text or a whole number, found nan"),
         ({"id": True, **GOOD}, "field 'id': must be text or a whole number, found True"),
         ({"id": "\ud83d", **GOOD}, r"field 'id': \ud83d is half of a character"),
-        ({"conversations": [{"from": [], "value": "x"}]}, "turn 1: 'from' must be one of system, human, gpt, found []"),
-        ({"conversations": ["x"]}, "turn 1: must be an object with 'from' and 'value', found 'x'"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "turn 1: 'from' must be one of system, developer, human"),
+        (
+            {"conversations": ["x"]},
+            "turn 1: must be an object with 'from' and 'value', or with 'role' and 'content', found 'x'",
+        ),
         ({"conversations": {"from": "human"}}, "line 2, field 'conversations': must be a list of turns"),
         ({"conversations": conversation("What? \ud83d")}, r"turn 1: \ud83d is half of a character"),
-        ({"video": "a\0.mp4", **GOOD}, "field 'video': the path 'a\\x00.mp4' holds a zero byte"),
+        ({"video": "a\0.mp4", **GOOD}, "field 'video': 'a\\x00.mp4' holds a zero byte"),
         ({"video": "\udc00.mp4", **GOOD}, r"field 'video': \udc00 is half of a character"),
         (
             {"video": {"path": "a.mp4"}, **GOOD},
@@ -192,7 +196,7 @@ def test_a_lost_quotation_mark_spoils_no_record_on_another_line(tmp_path):
 
 def test_the_report_shows_the_first_bad_records_and_the_number_of_the_others(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", [GOOD, *[{"id": n} for n in range(12)]])
-    with pytest.raises(BadRecordsError, match=r"(?s)12 of 13 records.*line 11, field .*\n  ... and 2 more") as error:
+    with pytest.raises(BadRecordsError, match=r"(?s)12 of 13 records.*line 11: nothing to train.*\n  ... and 2 more") as error:
         JsonFiles([path])
     assert "line 12" not in str(error.value)
 

@@ -395,6 +395,6 @@ def test_what_only_one_replica_meets_is_told_once_and_ends_all_processes(videos,
     status, said = launch(str(own), *settings, "train.global_batch_size=2", processes=2)
     assert status != 0
     assert said.count("megatron_vila: ") == 1, said
-    assert f"1 of 1 records cannot be used:\n  {path}, line 1, field 'conversations'" in said
+    assert f"1 of 1 records cannot be used:\n  {path}, line 1: nothing to train" in said
     # The launcher shows its own traceback, the processes none.
     assert str(REPOSITORY / "megatron_vila") not in said, said

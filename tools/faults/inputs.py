@@ -216,7 +216,7 @@ FAULTS = [
     ),
     Fault(
         "a record with a field that stands twice is read",
-        "megatron_vila/data/records.py",
+        "megatron_vila/data/formats/read.py",
         "if len(found) != len(pairs):",
         "if False:",
         ("tests/data/test_records.py",),

@@ -23,10 +23,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_vila.data import fields, placement, records
+from megatron_vila.data import addresses, fields, formats, placement, records
 from megatron_vila.data.fields import RecordError
+from megatron_vila.data.formats.read import read_record
 from megatron_vila.data.kept import kept, kept_folder
-from megatron_vila.data.records import RecordRules, read_record
+from megatron_vila.data.records import RecordRules
 from megatron_vila.data.sources import places
 from megatron_vila.data.sources.places import name_of_record, record_places
 
@@ -151,8 +152,9 @@ def _check_in_parts(path: str, rules: RecordRules, found: np.ndarray, parts: int
 
 def _text_of_rules() -> str:
     """A hash of the text of all that decides which record is bad: a changed rule makes every index anew."""
-    modules = (fields, placement, records, places)
-    return digest_of(hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in modules)
+    files = [Path(module.__file__) for module in (addresses, fields, placement, records, places)]
+    files += sorted(Path(formats.__file__).parent.glob("*.py"))
+    return digest_of(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
 
 
 def _write(stream: BinaryIO, index: RecordIndex, identity: str) -> None:

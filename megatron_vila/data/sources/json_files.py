@@ -13,7 +13,8 @@ import numpy as np
 
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
-from megatron_vila.data.records import Record, RecordRules, read_record
+from megatron_vila.data.formats.read import read_record
+from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.index import digest_of, index_of
 from megatron_vila.data.sources.places import name_of_record
 from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, report_bad_records

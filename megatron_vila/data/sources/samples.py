@@ -22,9 +22,10 @@ from megatron_vila.data.fields import (
     names_media,
     shown,
 )
+from megatron_vila.data.formats.read import parse_json, parse_record, without_fields
 from megatron_vila.data.media import Member
 from megatron_vila.data.placement import IMAGE, VIDEO
-from megatron_vila.data.records import Record, RecordRules, parse_json, parse_record
+from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.tar import Read, TarError, TarMember, members, split_name
 
 RECORD, CAPTION = "json", "txt"
@@ -54,7 +55,7 @@ def read_sample(path: str, read: Read, start: int, size: int, key: str, rules: R
     content = _content(parts, read, where)
     unnamed = _media_of(parts, rules.ignore_fields)
     if isinstance(content, dict):
-        content = {name: value for name, value in content.items() if name not in rules.ignore_fields}
+        content = without_fields(content, rules.ignore_fields)
         if not names_media(content):
             content |= _as_fields(unnamed)
     record = parse_record(content, where, key, "", rules.media_format)
@@ -155,11 +156,13 @@ class _Finder:
 
     def found(self, medium: Media) -> Media:
         if medium.pictures:
-            label = f"{self._where}, {medium.path or 'pictures'}"
+            label = f"{self._where}, {medium.path if isinstance(medium.path, str) and medium.path else 'pictures'}"
             return medium._replace(path=label, pictures=tuple(self._member(name, False) for name in medium.pictures))
         return medium._replace(path=self._member(medium.path, medium.is_video))
 
-    def _member(self, name: str | Member, is_video: bool) -> Member:
+    def _member(self, name: str | Member | bytes, is_video: bool) -> Member | bytes:
+        if isinstance(name, bytes):  # the record carries it
+            return name
         name = str(name)
         part = (
             name if name in self._parts else self._by_name.get(posixpath.basename(name)) or self._single.get(is_video)

@@ -1,0 +1,150 @@
+"""A record of any known shape, from its JSON text.
+
+``SHAPES`` lists the shapes: a record has the first one whose fields it holds. Each shape has a reader that makes turns and media
+of a record; what follows is the same for all. ``docs/formats.md`` shows every shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vila.data.fields import Media, RecordError, check_text, shown, whole_number
+from megatron_vila.data.formats import conversation
+from megatron_vila.data.formats.draft import Draft
+from megatron_vila.data.placement import IMAGE, PlacementError, Turn, place_media
+from megatron_vila.data.records import Record, RecordRules
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to write a record. A record with text in one of ``fields`` has it; ``read(content, field, where, media_dir)``
+    makes a draft of such a record, where ``field`` is the one it was known by."""
+
+    name: str
+    fields: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], str, str, str], Draft]
+
+
+SHAPES = (Shape("a conversation", ("conversations", "messages", "conversation"), conversation.read_turns),)
+_BY_FIELD = {name: shape for shape in SHAPES for name in shape.fields}
+
+
+def read_record(text: bytes, where: str, default_id: str, rules: RecordRules) -> Record:
+    """The record with the JSON ``text``. Raises ``RecordError`` that begins with ``where``, whatever is wrong with it."""
+    try:
+        return record_of(parse_json(text, where), where, default_id, rules)
+    except (RecordError, MemoryError):
+        raise
+    except Exception as error:
+        raise RecordError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def record_of(content: Any, where: str, default_id: str, rules: RecordRules) -> Record:
+    """The record that one parsed JSON object holds, by ``rules``. Raises ``RecordError`` that begins with ``where``."""
+    if rules.ignore_fields:
+        content = without_fields(content, rules.ignore_fields)
+    return parse_record(content, where, default_id, rules.media_dir, rules.media_format)
+
+
+def parse_record(content: Any, where: str, default_id: str, media_dir: str, media_format: str = "vila") -> Record:
+    """Bring one parsed JSON record into the form of ``Record``; relative media paths start at ``media_dir``.
+
+    ``media_format`` is the rule by which media are placed.
+
+    Raises ``RecordError`` that begins with ``where`` and names the field.
+    """
+    if not isinstance(content, dict):
+        raise RecordError(f"{where}: a record must be a JSON object, found {type(content).__name__}")
+    shape, field = _shape(content, where)
+    draft = shape.read(content, field, where, media_dir)
+    turns, media = _place_media(draft, media_format, f"{where}, field '{field}'")
+    return Record(_sample_id(content.get("id"), default_id, f"{where}, field 'id'"), turns, media)
+
+
+def _shape(content: Mapping[str, Any], where: str) -> tuple[Shape, str]:
+    """The shape of a record, and the field that says so: the first that holds something, else the first that is there."""
+    present = [name for name in content if name in _BY_FIELD]
+    if not present:
+        wanted = ", ".join(f"'{shape.fields[0]}'" for shape in SHAPES)
+        found = f"the fields are {shown(', '.join(content))}" if content else "the record is empty"
+        raise RecordError(f"{where}: nothing to train; one of the fields {wanted} must be there, and {found}")
+    if len(present) > 1:
+        filled = [name for name in present if content[name]] or present
+        present = sorted(filled, key=list(_BY_FIELD).index)
+        for other in present[1:]:
+            if _BY_FIELD[other] is _BY_FIELD[present[0]]:
+                raise RecordError(f"{where}, field '{other}': the record has '{present[0]}' as well; keep one of the two")
+    return _BY_FIELD[present[0]], present[0]
+
+
+_OF_TURNS = frozenset({"from", "value", "role", "content", "type", "text", "image", "video"})
+
+
+def without_fields(content: Any, names: frozenset[str]) -> Any:
+    """``content`` without the fields ``names`` of a record, and of its turns and their parts if these can do without them."""
+    if isinstance(content, list):
+        return [without_fields(part, names - _OF_TURNS) for part in content]
+    if isinstance(content, dict):
+        return {
+            name: without_fields(value, names) if isinstance(value, list) else value
+            for name, value in content.items()
+            if name not in names
+        }
+    return content
+
+
+# An id is a name in logs, where a line belongs to one sample.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def _sample_id(given: Any, default: str, where: str) -> str:
+    if given is None or given == "":
+        return default
+    if isinstance(given, float) and whole_number(given):
+        given = int(given)
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise RecordError(f"{where}: must be text or a whole number, found {shown(given)}")
+    name = str(given)
+    if name.isprintable():
+        return name
+    check_text(name, where)
+    return _UNSEEN.sub(" ", name)
+
+
+def _place_media(draft: Draft, rule: str, where: str) -> tuple[tuple[Turn, ...], tuple[Media, ...]]:
+    """The turns with a marker for each medium, and the media in the order of their markers."""
+    try:
+        turns, markers = place_media(draft.turns, len(draft.images), len(draft.videos), rule)
+    except PlacementError as error:
+        raise RecordError(f"{where}: {error}") from error
+    left = {True: iter(draft.images), False: iter(draft.videos)}
+    return turns, tuple(next(left[marker == IMAGE]) for marker in markers)
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """What JSON text holds. Raises ``RecordError`` that begins with ``where``."""
+    try:
+        return _JSON.decode(content.removeprefix(_BOM).decode())
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{where}: not JSON: not UTF-8 text: {error}") from error
+    except RecursionError as error:
+        raise RecordError(f"{where}: not JSON that can be read: lists or objects are nested too deeply") from error
+    except ValueError as error:
+        raise RecordError(f"{where}: not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {shown(twice)} stands twice in one object")
+    return found
+
+
+_BOM = b"\xef\xbb\xbf"
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
