@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from megatron_vila.config.schema import Config
 from megatron_vila.data import loader
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.loader import LoadedRow, RowLoader
+from megatron_vila.data.loader import EmptyRow, LoadedRow, RowLoader
 from megatron_vila.data.media import is_there
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.sources.open import open_records
@@ -88,7 +88,7 @@ def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report
     yield report
     with _loader(dataset, threads, prefetch=4 * threads, decode=True) as rows:
         for index in range(len(dataset)):
-            (row,) = rows.rows(index)
+            (row,) = rows.outcomes(index)
             _add(report, row, dataset, index)
             yield report
 
@@ -101,7 +101,7 @@ def problem_of(dataset: VilaDataset, index: int, decode: bool) -> Problem | None
     log.setLevel(logging.ERROR)
     try:
         with _loader(dataset, threads=1, prefetch=0, decode=decode) as rows:
-            (row,) = rows.rows(index)
+            (row,) = rows.outcomes(index)
     finally:
         log.setLevel(level)
     return next((_problem(dataset, index, left.kind, left.reason) for left in row.left_out), None)
@@ -144,11 +144,11 @@ def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> 
     )
 
 
-def _add(report: Report, row: LoadedRow, dataset: VilaDataset, index: int) -> None:
+def _add(report: Report, row: LoadedRow | EmptyRow, dataset: VilaDataset, index: int) -> None:
     report.checked += 1
     for left in row.left_out:
         report.problems.append(_problem(dataset, index, left.kind, left.reason))
-    if row.row is None:
+    if isinstance(row, EmptyRow):
         return
     report.frames += sum(unit.frames for unit in row.row.units)
     report.truncated += row.stats.truncated

@@ -39,8 +39,8 @@ class RowStats:
 
     The counts of documents are the same on all ranks of a block: ``replaced_broken`` and ``replaced_too_long`` stand in for
     another sample, ``truncated`` lost frames to fit, ``unsupervised`` train nothing, ``left_out`` cannot be used and have no
-    replacement (in a packed row none fits; held-out samples get none). ``decoded_frames``, ``decode_s`` (seconds of a thread)
-    and ``wait_s`` (seconds that the training loop stood still for this row) belong to this rank.
+    replacement that fits into the packed row. ``decoded_frames``, ``decode_s`` (seconds of a thread) and ``wait_s`` (seconds that
+    the training loop stood still for this row) belong to this rank.
     """
 
     documents: int = 0
@@ -70,31 +70,38 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """Row ``number`` of the run with this rank's plan of it and ``pixels`` uint8 [F, 3, H, W] of the units ``plan.frames``.
-
-    ``plan`` is None if all samples are ``left_out``, which only happens where bad samples are not replaced.
-    """
+    """Row ``number`` of the run with this rank's plan of it and ``pixels`` uint8 [F, 3, H, W] of the units ``plan.frames``."""
 
     number: int
-    plan: ShardPlan | None
+    plan: ShardPlan
     pixels: torch.Tensor
     stats: RowStats = RowStats()
     left_out: tuple[LeftOut, ...] = ()
 
     @property
-    def row(self) -> Row | None:
-        return None if self.plan is None else self.plan.row
+    def row(self) -> Row:
+        return self.plan.row
+
+
+@dataclass(frozen=True)
+class EmptyRow:
+    """Row ``number`` of the run, all samples of which are ``left_out``. There are none where bad samples are replaced."""
+
+    number: int
+    left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A row built with the broken samples known at a time, and the samples found broken on this rank while building it."""
+    """A row built with the broken samples known at a time, and the samples found broken on this rank while building it.
+
+    ``made`` is this rank's part of the row, None for a row without documents and after an ``error``.
+    """
 
     choices: tuple[Choice, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     found: dict[int, str] = field(default_factory=dict)
-    plan: ShardPlan | None = None
-    decoded: DecodedRow | None = None
+    made: tuple[ShardPlan, DecodedRow] | None = None
     error: Exception | None = None
 
     def reports(self) -> list[str]:
@@ -172,6 +179,10 @@ class RowLoader:
         return dict(self._broken)
 
     def rows(self, step: int) -> list[LoadedRow]:
+        """``outcomes`` without the empty ones: all of them where bad samples are replaced."""
+        return [row for row in self.outcomes(step) if isinstance(row, LoadedRow)]
+
+    def outcomes(self, step: int) -> list[LoadedRow | EmptyRow]:
         """The rows of this replica in optimizer step ``step``, one per micro-batch.
 
         Collective: ``agree``, over the model-parallel block. Raises ``LoaderError`` on all ranks of the block if any of them
@@ -183,7 +194,7 @@ class RowLoader:
             self._jobs.pop(place)[1].cancel()
         return [self._load(place) for place in range(first, first + per_step)]
 
-    def _load(self, place: int) -> LoadedRow:
+    def _load(self, place: int) -> LoadedRow | EmptyRow:
         """The row at ``place`` in this replica's sequence of rows."""
         for ahead in range(place, place + self._prefetch + 1):
             if ahead not in self._jobs:
@@ -196,10 +207,12 @@ class RowLoader:
         while reports := self._agree(attempt.reports()):
             self._learn(reports, attempt.error)
             attempt = self._attempt(slots, dict(self._broken), attempt)
-        assert attempt.decoded is not None, "an attempt without pixels has reported its error"
         self._warn(attempt)
-        stats = _stats(attempt, attempt.decoded, wait_s=time.perf_counter() - started_s)
-        return LoadedRow(self._number(place), attempt.plan, attempt.decoded.pixels, stats, attempt.left_out)
+        if attempt.made is None:  # an error has been raised by now
+            return EmptyRow(self._number(place), attempt.left_out)
+        plan, decoded = attempt.made
+        stats = _stats(attempt, decoded, wait_s=time.perf_counter() - started_s)
+        return LoadedRow(self._number(place), plan, decoded.pixels, stats, attempt.left_out)
 
     def _number(self, place: int) -> int:
         dp_size, dp_rank = self._grid.dp, self._grid.coordinates(self._rank).dp
@@ -235,7 +248,7 @@ class RowLoader:
         try:
             choices, left_out, found = self._choose(slots, broken)
             if not choices:
-                return _Attempt((), left_out, found, decoded=self._decoder.decode((), range(0)))
+                return _Attempt((), left_out, found)
             if previous is not None and [c.index for c in choices] == [c.index for c in previous.choices]:
                 return replace(previous, choices=choices, left_out=left_out, found=found)
             row = pack([choice.document for choice in choices], self._grid.document_multiple, self._grid.row_multiple)
@@ -243,7 +256,7 @@ class RowLoader:
             local = plan.frames if self._decodes else range(0)
             decoded = self._decoder.decode([choice.document for choice in choices], local)
             found |= {choices[place].index: reason for place, reason in decoded.undecodable.items()}
-            return _Attempt(choices, left_out, found, plan, decoded)
+            return _Attempt(choices, left_out, found, (plan, decoded))
         except Exception as error:
             return _Attempt(choices=tuple(choices), error=error)
 

@@ -113,7 +113,7 @@ class _FusedHead(torch.autograd.Function):
         tile = ForwardTile.of(len(weight_VH), hidden_nH.dtype, logit_bytes)
         share = max(min(tile.tokens // tp, longest), 1)
         logits_CV = _scratch(min(tile.scored, share * tp), rows, hidden_nH, wide)
-        dlogits_PV = _scratch(share * tp, rows, hidden_nH, hidden_nH.dtype) if need_hidden else None
+        dlogits_PV = _scratch(share * tp if need_hidden else 0, rows, hidden_nH, hidden_nH.dtype)
         for tokens in _slices(longest, share):
             hidden_PH = _gather(hidden_nH, tokens, vocabulary)
             labels_P, local_P = labels_RL[:, tokens].flatten(), local_RL[:, tokens].flatten()
@@ -178,7 +178,7 @@ def _add_dweight(sum_VH, hidden_nH, weight_VH, local_RL, log_sum_RL, grad, vocab
     logits_PW, dlogits_PW = (_scratch(share * tp, tile.rows, hidden_nH, dtype) for dtype in (wide, hidden_nH.dtype))
     # One piece is summed within the product, whatever the dtype; several need float32 in between.
     sums_apart = sum_VH.dtype != wide and len(pieces) > 1
-    sums_WH = sum_VH.new_empty(tile.rows, sum_VH.shape[1], dtype=wide) if sums_apart else None
+    sums_WH = sum_VH.new_empty(tile.rows if sums_apart else 0, sum_VH.shape[1], dtype=wide)
     for block in _slices(len(weight_VH), tile.rows):
         mine_WH = sum_VH[block.start : min(block.stop, vocabulary.rows)]
         count = len(mine_WH)

@@ -25,14 +25,14 @@ from megatron_vila.plan.sizes import head_dim
 class RowShard:
     """What the model needs of a row on one rank.
 
-    ``token_ids_1s`` int64 [1, s] with 0 at visual places; ``reshard`` brings the visual tokens to theirs (first stage).
+    ``token_ids_1s`` int64 [1, s] with 0 at visual places; ``reshard`` brings the visual tokens to theirs (on the first stage).
     ``selected_n`` int64 [n] are the slots (in this rank's tp slice) of supervised tokens, ``labels_n`` their labels;
     ``counts`` the n of each tp rank, on the host.
     """
 
     params: RowParams
     token_ids_1s: torch.Tensor
-    reshard: Reshard | None
+    reshard: Reshard
     selected_n: torch.Tensor
     labels_n: torch.Tensor
     counts: tuple[int, ...]
@@ -51,7 +51,7 @@ class RowShard:
         return cls(
             params=RowParams(*angles, RowIndices.of(plan.attention, device)),
             token_ids_1s=there(plan.token_ids)[None],
-            reshard=None if plan.reshard is None else Reshard.of(plan.reshard, topology.tp_cp, device),
+            reshard=Reshard.of(plan.reshard, topology.tp_cp, device),
             selected_n=there(plan.selected),
             labels_n=there(plan.labels),
             counts=plan.counts,

@@ -98,13 +98,13 @@ class VilaModel(MegatronModule):
         first stage. Collectives: the stage-2 all-to-all over tp x cp, Megatron's over tp, MM-SP's over ulysses and ring in each
         layer.
         """
-        embeddings = self.embed(shard, made_NH) if self.pre_process else None
+        embeddings = None if made_NH is None else self.embed(shard, made_NH)
         return run_decoder(self.llm.decoder, embeddings, shard.params, self.memory, self.host)
 
     def loss(self, hidden_t1H: torch.Tensor, shard: RowShard) -> HeadOutput:
         """Output layer and cross-entropy of the last stage's hidden states at supervised positions. Collectives over tp."""
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.llm.output_layer.weight
+        weight = self.llm.shared_embedding_or_output_weight() if tied else self.llm.output_layer.weight
         selected_nH = hidden_t1H.squeeze(1).index_select(0, shard.selected_n)
         return fused_head(selected_nH, weight, shard.labels_n, shard.counts, self.vocabulary)
 

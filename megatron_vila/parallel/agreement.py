@@ -23,17 +23,17 @@ def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T
     ``failed``, the reason and ``cure``; the others raise one with the same text. If it is a fault of the program, rank 0
     raises it and the others raise ``PeerError``.
     """
-    result, failure, told = None, None, None
+    outcome: list[Any] = [None, None]  # the result; of an error, its kind and text
+    failure = None
     if dist.get_rank() == 0:
         try:
-            result = action()
+            outcome[0] = action()
         except Exception as error:
             failure = error
             if failed and _is_curable(error):
                 failure = _error(isinstance(error, DamagedError), f"{failed}: {_reason(error)}", cure)
                 failure.__cause__ = error
-            told = _kind(failure), str(failure)
-    outcome: list[Any] = [result, told]
+            outcome[1] = _kind(failure), str(failure)
     dist.broadcast_object_list(outcome, src=0)
     result, told = outcome
     if failure is not None:
@@ -50,9 +50,8 @@ def on_all_ranks(action: Callable[[], T], failed: str) -> T:
     Collective over all ranks, after the action. A file that is damaged for one rank and refused to another counts as refused.
     A fault of the program is raised on its rank as it is, and the others raise ``PeerError``.
     """
-    result, told, failure = None, None, None
     try:
-        result = action()
+        result, told, failure = action(), None, None
     except Exception as error:
         told, failure = (_is_curable(error), isinstance(error, DamagedError), _reason(error)), error
     everywhere: list[Any] = [None] * dist.get_world_size()

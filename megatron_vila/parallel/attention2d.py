@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from megatron_vila import accelerator
 from megatron_vila.parallel.kernels import AttentionKernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.ring import Ring, RingLayout
-from megatron_vila.parallel.ulysses import Ulysses
+from megatron_vila.parallel.ulysses import Pending, Ulysses
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row_plan import AttentionPlan
 
@@ -31,19 +32,17 @@ from megatron_vila.plan.row_plan import AttentionPlan
 class RowIndices:
     """A row's ``AttentionPlan`` on the device.
 
-    ``order`` and ``inverse`` int64 [T] permute tokens at the Ulysses exchange (None when ulysses = 1).
+    ``order`` and ``inverse`` int64 [T] permute tokens at the Ulysses exchange (empty when ulysses = 1).
     """
 
     layout: RingLayout
-    order: torch.Tensor | None
-    inverse: torch.Tensor | None
+    order: torch.Tensor
+    inverse: torch.Tensor
 
     @classmethod
     def of(cls, plan: AttentionPlan, device: torch.device) -> RowIndices:
         """Copies to the device only. No collective, no synchronization."""
-        order, inverse = (
-            None if x is None else accelerator.to_device(torch.from_numpy(x), device) for x in (plan.order, plan.inverse)
-        )
+        order, inverse = (accelerator.to_device(torch.from_numpy(x), device) for x in (plan.order, plan.inverse))
         return cls(RingLayout.of(plan, device), order, inverse)
 
 
@@ -55,12 +54,11 @@ class SavedAttention:
 
     def __init__(self, save: Callable[[torch.Tensor], Any]) -> None:
         self._save = save
-        self._held: tuple[Any, Any] | None = None
-        self._taken: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._held: tuple[Any, ...] = ()
 
     @property
     def is_filled(self) -> bool:
-        return self._held is not None
+        return bool(self._held)
 
     def fill(self, out_sHD: torch.Tensor, lse_hT: torch.Tensor) -> None:
         self._held = self._save(out_sHD), self._save(lse_hT)
@@ -71,9 +69,12 @@ class SavedAttention:
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [s, H, D] and log-sum-exp [h, T], on the device from now on."""
-        if self._taken is None:
-            self._taken = tuple(held.take() for held in self._held)
         return self._taken
+
+    @cached_property
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor]:
+        out_sHD, lse_hT = (held.take() for held in self._held)
+        return out_sHD, lse_hT
 
     def output(self) -> torch.Tensor:
         """What the layer's output projection gets: [s, 1, H*D]."""
@@ -148,9 +149,7 @@ class Attention2D:
         ends of each document) for the query heads of this Ulysses rank. Collectives as in a call.
         """
         ulysses, ring, chunks = self.ulysses, self.ring, range(self.ulysses.split.chunks)
-        exchanged = ulysses.split.ulysses > 1
-        out_sHD = torch.empty_like(q_sHD) if exchanged else None
-        attended, returning = [], None
+        attended, returning = [], Pending(lambda: None)
         coming = ulysses.to_heads(q_sHD, k_sKD, v_sKD, row.order, 0)
         for chunk in chunks:
             q, k, v = coming.wait()
@@ -160,13 +159,14 @@ class Attention2D:
             v = v.contiguous()
             out, lse = ring.forward(q, k, v, row.layout, self.expansion)
             attended.append(HeadAttention(q, k, v, out, lse))
-            if returning is not None:  # its transfer ran under this chunk's attention
-                returning.wait()
-            if exchanged:
-                returning = ulysses.to_sequence(out, row.inverse, out_sHD, chunk)
-        if returning is not None:
-            returning.wait()
-        return (out_sHD if exchanged else out), attended
+            if ulysses.split.ulysses == 1:
+                return out, attended
+            if chunk == 0:
+                out_sHD = torch.empty_like(q_sHD)
+            returning.wait()  # the transfer of the chunk before ran under this one's attention
+            returning = ulysses.to_sequence(out, row.inverse, out_sHD, chunk)
+        returning.wait()
+        return out_sHD, attended
 
 
 class _Attention2D(torch.autograd.Function):
@@ -229,19 +229,19 @@ def _gradients(attention: Attention2D, row: RowIndices, dout_sHD: torch.Tensor, 
     ``start(chunk)`` starts the exchange of a chunk; the function it returns gives dout, q, k, v, out and the log-sum-exp there.
     """
     ulysses, chunks = attention.ulysses, range(attention.ulysses.split.chunks)
-    coming, returning, totals = start(0), None, None
+    coming, returning = start(0), Pending(lambda: None)
     for chunk in chunks:
         given = coming()
-        coming = start(chunk + 1) if chunk + 1 in chunks else None
+        if chunk + 1 in chunks:
+            coming = start(chunk + 1)
         grads = attention.ring.backward(*given, row.layout, attention.expansion)  # type: ignore[call-arg]
         del given
         if ulysses.split.ulysses == 1:
             return *grads, None, None, None
-        if totals is None:
+        if chunk == 0:
             tokens, kv_heads, dim = len(dout_sHD), ulysses.split.kv_heads, dout_sHD.shape[2]
             totals = tuple(dout_sHD.new_empty(tokens, n, dim) for n in (dout_sHD.shape[1], kv_heads, kv_heads))
-        if returning is not None:  # its transfer ran under this chunk's attention
-            returning.wait()
+        returning.wait()  # the transfer of the chunk before ran under this one's attention
         returning = ulysses.grads_to_sequence(grads, row.inverse, totals, chunk)
         del grads
     returning.wait()

@@ -134,10 +134,10 @@ class Ring:
         group: at most one block of keys and values is in flight while the current one is computed.
         """
         blocks = _KeyValueBlocks(self, layout, k_TkD, v_TkD)
-        out = lse = None
-        for step in range(self.size):
+
+        def attend():
             block, (k, v) = blocks.next()
-            part_out, part_lse = self.kernel.forward(
+            out_nhD, lse_hn = self.kernel.forward(
                 layout.take(q_ThD, block.queries),
                 _expand(k, expansion),
                 _expand(v, expansion),
@@ -145,13 +145,13 @@ class Ring:
                 block.causal,
                 self.scale,
             )
-            if self.size == 1:
-                return part_out, part_lse
-            if step == 0:
-                # An output that is merged once is rounded once, without a wider copy.
-                out, lse = (part_out if self.size == 2 else part_out.to(part_lse.dtype)), part_lse
-            else:
-                layout.merge(out, lse, part_out, part_lse, block.queries)
+            return out_nhD, lse_hn, block.queries
+
+        out, lse, _ = attend()
+        if self.size > 2:  # an output that is merged once is rounded once, without a wider copy
+            out = out.to(lse.dtype)
+        for _ in range(1, self.size):
+            layout.merge(out, lse, *attend())
         return out.to(q_ThD.dtype), lse
 
     def backward(self, dout_ThD, q_ThD, k_TkD, v_TkD, out_ThD, lse_hT, layout: RingLayout, expansion: torch.Tensor | None):
@@ -160,9 +160,8 @@ class Ring:
         Keys and values travel again; each block's dK and dV return to its owner while the next block is computed.
         """
         blocks = _KeyValueBlocks(self, layout, k_TkD, v_TkD)
-        totals = None
-        returning: _Return | None = None
-        for step in range(self.size):
+
+        def attend():
             block, (k, v) = blocks.next()
             dq, dk, dv = self.kernel.backward(
                 layout.take(dout_ThD, block.queries),
@@ -175,20 +174,21 @@ class Ring:
                 block.causal,
                 self.scale,
             )
-            dk, dv = _contract(dk, expansion, k.shape[1]), _contract(dv, expansion, v.shape[1])
-            if self.size == 1:
-                return dq, dk, dv
-            if step == 0:
-                # 16-bit blocks are summed in float32, as one kernel over all keys would; a sum of two is rounded once anyway.
-                wide = q_ThD.dtype if self.size == 2 else torch.promote_types(q_ThD.dtype, torch.float32)
-                totals = [x.to(wide) for x in (dq, dk, dv)]
-            else:
-                layout.add(totals[0], dq, block.queries)
-                if returning is not None:
-                    returning.collect(totals[1:])
-                returning = _Return(self, layout, step, (dk, dv))
-            del dq, dk, dv  # not beside those of the next block
-        returning.collect(totals[1:])
+            return block.queries, dq, _contract(dk, expansion, k.shape[1]), _contract(dv, expansion, v.shape[1])
+
+        # 16-bit blocks are summed in float32, as one kernel over all keys would; a sum of two is rounded once anyway.
+        wide = q_ThD.dtype if self.size <= 2 else torch.promote_types(q_ThD.dtype, torch.float32)
+        totals = [x.to(wide) for x in attend()[1:]]
+        returning = None
+        for step in range(1, self.size):
+            queries, dq, *dkv = attend()
+            layout.add(totals[0], dq, queries)
+            if returning is not None:
+                returning.collect(totals[1:])
+            returning = _Return(self, layout, step, dkv)
+            del dq, dkv  # not beside those of the next block
+        if returning is not None:
+            returning.collect(totals[1:])
         return tuple(x.to(q_ThD.dtype) for x in totals)
 
     def exchange(self, sent: Tensors, to: int, received: Tensors, source: int) -> list[dist.Work]:
@@ -209,17 +209,14 @@ class _KeyValueBlocks:
     def __init__(self, ring: Ring, layout: RingLayout, k: torch.Tensor, v: torch.Tensor) -> None:
         self._ring, self._layout, self._step = ring, layout, 0
         self._own = k, v
-        self._arriving: tuple[Tensors, Tensors, list[dist.Work]] | None = None
+        self._arriving: tuple[Tensors, Tensors, list[dist.Work]] = self._own, (), []
 
     def next(self):
         ring, step = self._ring, self._step
-        if step == 0:
-            block: Tensors = self._own
-        else:
-            block, _, works = self._arriving
-            for work in works:
-                work.wait()
-        self._arriving = self._start(step + 1) if step + 1 < ring.size else None
+        block, _, works = self._arriving
+        for work in works:
+            work.wait()
+        self._arriving = self._start(step + 1) if step + 1 < ring.size else ((), (), [])
         self._step += 1
         return ring_step(ring.size, ring.rank, step), block
 

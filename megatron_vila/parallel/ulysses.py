@@ -43,7 +43,8 @@ class Pending:
         if self._work is not None:
             self._work.wait()
         # A finished work may hold on to what it moved.
-        finish, self._finish, self._work, self._sent = self._finish, None, None, None
+        finish = self._finish
+        del self._finish, self._work, self._sent
         return finish()
 
 
@@ -52,8 +53,8 @@ class Ulysses:
     """The exchange between sequence shards and head shards over ``group``, chunk by chunk of ``split``.
 
     ``order`` permutes received tokens (``tokens.ulysses_permutation``) and ``inverse`` undoes it; both int64 [T] on the
-    device, None when U = 1, where nothing travels and there is one chunk. With ``peers`` the ranks write into each other's memory
-    instead of calling NCCL or gloo, if there is one chunk.
+    device, empty when U = 1, where nothing travels and there is one chunk. With ``peers`` the ranks write into each other's
+    memory instead of calling NCCL or gloo, if there is one chunk.
     """
 
     split: HeadSplit
@@ -70,7 +71,7 @@ class Ulysses:
         return [[self.split.kv_range(u, c) for u in range(self.split.ulysses)] for c in range(self.split.chunks)]
 
     def to_heads(
-        self, q_sHD: torch.Tensor, k_sKD: torch.Tensor, v_sKD: torch.Tensor, order: torch.Tensor | None, chunk: int
+        self, q_sHD: torch.Tensor, k_sKD: torch.Tensor, v_sKD: torch.Tensor, order: torch.Tensor, chunk: int
     ) -> Pending:
         """q [s, H, D], k and v [s, K, D] to q [T, h, D], k and v [T, k, D]. All-to-all over the Ulysses group."""
         if self.split.ulysses == 1:
@@ -92,7 +93,7 @@ class Ulysses:
 
         return Pending(finish, work, sent)
 
-    def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor | None, out_sHD: torch.Tensor, chunk: int) -> Pending:
+    def to_sequence(self, out_ThD: torch.Tensor, inverse: torch.Tensor, out_sHD: torch.Tensor, chunk: int) -> Pending:
         """Attention output [T, h, D] into the heads of its chunk of ``out_sHD`` [s, H, D]. All-to-all over the Ulysses group."""
 
         def fill(u, out_shD):
@@ -109,7 +110,7 @@ class Ulysses:
         return Pending(finish, work, sent)
 
     def outputs_to_heads(
-        self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor | None, inverse: torch.Tensor | None, chunk: int
+        self, tensors_sHD: Sequence[torch.Tensor], order: torch.Tensor, inverse: torch.Tensor, chunk: int
     ) -> Pending:
         """Each of ``tensors_sHD`` (the output's gradient, the output) [s, H, D] to [T, h, D]: the adjoint of ``to_sequence``.
 
@@ -121,17 +122,17 @@ class Ulysses:
         ranges, count, like = self._query_ranges[chunk], len(tensors_sHD), tensors_sHD[0]
         heads, dim = len(ranges[self.rank]), like.shape[-1]
         shape = (self.split.ulysses * len(like), heads, dim)
-        if self._takes_peers(count * math.prod(shape), like):
+        if peers := self._free_peers(count * math.prod(shape), like):
             # They are needed for this chunk's attention only: each rank writes them to their place in its order.
             def arrived(u):
-                return [self.peers.view(u, i * math.prod(shape), shape, like.dtype) for i in range(count)]
+                return [peers.view(u, i * math.prod(shape), shape, like.dtype) for i in range(count)]
 
             def write(u):
                 for x, there in zip(tensors_sHD, arrived(u), strict=True):
                     put_rows(x[:, ranges[u].start : ranges[u].stop], self._tokens_of(self.rank, inverse), there)
 
-            self._write_to_all(write)
-            return Pending(lambda: arrived(self.rank), self.peers.arrival())
+            self._write_to_all(write, peers)
+            return Pending(lambda: arrived(self.rank), peers.arrival())
 
         def fill(u, out_swD):
             _join_heads([x[:, ranges[u].start : ranges[u].stop] for x in tensors_sHD], out_swD)
@@ -147,7 +148,7 @@ class Ulysses:
     def grads_to_sequence(
         self,
         grads_TxD: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        inverse: torch.Tensor | None,
+        inverse: torch.Tensor,
         totals_sXD: tuple[torch.Tensor, ...],
         chunk: int,
     ) -> Pending:
@@ -195,16 +196,17 @@ class Ulysses:
         """
         tokens, dim, ranks = len(like_sXD), like_sXD.shape[-1], range(self.split.ulysses)
         most = max(sum(widths[a][b] for a in ranks) for b in ranks)
-        if not self._takes_peers(tokens * most * dim, like_sXD):
+        peers = self._free_peers(tokens * most * dim, like_sXD)
+        if peers is None:
             return self._collective(fill, widths, like_sXD)
 
         def write(u):
             first = tokens * dim * sum(widths[a][u] for a in range(self.rank))
-            fill(u, self.peers.view(u, first, (tokens, widths[self.rank][u], dim), like_sXD.dtype))
+            fill(u, peers.view(u, first, (tokens, widths[self.rank][u], dim), like_sXD.dtype))
 
-        self._write_to_all(write)
+        self._write_to_all(write, peers)
         total = tokens * dim * sum(widths[a][self.rank] for a in ranks)
-        return self.peers.view(self.rank, 0, (total,), like_sXD.dtype), None, None
+        return peers.view(self.rank, 0, (total,), like_sXD.dtype), None, None
 
     def _collective(
         self, fill: Callable[[int, torch.Tensor], None], widths: Sequence[Sequence[int]], like_sXD: torch.Tensor
@@ -218,21 +220,21 @@ class Ulysses:
             fill(u, part.view(tokens, -1, dim))
         return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
 
-    def _takes_peers(self, elements: int, like: torch.Tensor) -> bool:
-        """Whether an exchange in which a rank gets up to ``elements`` goes by ``peers``. If so, all of them have read what came
-        before: their buffers are free."""
+    def _free_peers(self, elements: int, like: torch.Tensor) -> PeerMemory | None:
+        """``peers`` if an exchange in which a rank gets up to ``elements`` goes by them. All of them have read what came before:
+        their buffers are free."""
         if self.peers is None or self.split.chunks > 1 or not self.peers.reserve(elements * like.element_size()):
-            return False
+            return None
         self.peers.barrier()
-        return True
+        return self.peers
 
-    def _write_to_all(self, write: Callable[[int], None]) -> None:
+    def _write_to_all(self, write: Callable[[int], None], peers: PeerMemory) -> None:
         """``write(u)`` for every rank u, beginning with the next one, so that no link gets all at once; then wait for theirs."""
-        with self.peers.beside():
+        with peers.beside():
             for step in range(1, self.split.ulysses):
                 write((self.rank + step) % self.split.ulysses)
         write(self.rank)
-        self.peers.barrier()
+        peers.barrier()
 
 
 def as_vectors(x: torch.Tensor) -> torch.Tensor:

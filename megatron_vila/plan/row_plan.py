@@ -17,6 +17,7 @@ import numpy as np
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Row
 from megatron_vila.plan.tokens import (
+    NO_PART,
     RankReshard,
     ReshardPlan,
     half_indices,
@@ -32,13 +33,13 @@ class AttentionPlan:
 
     ``lengths`` are the tokens of each document there. ``halves`` are the slots of the front and of the back chunks, int64 [T/2]
     each; None for a row of one document, where they are its two halves. ``order`` int64 [T] permutes tokens at the Ulysses
-    exchange and ``inverse`` undoes it; None where ulysses = 1.
+    exchange and ``inverse`` undoes it; both are empty where ulysses = 1 and nothing travels.
     """
 
     lengths: tuple[int, ...]
     halves: tuple[np.ndarray, np.ndarray] | None
-    order: np.ndarray | None
-    inverse: np.ndarray | None
+    order: np.ndarray
+    inverse: np.ndarray
 
     @classmethod
     def of(cls, cu_seqlens: np.ndarray, grid: GridShape, ring_rank: int) -> AttentionPlan:
@@ -47,11 +48,11 @@ class AttentionPlan:
         Raises ``ValueError`` if a document is not a multiple of 2*cp.
         """
         lengths = tuple((np.diff(cu_seqlens) // grid.ring).tolist())
-        order = inverse = None
+        order = np.empty(0, np.int64)
         if grid.ulysses > 1:
             order = ulysses_permutation(cu_seqlens, grid.ulysses, grid.ring, ring_rank)
-            inverse = np.empty_like(order)
-            inverse[order] = np.arange(len(order))
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
         return cls(lengths, half_indices(cu_seqlens, grid.ring) if len(lengths) > 1 else None, order, inverse)
 
 
@@ -59,15 +60,15 @@ class AttentionPlan:
 class ShardPlan:
     """A row as one rank takes part in it.
 
-    ``frames`` are the row's frames that the rank decodes and encodes, and ``reshard`` its stage 2: none and None after the first
-    pipeline stage. ``positions`` int64 [s] are the local tokens' positions in their documents, ``token_ids`` int64 [s] hold 0 at
-    visual places. ``selected`` int64 [n] are the slots (in the rank's tp slice) of supervised tokens, ``labels`` int64 [n] their
-    labels, ``documents`` int64 [n] their documents; ``counts`` tells the n of each tp rank.
+    ``frames`` are the row's frames that the rank decodes and encodes, and ``reshard`` its stage 2: none and ``NO_PART`` after the
+    first pipeline stage. ``positions`` int64 [s] are the local tokens' positions in their documents, ``token_ids`` int64 [s] hold
+    0 at visual places. ``selected`` int64 [n] are the slots (in the rank's tp slice) of supervised tokens, ``labels`` int64 [n]
+    their labels, ``documents`` int64 [n] their documents; ``counts`` tells the n of each tp rank.
     """
 
     row: Row
     frames: range
-    reshard: RankReshard | None
+    reshard: RankReshard
     attention: AttentionPlan
     positions: np.ndarray
     token_ids: np.ndarray
@@ -107,7 +108,7 @@ class RowPlan:
         return ShardPlan(
             row=row,
             frames=self.reshard.frames(encoder) if encodes else range(0),
-            reshard=self.reshard.of_rank(encoder) if encodes else None,
+            reshard=self.reshard.of_rank(encoder) if encodes else NO_PART,
             attention=AttentionPlan.of(row.cu_seqlens, grid, place.ring),
             positions=row.positions[mine],
             token_ids=np.where(token_ids == MEDIA_TOKEN, 0, token_ids),

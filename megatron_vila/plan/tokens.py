@@ -115,6 +115,10 @@ class RankReshard:
     moved: int
 
 
+NO_PART = RankReshard([], [], np.empty(0, np.int64), np.empty(0, np.int64), moved=0)
+"""Of a rank that neither makes nor needs visual tokens: one after the first pipeline stage."""
+
+
 @dataclass(frozen=True)
 class ReshardPlan:
     """Stage 2 for one row: how visual tokens go from the encoder that made them to the rank that owns their place.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.loader import LoadedRow
+from megatron_vila.data.loader import EmptyRow, LoadedRow
 from megatron_vila.data.sources.source import Source
 from megatron_vila.training.feed import chance_level, evaluation_loader
 from megatron_vila.training.run_data import RunData, held_out_gaps
@@ -72,12 +72,12 @@ def evaluate(config: Config, forward: Pass, held_out: VilaDataset) -> dict[str, 
     states = torch.full((len(held_out),), _UNSEEN, dtype=torch.int64, device=device)
     with loader, torch.no_grad():
         for step in range(math.ceil(len(held_out) / topology.grid.dp)):
-            (row,) = loader.rows(step)
+            (row,) = loader.outcomes(step)
             # In the last step some replicas begin the held-out samples again: these do not count.
             counted = row.number < len(held_out)
             if counted:
                 states[row.number] = _state(row, held_out.records)
-            if row.row is None:
+            if isinstance(row, EmptyRow):
                 continue
             reports = forward.run([row], forward_only=True)
             if not topology.is_last_stage:
@@ -119,9 +119,9 @@ _UNSEEN, _TESTED, _TRUNCATED, _UNANSWERED, _TOO_LONG, _BROKEN = range(6)
 _VIDEO = 8  # added where the sample has a video
 
 
-def _state(row: LoadedRow, records: Source) -> int:
+def _state(row: LoadedRow | EmptyRow, records: Source) -> int:
     """What became of a held-out sample, as a number that ranks can exchange."""
-    if row.row is None:
+    if isinstance(row, EmptyRow):
         (left,) = row.left_out
         return (_BROKEN if left.kind == "broken" else _TOO_LONG) + _VIDEO * _has_video(records, left.index)
     state = _TRUNCATED if row.stats.truncated else _TESTED

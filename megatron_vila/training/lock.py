@@ -89,7 +89,7 @@ class RunLock:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._owner = Owner.of_this_process()
-        self._path: Path | None = None
+        self._path = self._folder / ".lock-1"  # until it is held: a later one if that exists
         self._inode = 0
         self._done = threading.Event()
         self.lost = ""
@@ -118,7 +118,7 @@ class RunLock:
         """Give the lock back; nothing happens if another run holds it by now."""
         _held.discard(self)
         with contextlib.suppress(OSError):
-            if self._path is not None and self._token_in(self._path) == self._owner.token:
+            if self._token_in(self._path) == self._owner.token:
                 self._path.unlink()
 
     def _acquire(self) -> None:

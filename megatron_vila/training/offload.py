@@ -64,8 +64,8 @@ class StreamedAdam(torch.optim.Optimizer):
         take_main_weights(self)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
-        """Update all weights of this rank. The state on the host is at rest when it returns."""
+    def step(self, closure=None):
+        """Update all weights of this rank; returns nothing. The state on the host is at rest when it returns."""
         for group in self.param_groups:
             group["step"] += 1
         # The chunks on the device are updated while the next ones come from the host. A rank with any state has some on the host.

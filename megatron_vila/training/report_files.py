@@ -100,7 +100,7 @@ class AppendFile:
 
     def _opened(self) -> int:
         """The descriptor of the file that is at the path now."""
-        if self._descriptor is not None and not self._is_in_place():
+        if self._descriptor is not None and not self._is_in_place(self._descriptor):
             self._close()
         if self._descriptor is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +113,9 @@ class AppendFile:
             self._descriptor = descriptor
         return self._descriptor
 
-    def _is_in_place(self) -> bool:
+    def _is_in_place(self, descriptor: int) -> bool:
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+            return os.path.samestat(os.stat(self._path), os.fstat(descriptor))
         except OSError:
             return False
 

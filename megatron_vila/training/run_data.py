@@ -33,10 +33,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """The samples of ``data.train``, and those of ``data.eval`` if it names files."""
+    """The samples of ``data.train``, then those of ``data.eval`` if it names files."""
 
-    train: VilaDataset
-    held_out: VilaDataset | None
+    opened: Sequence[VilaDataset]
+
+    @property
+    def train(self) -> VilaDataset:
+        return self.opened[0]
+
+    @property
+    def held_out(self) -> VilaDataset:
+        """Raises ``IndexError`` for a run without ``data.eval``, which has no task that reads it."""
+        return self.opened[1]
 
 
 def open_run_data(config: Config, is_writer: bool) -> RunData:
@@ -61,7 +69,7 @@ def open_run_data(config: Config, is_writer: bool) -> RunData:
             f"data.train={config.data.train} and data.eval={config.data.eval} are not the same files on all nodes: rank "
             f"{', '.join(others[:SHOWN_RANKS])}{more} found other records in them than rank 0; copy them anew"
         )
-    return RunData(opened[0], opened[1] if len(opened) > 1 else None)
+    return RunData(opened)
 
 
 def open_dataset(config: Config, name: str) -> VilaDataset:

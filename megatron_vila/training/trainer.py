@@ -94,7 +94,7 @@ class Trainer:
         self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
         self.settings = on_rank_zero(lambda: settings_of(config), "the settings that a checkpoint keeps")
         if found.checkpoint is not None:
-            self._resume(found)
+            self._resume(found.checkpoint, found)
         elif config.checkpoint.load:
             failed = f"the weights of {config.checkpoint.load} do not fit this run"
             for line in on_all_ranks(lambda: other_text(kept_settings(loaded), self.settings), failed):
@@ -214,9 +214,13 @@ class Trainer:
         for watcher in self._watchers:
             watcher.message(text)
 
+    def _taken_by(self) -> str:
+        """Who has taken the folder over; empty without a lock or while it is held."""
+        return "" if self._lock is None else self._lock.lost
+
     def _give_way(self) -> None:
         """Raise ``LockedError`` on all ranks: what another run writes to the folder must not be mixed with this one's."""
-        owner = on_rank_zero(lambda: self._lock.lost)
+        owner = on_rank_zero(self._taken_by)
         raise LockedError(
             f"train.output={self.config.train.output} was taken over by {owner}; this run ends after step {self.step} and saves "
             "nothing there"
@@ -263,7 +267,7 @@ class Trainer:
         sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.topology.dp)
         wait_s, peak_gib = sum(r.stats.wait_s for r in rows), accelerator.peak_memory_bytes() / 2**30
-        lost = self.is_writer and self._lock is not None and bool(self._lock.lost)
+        lost = self.is_writer and bool(self._taken_by())
         largest = torch.tensor([self._stop.signal, lost, wait_s, peak_gib], dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         tokens, frames, flops, *counts = sums.tolist()
@@ -296,8 +300,7 @@ class Trainer:
         if error := too_many_broken(self.config, self.counts, self.step, at_least):
             raise error
 
-    def _resume(self, found: ResumePoint) -> None:
-        checkpoint = found.checkpoint
+    def _resume(self, checkpoint: Path, found: ResumePoint) -> None:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler, check=not found.checked)
         if not is_of_a_run(extra):
             raise CheckpointError(

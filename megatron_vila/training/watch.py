@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 
+import torch.distributed as dist
+
 from megatron_vila import processes
 from megatron_vila.errors import PeerError, StallError
 from megatron_vila.training import failures
@@ -82,11 +84,11 @@ class Watch(Watcher):
         # For a rank that waits while its thread writes. Made now: connecting to a store that has ended takes a whole timeout.
         self._parting = processes.shared_store()
         self._here: list[Seen] = []
-        """ranks that responded when ``describe_stall`` last looked"""
+        """ranks that responded when ``_describe_stall`` last looked"""
 
     def __enter__(self) -> Watch:
         if self._store is not None:
-            threading.Thread(target=self._keep, name="watch", daemon=True).start()
+            threading.Thread(target=self._keep, args=(self._store,), name="watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -99,7 +101,7 @@ class Watch(Watcher):
             self._reporter.note()
         if self._store is not None and error is not None:
             if failures.is_late(error):
-                stall = self.describe_stall()
+                stall = self._describe_stall(self._store)
             else:
                 self._reporter.await_cause(error)
         self._done.set()
@@ -124,13 +126,13 @@ class Watch(Watcher):
                 raise
             # The process that keeps the store ends as the last rank or after it.
 
-    def describe_stall(self) -> str | None:
+    def _describe_stall(self, store: dist.Store) -> str | None:
         """Who did not come, as a message; None if all ranks respond and are where this one is. Takes some intervals."""
-        first = within(10.0, self._read)
+        first = within(10.0, lambda: self._read(store))
         for _ in range(3):
             time.sleep(self.interval_s)
-            within(10.0, self._write)  # ranks that ask at the same time must see this one alive
-        second = within(10.0, self._read)
+            within(10.0, lambda: self._write(store))  # ranks that ask at the same time must see this one alive
+        second = within(10.0, lambda: self._read(store))
         if not first or not second:
             self._here = []
             keeper = "the process that keeps the ranks' store, the launcher on rank 0's node,"
@@ -154,12 +156,12 @@ class Watch(Watcher):
             "The same command continues from the last checkpoint"
         )
 
-    def _keep(self) -> None:
+    def _keep(self, store: dist.Store) -> None:
         peer_failed_at = None
         while True:
             try:
-                self._write()
-                if peer_failed_at is None and self._store.check([FIRST]):
+                self._write(store)
+                if peer_failed_at is None and store.check([FIRST]):
                     peer_failed_at = time.monotonic()
             except RuntimeError:
                 return  # the store has ended with the launcher, and the ranks end too
@@ -168,7 +170,7 @@ class Watch(Watcher):
             now = time.monotonic()
             if peer_failed_at is not None and now - peer_failed_at > _PEER_FAILED_S:
                 self._end(PeerError("another rank has failed"))
-            if now - self._since > self._timeout_s + _ROOM_S and (stall := self.describe_stall()):
+            if now - self._since > self._timeout_s + _ROOM_S and (stall := self._describe_stall(store)):
                 # One that responds and is ahead waits as well, and names this one if nobody else is missing.
                 if not any(seen.place > self._place for seen in self._here):
                     self._end(StallError(stall))
@@ -181,22 +183,22 @@ class Watch(Watcher):
         sys.stderr.flush()
         os._exit(status)
 
-    def _write(self) -> None:
+    def _write(self, store: dist.Store) -> None:
         self._beat += 1
-        self._store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, processes.this_process()]))
+        store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, processes.this_process()]))
 
-    def _read(self) -> list[Seen]:
+    def _read(self, store: dist.Store) -> list[Seen]:
         """Of all ranks; one that has not written yet is at the start."""
         keys = [f"megatron_vila/at/{rank}" for rank in range(self._world)]
-        if self._store.check(keys):
-            values = self._store.multi_get(keys)
+        if store.check(keys):
+            values = store.multi_get(keys)
         else:
-            values = [self._store.get(key) if self._store.check([key]) else None for key in keys]
+            values = [store.get(key) if store.check([key]) else b"" for key in keys]
         return [
-            Seen(rank, *json.loads(value)) if value is not None else Seen(rank, 0, 0, 0, self._started(rank))
+            Seen(rank, *json.loads(value)) if value else Seen(rank, 0, 0, 0, self._started(store, rank))
             for rank, value in enumerate(values)
         ]
 
-    def _started(self, rank: int) -> str:
+    def _started(self, store: dist.Store, rank: int) -> str:
         key = f"{processes.STARTED}/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else "not known"
+        return store.get(key).decode() if store.check([key]) else "not known"

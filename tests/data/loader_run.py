@@ -92,7 +92,7 @@ class Data:
 
         def run(rank):
             with self.loader(rank, ranks, lambda reports: agreement(rank, reports), **options) as loader:
-                return [row for step in range(steps) for row in loader.rows(step)], loader.broken
+                return [row for step in range(steps) for row in loader.outcomes(step)], loader.broken
 
         with ThreadPoolExecutor(ranks) as threads:
             results = list(threads.map(run, range(ranks)))

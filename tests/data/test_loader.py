@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vila.data import dataset
-from megatron_vila.data.loader import LoaderError
+from megatron_vila.data.loader import EmptyRow, LoaderError
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import MEDIA_TOKEN
 from megatron_vila.plan.row_plan import RowPlan
+from megatron_vila.plan.tokens import NO_PART
 from tests.data.loader_run import BROKEN, GOOD, SEQ_LENGTH, TEXT, Agreement, Data, contents, sample, together
 from tests.data.material import conversation, cut_off, destroy_frames, read_stamps, write_video
 from tests.samples import Pooled
@@ -205,8 +206,7 @@ def test_held_out_samples_that_cannot_be_used_have_no_stand_in(tmp_path, folder)
     for rows in rows_of_ranks:
         kinds = [[(left.index, left.kind) for left in row.left_out] for row in rows]
         assert kinds == [[(0, "broken")], [(1, "too_long")], [(2, "broken")], []]
-        assert [row.row is None for row in rows] == [True, True, True, False]
-        assert [row.stats.drawn for row in rows] == [1] * 4
+        assert [isinstance(row, EmptyRow) for row in rows] == [True, True, True, False]
     assert "middle.mp4: " in rows_of_ranks[0][0].left_out[0].reason
     assert "text and images alone have" in rows_of_ranks[0][1].left_out[0].reason
     assert "is half of a character" in rows_of_ranks[0][2].left_out[0].reason
@@ -346,7 +346,7 @@ def test_pixels_of_ranks_without_frames_are_empty(tmp_path, folder):
     grid = GridShape(tp=2, ulysses=2, pp=2)
     with data.loader(batch=1, grid=grid, rank=grid.rank(pp=1)) as loader:
         (row,) = loader.rows(0)
-    assert row.pixels.shape == (0, 3, 32, 32) and row.plan.reshard is None
+    assert row.pixels.shape == (0, 3, 32, 32) and row.plan.reshard is NO_PART
     assert np.array_equal(row.row.cu_seqlens % 8, [0, 0])
 
 

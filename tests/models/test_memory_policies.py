@@ -33,6 +33,8 @@ def test_what_is_kept_comes_back_bit_for_bit_from_the_host_and_from_the_device()
     kept[1].prefetch()
     assert kept[2].take() is third
     assert torch.equal(kept[1].take(), second) and torch.equal(kept[0].take(), first)
+    with pytest.raises(IndexError):
+        kept[2].take()
     assert host.used_bytes == 0 and host.peak_bytes == bytes_of(first, second)
 
 
@@ -159,8 +161,8 @@ def most_outputs_back(rank, memory):
 
     def prefetch(self):
         original(self)
-        if self._shape == (16, 8, 4) and all(self._back is not tensor() for tensor in back):
-            back.append(weakref.ref(self._back))
+        if self._shape == (16, 8, 4) and all(self._here[0] is not tensor() for tensor in back):
+            back.append(weakref.ref(self._here[0]))
         most[0] = max(most[0], sum(tensor() is not None for tensor in back))
 
     saved._SavedOnHost.prefetch = prefetch
@@ -190,14 +192,14 @@ def most_kept_on_device(rank, memory):
 
     stay, prefetch = saved.Saved.__init__, saved._SavedOnHost.prefetch
 
-    def stays(self, x):
-        stay(self, x)
-        if x.nbytes:
+    def stays(self, *here):
+        stay(self, *here)
+        for x in here:
             see(x)
 
     def comes_back(self):
         prefetch(self)
-        see(self._back)
+        see(self._here[0])
 
     saved.Saved.__init__, saved._SavedOnHost.prefetch = stays, comes_back
     try:

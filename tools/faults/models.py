@@ -107,8 +107,8 @@ FAULTS = [
     Fault(
         "frames encoded ahead are taken for others",
         "megatron_vila/models/vision/tower.py",
-        "if pixels is not pixels_F3HW:",
-        "if pixels is None:",
+        "if ahead is None or ahead[0] is not pixels_F3HW:",
+        "if ahead is None:",
         AHEAD,
     ),
     Fault(

@@ -12,6 +12,7 @@ Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_vila.config.schema import MemoryConfig
-from megatron_vila.models.decoder.saved import HostStore, Saved
+from megatron_vila.models.decoder.saved import HostStore
 from megatron_vila.parallel.attention2d import SavedAttention
 from megatron_vila.parallel.megatron_attention import RowParams
 
@@ -38,7 +39,7 @@ def run_decoder(
     again = 0 if memory.recompute == "none" or not torch.is_grad_enabled() else memory.recompute_layers or len(decoder.layers)
     block = None
     for layers in _blocks(decoder.layers[:again], memory):
-        block = _Block(layers, row, host, memory.recompute == "attention_output", block)
+        block = _Block(layers, hidden_t1H, row, host, memory.recompute == "attention_output", block)
         hidden_t1H = _Recompute.apply(hidden_t1H, block)
     for layer in decoder.layers[again:]:
         hidden_t1H = _run(layer, hidden_t1H, row)
@@ -68,35 +69,32 @@ class _Recompute(torch.autograd.Function):
 
 
 class _Block:
-    """Consecutive layers of one forward pass and what is saved of them."""
+    """Consecutive layers of one forward pass, which gets ``hidden_t1H``, and what is saved of them."""
 
     def __init__(
         self,
         layers: Sequence[TransformerLayer],
+        hidden_t1H: torch.Tensor,
         row: RowParams,
         host: HostStore,
         saves_attention: bool,
         before: _Block | None,
     ) -> None:
         self._layers, self._row, self._before = layers, row, before
-        self._host, self._saves_attention = host, saves_attention
-        self._attention: list[SavedAttention | None] = []
-        self._input: Saved | None = None
+        self._input = host.save(hidden_t1H.detach())
+        # None: the only layer of this block runs its attention again.
+        self._attention = [SavedAttention(host.save) for _ in layers] if saves_attention else []
 
     def forward(self, hidden_t1H: torch.Tensor) -> torch.Tensor:
-        self._input = self._host.save(hidden_t1H.detach())
-        for layer in self._layers:
-            saved = SavedAttention(self._host.save) if self._saves_attention else None
+        for layer, saved in zip_longest(self._layers, self._attention):
             hidden_t1H = _run(layer, hidden_t1H, self._row.with_saved(saved))
-            self._attention.append(saved)
         return hidden_t1H
 
     def prefetch(self, layers: int) -> None:
         """Bring back the input and what is saved of the first ``layers`` layers."""
         self._input.prefetch()
         for saved in self._attention[:layers]:
-            if saved is not None:
-                saved.prefetch()
+            saved.prefetch()
 
     def backward(self, grad_t1H: torch.Tensor) -> torch.Tensor:
         self.prefetch(len(self._layers))
@@ -108,13 +106,14 @@ class _Block:
             # For each layer done here, one layer of the block before is brought back: what this one kept is free by then.
             if self._before is not None:
                 self._before.prefetch(done + 1)
-            saved = self._attention.pop()
+            row = self._row.with_saved(self._attention.pop() if self._attention else None)
             hidden_t1H = inputs.pop().detach().requires_grad_()
             with torch.enable_grad():
-                out_t1H = _run(layer, hidden_t1H, self._row.with_saved(saved), value_needed=False)
+                out_t1H = _run(layer, hidden_t1H, row, value_needed=False)
             torch.autograd.backward(out_t1H, grad_t1H)
+            assert hidden_t1H.grad is not None, "the residual stream leads from every layer to its input"
             grad_t1H = hidden_t1H.grad
-            del saved, out_t1H
+            del row, out_t1H
         self._before = None
         return grad_t1H
 

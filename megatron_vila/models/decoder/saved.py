@@ -15,16 +15,15 @@ from megatron_vila.plan.budgets import GIB
 class Saved:
     """A tensor that stays where it is."""
 
-    def __init__(self, x: torch.Tensor) -> None:
-        self._x: torch.Tensor | None = x
+    def __init__(self, *here: torch.Tensor) -> None:
+        self._here = list(here)
 
     def prefetch(self) -> None:
         """Start to bring the tensor back to the device."""
 
     def take(self) -> torch.Tensor:
         """The tensor on its device; only once, it is not held any longer."""
-        x, self._x = self._x, None
-        return x
+        return self._here.pop()
 
 
 class HostStore:
@@ -97,10 +96,9 @@ class _SavedOnHost(Saved):
     """A tensor in host memory. All copies are on one stream, so a buffer is never overwritten before it was read."""
 
     def __init__(self, x: torch.Tensor, buffer: torch.Tensor, host: HostStore) -> None:
-        super().__init__(x.new_empty(0))
+        super().__init__()
         self._host, self._shape, self._size = host, x.shape, x.nbytes
-        self._buffer = buffer
-        self._back: torch.Tensor | None = None
+        self._buffer, self._like = buffer, x.new_empty(0)
         if host.stream is None:
             self._view(x.dtype).copy_(x)
             return
@@ -111,17 +109,17 @@ class _SavedOnHost(Saved):
         x.record_stream(host.stream)
 
     def prefetch(self) -> None:
-        if self._back is not None:
+        if self._here:
             return
-        empty = self._x
-        self._back = empty.new_empty(self._shape)
+        back = self._like.new_empty(self._shape)
+        self._here.append(back)
         if self._host.stream is None:
-            self._back.copy_(self._view(empty.dtype))
+            back.copy_(self._view(back.dtype))
             return
         # The memory of the copy may still be in use by kernels that are queued.
         self._host.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._host.stream):
-            self._back.copy_(self._view(empty.dtype), non_blocking=True)
+            back.copy_(self._view(back.dtype), non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -129,9 +127,8 @@ class _SavedOnHost(Saved):
         self.prefetch()
         if self._host.stream is not None:
             torch.cuda.current_stream().wait_event(self._arrived)
-        x, self._back = self._back, None
         self._host.release(self._buffer)
-        return x
+        return super().take()
 
     def _view(self, dtype: torch.dtype) -> torch.Tensor:
         return self._buffer[: self._size].view(dtype).view(self._shape)

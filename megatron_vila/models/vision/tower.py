@@ -175,10 +175,11 @@ class FrameEncoder:
 
     def __call__(self, pixels_F3HW: torch.Tensor) -> torch.Tensor:
         """Projected tokens [F, T, D]: those made ahead, if they were made from these very pixels."""
-        (pixels, tokens_FTD), self._ahead = self._ahead or (None, None), None
-        if pixels is not pixels_F3HW:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] is not pixels_F3HW:
             tokens_FTD = encode_frames(self._tower, self._projector, pixels_F3HW)
         else:
+            tokens_FTD = ahead[1]
             self._cuda.current_stream().wait_stream(self._stream)
             if tokens_FTD.is_cuda:
                 tokens_FTD.record_stream(self._cuda.current_stream())
