@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.text_rules import DEFAULT, TextRules
 from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
-from megatron_vila.data.placement import RESERVED, Turn
+from megatron_vila.data.placement import DOCUMENT, MARKED, RESERVED, Turn
 from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
 from megatron_vila.data.template import ChatTemplate, ChatTemplateError, RenderError
 from megatron_vila.plan.pictures import in_units, tokens_each
@@ -70,15 +70,21 @@ class ChatEncoder:
         """Tokens of a conversation, cut at the markers of its human turns: one segment more than there are markers (some may be
         empty). What is escaped there becomes the word.
 
+        A document is not put into the template: the tokenizer's own first tokens, the text and the token that ends a text, all
+        supervised but the first tokens.
+
         Raises ``RenderError`` for a text that no tokenizer can read, and if the template refuses the conversation or does not
         show each marker once.
         """
         for turn in turns:
             if found := _UNREADABLE.search(turn.text):
                 raise RenderError(f"the text of a turn holds U+{ord(found[0]):04X}, which is not a character; remove it")
-        turns = [turn._replace(text=with_signs(turn.text)) if turn.role == "user" else turn for turn in turns]
+        turns = [turn._replace(text=with_signs(turn.text)) if turn.role in MARKED else turn for turn in turns]
         if not self.rules.parse_control_tokens:
             turns = [turn._replace(text=self._control.mark(turn.text)) for turn in turns]
+        if any(turn.role == DOCUMENT for turn in turns):
+            (document,) = turns
+            return self._document(document.text)
         text, spans = self.spans(turns)
         wanted_C = np.zeros(len(text), dtype=bool)
         for start, end in spans:
@@ -89,11 +95,16 @@ class ChatEncoder:
             raise RenderError(f"the chat template shows {len(markers)} of {asked} media markers")
         cuts = [0, *(place for marker in markers for place in marker), len(text)]
         segments = [self._tokenize(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
-        first = Segment(
-            np.concatenate([self._start, segments[0].token_ids]),
-            np.concatenate([np.zeros(len(self._start), dtype=bool), segments[0].supervised]),
-        )
-        return (first, *segments[1:])
+        return (_joined(_unsupervised(self._start), segments[0]), *segments[1:])
+
+    def _document(self, text: str) -> tuple[Segment, ...]:
+        if self.tokenizer.eos_token_id is None:
+            raise RenderError("the tokenizer has no token that ends a text (eos_token), so a text cannot be trained as a whole")
+        segments = [self._tokenize(piece, np.ones(len(piece), dtype=bool)) for piece in MEDIUM.split(text)]
+        end = Segment(np.array([self.tokenizer.eos_token_id], dtype=np.int64), np.ones(1, dtype=bool))
+        segments[0] = _joined(_unsupervised(first_tokens(self.tokenizer)), segments[0])
+        segments[-1] = _joined(segments[-1], end)
+        return tuple(segments)
 
     def spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and the (start, end) characters of each answer with its stop token.
@@ -171,10 +182,23 @@ class ChatEncoder:
         return Segment(token_ids, supervised)
 
 
+def _unsupervised(token_ids: np.ndarray) -> Segment:
+    return Segment(token_ids, np.zeros(len(token_ids), dtype=bool))
+
+
+def _joined(first: Segment, second: Segment) -> Segment:
+    return Segment(
+        np.concatenate([first.token_ids, second.token_ids]), np.concatenate([first.supervised, second.supervised])
+    )
+
+
 def own_start(tokenizer: PreTrainedTokenizerBase, rules: TextRules) -> np.ndarray:
     """What stands before the text of a template of VILA's: the tokens that the tokenizer puts before any text, int64 [L]."""
-    if not rules.template:
-        return np.zeros(0, dtype=np.int64)
+    return first_tokens(tokenizer) if rules.template else np.zeros(0, dtype=np.int64)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The tokens that the tokenizer puts before any text, int64 [L]."""
     plain, full = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     return np.array(full[: full.index(plain[0])], dtype=np.int64)
 

@@ -1,8 +1,8 @@
 r"""Where the pictures and videos of a conversation stand, and what its text is then.
 
-``<image>`` and ``<video>`` in a human turn are *markers*: they say that media belong there and are no text. ``\<image>`` and
-``\<video>`` are the words themselves. In a system text and in an answer a marker is text, as it is in a human turn of a
-conversation without media.
+``<image>`` and ``<video>`` in a human turn or a document are *markers*: they say that media belong there and are no text.
+``\<image>`` and ``\<video>`` are the words themselves. In a system text and in an answer a marker is text, as it is where there
+are no media.
 
 Two rules place the media. ``vila`` is that of VILA's ``LLaVADataset`` (and of LongVILA for videos): markers are taken out with
 their line break, all media stand before the first human turn, images before videos, and every turn is stripped of white space
@@ -18,6 +18,13 @@ from typing import NamedTuple
 from megatron_vila.errors import UserError
 
 IMAGE, VIDEO = "<image>", "<video>"
+
+DOCUMENT = "document"
+"""The role of a text that is trained as a whole and is no part of a conversation."""
+
+MARKED = ("user", DOCUMENT)
+"""The roles in whose texts markers stand for media."""
+
 _WORD = re.compile("<(?:image|video)>")
 # Begun with the character to look for, a search is many times as fast as with the look behind it: both words have 7 characters.
 MARKER = re.compile(rf"{_WORD.pattern}(?<!\\.{{7}})")
@@ -37,7 +44,7 @@ class PlacementError(UserError, ValueError):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation; ``role`` is system, user or assistant."""
+    """One turn of a conversation; ``role`` is system, user or assistant. A turn of the role ``document`` stands alone."""
 
     role: str
     text: str
@@ -47,19 +54,21 @@ def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> t
     """Turns in which every unescaped marker of a human turn stands for one medium, and these markers in their order.
 
     A conversation with so many ``images`` and ``videos``; ``rule`` is one of ``MEDIA_FORMATS``. Images keep their order among
-    themselves, as videos do. Placing twice changes nothing. Raises ``PlacementError`` for media that no human turn can take, and
+    themselves, as videos do. In a document each medium stays at its marker under every rule, as in VILA's sets of documents.
+    Placing twice changes nothing. Raises ``PlacementError`` for media that no human turn can take, and
     for markers that do not fit.
     """
     for turn in turns:
         if not turn.text.isascii() and (found := RESERVED.search(turn.text)):
             raise PlacementError(f"the text holds U+{ord(found[0]):04X}, which is not a character; remove it")
-    if rule == "vila":
+    moves = rule == "vila" and not any(turn.role == DOCUMENT for turn in turns)
+    if moves:
         turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
     if not images + videos:
-        return tuple(_human(turns, _as_words)), ()
-    if "user" not in [turn.role for turn in turns]:
+        return tuple(_marked(turns, _as_words)), ()
+    if not any(turn.role in MARKED for turn in turns):
         raise PlacementError("there are media, but no human turn to put them before")
-    if rule == "vila":
+    if moves:
         return tuple(_media_first(turns, images, videos)), (IMAGE,) * images + (VIDEO,) * videos
     turns = _media_in_place(turns, images, videos)
     return tuple(turns), tuple(_markers(turns))
@@ -75,13 +84,13 @@ def unescape(text: str) -> str:
     return _ESCAPED.sub(r"\1", text)
 
 
-def _human(turns: Sequence[Turn], change: Callable[[str], str]) -> list[Turn]:
-    return [Turn(turn.role, change(turn.text)) if turn.role == "user" else turn for turn in turns]
+def _marked(turns: Sequence[Turn], change: Callable[[str], str]) -> list[Turn]:
+    return [Turn(turn.role, change(turn.text)) if turn.role in MARKED else turn for turn in turns]
 
 
 def _markers(turns: Sequence[Turn]) -> list[str]:
-    """The markers of the human turns."""
-    texts = (turn.text for turn in turns if turn.role == "user" and "<" in turn.text)
+    """The markers of the human turns, or of a document."""
+    texts = (turn.text for turn in turns if turn.role in MARKED and "<" in turn.text)
     return [marker for text in texts for marker in MARKER.findall(text)]
 
 
@@ -102,12 +111,12 @@ def _media_first(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
             f"{markers} markers for {images + videos} files; add the files that are missing, or write "
             f"{escape(IMAGE)} and {escape(VIDEO)} for the words"
         )
-    return _before_the_text(_human(turns, _without_markers), images, videos)
+    return _before_the_text(_marked(turns, _without_markers), images, videos)
 
 
 def _before_the_text(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
-    first = [turn.role for turn in turns].index("user")
-    marked = Turn("user", IMAGE * images + VIDEO * videos + turns[first].text)
+    first = next(place for place, turn in enumerate(turns) if turn.role in MARKED)
+    marked = Turn(turns[first].role, IMAGE * images + VIDEO * videos + turns[first].text)
     return [*turns[:first], marked, *turns[first + 1 :]]
 
 
@@ -137,7 +146,7 @@ def _amid_a_line(text: str) -> bool:
 def _media_in_place(turns: Sequence[Turn], images: int, videos: int) -> list[Turn]:
     if videos and not images:
         # LLaVA-Video writes <image> for its videos.
-        turns = _human(turns, lambda text: MARKER.sub(VIDEO, text))
+        turns = _marked(turns, lambda text: MARKER.sub(VIDEO, text))
     markers = _markers(turns)
     if not markers:
         return _before_the_text(turns, images, videos)
@@ -150,4 +159,4 @@ def _media_in_place(turns: Sequence[Turn], images: int, videos: int) -> list[Tur
                 f"{escape(marker)} for the word"
             )
         times[marker] = files if found == 1 else 1
-    return _human(turns, lambda text: MARKER.sub(lambda found: found[0] * times[found[0]], text))
+    return _marked(turns, lambda text: MARKER.sub(lambda found: found[0] * times[found[0]], text))

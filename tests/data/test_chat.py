@@ -55,6 +55,34 @@ def test_every_answer_is_learned_with_its_stop_token_and_nothing_else_is(name):
 
 
 @every_tokenizer
+def test_a_document_is_learned_whole_up_to_the_end_of_text_and_without_the_template(name):
+    tokenizer, text = TOKENIZERS[name], "A cat. Two\n\ndogs \\<image> sleep."
+    (segment,) = ENCODERS[name].encode([Turn("document", text)])
+    own, full = (tokenizer("A", add_special_tokens=added)["input_ids"] for added in (False, True))
+    first = len(full) - len(own) if name != "vicuna" else full.index(own[0])
+    assert segment.token_ids[:first].tolist() == full[:first] and not segment.supervised[:first].any()
+    assert segment.supervised[first:].all() and segment.token_ids[-1] == tokenizer.eos_token_id
+    words = tokenizer.decode(segment.token_ids[first:-1].tolist(), clean_up_tokenization_spaces=False)
+    assert words.replace(" ", "") == text.replace("\\", "").replace(" ", "")
+
+
+def test_media_of_a_document_stand_at_their_markers_and_are_not_learned():
+    segments = ENCODERS["qwen2"].encode([Turn("document", "<image>A cat.<image><video>B")])
+    assert [TOKENIZERS["qwen2"].decode(s.token_ids.tolist()) for s in segments] == ["", "A cat.", "", "B<|im_end|>"]
+    pictures = [[FrameRef(name, (0,), False, SQUARE)] for name in "abc"]
+    document = assemble(segments, pictures, [], [], "x")
+    assert (document.labels != IGNORE).sum() == sum(len(s.token_ids) for s in segments)
+    assert describe(document, TOKENIZERS["qwen2"]).count("[[") == 2
+
+
+def test_a_tokenizer_without_an_end_of_text_cannot_train_documents():
+    tokenizer = byte_level_tokenizer("qwen2")
+    tokenizer.eos_token = None
+    with pytest.raises(RenderError, match="no token that ends a text"):
+        ChatEncoder(tokenizer).encode([Turn("document", "A")])
+
+
+@every_tokenizer
 def test_an_answer_equal_to_the_words_around_it_is_still_found(name):
     for answer in ("assistant", "a", "<", "|", "Describe", "", " ", "\n"):
         turns = [

@@ -110,6 +110,15 @@ SHAPES = {
         messages(("user", [{"type": "image", "image": "a.png"}, text("Is <image> a tag?")]), ("assistant", "<image> is")),
         says(("user", "<image>Is \\<image> a tag?"), ("assistant", "<image> is")) | {"image": "a.png"},
     ),
+    "ms-swift: query, response and history": (
+        {"system": "S", "query": "<image>And?", "response": "B", "history": [["Q", "A"]], "images": ["a.png"]},
+        says(("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "<image>And?"), ("assistant", "B"))
+        | {"image": "a.png"},
+    ),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        says(("user", "Add.\n1, 2"), ("assistant", "3")),
+    ),
 }  # fmt: skip
 
 
@@ -118,6 +127,47 @@ SHAPES = {
 def test_a_conversation_gives_the_same_record_in_every_shape(name, rule):
     written, llava = SHAPES[name]
     assert read({"id": 7} | written, rule) == read({"id": 7} | llava, rule)
+
+
+OBELICS = {"texts": [None, "A <image> cat.", "It sleeps.", None], "images": ["a.png", None, None, "b.png"]}
+MMC4 = {
+    "text_list": ["Intro.", "A cat.", "A dog."],
+    "image_info": [
+        {"image_name": "dog.png", "matched_text_index": 2, "matched_sim": 0.3, "raw_url": "http://x.y/dog.jpg"},
+        {"image_name": "cat.png", "matched_text_index": 1, "face_detections": None},
+    ],
+    "similarity_matrix": [[0.1, 0.2, 0.3]] * 2,
+    "url": "http://x.y/pets.jpg",
+}
+
+
+@pytest.mark.parametrize("rule", MEDIA_FORMATS)
+@pytest.mark.parametrize(
+    ("record", "document", "media"),
+    [
+        ({"text": " As it is.\n"}, " As it is.\n", []),
+        ({"text": "The <video> tag.", "url": "http://a.b"}, "The \\<video> tag.", []),
+        ({"text": "One <image> and <image>.", "images": ["a.png", "b.png"]}, "One <image> and <image>.", ["a.png", "b.png"]),
+        ({"text": "A cat.", "image": "a.png"}, "<image>A cat.", ["a.png"]),
+        ({"caption": "A man runs.", "video": "b.mp4", "duration": 3.5}, "<video>A man runs.", ["b.mp4"]),
+        ({"messages": [{"role": "assistant", "content": "I love music"}]}, "I love music", []),
+        (
+            {"messages": [{"role": "assistant", "content": "<image>is a puppy"}], "images": ["a.png"]},
+            "<image>is a puppy",
+            ["a.png"],
+        ),
+        (MMC4, "Intro.<image>A cat.<image>A dog.", ["cat.png", "dog.png"]),
+        (MMC4 | {"image_info": []}, "Intro. A cat. A dog.", []),
+        (OBELICS, "<image>A \\<image> cat.\n\nIt sleeps.<image>", ["a.png", "b.png"]),
+    ],
+)
+def test_texts_captions_and_pictures_among_text_become_a_document(record, document, media, rule):
+    found = read(record, rule)
+    assert found.turns == (Turn("document", document),)
+    assert [medium.path for medium in found.media] == [f"/m/{name}" for name in media]
+    again = {"text": document, **{("video" if m.is_video else "image"): m.path for m in found.media[:1]}}
+    if len(media) < 2:
+        assert read(again, rule)[1:] == found[1:], "a record that is written again is the same"
 
 
 def test_pictures_in_data_addresses_become_bytes():
@@ -145,7 +195,7 @@ IMAGE = {"type": "image", "image": "a.png"}
     ("record", "complaint"),
     [
         ({"messages": []}, "field 'messages': must be a list of turns"),
-        ({"caption": 3, "id": 1}, "nothing to train"),
+        ({"question": "Q", "id": 1}, "nothing to train"),
         (TALK | says(("user", "Q")), "field 'messages': the record has 'conversations' as well"),
         ({"messages": [{"role": "user"}]}, "turn 1: 'content' must be text, found None"),
         ({"messages": [{"content": "x"}]}, "turn 1: must be an object with 'from' and 'value', or with 'role'"),
@@ -191,6 +241,47 @@ def test_what_cannot_be_used_is_named_by_place_and_field(record, complaint):
         read(record)
     assert str(error.value).startswith("a.jsonl, line 1")
     assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"text": ""}, "field 'text': is empty, so nothing is learned"),
+        ({"text": None, "video": "a.mp4"}, "field 'text': must be one text, found None"),
+        ({"caption": " ", "video": "a.mp4"}, "field 'caption': is empty"),
+        ({"caption": ["A", "B"], "video": "a.mp4"}, "field 'caption': must be one text, found ['A', 'B']"),
+        ({"caption": "A cat."}, "field 'caption': a caption needs its 'image' or 'video'"),
+        ({"caption": "A", "text": "B", "image": "a.png"}, "field 'caption': the record has 'text' as well"),
+        ({"text": [151643, 9707]}, "field 'text': is a list of token ids"),
+        ({"text": "A", "system": "S"}, "field 'text': a text that is trained as a whole has no system turn"),
+        ({"text": "A cat.", "url": "http://a.b/c.jpg"}, "field 'url': holds the media file"),
+        ({"text": "<image> <image>", "image": "a.png"}, "2 markers <image> for 1 files"),
+        ({"text": "<image>\nA cat."}, "a marker stands for a file, and none is given"),
+        ({"text": "\ud83d"}, r"field 'text': \ud83d is half of a character"),
+        ({"query": "Q"}, "field 'response': must be text, found None"),
+        ({"query": "Q", "response": "A", "history": [["Q"]]}, "field 'history', round 1: must be a list of a question"),
+        ({"query": "Q", "response": "A", "history": "Q"}, "field 'history': must be a list of questions"),
+        ({"query": "Q", "response": "A", "rejected_response": "B"}, "field 'rejected_response': belongs to a pair"),
+        (MMC4 | {"image_info": [{"image_name": "a.png", "matched_text_index": 3}]}, "must be the number of a sentence, 0 to 2"),
+        (MMC4 | {"image_info": [{"raw_url": "http://x.y", "matched_text_index": 0}]}, "image 1: has no 'image_name' and no"),
+        (MMC4 | {"image_info": [{"image_base64": "?", "matched_text_index": 0}]}, "'image_base64' is not base64"),
+        (MMC4 | {"text_list": "A"}, "field 'text_list': must be a list, found 'A'"),
+        (MMC4 | {"text_list": ["", " "], "image_info": []}, "field 'text_list': holds no text to learn"),
+        (OBELICS | {"images": ["a.png"]}, "4 texts and 1 images; both lists have one entry"),
+        ({"texts": ["A", None], "images": [None, None]}, "block 2: must have a text or an image"),
+        (OBELICS | {"video": "a.mp4"}, "field 'texts': the record has media beside those of its text"),
+        ({"texts": [None], "images": ["http://a.b/c.png"]}, "is an address (http) and nothing is downloaded"),
+    ],
+)  # fmt: skip
+def test_a_document_that_cannot_be_used_is_named_by_place_and_field(record, complaint):
+    with pytest.raises(RecordError) as error:
+        read(record)
+    assert str(error.value).startswith("a.jsonl, line 1")
+    assert complaint in str(error.value)
+
+
+def test_a_conversation_comes_before_a_text_beside_it():
+    assert read(TALK | {"text": "x", "caption": "y", "query": "z"}) == read(TALK)
 
 
 def test_fields_that_say_nothing_do_no_harm():

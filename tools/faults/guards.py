@@ -39,7 +39,7 @@ FAULTS = [
     Fault(
         "markers in answers and in text samples are markers",
         "megatron_vila/data/placement.py",
-        "return tuple(_human(turns, _as_words)), ()",
+        "return tuple(_marked(turns, _as_words)), ()",
         "return tuple(turns), ()",
         (PLACEMENT, "-k", "words_are_text"),
     ),

@@ -189,8 +189,8 @@ FAULTS = [
     Fault(
         "only the first file of samples is read",
         "megatron_vila/data/sources/json_files.py",
-        "JsonFiles(files, data.media_dir",
-        "JsonFiles(files[:1], data.media_dir",
+        "return cls(paths, data.media_dir",
+        "return cls(paths[:1], data.media_dir",
         QWEN2,
     ),
     Fault(

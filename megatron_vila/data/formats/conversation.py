@@ -14,7 +14,7 @@ from megatron_vila.data.fields import Fields, Media, RecordError, check_text, re
 from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.formats.parts import KINDS, Part, read_parts
 from megatron_vila.data.formats.unfit import refuse_unfit, refuse_unfit_turn
-from megatron_vila.data.placement import IMAGE, VIDEO, Turn, escape
+from megatron_vila.data.placement import DOCUMENT, IMAGE, MARKED, VIDEO, Turn, escape
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -34,6 +34,8 @@ def read_turns(content: Mapping[str, Any], field: str, where: str, media_dir: st
     """The conversation in ``content[field]`` with the media and the system text of the record."""
     here = f"{where}, field '{field}'"
     said = _said(content[field], here, media_dir)
+    if field == "messages" and len(said) == 1 and said[0][0] == "assistant":
+        said = [Turn(DOCUMENT, said[0].text)]  # so ms-swift writes text for pre-training
     return conversation(content, said, (field,), where, here, media_dir)
 
 
@@ -121,7 +123,7 @@ def _role(role: Any, name: str, where: str) -> str:
     raise RecordError(f"{where}: '{name}' must be one of {', '.join(ROLES)}, found {shown(role)}")
 
 
-def _content(name: str, role: str, content: Any, where: str, media_dir: str) -> list[Part]:
+def _content(name: str, role: str, content: Any, where: str, media_dir: str) -> str | list[Part]:
     if name != "content" or not isinstance(content, list):
         raise RecordError(f"{where}: '{name}' must be text, found {shown(content)}")
     parts = read_parts(content, where, media_dir)
@@ -129,7 +131,7 @@ def _content(name: str, role: str, content: Any, where: str, media_dir: str) -> 
         raise RecordError(
             f"{where}: media in a turn of the role {role}; the model writes text alone, and media belong in turns of the user"
         )
-    return parts
+    return parts if role == "user" else "".join(part.text for part in parts)
 
 
 def _of_parts(parts: list[Part], kind: str, fields: Fields, where: str) -> list[Media]:
@@ -150,5 +152,5 @@ def _of_parts(parts: list[Part], kind: str, fields: Fields, where: str) -> list[
 def _with_markers(role: str, content: str | list[Part]) -> str:
     """The text of a turn with a marker for each medium among its parts; markers that are written in its text are words."""
     pieces = [Part("text", content)] if isinstance(content, str) else content
-    hide = escape if role == "user" else str
+    hide = escape if role in MARKED else str
     return "".join(_MARKERS[part.kind] if part.kind in KINDS else hide(part.text) for part in pieces)

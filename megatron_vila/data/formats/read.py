@@ -1,7 +1,7 @@
 """A record of any known shape, from its JSON text.
 
-``SHAPES`` lists the shapes: a record has the first one whose fields it holds. Each shape has a reader that makes turns and media
-of a record; what follows is the same for all. ``docs/formats.md`` shows every shape.
+``SHAPES`` lists the shapes: a record has the first one whose fields it holds. Each has a reader that makes a draft of a record,
+its turns and media; what follows is the same for all. ``docs/formats.md`` shows every shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vila.data.fields import Media, RecordError, check_text, shown, whole_number
-from megatron_vila.data.formats import conversation
+from megatron_vila.data.formats import conversation, document, question
 from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.placement import IMAGE, PlacementError, Turn, place_media
 from megatron_vila.data.records import Record, RecordRules
@@ -21,15 +21,22 @@ from megatron_vila.data.records import Record, RecordRules
 
 @dataclass(frozen=True)
 class Shape:
-    """One way to write a record. A record with text in one of ``fields`` has it; ``read(content, field, where, media_dir)``
+    """One way to write a record: a record with something in one of ``fields`` has it. ``read(content, field, where, media_dir)``
     makes a draft of such a record, where ``field`` is the one it was known by."""
 
-    name: str
     fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any], str, str, str], Draft]
 
 
-SHAPES = (Shape("a conversation", ("conversations", "messages", "conversation"), conversation.read_turns),)
+SHAPES = (
+    Shape(("conversations", "messages", "conversation"), conversation.read_turns),
+    Shape(("query", "instruction"), question.read_question),
+    Shape(("text_list",), document.read_sentences),
+    Shape(("texts",), document.read_blocks),
+    Shape(("text", "caption"), document.read_text),
+)
+"""What comes first counts: a ``text`` beside ``conversations`` is a note."""
+
 _BY_FIELD = {name: shape for shape in SHAPES for name in shape.fields}
 
 
@@ -69,7 +76,7 @@ def _shape(content: Mapping[str, Any], where: str) -> tuple[Shape, str]:
     """The shape of a record, and the field that says so: the first that holds something, else the first that is there."""
     present = [name for name in content if name in _BY_FIELD]
     if not present:
-        wanted = ", ".join(f"'{shape.fields[0]}'" for shape in SHAPES)
+        wanted = ", ".join(f"'{name}'" for name in _BY_FIELD)
         found = f"the fields are {shown(', '.join(content))}" if content else "the record is empty"
         raise RecordError(f"{where}: nothing to train; one of the fields {wanted} must be there, and {found}")
     if len(present) > 1:
