@@ -133,8 +133,8 @@ def read_fields(content: Mapping[str, Any], where: str, media_dir: str, spoken: 
     return Fields(images, videos, system)
 
 
-def names_media(content: Mapping[str, Any]) -> bool:
-    """Whether a field of a record names media."""
+def lists_media(content: Mapping[str, Any]) -> bool:
+    """Whether a field of a record is one that lists media."""
     given = ((_kind(name), value) for name, value in content.items() if not is_empty(value))
     return any(kind in ("image", "video") or (kind == "frames" and not isinstance(value, int | float)) for kind, value in given)
 

@@ -104,18 +104,29 @@ def test_media_that_a_record_does_not_name_are_taken_in_natural_order(tmp_path):
     assert contents(one(tmp_path, {"json": sample(0), **parts})) == [b"1", b"9", b"10"]
 
 
-def test_a_caption_is_the_answer_to_a_question_without_words(tmp_path):
+def test_a_caption_is_a_document_behind_its_medium(tmp_path):
     for number, parts in enumerate(
         (
             {"jpg": b"p", "txt": "Ein Bär.".encode()},
-            {"jpg": b"p", "json": {"caption": "Ein Bär.", "url": "x"}},
+            {"jpg": b"p", "json": {"caption": "Ein Bär.", "url": "http://x.y/z.jpg"}},
             {"jpg": b"p", "json": {"url": "x"}, "txt": "Ein Bär.".encode()},
             {"img": b"p", "txt": "Ein Bär.".encode()},
         )
     ):
         record = one(tmp_path / str(number), parts)
-        assert [(turn.role, turn.text) for turn in record.turns] == [("user", "<image>"), ("assistant", "Ein Bär.")]
+        assert [(turn.role, turn.text) for turn in record.turns] == [("document", "<image>Ein Bär.")]
         assert record.sample_id == "k" and contents(record) == [b"p"]
+
+
+def test_parts_and_documents_name_members_of_their_sample(tmp_path):
+    members = {"0.jpg": b"0", "1.jpg": b"1"}
+    turn = {"role": "user", "content": [{"type": "image", "image": "1.jpg"}, {"type": "image", "image": "0.jpg"}]}
+    answer = {"role": "assistant", "content": "A"}
+    assert contents(one(tmp_path / "parts", {"json": {"messages": [turn, answer]}, **members})) == [b"1", b"0"]
+    blocks = {"texts": ["A", None, None], "images": [None, "1.jpg", "0.jpg"]}
+    assert contents(one(tmp_path / "blocks", {"json": blocks, **members})) == [b"1", b"0"]
+    text = {"text": "<image>A<image>B", "image": ["0.jpg", "1.jpg"]}
+    assert contents(one(tmp_path / "text", {"json": text, **members})) == [b"0", b"1"]
 
 
 BAD = [

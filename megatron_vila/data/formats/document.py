@@ -15,6 +15,12 @@ from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.formats.unfit import refuse_unfit
 from megatron_vila.data.placement import DOCUMENT, IMAGE, Turn, escape
 
+WRITTEN = ("text", "caption")
+"""Fields that hold the text of a document as it is written."""
+
+INTERLEAVED = ("text_list", "texts")
+"""Fields that hold text with its media at their places: of MMC4, of OBELICS."""
+
 _BETWEEN_TEXTS = "\n\n"
 
 

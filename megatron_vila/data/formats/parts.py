@@ -38,13 +38,19 @@ def read_parts(parts: list[Any], where: str, media_dir: str) -> list[Part]:
     return [_part(part, f"{where}, part {number}", media_dir) for number, part in enumerate(parts, start=1)]
 
 
+def name_their_files(content: Mapping[str, Any]) -> bool:
+    """Whether a part in a turn of the record ``content`` names the file of its medium."""
+    turns = (turn for value in content.values() if isinstance(value, list) for turn in value if isinstance(turn, dict))
+    parts = (part for turn in turns for value in turn.values() if isinstance(value, list) for part in value)
+    return any(isinstance(part, dict) and _kind_of(part) in KINDS and _names(part, _kind_of(part)) for part in parts)
+
+
 def _part(part: Any, where: str, media_dir: str) -> Part:
     if not isinstance(part, dict):
         raise RecordError(f"{where}: must be an object with a 'type', found {shown(part)}")
-    named = part.get("type") or next((name for name in ("text", *KINDS) if part.get(name)), None)
-    kind = _TYPES.get(named) if isinstance(named, str) else None
+    kind = _kind_of(part)
     if kind is None:
-        raise RecordError(f"{where}: 'type' must be one of {', '.join(_TYPES)}, found {shown(named)}")
+        raise RecordError(f"{where}: 'type' must be one of {', '.join(_TYPES)}, found {shown(part.get('type'))}")
     refuse_media(part, where, _NOTES if kind == "text" else _NOTES | {kind, f"{kind}url"})
     if kind != "text":
         return Part(kind, medium=_medium(part, kind, where, media_dir))
@@ -54,9 +60,19 @@ def _part(part: Any, where: str, media_dir: str) -> Part:
     return Part(kind, part["text"])
 
 
+def _kind_of(part: Mapping[str, Any]) -> str | None:
+    named = part.get("type") or next((name for name in ("text", *KINDS) if part.get(name)), None)
+    return _TYPES.get(named) if isinstance(named, str) else None
+
+
+def _names(part: Mapping[str, Any], kind: str) -> list[str]:
+    """The fields of a part that name its file."""
+    return [name for name in (kind, f"{kind}_url", "path", "url") if not is_empty(part.get(name))]
+
+
 def _medium(part: Mapping[str, Any], kind: str, where: str, media_dir: str) -> Media | None:
     """The file that a part names, None if it names none."""
-    names = [name for name in (kind, f"{kind}_url", "path", "url") if not is_empty(part.get(name))]
+    names = _names(part, kind)
     if not names:
         return None
     if len(names) > 1:

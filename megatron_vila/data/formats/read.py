@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vila.data.fields import Media, RecordError, check_text, shown, whole_number
+from megatron_vila.data.fields import Media, RecordError, check_text, lists_media, shown, whole_number
 from megatron_vila.data.formats import conversation, document, question
 from megatron_vila.data.formats.draft import Draft
+from megatron_vila.data.formats.parts import name_their_files
 from megatron_vila.data.placement import IMAGE, PlacementError, Turn, place_media
 from megatron_vila.data.records import Record, RecordRules
 
@@ -31,13 +32,15 @@ class Shape:
 SHAPES = (
     Shape(("conversations", "messages", "conversation"), conversation.read_turns),
     Shape(("query", "instruction"), question.read_question),
-    Shape(("text_list",), document.read_sentences),
-    Shape(("texts",), document.read_blocks),
-    Shape(("text", "caption"), document.read_text),
+    Shape(document.INTERLEAVED[:1], document.read_sentences),
+    Shape(document.INTERLEAVED[1:], document.read_blocks),
+    Shape(document.WRITTEN, document.read_text),
 )
 """What comes first counts: a ``text`` beside ``conversations`` is a note."""
 
 _BY_FIELD = {name: shape for shape in SHAPES for name in shape.fields}
+FIELDS = frozenset(_BY_FIELD)
+"""The fields of which a record has one at least."""
 
 
 def read_record(text: bytes, where: str, default_id: str, rules: RecordRules) -> Record:
@@ -70,6 +73,11 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str, medi
     draft = shape.read(content, field, where, media_dir)
     turns, media = _place_media(draft, media_format, f"{where}, field '{field}'")
     return Record(_sample_id(content.get("id"), default_id, f"{where}, field 'id'"), turns, media)
+
+
+def names_media(content: Mapping[str, Any]) -> bool:
+    """Whether a record names its media: in a field, in a part of a turn, or among its text."""
+    return lists_media(content) or name_their_files(content) or any(name in content for name in document.INTERLEAVED)
 
 
 def _shape(content: Mapping[str, Any], where: str) -> tuple[Shape, str]:

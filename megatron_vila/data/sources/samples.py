@@ -19,12 +19,11 @@ from megatron_vila.data.fields import (
     VIDEO_ENDINGS,
     Media,
     RecordError,
-    names_media,
     shown,
 )
-from megatron_vila.data.formats.read import parse_json, parse_record, without_fields
+from megatron_vila.data.formats.document import WRITTEN
+from megatron_vila.data.formats.read import FIELDS, names_media, parse_json, parse_record, without_fields
 from megatron_vila.data.media import Member
-from megatron_vila.data.placement import IMAGE, VIDEO
 from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.tar import Read, TarError, TarMember, members, split_name
 
@@ -40,8 +39,6 @@ MOST_PARTS = 2**17
 _PICTURES = PICTURE_ENDINGS | {".img", ".gif", ".avif", ".jfif", ".ppm"}
 _MEDIA = MEDIA_ENDINGS | _PICTURES
 _PICKLES = frozenset({".pkl", ".pickle", ".pyd", ".pth", ".pt"})
-_CONVERSATIONS = ("conversations", "messages")
-_CAPTIONS = ("caption", "text")
 
 
 def read_sample(path: str, read: Read, start: int, size: int, key: str, rules: RecordRules) -> Record:
@@ -89,30 +86,25 @@ def _parts(read: Read, start: int, end: int, key: str, where: str) -> dict[str, 
 
 
 def _content(parts: Mapping[str, TarMember], read: Read, where: str) -> Any:
-    """The record as JSON gives it; a caption becomes the answer to a question without words."""
-    content = parse_json(_text(parts[RECORD], read, where), where) if RECORD in parts else None
-    if isinstance(content, dict) and any(name in content for name in _CONVERSATIONS):
-        return content
-    caption = None
-    if CAPTION in parts:
-        try:
-            caption = _text(parts[CAPTION], read, where).decode()
-        except UnicodeDecodeError as error:
-            raise RecordError(f"{where}, part {CAPTION}: not UTF-8 text: {error}") from error
-    elif isinstance(content, dict):
-        caption = next((content[name] for name in _CAPTIONS if isinstance(content.get(name), str)), None)
-    if caption is None and RECORD in parts:
-        return content
-    if caption is None:
+    """The record as JSON gives it, with the caption for its text where it says nothing itself."""
+    content = parse_json(_text(parts[RECORD], read, where), where) if RECORD in parts else {}
+    if isinstance(content, dict) and not (content.keys() & FIELDS - set(WRITTEN)):
+        if CAPTION in parts:
+            try:
+                text = _text(parts[CAPTION], read, where).decode()
+            except UnicodeDecodeError as error:
+                raise RecordError(f"{where}, part {CAPTION}: not UTF-8 text: {error}") from error
+            content = {name: value for name, value in content.items() if name not in WRITTEN} | {"text": text}
+        # A downloader notes there where the medium came from, which is now a part of the sample.
+        content.pop("url", None)
+    if RECORD not in parts and CAPTION not in parts:
         pickled = next((part for part in parts if _ending(part) in _PICKLES), None)
         raise RecordError(
             f"{where}: the sample has no part {RECORD} with its record and no {CAPTION} with a caption, but "
             f"{_listed(parts)}"
             + (f"; {pickled} may hold a pickled object, which is never read: write it as JSON" if pickled else "")
         )
-    pictures, videos = (sum(_ending(part) in endings for part in parts) for endings in (_PICTURES, VIDEO_ENDINGS))
-    asked = IMAGE * pictures + VIDEO * videos
-    return {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": caption}]}
+    return content
 
 
 def _text(member: TarMember, read: Read, where: str) -> bytes:
