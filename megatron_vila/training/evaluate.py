@@ -16,6 +16,7 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.loader import EmptyRow, LoadedRow
 from megatron_vila.data.sources.source import Source
 from megatron_vila.training.feed import chance_level, evaluation_loader
+from megatron_vila.training.roles import TaskName
 from megatron_vila.training.run_data import RunData, held_out_gaps
 from megatron_vila.training.step import Pass, exact_matches
 
@@ -27,8 +28,13 @@ LEFT_OUT = {
 """Why a held-out sample does not count; ``left_out_<key>`` of an evaluation says how many."""
 
 
+EVALUATION = TaskName("evaluation", "eval")
+
+
 class HeldOut:
     """The task (``roles.Task``) of a run with ``data.eval``: after the last step and every ``train.eval_every`` steps."""
+
+    name = EVALUATION
 
     def __init__(self, config: Config) -> None:
         self._config = config

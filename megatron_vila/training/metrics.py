@@ -30,7 +30,7 @@ from megatron_vila.busy import LastingConsole
 from megatron_vila.plan.flops import mfu
 from megatron_vila.training.progress import progress_display
 from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
-from megatron_vila.training.roles import RunFacts, StepMetrics, Watcher
+from megatron_vila.training.roles import RunFacts, StepMetrics, TaskName, Watcher
 from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_records, summarize, write_json
 
 PLOT_FILE = "loss.png"
@@ -85,16 +85,16 @@ class MetricsLogger(Watcher):
         else:
             self._show(lambda: self._progress.advance(metrics.step))
 
-    def evaluation(self, step: int, results: Mapping[str, float]) -> None:
-        """Record an evaluation after ``step``, such as ``{"accuracy": 0.93, "chance": 0.125}``."""
+    def result(self, step: int, task: TaskName, results: Mapping[str, float]) -> None:
+        """Record what a task gave after ``step``, such as ``{"accuracy": 0.93, "chance": 0.125}`` of an evaluation."""
         if not self._open:
             return
-        record = {f"eval_{name}": value for name, value in results.items()}
+        record = {f"{task.prefix}_{name}": value for name, value in results.items()}
         self._write_line({"step": step} | record)
-        self._write_scalars({f"eval/{name}": value for name, value in results.items()}, step)
+        self._write_scalars({f"{task.prefix}/{name}": value for name, value in results.items()}, step)
         # Counts of zero, nothing left out or cut, are not shown.
         told = {n: v for n, v in results.items() if v or not n.startswith(("left_out", "truncated"))}
-        self.message(f"evaluation after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in told.items()))
+        self.message(f"{task.word} after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in told.items()))
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""

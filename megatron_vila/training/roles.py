@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from megatron_vila.training.run_data import RunData
@@ -59,6 +59,13 @@ class StepMetrics:
     """what became of the samples so far, over all replicas: counts of ``RowStats`` by name"""
 
 
+class TaskName(NamedTuple):
+    """What a task is called: to a reader, as "evaluation", and before the names of its results, as "eval"."""
+
+    word: str
+    prefix: str
+
+
 class Watcher:
     """Is told what a run does; calls no collective and decides nothing. Each method may be left as it is."""
 
@@ -66,12 +73,12 @@ class Watcher:
         """The steps begin."""
 
     def at(self, step: int, phase: str) -> None:
-        """This rank is now in ``phase`` (one of ``watch.PHASES``) of ``step`` (from 1)."""
+        """This rank is now in ``phase`` (in words) of ``step`` (from 1). All ranks go through the same phases."""
 
     def step(self, metrics: StepMetrics) -> None:
         """A step is done."""
 
-    def evaluation(self, step: int, results: Mapping[str, float]) -> None:
+    def result(self, step: int, task: TaskName, results: Mapping[str, float]) -> None:
         """A task gave ``results`` after ``step``."""
 
     def message(self, text: str) -> None:
@@ -87,6 +94,9 @@ class Watcher:
 
 class Task(Protocol):
     """Something that a run does with its model beside training it, such as an evaluation. Equal on all ranks."""
+
+    @property
+    def name(self) -> TaskName: ...
 
     def warnings(self, data: RunData) -> Sequence[str]:
         """What a user should know at the start. Called on rank 0 alone; an error there ends all ranks."""

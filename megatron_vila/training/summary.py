@@ -33,20 +33,24 @@ _TOTALS = ("steps", "tokens", "frames", "train_s")
 
 
 def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step records and the evaluation records of a run's folder, in order; both empty if there is no file yet.
+    """The step records of a run's folder and what its tasks gave (``roles.py``), in order; both empty if there is no file yet.
 
-    A record takes the place of earlier ones of its step and of later steps: those are of a run that was set back.
+    A record takes the place of earlier ones of its step and of later steps: those are of a run that was set back. What several
+    tasks gave after a step is one record.
     """
     path = Path(folder) / METRICS_FILE
     steps: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for _, record in read_records(path) if path.exists() else ():
-        replaced = (steps, evaluations) if "loss" in record else (evaluations,)
-        for records in replaced:
+        is_step, beside = "loss" in record, {}
+        for records in (steps, results) if is_step else (results,):
             while records and records[-1]["step"] >= record["step"]:
-                records.pop()
-        (steps if "loss" in record else evaluations).append(record)
-    return steps, evaluations
+                beside = records.pop()
+        if is_step:
+            steps.append(record)
+        else:
+            results.append(beside | record if beside.get("step") == record["step"] else record)
+    return steps, results
 
 
 def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -201,10 +201,10 @@ class Trainer:
         """What the tasks that are due now leave in the run's summary."""
         kept: dict[str, float] = {}
         for task in self._due_tasks(is_last):
-            self._at("evaluating")
+            self._at(f"in the {task.name.word}")
             results = task.run(self.forward, data)
             for watcher in self._watchers:
-                watcher.evaluation(self.step, results)
+                watcher.result(self.step, task.name, results)
             for line in task.remarks(results):
                 self._message(line)
             kept |= task.summary(results)

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -25,16 +26,6 @@ from megatron_vila.training.failure_board import FIRST, within
 from megatron_vila.training.lock import release_all
 from megatron_vila.training.roles import Watcher
 
-PHASES = (
-    "starting",
-    "reading samples",
-    "in the forward and backward pass or the update",
-    "adding up what was measured",
-    "saving a checkpoint",
-    "evaluating",
-    "ending",
-)
-"""in the order of a step"""
 _ROOM_S = 5.0
 """a collective that times out in the main thread comes first"""
 _PEER_FAILED_S = 20.0
@@ -42,26 +33,25 @@ _PEER_FAILED_S = 20.0
 _NAMED = 8
 
 
+class Place(NamedTuple):
+    """Where a rank is; a later place is greater. ``earlier`` counts the phases of the step before this one."""
+
+    step: int = 0
+    earlier: int = 0
+    phase: str = "starting"
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.phase}"
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a rank last wrote: its place, and a count that grows while its process lives."""
 
     rank: int
-    step: int
-    phase: int
+    place: Place
     beat: int
     process: str
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.step, self.phase
-
-    def __str__(self) -> str:
-        return _words(self.step, self.phase)
-
-
-def _words(step: int, phase: int) -> str:
-    return f"step {step}, {PHASES[phase]}"
 
 
 class Watch(Watcher):
@@ -74,10 +64,10 @@ class Watch(Watcher):
 
     def __init__(self, timeout_minutes: float, reporter: failures.Reporter) -> None:
         self._reporter = reporter
-        reporter.doing = lambda: _words(*self._place)
+        reporter.doing = lambda: str(self._place)
         self._timeout_s = timeout_minutes * 60
         self.interval_s = min(4.0, max(0.2, self._timeout_s / 10))
-        self._place, self._since, self._beat = (0, 0), time.monotonic(), 0
+        self._place, self._since, self._beat = Place(), time.monotonic(), 0
         self._rank, self._world = processes.rank_and_world()
         self._done = threading.Event()
         self._store = processes.shared_store()
@@ -109,7 +99,8 @@ class Watch(Watcher):
             raise StallError(stall) from error
 
     def at(self, step: int, phase: str) -> None:
-        self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
+        earlier = self._place.earlier + 1 if step == self._place.step else 0
+        self._place, self._since = Place(step, earlier, phase), time.monotonic()
 
     def part(self) -> None:
         """Wait until all ranks have come to their end: a launcher waits forever for one that stands still after its last
@@ -143,16 +134,16 @@ class Watch(Watcher):
         last, front = min(seen.place for seen in second), max(seen.place for seen in second)
         behind = [seen for seen in second if seen.place == last < front]
         gone = "it is stopped, or its node is gone"
-        lines = [f"rank {seen.rank} ({seen.process}) does not respond: it was at {seen}; {gone}" for seen in silent]
+        lines = [f"rank {seen.rank} ({seen.process}) does not respond: it was at {seen.place}; {gone}" for seen in silent]
         if not lines:  # else these wait as well
-            lines = [f"rank {seen.rank} ({seen.process}) is still at {seen}" for seen in behind]
+            lines = [f"rank {seen.rank} ({seen.process}) is still at {seen.place}" for seen in behind]
         return self._message(lines) if lines else None
 
     def _message(self, missing: list[str]) -> str:
         shown = missing[:_NAMED] + [f"and {len(missing) - _NAMED} more"] * (len(missing) > _NAMED)
         return (
             f"{'; '.join(shown)}. Other ranks waited for train.timeout_minutes={self._timeout_s / 60:g} at "
-            f"{_words(*self._place)}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. "
+            f"{self._place}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. "
             "The same command continues from the last checkpoint"
         )
 
@@ -185,7 +176,7 @@ class Watch(Watcher):
 
     def _write(self, store: dist.Store) -> None:
         self._beat += 1
-        store.set(f"megatron_vila/at/{self._rank}", json.dumps([*self._place, self._beat, processes.this_process()]))
+        store.set(f"megatron_vila/at/{self._rank}", json.dumps([self._place, self._beat, processes.this_process()]))
 
     def _read(self, store: dist.Store) -> list[Seen]:
         """Of all ranks; one that has not written yet is at the start."""
@@ -194,10 +185,13 @@ class Watch(Watcher):
             values = store.multi_get(keys)
         else:
             values = [store.get(key) if store.check([key]) else b"" for key in keys]
-        return [
-            Seen(rank, *json.loads(value)) if value else Seen(rank, 0, 0, 0, self._started(store, rank))
-            for rank, value in enumerate(values)
-        ]
+        return [self._seen(store, rank, value) for rank, value in enumerate(values)]
+
+    def _seen(self, store: dist.Store, rank: int, value: bytes) -> Seen:
+        if not value:
+            return Seen(rank, Place(), 0, self._started(store, rank))
+        place, beat, process = json.loads(value)
+        return Seen(rank, Place(*place), beat, process)
 
     def _started(self, store: dist.Store, rank: int) -> str:
         key = f"{processes.STARTED}/{rank}"

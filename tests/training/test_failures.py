@@ -157,7 +157,7 @@ def _hangs(rank, output):
         patch.setattr("megatron_vila.training.watch._PEER_FAILED_S", 0.1)
         patch.setattr("os._exit", lambda status: done.set())
         with Watch(0.01, reporter) as watch:
-            watch.at(7, "evaluating")
+            watch.at(7, "in the evaluation")
             if rank == 0:
                 board = Board()
                 board.write(failure(0), "")
@@ -170,7 +170,7 @@ def _hangs(rank, output):
 
 def test_a_rank_that_hangs_when_another_fails_leaves_where_its_main_thread_stands(tmp_path):
     said = pool.run(2, _hangs, tmp_path)[0]
-    assert "doing: step 7, evaluating\nThis is a consequence" in said and "PeerError" in said
+    assert "doing: step 7, in the evaluation\nThis is a consequence" in said and "PeerError" in said
     assert "in hangs_here\n    done.wait(60)" in said.partition("Where its main thread stands")[2]
 
 

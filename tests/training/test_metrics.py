@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_vila.training.evaluate import EVALUATION
 from megatron_vila.training.metrics import MetricsLogger, truncate_after
 from megatron_vila.training.plots import plot_runs, running_mean
 from megatron_vila.training.roles import RunFacts, StepMetrics
@@ -38,7 +39,7 @@ def write_run(folder, first: int, last: int, start: int = 0, accuracy: float | N
     for step in range(first, last + 1):
         log.step(metrics(step))
     if accuracy is not None:
-        log.evaluation(last, {"accuracy": accuracy, "chance": 0.125})
+        log.result(last, EVALUATION, {"accuracy": accuracy, "chance": 0.125})
     return log.finish({"held_out_accuracy": accuracy, "chance": 0.125})
 
 
@@ -159,7 +160,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_other_ranks_write_nothing(tmp_path):
     log, text = logger(tmp_path / "run", is_writer=False)
     log.step(metrics(1))
-    log.evaluation(1, {"accuracy": 1.0})
+    log.result(1, EVALUATION, {"accuracy": 1.0})
     log.message("hello")
     assert log.finish({}) == {}
     assert not (tmp_path / "run").exists() and text.getvalue() == ""

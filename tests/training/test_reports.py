@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_vila.busy import busy
 from megatron_vila.config.load import load_config
 from megatron_vila.errors import UserError
+from megatron_vila.training.evaluate import EVALUATION
 from megatron_vila.training.report_files import AppendFile, Reporting
 from megatron_vila.training.run_data import tell_bad_records
 from megatron_vila.training.summary import combine, read_metrics, summarize
@@ -193,6 +194,6 @@ def test_a_recipe_with_a_summary_that_cannot_be_read_names_the_file(tmp_path, co
 def test_plots_pass_over_an_evaluation_without_an_accuracy(tmp_path):
     log, _ = logger(tmp_path, console=Console(file=io.StringIO()))
     log.step(metrics(1))
-    log.evaluation(1, {"accuracy": float("nan"), "chance": 0.125})
+    log.result(1, EVALUATION, {"accuracy": float("nan"), "chance": 0.125})
     log.close()
     assert (tmp_path / "loss.png").is_file()
