@@ -22,6 +22,7 @@ from megatron_vila.convert.weight_map import entries
 from megatron_vila.data.chat import describe
 from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.sources.holdings import holdings_warnings
 from megatron_vila.data.sources.source import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
@@ -56,7 +57,10 @@ def dry_run(config: Config, world_size: int, machine: Machine, show: Sequence[st
         if files:
             dataset = open_dataset(config, name)
             if name == "train":
-                for warning in tokenizer_warnings(config, dataset.encoder.tokenizer):
+                for warning in [
+                    *tokenizer_warnings(config, dataset.encoder.tokenizer),
+                    *holdings_warnings(config, dataset.records.holdings),
+                ]:
                     warnings.append(warning)
                     logger.warning("warning: %s", warning)
             _say(f"data.{name}: {len(dataset)} samples in {', '.join(files)}")

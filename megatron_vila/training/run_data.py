@@ -15,7 +15,8 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.media import is_there, name_of
-from megatron_vila.data.sources.open import PARTS, open_records
+from megatron_vila.data.sources.holdings import holdings_warnings
+from megatron_vila.data.sources.open import PARTS, open_blend, open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError
@@ -107,7 +108,10 @@ def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
         if not files:
             continue
         try:
-            sources.append(open_records(config.data, files, part))
+            blend = open_blend(config.data, files, part)
+            if blend.weights and name == "train":
+                raise RecordError(f"data.train={files}: a blend by weights is not read yet; use blend_epochized")
+            sources.append(blend.records)
             bad += sources[-1].bad.values()
         except RecordError as error:
             problem = problem or error
@@ -143,10 +147,15 @@ def _explained(config: Config, error: UserError) -> str:
 
 
 def tell_bad_records(config: Config, sources: Sequence[Source], bad: Sequence[str]) -> None:
-    """Log the bad records of ``sources``; ``bad`` are also those of files that cannot be opened, which the error tells."""
+    """Log the bad records of ``sources``, and where prepared ones hold less than the settings want.
+
+    ``bad`` are also the bad records of files that cannot be opened, which the error tells.
+    """
     for source in sources:
         if source.bad:
             logger.warning("%s", report_bad_records(source.bad, len(source)))
+        for warning in holdings_warnings(config, source.holdings):
+            logger.warning("%s", warning)
     path = Path(config.train.output) / BAD_RECORDS_FILE
     text = "".join(f"{reason}\n" for reason in bad)
 

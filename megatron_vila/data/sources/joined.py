@@ -1,12 +1,14 @@
-"""Several sources as one: their records one source after the other, a source as often as it is to be seen."""
+"""Several sources as one, their records numbered through; and a range of one source."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from megatron_vila.data.fields import RecordError
 from megatron_vila.data.records import Record
+from megatron_vila.data.sources.holdings import Holdings
 from megatron_vila.data.sources.index import digest_of
 from megatron_vila.data.sources.source import Source
 
@@ -23,6 +25,7 @@ class Joined:
             for index, reason in source.bad.items()
         }
         self.digest = digest_of([source.digest for source in sources])
+        self.holdings: Mapping[str, Holdings] = {name: held for s in sources for name, held in s.holdings.items()}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -44,3 +47,35 @@ class Joined:
             raise IndexError(f"record {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._sources[number], int(index - self._starts[number])
+
+
+class Part:
+    """Records ``first`` to ``end - 1`` of ``source``: a ``Source``. Raises ``RecordError`` if there are none or not as many."""
+
+    def __init__(self, source: Source, first: int, end: int) -> None:
+        if not 0 <= first < end <= len(source):
+            raise RecordError(
+                f"{source.name(0)} and {len(source) - 1} that follow: records {first} to {end} of {len(source)} are no part of "
+                "them; change 'subset'"
+            )
+        self._source, self._first, self._end = source, first, end
+        self.bad = {index - first: reason for index, reason in source.bad.items() if first <= index < end}
+        self.digest = digest_of([source.digest, first, end])
+        self.holdings = source.holdings
+
+    def __len__(self) -> int:
+        return self._end - self._first
+
+    def record(self, index: int) -> Record:
+        return self._source.record(self._place(index))
+
+    def cost(self, index: int) -> int | None:
+        return self._source.cost(self._place(index))
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._place(index))
+
+    def _place(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._first + index

@@ -15,6 +15,7 @@ from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.formats.read import read_record
 from megatron_vila.data.records import Record, RecordRules
+from megatron_vila.data.sources.holdings import Holdings
 from megatron_vila.data.sources.index import digest_of, index_of
 from megatron_vila.data.sources.places import name_of_record
 from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, report_bad_records
@@ -56,6 +57,7 @@ class JsonFiles:
             for number, reason in index.bad.items()
         }
         self.digest = digest_of([index.digest for index in indexes])
+        self.holdings: dict[str, Holdings] = {}
         if self.bad and (len(self.bad) == len(self) or not skip_bad):
             raise BadRecordsError(report_bad_records(self.bad, len(self)), self.bad)
 

@@ -9,9 +9,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 from megatron_vila.config.schema import DataConfig
-from megatron_vila.data.sources.energon import META
-from megatron_vila.data.sources.joined import Joined
+from megatron_vila.data.fields import RecordError
+from megatron_vila.data.sources import energon, wids
+from megatron_vila.data.sources.joined import Joined, Part
 from megatron_vila.data.sources.json_files import JsonFiles
+from megatron_vila.data.sources.metadataset import ENDINGS, Bound, Leaf, read_metadataset
 from megatron_vila.data.sources.shards import Shards
 from megatron_vila.data.sources.source import Source
 
@@ -19,53 +21,100 @@ PARTS = {"train": "train", "eval": "val"}
 """The part of a set of shards that is read where ``data.train`` or ``data.eval`` names the set."""
 
 
-class Share(NamedTuple):
-    """A source of a blend and its ``weight``: of the samples of a run, ``weight`` in the sum of all weights come from it."""
+class Blend(NamedTuple):
+    """Records numbered through, one source after the other. ``sizes`` are the records of each source; of the samples of a run,
+    each source has the share of its weight in ``weights``. Without weights all are one source: records come once an epoch."""
 
-    source: Source
-    weight: float
+    records: Source
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep records: ``name`` for messages, ``is_at`` tells whether a path holds them, ``open`` makes one source of
-    several such paths by the settings of a run; the last argument is the part of a set of shards. Raises ``RecordError``."""
+    """One way to keep records: ``is_at`` tells whether a path holds them, ``open`` makes one source of several such paths by the
+    settings of a run; its last argument is the part of a set of shards. Raises ``RecordError``."""
 
-    name: str
     is_at: Callable[[str], bool]
     open: Callable[[DataConfig, Sequence[str], str], Source]
 
 
-def _open_energon(data: DataConfig, paths: Sequence[str], part: str) -> Source:
-    return _joined([Shards.of_energon(data, path, part) for path in paths])
-
-
 FORMATS = (
-    Format("a folder of Energon's", lambda path: os.path.isdir(os.path.join(path, META)), _open_energon),
-    Format("a JSON or JSONL file", lambda path: True, lambda data, paths, part: JsonFiles.of(data, paths)),
+    Format(
+        lambda path: os.path.isdir(os.path.join(path, energon.META)),
+        lambda data, paths, part: _joined([Shards.of_energon(data, path, part) for path in paths]),
+    ),
+    Format(
+        lambda path: os.path.isfile(os.path.join(path, wids.META)),
+        lambda data, paths, part: _joined([Shards.of_wids(data, path) for path in paths]),
+    ),
+    Format(lambda path: True, lambda data, paths, part: JsonFiles.of(data, paths)),
 )
 """The first format that is at a path reads it. JSON is last: it takes every other path, and says what is wrong with it."""
 
 
-def open_blend(data: DataConfig, paths: Sequence[str], part: str = PARTS["train"]) -> list[Share]:
-    """The sources of ``paths`` and their weights, by the settings of a run.
+def open_blend(data: DataConfig, paths: Sequence[str], part: str = PARTS["train"]) -> Blend:
+    """The records of ``paths`` and how they are mixed, by the settings of a run.
 
-    Paths that stand side by side make one source, one path after the other. Raises ``RecordError`` for one that cannot be read.
+    Paths that stand side by side are one source; a metadataset with weights stands alone. Raises ``RecordError`` for a path that
+    cannot be read.
     """
-    return [Share(_open_listed(data, paths, part), 1.0)]
+    leaves: list[Leaf] = []
+    for path in paths:
+        found = read_metadataset(path, part) if path.endswith(ENDINGS) else [Leaf(path, part)]
+        if len(paths) > 1 and any(leaf.weight is not None for leaf in found):
+            raise RecordError(
+                f"{path}: gives weights, and other paths stand beside it; name it alone and the others in it"
+            )
+        leaves += found
+    if not leaves or leaves[0].weight is None:
+        records = _open_leaves(data, leaves)
+        return Blend(records, (len(records),), ())
+    sources = [_open_leaf(data, leaf) for leaf in leaves]
+    return Blend(_joined(sources), tuple(map(len, sources)), tuple(leaf.weight or 0.0 for leaf in leaves))
 
 
 def open_records(data: DataConfig, paths: Sequence[str], part: str = PARTS["train"]) -> Source:
-    """All records of ``paths``, one source after the other, each once whatever its weight. Raises ``RecordError``."""
-    return _joined([share.source for share in open_blend(data, paths, part)])
+    """The records of ``paths``, one source after the other, whatever their weights. Raises ``RecordError``."""
+    return open_blend(data, paths, part).records
 
 
-def _open_listed(data: DataConfig, paths: Sequence[str], part: str) -> Source:
-    if not paths:
-        return FORMATS[-1].open(data, paths, part)  # which says what is expected
-    formats = {path: next(each for each in FORMATS if each.is_at(path)) for path in paths}
-    groups = groupby(paths, formats.__getitem__)
-    return _joined([each.open(data, list(group), part) for each, group in groups])
+def _open_leaves(data: DataConfig, leaves: Sequence[Leaf]) -> Source:
+    """One source of ``leaves``; plain paths of one format that stand side by side are opened together."""
+    if not leaves:
+        return FORMATS[-1].open(data, [], "")  # which says what is expected
+
+    def kind(leaf: Leaf) -> object:
+        plain = not leaf.ranges and leaf.repetitions in (None, 1)
+        return (_format(leaf.path), leaf.part) if plain else leaf
+
+    sources: list[Source] = []
+    for _, group in groupby(leaves, kind):
+        alike = list(group)
+        first = alike[0]
+        if first.ranges or (first.repetitions or 1) > 1:
+            for leaf in alike:
+                sources += [_open_leaf(data, leaf)] * (leaf.repetitions or 1)
+        else:
+            sources.append(_format(first.path).open(data, [leaf.path for leaf in alike], first.part))
+    return _joined(sources)
+
+
+def _open_leaf(data: DataConfig, leaf: Leaf) -> Source:
+    source = _format(leaf.path).open(data, [leaf.path], leaf.part)
+    for first, end in leaf.ranges:
+        source = Part(source, _place(first, len(source)), _place(end, len(source)))
+    return source
+
+
+def _place(bound: Bound, records: int) -> int:
+    if bound is None:
+        return records
+    return int(records * bound) if isinstance(bound, float) else bound
+
+
+def _format(path: str) -> Format:
+    return next(each for each in FORMATS if each.is_at(path))
 
 
 def _joined(sources: Sequence[Source]) -> Source:

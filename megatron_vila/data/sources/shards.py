@@ -12,10 +12,12 @@ from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.energon import energon_table
+from megatron_vila.data.sources.holdings import Holdings, read_holdings
 from megatron_vila.data.sources.sample_table import SampleTable
 from megatron_vila.data.sources.samples import read_sample
 from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, report_bad_records
 from megatron_vila.data.sources.tar import TarError
+from megatron_vila.data.sources.wids import wids_table
 
 HEAD = 2**13
 """Bytes of a sample that are read at once: most often its record and the headers around it."""
@@ -24,16 +26,25 @@ HEAD = 2**13
 class Shards:
     """The samples of ``table``, whose shards lie in ``folder``. Reading a sample opens its shard anew.
 
-    ``rules`` is how records are read, ``skip_bad`` whether the object is made though some samples are bad.
+    ``rules`` is how records are read, ``skip_bad`` whether the object is made though some samples are bad; ``holdings`` is what a
+    prepared set says of itself.
 
     Raises ``RecordError`` for a set without samples, ``BadRecordsError`` for bad ones where they are not skipped or where no
     sample is good.
     """
 
-    def __init__(self, folder: str, table: SampleTable, rules: RecordRules, skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        table: SampleTable,
+        rules: RecordRules,
+        skip_bad: bool = False,
+        holdings: Holdings | None = None,
+    ) -> None:
         self.folder, self._table, self._rules = folder, table, rules
         self._paths = [os.path.join(folder, name) for name in table.shards]
         self.bad, self.digest = table.bad, table.digest
+        self.holdings = {folder: holdings} if holdings else {}
         if not len(table):
             raise RecordError(f"{folder}: its shards hold no sample")
         if self.bad and (len(self.bad) == len(self) or not skip_bad):
@@ -42,8 +53,17 @@ class Shards:
     @classmethod
     def of_energon(cls, data: DataConfig, folder: str, part: str = "train") -> Shards:
         """The samples of ``part`` of a folder that ``energon prepare`` has made, by the settings of a run."""
+        return cls._of(data, folder, energon_table(folder, part))
+
+    @classmethod
+    def of_wids(cls, data: DataConfig, folder: str) -> Shards:
+        """The samples of a folder of VILA's WebDataset, by the settings of a run."""
+        return cls._of(data, folder, wids_table(folder))
+
+    @classmethod
+    def _of(cls, data: DataConfig, folder: str, table: SampleTable) -> Shards:
         rules = RecordRules("", data.media_format, frozenset(data.ignore_fields))
-        return cls(folder, energon_table(folder, part), rules, data.bad_records == "skip")
+        return cls(folder, table, rules, data.bad_records == "skip", read_holdings(folder))
 
     def __len__(self) -> int:
         return len(self._table)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.records import Record
+from megatron_vila.data.sources.holdings import Holdings
 from megatron_vila.errors import UserError
 
 SHOWN_BAD = 10
@@ -27,6 +28,10 @@ class Source(Protocol):
     @property
     def digest(self) -> str:
         """A hash of all records; two sources with the same one are the same."""
+
+    @property
+    def holdings(self) -> Mapping[str, Holdings]:
+        """What prepared sets among the records hold, by their folders."""
 
     def __len__(self) -> int: ...
 
