@@ -70,9 +70,7 @@ def _measure(
     """Time and peak of forward and backward pass, and the bytes of what is there anyway: operands and gradients."""
     tp, hidden, vocab = topology.grid.tp, settings["hidden"], settings["vocab"]
     counts, part = [tokens // tp] * tp, Vocabulary(topology.place.tp * vocab // tp, vocab // tp, topology.tp)
-    hidden_nH, weight_VH, labels_n = _operands(counts[0], hidden, vocab, part.rows)
-    if in_buffer:
-        weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
+    hidden_nH, weight_VH, labels_n = _operands(counts[0], hidden, vocab, part.rows, in_buffer)
 
     def step():
         hidden_nH.grad = weight_VH.grad = None
@@ -83,12 +81,17 @@ def _measure(
     return found, 2 * hidden_nH.nbytes + weight_VH.nbytes + dweight.nbytes
 
 
-def _operands(tokens: int, hidden: int, vocab: int, held: int) -> tuple[torch.Tensor, torch.nn.Parameter, torch.Tensor]:
-    """Hidden states, the ``held`` rows of the output layer, whose logits have deviation 1, and labels in the whole vocabulary."""
+def _operands(
+    tokens: int, hidden: int, vocab: int, held: int, in_buffer: bool
+) -> tuple[torch.Tensor, torch.nn.Parameter, torch.Tensor]:
+    """Hidden states, the ``held`` rows of the output layer, whose logits have deviation 1, and labels in the whole vocabulary.
+    The gradient of the weight is summed ``in_buffer`` of float32, or formed by autograd."""
     device, dtype = accelerator.device(), accelerator.dtype_of("auto")
     torch.manual_seed(0)
     hidden_nH = torch.randn(tokens, hidden, device=device, dtype=dtype).requires_grad_()
     weight_VH = torch.nn.Parameter(torch.randn(held, hidden, device=device, dtype=dtype) / hidden**0.5)
+    if in_buffer:
+        weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
     return hidden_nH, weight_VH, torch.randint(vocab, (tokens,), device=device)
 
 
@@ -110,12 +113,10 @@ def _worst_errors(loss: Loss, in_buffer: bool, hidden: int, vocab: int) -> tuple
     The largest over all ranks: collective.
     """
     topology = ParallelTopology.create(ParallelConfig())
-    hidden_nH, weight_VH, labels_n = _operands(SAMPLE, hidden, vocab, vocab)
+    hidden_nH, weight_VH, labels_n = _operands(SAMPLE, hidden, vocab, vocab, in_buffer)
     others = (labels_n, [SAMPLE], Vocabulary(0, vocab, topology.tp))
     wide = [x.detach().double().requires_grad_() for x in (hidden_nH, weight_VH)]
     wanted = torch.autograd.grad(_eager(*wide, *others), wide)
-    if in_buffer:
-        weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
     loss(hidden_nH, weight_VH, *others).backward()
     found = (hidden_nH.grad, weight_VH.main_grad if in_buffer else weight_VH.grad)
     errors = torch.stack([(x - y).norm() / y.norm() for x, y in zip(found, wanted, strict=True)])

@@ -114,7 +114,7 @@ def our_layers(config: Config, variant: dict[str, Any], topology: ParallelTopolo
     settings |= {"swiglu_inside": variant["swiglu"] == "inside"}
     decoder = build_language_model(config.model, stock, topology, device, **settings).decoder.to(device, dtype)
     document = np.array([0, config.train.seq_length])
-    positions = torch.from_numpy(local_positions(document, grid.cp, topology.cp_rank)).to(device)
+    positions = torch.from_numpy(local_positions(document, grid.cp, topology.grid.cp_rank(topology.rank))).to(device)
     angles = rotary_angles(positions, head_dim(llm), llm.rope_theta, llm.rope_scaling_factor, dtype)
     row = RowParams(*angles, _row_indices(config, topology))
     host = HostStore(int(config.memory.offload_gib * GIB), device)

@@ -65,12 +65,12 @@ def prepare(topology: ParallelTopology, frames: int, each: int, hidden: int):
     length = -(-frames * each // unit) * unit
     cu_seqlens = np.array([0, length])
     plan = plan_reshard(cu_seqlens, each * np.arange(frames), [each] * frames, [1] * frames, grid.cp, grid.tp)
-    reshard = Reshard.of(plan.of_rank(topology.encoder_rank), topology.tp_cp, device)
+    reshard = Reshard.of(plan.of_rank(topology.grid.encoder_rank(topology.rank)), topology.tp_cp, device)
     dtype = accelerator.dtype_of("auto")
     made_NH = torch.randn(sum(reshard.plan.send_counts), hidden, device=device, dtype=dtype).requires_grad_()
     downed_MH = torch.randn(sum(reshard.plan.recv_counts), hidden, device=device, dtype=dtype)
     made = plan.traffic.sum(axis=1).tolist()
-    wanted = _places_of_owned(plan, topology.encoder_rank, grid.encoders, max(made)).to(device)
+    wanted = _places_of_owned(plan, topology.grid.encoder_rank(topology.rank), grid.encoders, max(made)).to(device)
 
     def full_gather(x_NH):
         return _FullGather.apply(x_NH, made, topology.tp_cp).index_select(0, wanted)

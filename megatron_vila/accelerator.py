@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from megatron_vila import host_memory, megatron_on_cpu
-from megatron_vila.errors import SettingError
 from megatron_vila.plan.hardware import Machine, peak_flops
 
 _MCORE = "megatron.core"
@@ -48,14 +47,9 @@ def device() -> torch.device:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Parameter dtype of ``train.precision``: auto (bf16 with CUDA, else fp32), bf16, fp32 or fp64.
-
-    Raises ``ValueError`` for another name.
-    """
+    """Parameter dtype of ``train.precision``: auto (bf16 with CUDA, else fp32), bf16, fp32 or fp64."""
     if precision == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    if precision not in _DTYPES:
-        raise SettingError(f"train.precision={precision!r} is unknown; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[precision]
 
 
@@ -191,23 +185,13 @@ class _Stream:
     def __init__(self, *args, **kwargs):
         pass
 
-    def wait_stream(self, stream):
+    def wait(self, other=None):
         pass
 
-    def wait_event(self, event):
-        pass
-
-    def wait(self, stream=None):
-        pass
-
-    def record(self, stream=None):
-        pass
+    wait_stream = wait_event = record = synchronize = wait
 
     def record_event(self, event=None):
         return self
-
-    def synchronize(self):
-        pass
 
     def query(self):
         return True

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vila.checkpoint.files import check_files, read_state
-from megatron_vila.checkpoint.folder import to_resume
+from megatron_vila.checkpoint.files import checked_info, read_state
+from megatron_vila.checkpoint.folder import resolve_checkpoint, to_resume
 from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
-from megatron_vila.checkpoint.save_load import read_info, resolve_checkpoint, undecided
-from megatron_vila.checkpoint.tensors import StoredTensors, require_vocabulary
+from megatron_vila.checkpoint.save_load import undecided
+from megatron_vila.checkpoint.tensors import KEEP_UPDATES, StoredTensors, lost_updates, require_vocabulary
 from megatron_vila.config.schema import Config
 from megatron_vila.convert.stored_model import misfits
 from megatron_vila.convert.weight_map import entries
@@ -27,7 +27,6 @@ from megatron_vila.data.sources.source import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
 from megatron_vila.explain.text import console
-from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.memory import describe_memory
 from megatron_vila.start_checks import check_start
@@ -111,8 +110,7 @@ def describe_start(config: Config) -> str:
         raise CheckpointError(f"the folder of the checkpoint cannot be read: {error}; make it readable") from error
     lines = []
     try:
-        info = read_info(folder)
-        check_files(folder, info)
+        info = checked_info(folder)
         tensors = StoredTensors(folder, info["files"])
         require_vocabulary(config.model.llm.vocab_size, tensors, info)
         stored = {name: tensor.shape for name, tensor in tensors.items()}
@@ -120,8 +118,8 @@ def describe_start(config: Config) -> str:
         if problems:
             more = f" and {len(problems) - 3} more tensors" if len(problems) > 3 else ""
             raise CheckpointError(f"it is of another model than this configuration: {'; '.join(problems[:3])}{more}")
-        if not config.model.lora.rank and any(name.endswith(FACTORS) for name in stored):
-            raise CheckpointError("it holds LoRA updates; set model.lora as in the run that saved them, or export and import it")
+        if not config.model.lora.rank and (lost := lost_updates(stored)):
+            raise CheckpointError(f"{lost}; {KEEP_UPDATES}")
         if resumed is not None:
             saved = read_state(folder)
             if saved["adam_step"] is None:
@@ -148,7 +146,7 @@ def _resumed(config: Config) -> Path | None:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        check_files(folder, read_info(folder))
+        checked_info(folder)
     except DamagedError:
         return False
     except (CheckpointError, OSError) as error:

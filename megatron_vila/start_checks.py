@@ -7,10 +7,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from os.path import isdir, isfile  # unlike pathlib's, they say no to a name that is too long for the file system
 from pathlib import Path
 
 from megatron_vila.config.schema import Config, DataConfig
 from megatron_vila.config.text_rules import NO_TEMPLATE
+from megatron_vila.plan.bounds import value_of
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.hardware import UNNAMED, Machine, machine_of
 from megatron_vila.plan.memory import ranks_of_a_node, state_on_host
@@ -77,9 +79,9 @@ def file_problems(config: Config) -> Iterable[str]:
     yield from data_file_problems(data)
     yield from tokenizer_problems(data.tokenizer, data.template)
     load = config.checkpoint.load
-    if load and not _is_folder(load):
+    if load and not isdir(load):
         yield f"checkpoint.load='{load}' is not a folder; name a run's folder or the folder of one of its steps"
-    elif load and not (_is_file(Path(load) / "info.json") or any(Path(load).glob("checkpoints/step-*/info.json"))):
+    elif load and not (isfile(Path(load) / "info.json") or any(Path(load).glob("checkpoints/step-*/info.json"))):
         yield (
             f"checkpoint.load='{load}' holds no finished checkpoint; give the folder of a step (step-...) or of a run that saved "
             "one (tools/convert_checkpoint.py import makes one of a Hugging Face folder)"
@@ -94,23 +96,15 @@ def data_file_problems(data: DataConfig) -> Iterable[str]:
             # What is remote is looked at when it is opened.
             if "://" not in path and (problem := _unreadable(path)):
                 yield f"data.{name} names '{path}', {problem}; paths are relative to {Path.cwd()}"
-    if data.media_dir and not _is_folder(data.media_dir):
+    if data.media_dir and not isdir(data.media_dir):
         yield f"data.media_dir='{data.media_dir}' is not a folder; name the folder that the samples' paths start from"
 
 
 def _home_problems(config: Config) -> Iterable[str]:
     """A shell does not replace ``~`` behind ``key=``, and neither do we: a folder of that name would be made."""
-    data = config.data
-    paths = {
-        "data.train": data.train,
-        "data.eval": data.eval,
-        "data.media_dir": [data.media_dir],
-        "data.tokenizer": [data.tokenizer],
-        "checkpoint.load": [config.checkpoint.load],
-        "train.output": [config.train.output],
-    }
-    for name, values in paths.items():
-        for path in values:
+    for name in ("data.train", "data.eval", "data.media_dir", "data.tokenizer", "checkpoint.load", "train.output"):
+        value = value_of(config, name)
+        for path in value if isinstance(value, list) else [value]:
             if path.split("/")[0] == "~":
                 yield f"{name} names '{path}', and ~ does not stand for a folder here; write $HOME/... or the whole path"
 
@@ -131,9 +125,9 @@ def _output_problems(folder: str) -> Iterable[str]:
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield f"train.output='{output}' cannot be written: no permission in '{existing}'; choose another folder"
     checkpoints = output / "checkpoints"
-    if os.path.lexists(checkpoints) and not _is_folder(checkpoints):
+    if os.path.lexists(checkpoints) and not isdir(checkpoints):
         yield f"train.output='{output}' takes no checkpoint: '{checkpoints}' is not a folder; remove it or choose another folder"
-    elif _is_folder(checkpoints) and not os.access(checkpoints, os.W_OK | os.X_OK):
+    elif isdir(checkpoints) and not os.access(checkpoints, os.W_OK | os.X_OK):
         yield f"train.output='{output}' takes no checkpoint: no permission in '{checkpoints}'; choose another folder"
 
 
@@ -143,8 +137,8 @@ def tokenizer_problems(folder: str, template: str) -> Iterable[str]:
         yield "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
         return
     path = Path(folder)
-    if not _is_file(path / "tokenizer_config.json"):
-        found = "has no tokenizer_config.json" if _is_folder(path) else "is not a folder"
+    if not isfile(path / "tokenizer_config.json"):
+        found = "has no tokenizer_config.json" if isdir(path) else "is not a folder"
         yield f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
     elif not template and not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
         (path / "tokenizer_config.json").read_text(encoding="utf-8", errors="replace")
@@ -167,15 +161,6 @@ def _unreadable(path: str) -> str:
     if not os.access(path, os.R_OK):
         return "which cannot be read (no permission)"
     return "which is empty" if found.st_size == 0 else ""
-
-
-def _is_folder(path: str | Path) -> bool:
-    """``os.path``, unlike pathlib, takes a name that is too long for the file system as one that is not there."""
-    return os.path.isdir(path)
-
-
-def _is_file(path: str | Path) -> bool:
-    return os.path.isfile(path)
 
 
 def _host_problems(config: Config, world_size: int, machine: Machine) -> Iterable[str]:

@@ -212,12 +212,18 @@ def damage(folder: Path, info: Mapping[str, Any], blocks: Iterable[tuple[str, in
         return [text for text in pool.map(check, blocks) if text is not None]
 
 
+def checked_info(folder: Path) -> dict[str, Any]:
+    """``read_info`` of a checkpoint that has no ``wrong_files``. Raises what they and ``check_files`` raise."""
+    info = read_info(folder)
+    check_files(folder, info)
+    return info
+
+
 def check_alone(folder: Path) -> dict[str, Any]:
     """Check the files of a checkpoint, content included, in this process; returns info.json. Raises ``DamagedError``."""
     if not is_finished(folder):
         raise DamagedError(f"{INFO} is missing")
-    info = read_info(folder)
-    check_files(folder, info)
+    info = checked_info(folder)
     if is_summed(info):
         raise_damage(damage(folder, info, blocks_to_check(info)))
     return info

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.tokenizer import load_tokenizer
 from megatron_vila.errors import CheckpointError, SettingError
 from megatron_vila.parallel.agreement import on_rank_zero
+from megatron_vila.plan.bounds import value_of
 from megatron_vila.plan.sizes import head_dim
 
 _NEW_RUN = "or start a new run from the weights (checkpoint.load, and another train.output)"
@@ -151,11 +152,7 @@ def resume_point(config: Config) -> ResumePoint:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that a checkpoint keeps. Reads ``data.tokenizer``; one that cannot be read is the data's own error later."""
-    settings = {}
-    values = _flat(asdict(config))
-    for key in config_keys():
-        if not _fits(key.name, UNWATCHED):
-            settings[key.name] = values[key.name]
+    settings = {key.name: value_of(config, key.name) for key in config_keys() if not _fits(key.name, UNWATCHED)}
     settings["model.llm.head_dim"] = head_dim(config.model.llm)
     try:
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -232,13 +229,6 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _fits(key: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _digest(value: Any) -> str:

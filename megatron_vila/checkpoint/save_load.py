@@ -67,21 +67,9 @@ from megatron_vila.checkpoint.tensors import (
 from megatron_vila.errors import CheckpointError, DamagedError
 from megatron_vila.models.decoder.lora import FACTORS
 from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
+from megatron_vila.plan.budgets import GIB
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "latest_checkpoint",
-    "load_checkpoint",
-    "newest_whole",
-    "read_info",
-    "resolve_checkpoint",
-    "save_checkpoint",
-    "set_aside",
-    "undecided",
-]
-
-GIB = 2**30
 
 
 def save_checkpoint(
@@ -304,7 +292,7 @@ def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[s
 
     Raises ``DamagedError`` if the files are not what was written, ``CheckpointError`` if that cannot be told.
     """
-    info = on_rank_zero(lambda: _structure(folder), failed)
+    info = on_rank_zero(lambda: files.checked_info(folder), failed)
     if check and files.is_summed(info):
         blocks = on_rank_zero(lambda: files.blocks_to_check(info), failed)[dist.get_rank() :: dist.get_world_size()]
         found = on_all_ranks(lambda: files.damage(folder, info, blocks), failed)
@@ -314,12 +302,6 @@ def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[s
     elif check and dist.get_rank() == 0:
         logger.warning(files.UNCHECKED, folder)
     return on_all_ranks(lambda: (StoredTensors(folder, info["files"]), files.read_state(folder), info), failed)
-
-
-def _structure(folder: Path) -> dict[str, Any]:
-    info = files.read_info(folder)
-    files.check_files(folder, info)
-    return info
 
 
 def _other_way(folder: Path, resuming: bool) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -371,6 +371,16 @@ def _vocabulary_of(info: Mapping[str, Any]) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
+KEEP_UPDATES = "set model.lora as in the run that saved them, or merge them (tools/convert_checkpoint.py export, then import)"
+"""the cure for ``lost_updates``"""
+
+
+def lost_updates(stored: Iterable[str], known: Container[str] = ()) -> str:
+    """What is said of the LoRA factors among ``stored`` tensors that are not ``known`` to the model; empty without any."""
+    lost = [key for key in stored if key not in known and key.endswith(FACTORS) and not key.startswith("optimizer.")]
+    return f"{len(lost)} LoRA tensors that the model has no place for: {some(sorted(lost))}" if lost else ""
+
+
 def require_tensors(wanted: Iterable[ShardedTensor], stored: Mapping[str, StoredTensor]) -> None:
     """Raise ``CheckpointError`` naming the tensors that a checkpoint does not have, or has in another shape, and the LoRA factors
     that would be lost. Rows of a table of the vocabulary are ``require_vocabulary``'s."""
@@ -383,10 +393,8 @@ def require_tensors(wanted: Iterable[ShardedTensor], stored: Mapping[str, Stored
         found, shape = tuple(stored[tensor.key].shape), tuple(tensor.global_shape)
         if found[1:] != shape[1:] or (found != shape and not tensor.allow_shape_mismatch):
             different.add(f"{tensor.key} {list(found)} instead of {list(shape)}")
-    problems = []
-    lost = [key for key in stored.keys() - known if key.endswith(FACTORS) and not key.startswith("optimizer.")]
-    if lost:
-        problems.append(f"{len(lost)} LoRA tensors that the model has no place for: {some(sorted(lost))}")
+    lost = lost_updates(stored, known)
+    problems = [lost] if lost else []
     if different:
         problems.append(f"{len(different)} tensors of another shape: {some(sorted(different))}")
     if missing:
@@ -394,7 +402,7 @@ def require_tensors(wanted: Iterable[ShardedTensor], stored: Mapping[str, Stored
     if problems:
         cure = "load it with the model configuration that it was saved with"
         if lost and not different and not missing:
-            cure = "set model.lora as in the run that saved them, or merge them (tools/convert_checkpoint.py export, then import)"
+            cure = KEEP_UPDATES
         elif not different and all(key.startswith("optimizer.") for key in missing):
             cure = "parts that were frozen then have no optimizer state; start a new run from the weights with checkpoint.load"
         raise CheckpointError(f"{'; '.join(problems)}; {cure}")

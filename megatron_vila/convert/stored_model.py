@@ -74,7 +74,7 @@ class StoredModel:
         """The tensor; those that are stored together are read once if they are asked for one after another."""
         entry = self._entry_of[name]
         if self._last[0] is not entry:
-            self._last = (entry, self._split(entry, self._merged(entry)))
+            self._last = (entry, self.split_rows(entry, self._merged(entry)))
         return self._last[1][list(entry.tensors).index(name)]
 
     def low_rank(self) -> Iterable[LowRank]:
@@ -86,9 +86,6 @@ class StoredModel:
 
     def split_rows(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
         """A tensor with the rows of ``entry`` as one for each Hugging Face tensor."""
-        return self._split(entry, tensor)
-
-    def _split(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
         rows = [shape[0] for shape in entry.tensors.values()]
         return entry.how.split(tensor, rows, self.config.model.llm.num_kv_heads)
 

@@ -175,11 +175,6 @@ def write_tensors(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def file_size(tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the one safetensors file that holds ``tensors``."""
-    return len(_header(tensors)) + sum(_bytes(info) for info in tensors.values())
-
-
 def _bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * info.dtype.itemsize
 

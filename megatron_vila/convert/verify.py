@@ -4,7 +4,7 @@ of any layout, or one of each."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from megatron_vila.checkpoint import files
 from megatron_vila.checkpoint.folder import resolve_checkpoint
 from megatron_vila.checkpoint.tensors import StoredTensors
-from megatron_vila.config.schema import ModelConfig
+from megatron_vila.config.keys import config_keys
+from megatron_vila.config.schema import Config, ModelConfig
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.convert.hf_config import describe_model
 from megatron_vila.convert.hf_folder import open_folder
@@ -21,6 +22,7 @@ from megatron_vila.convert.stored_model import StoredModel
 from megatron_vila.convert.tensor_files import TensorInfo
 from megatron_vila.convert.weight_map import shapes
 from megatron_vila.errors import CheckpointError, some
+from megatron_vila.plan.bounds import value_of
 
 SHOWN = 20
 _BLOCK = 1 << 24
@@ -154,18 +156,11 @@ def _open(path: Path) -> Side:
 
 
 def _setting_differences(a: ModelConfig, b: ModelConfig) -> Iterable[str]:
-    settings_a, settings_b = _leaves(asdict(a), "model"), _leaves(asdict(b), "model")
-    for name in settings_a:
-        if not any(part in name for part in _SETTINGS_OF_RUNS) and settings_a[name] != settings_b.get(name):
-            yield f"{name}: {settings_a[name]} in A, {settings_b.get(name)} in B"
-
-
-def _leaves(tree: Mapping[str, object], prefix: str) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in tree.items():
-        name = f"{prefix}.{key}"
-        found |= _leaves(value, name) if isinstance(value, Mapping) else {name: value}
-    return found
+    names = (key.name for key in config_keys() if key.name.startswith("model."))
+    for name in names:
+        in_a, in_b = (value_of(Config(model=model), name) for model in (a, b))
+        if in_a != in_b and not any(part in name for part in _SETTINGS_OF_RUNS):
+            yield f"{name}: {in_a} in A, {in_b} in B"
 
 
 def _tensor_differences(name: str, a: Side, b: Side) -> Iterable[str]:

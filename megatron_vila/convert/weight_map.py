@@ -200,11 +200,6 @@ def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for entry in entries(model) for name, shape in entry.tensors.items()}
 
 
-def stored_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of a distributed checkpoint of ``model`` with its shape (vocabulary padded for the usual tp)."""
-    return {entry.key: entry.stored_shape for entry in entries(model)}
-
-
 def describe() -> str:
     """The weight map as Markdown tables."""
     lines: list[str] = []

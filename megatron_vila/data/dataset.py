@@ -85,8 +85,6 @@ class VilaDataset:
         model: ModelConfig,
         seq_length: int,
     ) -> None:
-        if data.over_long not in ("truncate", "drop"):
-            raise SettingError(f"data.over_long={data.over_long} is unknown; use truncate or drop")
         self.records, self.data, self.seq_length = records, data, seq_length
         self.encoder = ChatEncoder(tokenizer, TextRules.of(data))
         self.vocab_size = model.llm.vocab_size

@@ -144,11 +144,7 @@ class RowLoader:
         replace_bad: bool = True,
         decode: bool = True,
     ) -> None:
-        if global_batch_size % grid.dp:
-            raise ValueError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of the data parallel size {grid.dp}; "
-                f"use {-(-global_batch_size // grid.dp) * grid.dp}"
-            )
+        assert global_batch_size % grid.dp == 0, (global_batch_size, grid)  # judged by plan/validate.py
         if order.samples != len(dataset):
             raise ValueError(f"the row order is made for {order.samples} samples, the data set has {len(dataset)}")
         self._dataset, self._order = dataset, order

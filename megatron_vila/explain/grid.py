@@ -34,22 +34,13 @@ def explain_grid(out: Console, config: Config, grid: GridShape) -> None:
     where = f"{count(nodes, 'node')} of {gpus}" if nodes > 1 else "one node"
     out.print(f"{config.model.name} on {count(grid.world_size, 'rank')} ({where})", style="bold")
     out.print(f"rank = t + {grid.tp}*(u + {grid.ulysses}*(r + {grid.ring}*(d + {grid.dp}*p)))\n")
-    strides = {
-        "tp": 1,
-        "ulysses": grid.tp,
-        "ring": grid.tp * grid.ulysses,
-        "dp": grid.encoders,
-        "pp": grid.encoders * grid.dp,
-    }
-    letters = {"tp": "t", "ulysses": "u", "ring": "r", "dp": "d", "pp": "p"}
-    meaning = {
-        "tp": "weights, heads and (Megatron sequence parallelism) tokens",
-        "ulysses": "tokens; heads during attention (all-to-all)",
-        "ring": "tokens; keys and values go round during attention",
-        "dp": "rows of the batch: the size that follows from the others",
-        "pp": "layers; the vision tower is on the first stage",
-    }
-    rows = [[axis, letters[axis], getattr(grid, axis), strides[axis], meaning[axis]] for axis in meaning]
+    rows = [
+        ["tp", "t", grid.tp, 1, "weights, heads and (Megatron sequence parallelism) tokens"],
+        ["ulysses", "u", grid.ulysses, grid.tp, "tokens; heads during attention (all-to-all)"],
+        ["ring", "r", grid.ring, grid.tp * grid.ulysses, "tokens; keys and values go round during attention"],
+        ["dp", "d", grid.dp, grid.encoders, "rows of the batch: the size that follows from the others"],
+        ["pp", "p", grid.pp, grid.encoders * grid.dp, "layers; the vision tower is on the first stage"],
+    ]
     table(out, "Grid", ["axis", "index", "size", "stride", "what it splits"], rows)
     out.print(
         f"cp = ulysses * ring = {grid.cp}; a row is spread over tp * cp = {count(grid.encoders, 'rank')} of each of "

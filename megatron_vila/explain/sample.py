@@ -66,16 +66,17 @@ def _media(out: Console, row: Row) -> None:
 def _frames_and_tokens(out: Console, plan: RowPlan, all_ranks: bool) -> None:
     rows, grid, tokens = [], plan.grid, plan.reshard.traffic
     per_rank = plan.row.length // grid.encoders
-    ranks, made = traffic.block_ranks(grid), tokens.sum(axis=1)
+    # Encoders are numbered as ranks are: tp, ulysses and ring are the innermost axes of the grid.
+    ranks, made = range(grid.encoders), tokens.sum(axis=1)
     hidden = 0 if all_ranks else max(0, len(ranks) - LISTED_RANKS)
-    for encoder, rank in enumerate(ranks):
-        if hidden and LISTED_RANKS // 2 <= encoder < len(ranks) - LISTED_RANKS // 2:
+    for rank in ranks:
+        if hidden and LISTED_RANKS // 2 <= rank < len(ranks) - LISTED_RANKS // 2:
             continue
         place = grid.coordinates(rank)
-        frames, places = plan.reshard.frames(encoder), plan.places(rank)
-        stays = int(tokens[encoder, encoder])
+        frames, places = plan.reshard.frames(rank), plan.places(rank)
+        stays = int(tokens[rank, rank])
         where = f"{place.tp}/{place.ulysses}/{place.ring}"
-        rows.append([rank, where, ranges(frames), len(frames), number(made[encoder]), number(stays), ranges(places)])
+        rows.append([rank, where, ranges(frames), len(frames), number(made[rank]), number(stays), ranges(places)])
     if hidden:
         rows.insert(LISTED_RANKS // 2, [".."] * 7)
     columns = [
@@ -97,7 +98,7 @@ def _frames_and_tokens(out: Console, plan: RowPlan, all_ranks: bool) -> None:
 def _traffic(out: Console, config: Config, plan: RowPlan) -> None:
     llm, grid, row = config.model.llm, plan.grid, plan.row
     element = element_bytes(config.train.precision, on_gpu=True)
-    nodes = np.array(traffic.block_ranks(grid)) // config.parallel.gpus_per_node
+    nodes = np.arange(grid.encoders) // config.parallel.gpus_per_node
     exchanges = [("stage-2 re-shard, once a row", *traffic.reshard_bytes(plan.reshard, llm.hidden_size, element))]
     for name, function in (
         ("TP gather and scatter, a layer", traffic.tensor_bytes),

@@ -95,14 +95,6 @@ class ParallelTopology:
         return self.grid.coordinates(self.rank)
 
     @property
-    def cp_rank(self) -> int:
-        return self.grid.cp_rank(self.rank)
-
-    @property
-    def encoder_rank(self) -> int:
-        return self.grid.encoder_rank(self.rank)
-
-    @property
     def is_first_stage(self) -> bool:
         return self.place.pp == 0
 

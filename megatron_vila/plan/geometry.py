@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_vila.config.schema import ProjectorConfig, VisionConfig
-from megatron_vila.errors import SettingError
 
 POOL_SIDE = {
     "mlp_downsample": 2,
@@ -16,15 +15,8 @@ POOL_SIDE = {
 
 
 def patches_per_side(vision: VisionConfig) -> int:
-    """Patches along one side of a picture; pixels that do not fill a patch are not seen (384 / 14: 27).
-
-    Raises ``ValueError`` if a patch is larger than the picture.
-    """
-    if not 0 < vision.patch_size <= vision.image_size:
-        raise SettingError(
-            f"vision.patch_size={vision.patch_size} does not fit vision.image_size={vision.image_size}; "
-            "set a patch size between 1 and the image size"
-        )
+    """Patches along one side of a picture; pixels that do not fill a patch are not seen (384 / 14: 27)."""
+    assert 0 < vision.patch_size <= vision.image_size, vision  # judged by validate.py
     return vision.image_size // vision.patch_size
 
 

@@ -17,9 +17,6 @@ import numpy as np
 from megatron_vila.config.schema import ParallelConfig
 from megatron_vila.errors import SettingError
 
-GROUP_KINDS = ("tp", "ulysses", "ring", "cp", "tp_cp", "dp", "dp_cp", "pp", "block")
-"""Groups by what varies inside: ``tp_cp`` shares one sample's frames, ``block`` (tp, cp and pp) shares one sample."""
-
 
 class Coordinates(NamedTuple):
     """Place of a rank on each axis of the grid."""
@@ -31,7 +28,7 @@ class Coordinates(NamedTuple):
     pp: int
 
 
-_AXES_OF_KIND = {
+AXES_OF_KIND = {
     "tp": ("tp",),
     "ulysses": ("ulysses",),
     "ring": ("ring",),
@@ -42,6 +39,7 @@ _AXES_OF_KIND = {
     "pp": ("pp",),
     "block": ("tp", "ulysses", "ring", "pp"),
 }
+"""Groups by what varies inside: ``tp_cp`` shares one sample's frames, ``block`` (tp, cp and pp) shares one sample."""
 
 
 class Layout(NamedTuple):
@@ -143,8 +141,8 @@ class GridShape:
         return self.coordinates(rank).tp + self.tp * self.cp_rank(rank)
 
     def group(self, kind: str, rank: int) -> list[int]:
-        """The ranks of the ``kind`` group (GROUP_KINDS) that holds ``rank``, ascending."""
-        axes, mine = _AXES_OF_KIND[kind], self.coordinates(rank)._asdict()
+        """The ranks of the ``kind`` group (AXES_OF_KIND) that holds ``rank``, ascending."""
+        axes, mine = AXES_OF_KIND[kind], self.coordinates(rank)._asdict()
         places = itertools.product(*(range(getattr(self, axis)) for axis in axes))
         return sorted(self.rank(**mine | dict(zip(axes, place, strict=True))) for place in places)
 
@@ -152,6 +150,6 @@ class GridShape:
         """All groups of a kind, ordered by their first rank."""
         axes = ("pp", "dp", "ring", "ulysses", "tp")  # the outermost first
         ranks = np.arange(self.world_size).reshape([getattr(self, axis) for axis in axes])
-        inner = [n for n, axis in enumerate(axes) if axis in _AXES_OF_KIND[kind]]
+        inner = [n for n, axis in enumerate(axes) if axis in AXES_OF_KIND[kind]]
         grouped = np.moveaxis(ranks, inner, range(-len(inner), 0))
         return grouped.reshape(-1, math.prod(getattr(self, axes[n]) for n in inner)).tolist()

@@ -51,7 +51,20 @@ class HeldOut:
         return evaluate(self._config, forward, data.held_out)
 
     def remarks(self, results: Mapping[str, float]) -> list[str]:
-        return remarks(results)
+        lines = []
+        left_out = {why: int(results[f"left_out_{why}"]) for why in LEFT_OUT if results[f"left_out_{why}"]}
+        if left_out:
+            total = sum(left_out.values())
+            reasons = ", ".join(f"{count} {LEFT_OUT[why]}" for why, count in left_out.items())
+            lines.append(f"{total} of {total + int(results['samples'])} held-out samples are left out of all numbers: {reasons}")
+        if results["left_out_videos"] and not results["videos"]:
+            lines.append(f"no held-out video was tested: all {results['left_out_videos']} were left out")
+        if not results["samples"]:
+            lines.append("no held-out sample was tested: there is no accuracy and no loss")
+        if results["truncated"]:
+            cut = results["truncated"]
+            lines.append(f"{cut} held-out samples were tested with fewer frames than asked for, to fit train.seq_length")
+        return lines
 
     def summary(self, results: Mapping[str, float]) -> dict[str, float]:
         if "accuracy" not in results:
@@ -101,24 +114,6 @@ def evaluate(config: Config, forward: Pass, held_out: VilaDataset) -> dict[str, 
         dist.broadcast(results, group=topology.pp, group_src=topology.grid.pp - 1)
     forward.model.train(training)
     return _results(results.tolist(), states.tolist(), held_out.records)
-
-
-def remarks(results: Mapping[str, float]) -> list[str]:
-    """What a reader of an evaluation's numbers must know, in sentences."""
-    lines = []
-    left_out = {why: int(results[f"left_out_{why}"]) for why in LEFT_OUT if results[f"left_out_{why}"]}
-    if left_out:
-        total = sum(left_out.values())
-        reasons = ", ".join(f"{count} {LEFT_OUT[why]}" for why, count in left_out.items())
-        lines.append(f"{total} of {total + int(results['samples'])} held-out samples are left out of all numbers: {reasons}")
-    if results["left_out_videos"] and not results["videos"]:
-        lines.append(f"no held-out video was tested: all {results['left_out_videos']} were left out")
-    if not results["samples"]:
-        lines.append("no held-out sample was tested: there is no accuracy and no loss")
-    if results["truncated"]:
-        cut = results["truncated"]
-        lines.append(f"{cut} held-out samples were tested with fewer frames than asked for, to fit train.seq_length")
-    return lines
 
 
 _UNSEEN, _TESTED, _TRUNCATED, _UNANSWERED, _TOO_LONG, _BROKEN = range(6)

@@ -19,13 +19,11 @@ from megatron_vila.data.sources.holdings import holdings_warnings
 from megatron_vila.data.sources.open import PARTS, open_blend, open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
-from megatron_vila.errors import ConfigError, PeerError, UserError
+from megatron_vila.errors import ConfigError, PeerError, UserError, some
 from megatron_vila.training.report_files import Reporting, replace_file
 
 SHOWN_FILES = 4
 """most missing files that are named"""
-
-SHOWN_RANKS = 8
 
 BAD_RECORDS_FILE = "bad_records.txt"
 
@@ -65,10 +63,9 @@ def open_run_data(config: Config, is_writer: bool) -> RunData:
     digests = [digest for _, digest in everywhere]
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        more = " ..." if len(others) > SHOWN_RANKS else ""
         raise ConfigError(
             f"data.train={config.data.train} and data.eval={config.data.eval} are not the same files on all nodes: rank "
-            f"{', '.join(others[:SHOWN_RANKS])}{more} found other records in them than rank 0; copy them anew"
+            f"{some(others)} found other records in them than rank 0; copy them anew"
         )
     return RunData(opened)
 
@@ -89,11 +86,10 @@ def held_out_gaps(held_out: Source) -> str:
     missing = [path for path in paths if not is_there(path)]
     if not missing:
         return ""
-    named = ", ".join(map(name_of, missing[:SHOWN_FILES]))
-    more = f" and {len(missing) - SHOWN_FILES} more" if len(missing) > SHOWN_FILES else ""
+    named = some(list(map(name_of, missing)), SHOWN_FILES)
     return (
         f"data.eval names {len(paths)} media files, of which {len(missing)} are missing: "
-        f"{named}{more}; restore them or set data.media_dir before the evaluation comes: "
+        f"{named}; restore them or set data.media_dir before the evaluation comes: "
         "samples without their files are left out of it"
     )
 

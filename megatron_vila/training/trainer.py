@@ -44,6 +44,7 @@ from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.sizes import head_dim
+from megatron_vila.training.errors import TooManyBrokenError
 from megatron_vila.training.feed import JUDGED_FROM, training_loader
 from megatron_vila.training.guards import DATA_COUNTS, Outcome, UpdateGuard, too_many_broken
 from megatron_vila.training.lock import LockedError, RunLock
@@ -146,8 +147,8 @@ class Trainer:
             summary: dict[str, Any] = {"stopped": bool(self.stopped_by), **self.counts, **results}
             for watcher in self._watchers:
                 summary = watcher.finish(summary)
-            if not self.stopped_by:
-                self._refuse_broken(at_least=1)
+            if not self.stopped_by and (error := self._too_broken(at_least=1)):
+                raise error
             return summary if self.is_writer else {}
 
     def _loop(self, data: RunData) -> dict[str, float]:
@@ -187,7 +188,7 @@ class Trainer:
                     self._at("saving a checkpoint")
                     self._save()
                 if too_broken and not finished:
-                    self._refuse_broken(JUDGED_FROM)
+                    raise too_broken
                 if not self.stopped_by and not finished:
                     self._do_tasks(data, is_last=False)
         if self.step == train.steps and not self._due_tasks(is_last=True):
@@ -292,13 +293,8 @@ class Trainer:
             counts=dict(self.counts),
         )
 
-    def _too_broken(self, at_least: int) -> bool:
-        return too_many_broken(self.config, self.counts, self.step, at_least) is not None
-
-    def _refuse_broken(self, at_least: int) -> None:
-        """End the run on all ranks if too many samples were broken; what was trained is saved."""
-        if error := too_many_broken(self.config, self.counts, self.step, at_least):
-            raise error
+    def _too_broken(self, at_least: int) -> TooManyBrokenError | None:
+        return too_many_broken(self.config, self.counts, self.step, at_least)
 
     def _resume(self, checkpoint: Path, found: ResumePoint) -> None:
         extra = load_checkpoint(checkpoint, [self.model], self.optimizer, self.scheduler, check=not found.checked)

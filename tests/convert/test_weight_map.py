@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import ProjectorConfig
-from megatron_vila.convert.tensor_files import TensorInfo, file_size
+from megatron_vila.convert.tensor_files import TensorInfo, _bytes, _header
 from megatron_vila.convert.transforms import COPY, FUSE_QKV, PAD_ROWS, STACK_ROWS
-from megatron_vila.convert.weight_map import PROJECTOR, describe, entries, shapes, stored_shapes
+from megatron_vila.convert.weight_map import PROJECTOR, describe, entries, shapes
 from megatron_vila.plan.sizes import PROJECTOR_TYPES, parameter_count
 from tests import samples
 from tests.convert import material
@@ -48,7 +48,7 @@ def test_every_tensor_of_the_model_is_in_the_map_and_nothing_else(kind, tied, bi
         "model__projector__type": kind,
     }
     (keys,) = pool.run(1, saved_keys, changes)
-    assert stored_shapes(small(tied, bias, head, kind)) == keys
+    assert {entry.key: entry.stored_shape for entry in entries(small(tied, bias, head, kind))} == keys
 
 
 @pytest.mark.parametrize("family", material.FAMILIES)
@@ -120,7 +120,8 @@ def part_sizes(name: str, *overrides: str) -> dict[str, tuple[int, int]]:
         own = {
             n.removeprefix(f"{part}."): TensorInfo(torch.bfloat16, s) for n, s in sizes.items() if n.startswith(part)
         }
-        found[part] = (sum(torch.Size(info.shape).numel() for info in own.values()), file_size(own))
+        size = len(_header(own)) + sum(map(_bytes, own.values()))
+        found[part] = (sum(torch.Size(info.shape).numel() for info in own.values()), size)
     return found
 
 

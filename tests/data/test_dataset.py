@@ -151,8 +151,6 @@ def test_over_long_samples_are_replaced_where_the_policy_is_drop(media, tmp_path
     length = len(make(media, tmp_path, records).document(2))
     choice = make(media, tmp_path, records, seq_length=length, over_long="drop").choose(0)
     assert (choice.index, choice.replaced, choice.dropped_frames) == (2, "too_long", 0)
-    with pytest.raises(ValueError, match="data.over_long=shrink is unknown; use truncate or drop"):
-        make(media, tmp_path, records, over_long="shrink")
 
 
 def test_text_that_is_too_long_is_never_cut(media, tmp_path):

@@ -335,12 +335,6 @@ def test_closing_stops_the_threads(tmp_path, folder):
     assert set(threading.enumerate()) == before
 
 
-def test_a_batch_that_does_not_divide_among_the_replicas_is_refused(tmp_path, folder):
-    data = Data(tmp_path, folder, GOOD)
-    with pytest.raises(ValueError, match=r"global_batch_size=5 is not a multiple of the data parallel size 2; use 6"):
-        data.loader(batch=5, dp_size=2)
-
-
 def test_pixels_of_ranks_without_frames_are_empty(tmp_path, folder):
     data = Data(tmp_path, folder, [TEXT])
     grid = GridShape(tp=2, ulysses=2, pp=2)

@@ -187,8 +187,3 @@ def test_initial_weights_follow_from_the_seed_and_the_standard_deviation_alone()
 def test_features_of_another_tower_are_refused():
     with pytest.raises(ValueError, match=r"shape \(2, 25, 6\) but was built for \[frames, 16, 6\]"):
         build("mlp_downsample", 4)(features(2, 5))
-
-
-def test_a_patch_larger_than_the_picture_is_refused():
-    with pytest.raises(ValueError, match="vision.patch_size=14 does not fit vision.image_size=10"):
-        patches_per_side(VisionConfig(image_size=10))

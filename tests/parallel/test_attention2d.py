@@ -35,7 +35,7 @@ def one_more(rank: int, parallel: ParallelConfig, kernel_name: str) -> float:
     split = HeadSplit(HEADS, KV_HEADS, grid.ulysses, parallel.ulysses_chunks)
     attention = Attention2D.of(split, kernel, SCALE, ulysses_group=topology.ulysses, ring_group=topology.ring, device=CPU)
     cu_seqlens = np.array([0, LENGTH])
-    mine = local_positions(cu_seqlens, grid.cp, topology.cp_rank)
+    mine = local_positions(cu_seqlens, grid.cp, topology.grid.cp_rank(topology.rank))
     row = RowIndices.of(AttentionPlan.of(cu_seqlens, grid, topology.place.ring), CPU)
     q, k, v = whole()
     prefill, chunks = attention.forward(q[mine], k[mine], v[mine], row)

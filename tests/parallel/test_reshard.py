@@ -36,8 +36,8 @@ def _exchange(rank: int, parallel: ParallelConfig):
     topology = ParallelTopology.create(parallel)
     row, plan = _plan(topology.grid)
     places = np.concatenate([s + np.arange(f.tokens) for s, f in zip(row.frame_starts, row.frames, strict=True)])
-    mine = places[plan.maker == topology.encoder_rank]
-    reshard = Reshard.of(plan.of_rank(topology.encoder_rank), topology.tp_cp, torch.device("cpu"))
+    mine = places[plan.maker == topology.grid.encoder_rank(topology.rank)]
+    reshard = Reshard.of(plan.of_rank(topology.grid.encoder_rank(topology.rank)), topology.tp_cp, torch.device("cpu"))
     sent = []
     original = dist.all_to_all_single
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vila.plan.frames import deal_frames, frame_owner
-from megatron_vila.plan.grid import GROUP_KINDS, GridShape
+from megatron_vila.plan.grid import AXES_OF_KIND, GridShape
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.tokens import (
     ALL,
@@ -166,7 +166,7 @@ def test_each_rank_gets_just_the_key_value_heads_of_its_query_heads(heads, group
 @settings(max_examples=40, deadline=None)
 def test_groups_partition_the_grid(tp, ulysses, ring, dp, pp):
     grid = GridShape(tp, ulysses, ring, dp, pp)
-    for kind in GROUP_KINDS:
+    for kind in AXES_OF_KIND:
         groups = grid.groups(kind)
         assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
         assert all(grid.group(kind, group[0]) == group for group in groups)

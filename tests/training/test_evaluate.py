@@ -5,8 +5,9 @@ import json
 import pytest
 
 from megatron_vila.checkpoint.save_load import latest_checkpoint
+from megatron_vila.config.schema import Config
 from megatron_vila.data.sources.json_files import JsonFiles
-from megatron_vila.training.evaluate import remarks
+from megatron_vila.training.evaluate import HeldOut
 from megatron_vila.training.feed import chance_level
 from megatron_vila.training.summary import read_metrics
 from tests.data.material import conversation, write_jsonl
@@ -87,7 +88,7 @@ def test_only_samples_that_were_tested_count_and_the_others_are_told(learned, vi
     assert (numbers["accuracy"], numbers["samples"], numbers["videos"], numbers["chance"]) == (0.5, 2, 2, 0.5)
     left_out = {name: numbers[f"left_out_{name}"] for name in ("too_long", "broken", "unanswered", "videos")}
     assert left_out == {"too_long": 1, "broken": 3, "unanswered": 1, "videos": 4}
-    (line,) = remarks(numbers)
+    (line,) = HeldOut(Config()).remarks(numbers)
     assert "5 of 7 held-out samples are left out of all numbers: 3 broken (the log names them), 1 do not fit" in line
     # The loss is that of the two tested samples alone.
     path = write_jsonl(tmp_path / "two.jsonl", [red, blue])
@@ -105,12 +106,12 @@ def test_an_evaluation_in_which_nothing_could_be_tested_has_no_accuracy_and_ends
     assert "eval_accuracy" not in found and "held_out_accuracy" not in summary
     numbers = {name.removeprefix("eval_"): value for name, value in found.items()}
     assert (numbers["samples"], numbers["left_out_broken"], numbers["left_out_videos"]) == (0, 3, 3)
-    said = " ".join(remarks(numbers))
+    said = " ".join(HeldOut(Config()).remarks(numbers))
     assert "no held-out video was tested: all 3 were left out" in said and "no held-out sample was tested" in said
 
 
 def test_samples_tested_with_fewer_frames_are_told():
-    (line,) = remarks(dict.fromkeys(ZEROS, 0) | {"samples": 5, "truncated": 2})
+    (line,) = HeldOut(Config()).remarks(dict.fromkeys(ZEROS, 0) | {"samples": 5, "truncated": 2})
     assert line == "2 held-out samples were tested with fewer frames than asked for, to fit train.seq_length"
 
 

@@ -210,8 +210,8 @@ FAULTS = [
     Fault(
         "too many broken samples are not judged at the end",
         "megatron_vila/training/trainer.py",
-        "self._refuse_broken(at_least=1)",
-        "pass",
+        "(error := self._too_broken(at_least=1))",
+        "(error := None)",
         ("tests/training/test_bad_input.py", "-k", "too_many_broken"),
     ),
     Fault(

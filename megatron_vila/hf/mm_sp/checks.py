@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -76,7 +76,12 @@ def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
         raise ValueError(f"{len(args)} arguments without a name: call model(**batch)")
     given = [key for key, value in kwargs.items() if key in _CURE and _is_set(key, value)]
     if given:
-        raise ValueError("MM-SP does not take " + "; ".join(f"{key} ({_CURE[key]})" for key in given))
+        raise ValueError(refusal_of(given))
+
+
+def refusal_of(keys: Iterable[str]) -> str:
+    """What is said of arguments that MM-SP does not take, each with its cure."""
+    return "MM-SP does not take " + "; ".join(f"{key} ({_CURE[key]})" for key in keys)
 
 
 def _is_set(key: str, value: Any) -> bool:

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model
+from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model, refusal_of
 from megatron_vila.hf.mm_sp.data import ShardCollator, ShardedRow
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.vision import llava_onevision_tokens, owned_video_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
-from megatron_vila.parallel.kernels import KERNELS, select_kernel
+from megatron_vila.parallel.kernels import require_kernel, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.plan.heads import HeadSplit
 from megatron_vila.plan.row_plan import AttentionPlan
@@ -60,8 +60,7 @@ def enable_mm_sp(
             "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
         )
     check_model(model, ulysses, ATTENTION)
-    if kernel != "auto" and kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel} is not a kernel; use auto, {', '.join(KERNELS)}")
+    require_kernel(kernel, "kernel")
     if frame_micro_batch < 1:
         raise ValueError(f"frame_micro_batch={frame_micro_batch} encodes nothing; use 1 or more")
     groups = MMSPGroups.of(ulysses, ring, group or dist.group.WORLD)
@@ -90,11 +89,11 @@ class MMSP:
     @property
     def dp_rank(self) -> int:
         """Which of the ``dp_size`` data-parallel replicas this rank belongs to: rank and num_replicas of a sampler."""
-        return self.groups.dp_rank
+        return self.groups.grid.coordinates(self.groups.everyone.rank()).dp
 
     @property
     def dp_size(self) -> int:
-        return self.groups.dp_size
+        return self.groups.grid.dp
 
     def collator(self) -> ShardCollator:
         """The ``collate_fn`` of this rank. The ranks of a replica must be given the same samples in the same order."""
@@ -154,19 +153,19 @@ class MMSP:
         device = _device(model)
         kwargs = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         row: ShardedRow = kwargs["mm_sp_row"]
-        indices = RowIndices.of(AttentionPlan.of(row.cu_seqlens, self.groups.grid, self.groups.ring_rank), device)
+        indices = RowIndices.of(AttentionPlan.of(row.cu_seqlens, self.groups.grid, self.groups.ring.rank()), device)
         kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
         if kwargs.get("labels") is not None:
             selected_n = torch.from_numpy(row.selected).to(device, non_blocking=True)
             kwargs |= {"labels": kwargs["labels"][:, selected_n], "logits_to_keep": selected_n}
-            self._head.labels_n = kwargs["labels"][0]
+            self._head.expect(kwargs["labels"][0])
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model's forward, also a failed one: what stood in for logits and videos is not handed out."""
-        if self._head.labels_n is None or output is None:
+        self._head.expect(None)
+        if output is None or kwargs.get("labels") is None:
             return None
-        self._head.labels_n = None
         kept = {name: value for name, value in output.items() if name not in ("logits", "video_hidden_states")}
         return type(output)(**kept)
 
@@ -255,6 +254,4 @@ def _attention(
 def _no_mask(*_unused, attention_mask: torch.Tensor | None = None, **_also_unused) -> None:
     """Transformers' mask interface: documents and causality are in the row. Without it a mask would be dropped silently."""
     if attention_mask is not None:
-        raise ValueError(
-            "MM-SP does not take attention_mask: the collator takes padding out and packs documents by itself"
-        )
+        raise ValueError(refusal_of(["attention_mask"]))

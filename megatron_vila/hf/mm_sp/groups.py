@@ -14,8 +14,8 @@ class MMSPGroups:
     """This rank's place and groups.
 
     ``everyone`` trains together. ``sample`` are the ulysses x ring ranks that share each sample, consecutive ranks of
-    ``everyone``; ``ulysses`` and ``ring`` are its two levels, ``alone`` is this rank by itself. ``dp_rank`` of ``dp_size``
-    numbers the samples' groups.
+    ``everyone``; ``ulysses`` and ``ring`` are its two levels, ``alone`` is this rank by itself. The
+    axis dp of ``grid`` numbers the samples' groups.
     """
 
     grid: GridShape
@@ -43,15 +43,3 @@ class MMSPGroups:
         mine = everyone.rank()
         sample, inner, outer = (make(grid.group(kind, mine)) for kind in ("cp", "ulysses", "ring"))
         return cls(grid, everyone, sample, inner, outer, make([mine]))
-
-    @property
-    def dp_rank(self) -> int:
-        return self.grid.coordinates(self.everyone.rank()).dp
-
-    @property
-    def dp_size(self) -> int:
-        return self.grid.dp
-
-    @property
-    def ring_rank(self) -> int:
-        return self.ring.rank()

@@ -21,22 +21,26 @@ class FusedHead:
 
     def __init__(self, layer: nn.Linear, alone: dist.ProcessGroup) -> None:
         self._layer, self._alone = layer, alone
-        self.labels_n: torch.Tensor | None = None
+        self._labels_n: torch.Tensor | None = None
 
     def install(self) -> None:
         self._layer.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         del self._layer.forward
-        self.labels_n = None
+        self.expect(None)
+
+    def expect(self, labels_n: torch.Tensor | None) -> None:
+        """Labels of the tokens that the next call is given; None: it makes logits."""
+        self._labels_n = labels_n
 
     def _forward(self, hidden_1nH: torch.Tensor) -> torch.Tensor:
         """Loss sum [], or logits [1, n, V] of a batch without labels. No collective."""
-        if self.labels_n is None:
+        if self._labels_n is None:
             return nn.functional.linear(hidden_1nH, self._layer.weight)
         weight_VH = self._layer.weight
         vocabulary = Vocabulary(first=0, rows=weight_VH.shape[0], group=self._alone)
-        return fused_head(hidden_1nH[0], weight_VH, self.labels_n, [len(self.labels_n)], vocabulary).loss_sum
+        return fused_head(hidden_1nH[0], weight_VH, self._labels_n, [len(self._labels_n)], vocabulary).loss_sum
 
 
 def mean_over_group(

@@ -70,7 +70,7 @@ def _encode(model: Any, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tenso
 def _rounds(row: ShardedRow, groups: MMSPGroups, frame_micro_batch: int, device: torch.device) -> int:
     """Micro-batches of frames that every rank runs."""
     rounds = max(1, -(-int(np.diff(row.plan.boundaries).max()) // frame_micro_batch))
-    if groups.dp_size > 1:
+    if groups.grid.dp > 1:
         most = torch.tensor(rounds, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=groups.everyone)
         rounds = int(most)

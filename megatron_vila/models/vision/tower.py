@@ -64,9 +64,8 @@ class VisionTower(nn.Module):
 
     ``config.num_layers`` counts the layers of the checkpoint. Parameters beyond the selected layer never require
     gradients; ``set_trainable`` concerns the others. Weights are drawn on the CPU with standard deviation
-    ``init_std`` from torch's generator (the caller seeds it and casts the module). Raises ``ValueError`` for a
-    ``select_layer`` or a patch size that the tower cannot have. On CUDA the layers are compiled when they are first
-    run (``accelerator.compiles``).
+    ``init_std`` from torch's generator (the caller seeds it and casts the module). On CUDA the layers are compiled when
+    they are first run (``accelerator.compiles``).
     """
 
     def __init__(self, config: VisionConfig, init_std: float) -> None:
@@ -109,8 +108,8 @@ class VisionTower(nn.Module):
         size = self.config.image_size
         if pixels_F3HW.dim() != 4 or tuple(pixels_F3HW.shape[1:]) != (3, size, size):
             raise ValueError(
-                f"the vision tower got pictures of shape {tuple(pixels_F3HW.shape)} but vision.image_size={size} "
-                f"needs [frames, 3, {size}, {size}]; resize the pictures or set vision.image_size"
+                f"the vision tower got pictures of shape {tuple(pixels_F3HW.shape)} but model.vision.image_size={size} "
+                f"needs [frames, 3, {size}, {size}]; resize the pictures or set model.vision.image_size"
             )
         used = self.used_parameters()
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(parameter.requires_grad for parameter in used)):

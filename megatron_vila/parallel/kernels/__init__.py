@@ -9,7 +9,7 @@ from megatron_vila.parallel.kernels import cpu, cudnn, fa4, flash2, reference
 from megatron_vila.parallel.kernels.protocol import AttentionKernel
 from megatron_vila.parallel.kernels.segments import Segments
 
-__all__ = ["KERNELS", "AttentionKernel", "Segments", "faster_kernels", "select_kernel"]
+__all__ = ["KERNELS", "AttentionKernel", "Segments", "faster_kernels", "require_kernel", "select_kernel"]
 
 KERNELS = {
     "fa4": (fa4.available, fa4.Fa4Kernel),
@@ -31,6 +31,12 @@ def faster_kernels(
     return {faster: reason for faster, reason in reasons.items() if reason}
 
 
+def require_kernel(name: str, setting: str) -> None:
+    """Raise ``SettingError`` if there is no kernel called ``name``; ``setting`` is what the message calls it."""
+    if name != "auto" and name not in KERNELS:
+        raise SettingError(f"{setting}={name} is not a kernel; use auto, {', '.join(KERNELS)}")
+
+
 def select_kernel(
     name: str,
     head_dim: int,
@@ -44,8 +50,7 @@ def select_kernel(
     ``deterministic`` leaves out kernels whose backward pass adds in varying order; ``setting`` is what messages call the name.
     Raises ``ValueError`` for an unknown name and for a kernel that cannot run here, with the reason.
     """
-    if name != "auto" and name not in KERNELS:
-        raise SettingError(f"{setting}={name} is not a kernel; use auto, {', '.join(KERNELS)}")
+    require_kernel(name, setting)
     reasons = {}
     for candidate in _AUTOMATIC if name == "auto" else (name,):
         available, kernel = KERNELS[candidate]

@@ -54,11 +54,10 @@ def _trial(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | Non
 class CudnnKernel(DenseKernel):
     name = "cudnn"
 
-    def __init__(self, deterministic: bool = False, long_segment_tokens: int = _LONG_SEGMENT_TOKENS) -> None:
-        """In a row of unequal segments, those with ``long_segment_tokens`` queries and keys or more go to cuDNN."""
+    def __init__(self, deterministic: bool = False) -> None:
+        """In a row of unequal segments, those with ``_LONG_SEGMENT_TOKENS`` queries and keys or more go to cuDNN."""
         if deterministic:
             raise SettingError("cuDNN's attention has no deterministic backward pass; use flash2 or fa4")
-        self._long_segment_tokens = long_segment_tokens
         self._packed = flash2.Flash2Kernel()
 
     def _forward(self, q_THD, k_UKD, v_UKD, segments: Segments, causal: bool, scale: float):
@@ -81,7 +80,7 @@ class CudnnKernel(DenseKernel):
 
     def _split(self, segments: Segments) -> tuple[Choice, Choice]:
         """Segments for cuDNN and for the packed kernel."""
-        at_least = _MIN_BATCH_TOKENS if segments.uniform else self._long_segment_tokens
+        at_least = _MIN_BATCH_TOKENS if segments.uniform else _LONG_SEGMENT_TOKENS
         long = {i for i, pair in enumerate(segments.pairs) if min(pair) >= at_least}
         return segments.choose(sorted(long)), segments.choose([i for i in range(len(segments.pairs)) if i not in long])
 
