@@ -59,10 +59,10 @@ def rows(settings: dict[str, Any], text: str) -> list[dict[str, Any]]:
     topology = ParallelTopology.create(config.parallel)
     config.train.global_batch_size = topology.grid.dp  # one row for each replica
     model_parallel_cuda_manual_seed(config.train.seed)
-    model = wrap_ddp(built := _ClockedVila(config, topology, dtype, device), config.optim, built.config)
+    model = wrap_ddp(built := _ClockedVila(config, topology, dtype, device), config.optim)
     optimizer, _ = build_optimizer([model], config.optim, config.train, dtype)
     ensure_state(optimizer)
-    forward = Pass(model, topology, config.model.llm, dtype, device)
+    forward = Pass(model, topology, config.model.llm)
     losses: list[float] = []
 
     def train(batch: LoadedRow) -> None:

@@ -26,6 +26,7 @@ from megatron_vila.data.sources.holdings import holdings_warnings
 from megatron_vila.data.sources.source import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
+from megatron_vila.explain.sample import left_out, require_sample
 from megatron_vila.explain.text import console
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.memory import describe_memory
@@ -77,8 +78,7 @@ def describe_sample(dataset: VilaDataset, name: str, index: int, decode: bool) -
 
     Raises ``ConfigError`` if there is no such sample, ``NoUsableSampleError`` if there is no good one in its place.
     """
-    if index >= len(dataset):
-        raise ConfigError(f"command line: --show {index} is not in data.{name}, which has samples 0 to {len(dataset) - 1}")
+    require_sample(dataset, index, f"--show {index}", name)
     problem = problem_of(dataset, index, decode)
     lines = [f"number {index}:"]
     if problem is not None:
@@ -90,8 +90,7 @@ def describe_sample(dataset: VilaDataset, name: str, index: int, decode: bool) -
         return "\n".join(lines)
     if choice.index != index:
         lines.append(f"number {choice.index}, in its place:")
-    if choice.dropped_frames:
-        lines.append(f"({choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={dataset.seq_length})")
+    lines += [f"({line})" for line in left_out(choice, dataset.seq_length)]
     return "\n".join([*lines, describe(choice.document, dataset.encoder.tokenizer)])
 
 

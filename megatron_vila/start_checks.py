@@ -133,17 +133,23 @@ def _output_problems(folder: str) -> Iterable[str]:
 
 def tokenizer_problems(folder: str, template: str) -> Iterable[str]:
     """Why ``folder`` cannot be used as data.tokenizer beside data.template; nothing is loaded."""
-    if not folder:
-        yield "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
-        return
     path = Path(folder)
-    if not isfile(path / "tokenizer_config.json"):
-        found = "has no tokenizer_config.json" if isdir(path) else "is not a folder"
-        yield f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
+    if problem := tokenizer_folder_problem(folder):
+        yield problem
     elif not template and not (path / "chat_template.jinja").is_file() and '"chat_template"' not in (
         (path / "tokenizer_config.json").read_text(encoding="utf-8", errors="replace")
     ):
         yield f"data.tokenizer='{folder}' {NO_TEMPLATE}"
+
+
+def tokenizer_folder_problem(folder: str) -> str:
+    """Why there is no tokenizer in ``folder``; empty if there may be one."""
+    if not folder:
+        return "data.tokenizer is empty; set it to the folder of a Hugging Face tokenizer with a chat template"
+    if isfile(Path(folder) / "tokenizer_config.json"):
+        return ""
+    found = "has no tokenizer_config.json" if isdir(folder) else "is not a folder"
+    return f"data.tokenizer='{folder}' {found}; name the folder of a Hugging Face tokenizer (save_pretrained writes one)"
 
 
 def _unreadable(path: str) -> str:

@@ -294,6 +294,10 @@ def test_a_sample_of_a_missing_file_is_refused(capsys, data):
     assert "nowhere.json" in refused(capsys, "tiny", "sample=0", *data, "data.train=[nowhere.json]")
 
 
+def test_a_sample_without_a_tokenizer_is_refused(capsys, data):
+    assert "data.tokenizer is empty" in refused(capsys, "tiny", "sample=0", *data, "data.tokenizer=")
+
+
 def test_a_row_on_4096_ranks_is_explained_where_there_is_no_torch():
     """A lookup that is quadratic in Python would take minutes here."""
     settings = "longvila-7b-stage5 world_size=4096 parallel.ring=1024 frames=4096 train.seq_length=2097152 --gpu gb200"
@@ -329,7 +333,7 @@ def test_help_is_given_without_arguments(capsys):
         (["tiny", "sample=0", "frames=3"], "give one only"),
         (["tiny", "frames=0", "text=0"], "give at least one token"),
         (["tiny", "parallel.ulyses=2"], "unknown key 'parallel.ulyses'"),
-        (["tiny", "sample=0"], "data.tokenizer is empty"),
+        (["tiny", "sample=0"], "no file with samples was given"),
         (["tiny", "--gpu", "h900"], "--gpu h900 is not a GPU that is known here"),
         (["tiny", "world_size=1099511627776"], "world size 1099511627776 must be a mistake"),
     ],

@@ -66,7 +66,7 @@ from megatron_vila.checkpoint.tensors import (
 )
 from megatron_vila.errors import CheckpointError, DamagedError
 from megatron_vila.models.decoder.lora import FACTORS
-from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
+from megatron_vila.parallel.agreement import gathered, on_all_ranks, on_rank_zero
 from megatron_vila.plan.budgets import GIB
 
 logger = logging.getLogger(__name__)
@@ -104,12 +104,12 @@ def save_checkpoint(
             # Replicas share the writing of the weights; of Adam's state each has its own part anyway.
             _share_writing(shards, model_chunks[0].dp_cp_group)
         pieces, written = on_all_ranks(lambda: _write_own(partial, shards), failed)
-        gathered: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object((pieces, written), gathered)
+        by_rank: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((pieces, written), by_rank)
 
         def finish() -> None:
-            all_files = {name: file for _, of_rank in gathered for name, file in of_rank.items()}
-            all_files[METADATA] = write_metadata(partial, (piece for of_rank, _ in gathered for piece in of_rank))
+            all_files = {name: file for _, of_rank in by_rank for name, file in of_rank.items()}
+            all_files[METADATA] = write_metadata(partial, (piece for of_rank, _ in by_rank for piece in of_rank))
             files.write_rest(partial, step, state, info or {}, all_files, dist.get_world_size())
             folders.publish(partial, final)
 
@@ -296,8 +296,7 @@ def _open(folder: Path, failed: str, check: bool) -> tuple[StoredTensors, dict[s
     if check and files.is_summed(info):
         blocks = on_rank_zero(lambda: files.blocks_to_check(info), failed)[dist.get_rank() :: dist.get_world_size()]
         found = on_all_ranks(lambda: files.damage(folder, info, blocks), failed)
-        everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everywhere, found)
+        everywhere = gathered(found)
         on_all_ranks(lambda: files.raise_damage(sum(everywhere, [])), failed)
     elif check and dist.get_rank() == 0:
         logger.warning(files.UNCHECKED, folder)

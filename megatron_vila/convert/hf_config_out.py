@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_vila.config.schema import Config, LanguageConfig, VisionConfig
+from megatron_vila.config.schema import Config, DataConfig, LanguageConfig, ModelConfig, VisionConfig
 from megatron_vila.config.text_rules import TextRules
 from megatron_vila.convert.hf_config import METADATA_FORMAT
 from megatron_vila.convert.tokenizer import media_token_ids
@@ -205,6 +205,22 @@ def flat_root(config: Config, carried: Mapping[str, Any], parts: Parts, tokenize
     }
 
 
+def own_section(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """What neither root has a key for: the section ``megatron_vila``."""
+    return {
+        "format": METADATA_FORMAT,
+        "projector_token_order": model.projector.token_order,
+        "frame_separator_ids": list(data.frame_separator_ids),
+        "image_separator_ids": list(data.image_separator_ids),
+        "num_frames": data.num_frames,
+        "fps": data.fps,
+        "fps_rule": data.fps_rule,
+        "image_aspect": data.image_aspect,
+        "max_positions": model.llm.max_positions,
+        **asdict(TextRules.of(data)),
+    }
+
+
 def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """What both roots say."""
     model, data = config.model, config.data
@@ -212,18 +228,7 @@ def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[
         "fps": data.fps,
         "hidden_size": model.llm.hidden_size,
         "image_aspect_ratio": data.image_aspect,
-        "megatron_vila": {
-            "format": METADATA_FORMAT,
-            "projector_token_order": model.projector.token_order,
-            "frame_separator_ids": list(data.frame_separator_ids),
-            "image_separator_ids": list(data.image_separator_ids),
-            "num_frames": data.num_frames,
-            "fps": data.fps,
-            "fps_rule": data.fps_rule,
-            "image_aspect": data.image_aspect,
-            **asdict(TextRules.of(data)),
-            "max_positions": model.llm.max_positions,
-        },
+        "megatron_vila": own_section(model, data),
         "mm_hidden_size": model.vision.hidden_size,
         "mm_vision_select_layer": model.vision.select_layer,
         "num_video_frames": data.num_frames,

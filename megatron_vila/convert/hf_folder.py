@@ -124,18 +124,14 @@ def _open_tensors(path: Path, tensors: Mapping[str, FileTensor], vision: Path | 
 def _open_vila(path: Path, problems: list[str]) -> HfFolder:
     root = read_json(path / "config.json", problems)
     folder = HfFolder(path, "vila", sections=sections_of(root, path, problems))
-    for part in PARTS:
-        place = part_folder(root, path, part)
+    places = {part: part_folder(root, path, part) for part in PARTS}
+    for part, place in places.items():
         if place is None:
             if not isinstance(root.get(f"{part}_cfg"), str):
                 problems.append(f"{path} has no {part}/ folder; the VILA layout needs {', '.join(PARTS)}")
             continue
         _add(folder, find_tensors(place, problems), part, problems)
-        if part == "llm":
-            folder.tokenizer = _tokenizer_folder(path) or _tokenizer_folder(place)
-            folder.generation = _optional_json(place / "generation_config.json", problems)
-        if part == "vision_tower":
-            folder.preprocessor = _optional_json(place / "preprocessor_config.json", problems)
+    _take_files(folder, places["llm"] or path, places["vision_tower"] or path, problems)
     return folder
 
 
@@ -143,24 +139,20 @@ def _open_flat(path: Path, tensors: Mapping[str, FileTensor], problems: list[str
     root = read_json(path / "config.json", problems)
     folder = HfFolder(path, "flat", sections=sections_of(root, path, problems))
     _add(folder, tensors, "", problems)
-    folder.tokenizer = _tokenizer_folder(path)
-    folder.generation = _optional_json(path / "generation_config.json", problems)
-    folder.preprocessor = _optional_json(path / "preprocessor_config.json", problems)
+    _take_files(folder, path, path, problems)
     return folder
 
 
 def _open_parts(path: Path, tensors: Mapping[str, FileTensor], vision: Path | None, problems: list[str]) -> HfFolder:
     folder = HfFolder(path, "parts", sections=HfSections(path, llm=read_json(path / "config.json", problems)))
     _add(folder, tensors, "llm", problems)
-    folder.tokenizer = _tokenizer_folder(path)
-    folder.generation = _optional_json(path / "generation_config.json", problems)
+    _take_files(folder, path, vision or path, problems)
     if vision is None:
         problems.append(f"{path} is a language model alone; name the folder of its SigLIP vision tower with --vision")
     elif not vision.is_dir():
         problems.append(f"--vision {vision} is not a folder; give the folder of a SigLIP model")
     else:
         folder.sections.vision = tower_section(read_json(vision / "config.json", problems))
-        folder.preprocessor = _optional_json(vision / "preprocessor_config.json", problems)
         _add(folder, find_tensors(vision, problems), "vision_tower", problems)
     return folder
 
@@ -194,9 +186,12 @@ def _flat_name(name: str, part: str) -> str | None:
     return name.replace("vision_tower.vision_tower.", "vision_tower.", 1)
 
 
+def _take_files(folder: HfFolder, llm: Path, tower: Path, problems: list[str]) -> None:
+    """What lies beside the weights of the language model and of the tower."""
+    folder.tokenizer = next((place for place in (folder.path, llm) if (place / "tokenizer_config.json").is_file()), None)
+    folder.generation = _optional_json(llm / "generation_config.json", problems)
+    folder.preprocessor = _optional_json(tower / "preprocessor_config.json", problems)
+
+
 def _optional_json(path: Path, problems: list[str]) -> dict[str, Any]:
     return read_json(path, problems) if path.is_file() else {}
-
-
-def _tokenizer_folder(path: Path) -> Path | None:
-    return path if (path / "tokenizer_config.json").is_file() else None

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from megatron_vila.config.schema import Config
 from megatron_vila.data.control_tokens import MEDIA_NAMES
 from megatron_vila.errors import SettingError
+from megatron_vila.start_checks import tokenizer_folder_problem
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
@@ -106,10 +107,8 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     Raises ``SettingError`` if there is no such folder or it holds no tokenizer. Whether it is a fast one with a chat template is
     for ``ChatEncoder`` to say.
     """
-    if not os.path.isdir(folder):
-        raise SettingError(
-            f"data.tokenizer={str(folder)!r} is not a folder; give the folder of a Hugging Face tokenizer"
-        )
+    if problem := tokenizer_folder_problem(os.fspath(folder)):
+        raise SettingError(problem)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -21,7 +21,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import ConfigError, entry_point
 from megatron_vila.explain.grid import explain_grid, explain_model, explain_tokens
-from megatron_vila.explain.sample import explain_sample, made_up_document
+from megatron_vila.explain.sample import explain_sample, left_out, made_up_document, require_sample
 from megatron_vila.explain.step import explain_step, full_document
 from megatron_vila.explain.text import console
 from megatron_vila.plan.bounds import MOST
@@ -29,7 +29,7 @@ from megatron_vila.plan.grid import GridShape, Layout
 from megatron_vila.plan.row import Document, pack
 from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.validate import validate
-from megatron_vila.start_checks import planned_machine, tokenizer_problems
+from megatron_vila.start_checks import planned_machine
 
 OWN_KEYS = {
     "world_size": 10**15,
@@ -108,33 +108,17 @@ def _document(config: Config, own: dict[str, int]) -> tuple[Document | None, str
 
 
 def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
-    data = config.data
-    problems = list(tokenizer_problems(data.tokenizer, data.template))
-    if problems:
-        raise ConfigError("\n".join(problems))
     # Slow to import and needed for real samples only.
-    from transformers import AutoTokenizer
-
     from megatron_vila.data.check import problem_of
-    from megatron_vila.data.dataset import VilaDataset
-    from megatron_vila.data.sources.open import open_records
+    from megatron_vila.training.run_data import open_dataset
 
-    records = open_records(data, data.train)
-    if index >= len(records):
-        raise ConfigError(
-            f"command line: sample={index} is not in data.train, which has samples 0 to {len(records) - 1}"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, local_files_only=True)
-    dataset = VilaDataset(records, tokenizer, data, config.model, config.train.seq_length)
+    dataset = open_dataset(config, config.data.train)
+    require_sample(dataset, index, f"sample={index}", "train")
     problem, choice, notes = problem_of(dataset, index, decode=False), dataset.choose(index), []
     if problem is not None:
         kind = problem.kind.replace("_", " ")
         notes.append(f"sample {index} cannot be used ({kind}) and is replaced by sample {choice.index}: {problem.reason}")
-    if choice.dropped_frames:
-        notes.append(
-            f"{choice.dropped_frames} frames are left out, evenly, to fit train.seq_length={config.train.seq_length}"
-        )
-    return choice.document, "; ".join(notes)
+    return choice.document, "; ".join([*notes, *left_out(choice, config.train.seq_length)])
 
 
 if __name__ == "__main__":

@@ -6,17 +6,23 @@ A sample comes from ``data.train`` or is made up from a number of frames and tex
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sized
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
 from megatron_vila.config.schema import Config
+from megatron_vila.errors import ConfigError
 from megatron_vila.explain.text import count, number, ranges, size, table
 from megatron_vila.plan import traffic
 from megatron_vila.plan.memory import element_bytes
 from megatron_vila.plan.pictures import pictures_of, places, tokens_each
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, references
 from megatron_vila.plan.row_plan import RowPlan
+
+if TYPE_CHECKING:
+    from megatron_vila.data.dataset import Choice
 
 LISTED_RANKS = 16
 """Ranks of a table, half of them from its start and half from its end, unless all are asked for."""
@@ -33,6 +39,18 @@ def made_up_document(config: Config, frames: int, text: int) -> Document:
     starts = before + np.cumsum([0, *map(len, blocks)], dtype=np.int64)[:-1]
     name = f"made up: {count(frames, 'frame')}, {count(text, 'text token')}"
     return Document(ids, np.full(len(ids), IGNORE, np.int64), refs, starts, name)
+
+
+def require_sample(samples: Sized, index: int, asked: str, name: str) -> None:
+    """Raise ``ConfigError`` if ``samples`` of data.``name`` have no number ``index``, for which the command line ``asked``."""
+    if index >= len(samples):
+        raise ConfigError(f"command line: {asked} is not in data.{name}, which has samples 0 to {len(samples) - 1}")
+
+
+def left_out(choice: Choice, seq_length: int) -> list[str]:
+    """What was done to make a sample fit ``seq_length`` tokens, in words; empty if nothing was."""
+    frames = choice.dropped_frames
+    return [f"{frames} frames are left out, evenly, to fit train.seq_length={seq_length}"] if frames else []
 
 
 def explain_sample(out: Console, config: Config, plan: RowPlan, note: str, all_ranks: bool = False) -> None:
@@ -66,17 +84,16 @@ def _media(out: Console, row: Row) -> None:
 def _frames_and_tokens(out: Console, plan: RowPlan, all_ranks: bool) -> None:
     rows, grid, tokens = [], plan.grid, plan.reshard.traffic
     per_rank = plan.row.length // grid.encoders
-    # Encoders are numbered as ranks are: tp, ulysses and ring are the innermost axes of the grid.
-    ranks, made = range(grid.encoders), tokens.sum(axis=1)
+    ranks, made = traffic.block_ranks(grid), tokens.sum(axis=1)
     hidden = 0 if all_ranks else max(0, len(ranks) - LISTED_RANKS)
-    for rank in ranks:
-        if hidden and LISTED_RANKS // 2 <= rank < len(ranks) - LISTED_RANKS // 2:
+    for encoder, rank in enumerate(ranks):
+        if hidden and LISTED_RANKS // 2 <= encoder < len(ranks) - LISTED_RANKS // 2:
             continue
         place = grid.coordinates(rank)
-        frames, places = plan.reshard.frames(rank), plan.places(rank)
-        stays = int(tokens[rank, rank])
+        frames, places = plan.reshard.frames(encoder), plan.places(rank)
+        stays = int(tokens[encoder, encoder])
         where = f"{place.tp}/{place.ulysses}/{place.ring}"
-        rows.append([rank, where, ranges(frames), len(frames), number(made[rank]), number(stays), ranges(places)])
+        rows.append([rank, where, ranges(frames), len(frames), number(made[encoder]), number(stays), ranges(places)])
     if hidden:
         rows.insert(LISTED_RANKS // 2, [".."] * 7)
     columns = [
@@ -98,7 +115,7 @@ def _frames_and_tokens(out: Console, plan: RowPlan, all_ranks: bool) -> None:
 def _traffic(out: Console, config: Config, plan: RowPlan) -> None:
     llm, grid, row = config.model.llm, plan.grid, plan.row
     element = element_bytes(config.train.precision, on_gpu=True)
-    nodes = np.arange(grid.encoders) // config.parallel.gpus_per_node
+    nodes = np.array(traffic.block_ranks(grid)) // config.parallel.gpus_per_node
     exchanges = [("stage-2 re-shard, once a row", *traffic.reshard_bytes(plan.reshard, llm.hidden_size, element))]
     for name, function in (
         ("TP gather and scatter, a layer", traffic.tensor_bytes),

@@ -16,6 +16,13 @@ from megatron_vila.errors import CheckpointError, DamagedError, PeerError, UserE
 T = TypeVar("T")
 
 
+def gathered(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each rank of ``group`` (None: all ranks) gives, in their order, on each of them. An all-gather."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
 def on_rank_zero(action: Callable[[], T], failed: str = "", cure: str = "") -> T:
     """The result of ``action`` on rank 0, on every rank (a broadcast over all ranks).
 
@@ -54,8 +61,7 @@ def on_all_ranks(action: Callable[[], T], failed: str) -> T:
         result, told, failure = action(), None, None
     except Exception as error:
         told, failure = (_is_curable(error), isinstance(error, DamagedError), _reason(error)), error
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, told)
+    everywhere = gathered(told)
     bad = {rank: told for rank, told in enumerate(everywhere) if told is not None}
     if bad:
         where = "" if len(bad) == len(everywhere) else f" (rank {some(list(map(str, bad)))})"

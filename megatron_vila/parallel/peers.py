@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from megatron_vila import accelerator
+from megatron_vila.parallel.agreement import gathered
 from megatron_vila.plan.budgets import MOST_PEER_BYTES, peer_buffer_bytes
 
 TIMEOUT_MS = 30 * 60 * 1000
@@ -42,12 +43,12 @@ class PeerMemory:
         if group.size() == 1 or device.type != "cuda":
             return None
         boot, here = Path("/proc/sys/kernel/random/boot_id").read_text(), torch.cuda.current_device()
-        places = _gathered((boot, here), group)
+        places = gathered((boot, here), group)
         others = {index for _, index in places} - {here}
         reaches = len(set(places)) == group.size() == len(others) + 1 and all(
             torch.cuda.can_device_access_peer(here, other) for other in others
         )
-        return cls(group, torch.device("cuda", here)) if all(_gathered(reaches, group)) else None
+        return cls(group, torch.device("cuda", here)) if all(gathered(reaches, group)) else None
 
     def reserve(self, nbytes: int) -> bool:
         """Begin an exchange of at most ``nbytes``, the same number on all ranks; False if it would exceed ``MOST_PEER_BYTES``.
@@ -112,9 +113,3 @@ class Arrival:
                 f"what exchange {self.exchange} brought was asked for after exchange {self.peers.exchanges} had begun, which "
                 "writes to the same memory: wait for an exchange before starting the next one"
             )
-
-
-def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    everyone = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone

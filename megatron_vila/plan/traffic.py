@@ -50,6 +50,13 @@ class Links(NamedTuple):
         return cls(inside, groups * int(sent.bytes_GNN.sum()) - inside, int(sent.bytes_GNN.sum(axis=2).max()))
 
 
+def block_ranks(grid: GridShape, dp: int = 0, pp: int = 0) -> list[int]:
+    """Global rank of each encoder of replica ``dp`` on stage ``pp``."""
+    first = grid.rank(dp=dp, pp=pp)
+    # Encoders are numbered as ranks are: tp, ulysses and ring are the innermost axes of the grid.
+    return list(range(first, first + grid.encoders))
+
+
 def head_split(grid: GridShape, llm: LanguageConfig) -> HeadSplit:
     """Heads of one tensor-parallel rank over its Ulysses group; Megatron-Core repeats K/V heads that are fewer than tp."""
     return HeadSplit(llm.num_heads // grid.tp, max(llm.num_kv_heads // grid.tp, 1), grid.ulysses)

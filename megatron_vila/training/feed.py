@@ -16,7 +16,7 @@ from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.sources.source import Source, report_bad_records
 from megatron_vila.errors import ConfigError
-from megatron_vila.parallel.agreement import on_rank_zero
+from megatron_vila.parallel.agreement import gathered, on_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology
 
 JUDGED_FROM = 500
@@ -69,9 +69,7 @@ def agreement(group: dist.ProcessGroup) -> Callable[[list[str]], list[str]]:
         dist.all_reduce(count, group=group)
         if not count:
             return []
-        gathered: list[list[str]] = [[] for _ in range(group.size())]
-        dist.all_gather_object(gathered, reports, group=group)
-        return sorted({report for part in gathered for report in part})
+        return sorted({report for part in gathered(reports, group) for report in part})
 
     return agree
 

@@ -118,7 +118,7 @@ class RunLock:
         """Give the lock back; nothing happens if another run holds it by now."""
         _held.discard(self)
         with contextlib.suppress(OSError):
-            if self._token_in(self._path) == self._owner.token:
+            if self._owner_in(self._path) == self._owner:
                 self._path.unlink()
 
     def _acquire(self) -> None:
@@ -222,10 +222,6 @@ class RunLock:
                 return Owner.of_record(json.loads(file.read(_MOST_BYTES)))
             time.sleep(0.02)
         return None
-
-    def _token_in(self, path: Path) -> str:
-        owner = self._owner_in(path)
-        return owner.token if owner else ""
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_S):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_vila import accelerator
 from megatron_vila.config.schema import Config
+from megatron_vila.parallel.agreement import gathered
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.memory import estimate_memory, memory_cure
 from megatron_vila.training.offload import StreamedAdam
@@ -39,8 +39,7 @@ def write_memory_report(
         "host": round((host_peak_bytes + on_host) / GIB, 6),
         "peak": round(accelerator.peak_memory_bytes() / GIB, 6),
     }
-    ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
+    ranks = gathered(mine)
     estimate = estimate_memory(config, dist.get_world_size(), accelerator.device_memory_bytes())
     predicted = {name: round(size / GIB, 6) for name, size in vars(estimate).items()} | {"total": estimate.total / GIB}
     if dist.get_rank() == 0:

@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MegatronModule
 
 from megatron_vila.config.schema import OptimConfig, PartConfig, TrainConfig
 from megatron_vila.errors import SettingError
@@ -31,16 +31,14 @@ def part_of(name: str) -> str:
     return top if top in PARTS else "llm"
 
 
-def wrap_ddp(
-    model: torch.nn.Module, optim: OptimConfig, config: TransformerConfig, overlap_grad_reduce: bool | None = None
-) -> DistributedDataParallel:
-    """Megatron's DDP around ``model``, and the hooks that Megatron's schedules look for in ``config``.
+def wrap_ddp(model: MegatronModule, optim: OptimConfig, overlap_grad_reduce: bool | None = None) -> DistributedDataParallel:
+    """Megatron's DDP around ``model``, and the hooks that Megatron's schedules look for in its ``config``.
 
     Freeze parameters before: DDP makes buffers for what is trainable now. Gradients have the parameters' dtype, or float32
     for 16-bit parameters with ``optim.grad_reduce_fp32``. They are reduced over dp x cp, by default during the backward pass
     on CUDA and after it on a CPU. Initial weights must be equal on all replicas: nothing is broadcast.
     """
-    parameters = list(model.parameters())
+    parameters, config = list(model.parameters()), model.config
     if overlap_grad_reduce is None:
         overlap_grad_reduce = parameters[0].is_cuda
     is_16_bit = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters)

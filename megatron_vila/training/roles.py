@@ -100,20 +100,15 @@ class Task(Protocol):
 
     def warnings(self, data: RunData) -> Sequence[str]:
         """What a user should know at the start. Called on rank 0 alone; an error there ends all ranks."""
-        ...
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether to run after ``step``, which ``is_last`` or not."""
-        ...
 
     def run(self, forward: Pass, data: RunData) -> dict[str, float]:
         """Numbers by name, equal on all ranks. May use every collective of ``forward``'s topology."""
-        ...
 
     def remarks(self, results: Mapping[str, float]) -> Sequence[str]:
         """What a reader of ``results`` must know, in sentences."""
-        ...
 
     def summary(self, results: Mapping[str, float]) -> dict[str, float]:
         """What the run's summary keeps of the last ``results``."""
-        ...

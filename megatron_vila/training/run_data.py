@@ -6,9 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.schema import Config
@@ -20,6 +18,7 @@ from megatron_vila.data.sources.open import PARTS, open_blend, open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError, some
+from megatron_vila.parallel.agreement import gathered
 from megatron_vila.training.report_files import Reporting, replace_file
 
 SHOWN_FILES = 4
@@ -54,8 +53,7 @@ def open_run_data(config: Config, is_writer: bool) -> RunData:
     other ranks then, and ``ConfigError`` on all of them if any rank finds other records in its files than rank 0.
     """
     opened, problem = _open_all(config, is_writer)
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (problem, [dataset.records.digest for dataset in opened]))
+    everywhere = gathered((problem, [dataset.records.digest for dataset in opened]))
     if problem:
         raise ConfigError(problem)
     if any(problem for problem, _ in everywhere):

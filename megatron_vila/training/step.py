@@ -30,17 +30,10 @@ class Pass:
     Rows come with their plan and with pixels on the host, which the tower copies to the device a few at a time.
     """
 
-    def __init__(
-        self,
-        model: DistributedDataParallel,
-        topology: ParallelTopology,
-        llm: LanguageConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.model, self.topology, self.device = model, topology, device
-        self._llm, self._dtype = llm, dtype
+    def __init__(self, model: DistributedDataParallel, topology: ParallelTopology, llm: LanguageConfig) -> None:
+        self.model, self.topology, self._llm = model, topology, llm
         self._vila = vila = model.module
+        self.device, self._dtype = next(vila.parameters()).device, vila.config.params_dtype
         self._frames = FrameEncoder(vila.vision, vila.projector) if topology.is_first_stage else None
 
     def run(self, rows: Sequence[LoadedRow], forward_only: bool = False) -> list[RowReport]:

@@ -90,7 +90,7 @@ class Trainer:
         if found.checkpoint is None and config.checkpoint.load:
             loaded = load_checkpoint(config.checkpoint.load, [model])
             self._say(f"weights of {config.checkpoint.load}")
-        self.model = wrap_ddp(model, config.optim, model.config)
+        self.model = wrap_ddp(model, config.optim)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
         self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
         self.settings = on_rank_zero(lambda: settings_of(config), "the settings that a checkpoint keeps")
@@ -103,7 +103,7 @@ class Trainer:
         origin = found.checkpoint or config.checkpoint.load
         # An export needs the files that the weights once came with.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
-        self.forward = Pass(self.model, self.topology, config.model.llm, self.dtype, self.device)
+        self.forward = Pass(self.model, self.topology, config.model.llm)
         self._tasks, self._watchers = tasks, watchers
         self._stop, self._lock = stop or StopRequest(), lock
         self.stopped_by = 0

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_vila.config.schema import Config, DataConfig, ModelConfig
+from megatron_vila.convert.hf_config_out import flat_root, language_config, vision_config
 from megatron_vila.data.synthetic import corpus
 from megatron_vila.data.tokenizer import train_tokenizer
 
@@ -294,3 +296,14 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name
     return True
+
+
+def vila_config(model: ModelConfig, data: DataConfig, tokenizer: Any) -> Any:
+    """The configuration that an export of a model of our own settings has in the flat layout."""
+    from megatron_vila.hf import VilaConfig
+
+    parts = {
+        "llm": language_config(model.llm, {}, "float32", tokenizer),
+        "vision_tower": vision_config(model.vision, {}, "float32"),
+    }
+    return VilaConfig.from_dict(flat_root(Config(model=model, data=data), {}, parts, tokenizer))

@@ -128,7 +128,7 @@ def test_the_least_vocabulary_that_the_message_names_works(tmp_path):
 def test_loading_says_what_is_missing(folder, tmp_path):
     with pytest.raises(SettingError, match="not a folder"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(SettingError, match="has no tokenizer_config.json; name the folder of a Hugging Face tokenizer"):
         load_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

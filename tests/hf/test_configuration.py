@@ -15,6 +15,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.convert.errors import ConversionError
 from megatron_vila.hf import VilaConfig, VilaConfigError, VILAForConditionalGeneration, VilaProcessor
 from megatron_vila.plan.pictures import pictures_of, places
+from tests.convert import material
 from tests.data.material import byte_level_tokenizer
 from tests.hf.megatron_side import config, export
 from tests.ranks import pool
@@ -54,7 +55,7 @@ def test_both_layouts_give_the_settings_that_were_trained(exported, layout):
     assert replace(read.model_settings.vision, frame_micro_batch=2) == settings.model.vision
     assert read.model_settings.projector == settings.model.projector
     assert read.tokens_per_frame == places(pictures_of(settings.model).units(1, True), 0) == 4
-    ours = VilaConfig.from_model_config(settings.model, settings.data, byte_level_tokenizer("qwen2"))
+    ours = material.vila_config(settings.model, settings.data, byte_level_tokenizer("qwen2"))
     for key in ("megatron_vila", "image_token_id", "video_token_id", "mm_projector_type", "mm_vision_select_layer"):
         assert getattr(read, key) == getattr(ours, key), key
     assert read.megatron_vila["fps"] == 1.5 and read.megatron_vila["fps_rule"] == "first"
@@ -72,7 +73,7 @@ def test_both_layouts_give_the_settings_that_were_trained(exported, layout):
 def test_presets_become_configurations_and_come_back_from_a_file(preset, language, tmp_path):
     settings = load_config(preset)
     tokenizer = byte_level_tokenizer("qwen2")
-    made = VilaConfig.from_model_config(settings.model, settings.data, tokenizer)
+    made = material.vila_config(settings.model, settings.data, tokenizer)
     made.save_pretrained(tmp_path)
     read = AutoConfig.from_pretrained(tmp_path)
     assert type(read.text_config) is language and read.to_json_string() == made.to_json_string()

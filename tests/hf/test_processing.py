@@ -60,7 +60,7 @@ def media(tmp_path_factory):
 
 def processor_of(tokenizer, **data):
     return VilaProcessor.from_config(
-        VilaConfig.from_model_config(MODEL, DataConfig(**{**DATA, **data}), tokenizer), tokenizer
+        material.vila_config(MODEL, DataConfig(**{**DATA, **data}), tokenizer), tokenizer
     )
 
 
@@ -323,7 +323,7 @@ def test_a_saved_processor_comes_back_with_its_settings(processor, media, tmp_pa
     ],
 )
 def test_what_vila_writes_after_a_picture_separates_where_the_files_know_no_ids(processor, caplog, encoder, text):
-    config = VilaConfig.from_model_config(MODEL, DataConfig(), processor.tokenizer)
+    config = material.vila_config(MODEL, DataConfig(), processor.tokenizer)
     config.megatron_vila |= {"frame_separator_ids": None, "image_separator_ids": None}
     config.video_encoder = encoder
     asked = VilaProcessor.from_config(config, processor.tokenizer)

@@ -128,7 +128,7 @@ def steps(
     model.config.finalize_model_grads_func = finalize_gradients
     model.config.no_sync_func = ddp.no_sync
     batches = [loaded(documents, topology) for documents in rows[topology.place.dp :: topology.grid.dp]]
-    forward = Pass(ddp, topology, config.model.llm, dtype, device)
+    forward = Pass(ddp, topology, config.model.llm)
 
     def step():
         ddp.zero_grad_buffer()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_vila.config.schema import MemoryConfig, ParallelConfig
@@ -190,7 +189,7 @@ def frames_ahead(rank: int, config, rows, parallel: ParallelConfig) -> list[bool
     topology, model, _ = contract.build(config, parallel)
     batches, started = [contract.loaded(row, topology) for row in rows], []
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    forward = Pass(ddp, topology, config.model.llm, torch.float64, contract.CPU)
+    forward = Pass(ddp, topology, config.model.llm)
     if model.pre_process:
         start = forward._frames.start
         forward._frames.start = lambda pixels: (started.append(pixels), start(pixels))

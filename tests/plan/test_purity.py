@@ -54,7 +54,7 @@ plan = row_plan.RowPlan.of(packed, shape)
 assert sum(len(plan.shard(rank).frames) for rank in range(shape.encoders)) == 8
 assert isinstance(plan.reshard, tokens.ReshardPlan)
 assert step_traffic.step_traffic(config, plan, machine) and step_traffic.step_flop_seconds(config, plan, machine.peak_flops) > 0
-nodes = numpy.arange(shape.encoders) // 2
+nodes = numpy.array(traffic.block_ranks(shape)) // 2
 for sent in (
     *traffic.reshard_bytes(plan.reshard, 64, 2),
     *traffic.tensor_bytes(shape, config.model.llm, packed.length, 2),

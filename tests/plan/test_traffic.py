@@ -165,3 +165,9 @@ def test_bytes_told_once_count_for_each_group():
     for sent in (told_once, told_twice):
         assert traffic.Links.of(sent, nodes) == (12, 12, 7)
         assert sent.matrix().tolist() == [[0, 0, 5, 0], [0, 0, 0, 5], [7, 0, 0, 0], [0, 7, 0, 0]]
+
+
+def test_the_block_of_a_later_replica_and_stage_is_found():
+    grid = GridShape.of(32, tp=2, pp=2, ulysses=2, ring=2)
+    assert traffic.block_ranks(grid) == list(range(8))
+    assert traffic.block_ranks(grid, dp=1, pp=1) == list(range(24, 32))

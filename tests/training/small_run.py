@@ -103,6 +103,6 @@ def build(
     parallel_state.destroy_model_parallel()
     topology = ParallelTopology.create(config.parallel)
     model = VilaModel(config, topology, dtype, accelerator.device())
-    ddp = wrap_ddp(model, config.optim, model.config, overlap)
+    ddp = wrap_ddp(model, config.optim, overlap)
     optimizer, scheduler = build_optimizer([ddp], config.optim, config.train, dtype)
     return Run(config, topology, model, ddp, optimizer, scheduler)

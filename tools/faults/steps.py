@@ -20,11 +20,11 @@ FAULTS = [
         TRAINER,
         """            loaded = load_checkpoint(config.checkpoint.load, [model])
             self._say(f"weights of {config.checkpoint.load}")
-        self.model = wrap_ddp(model, config.optim, model.config)
+        self.model = wrap_ddp(model, config.optim)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
 """,
         """            self._say(f"weights of {config.checkpoint.load}")
-        self.model = wrap_ddp(model, config.optim, model.config)
+        self.model = wrap_ddp(model, config.optim)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
         if found.checkpoint is None and config.checkpoint.load:
             loaded = load_checkpoint(config.checkpoint.load, [model])

@@ -1,4 +1,4 @@
-"""Configuration of a VILA for transformers: read from either root ``config.json``, or made from our own model settings.
+"""Configuration of a VILA for transformers, read from either root ``config.json``.
 
 The flat layout (model type ``vila``) has ``text_config`` and ``vision_config``; the layout of the VILA code (``llava_llama``)
 has ``llm_cfg``, ``vision_tower_cfg`` and ``mm_projector_cfg``. ``convert/hf_config.py`` reads both, here as at an import, and
@@ -11,24 +11,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from megatron_vila.config.schema import Config, DataConfig, ModelConfig
-from megatron_vila.config.text_rules import TextRules
+from megatron_vila.config.schema import ModelConfig
 from megatron_vila.convert.hf_config import (
     LANGUAGE_TYPES,
-    METADATA_FORMAT,
     SEPARATORS,
     Description,
     describe_model,
     separator_text,
 )
-from megatron_vila.convert.hf_config_out import flat_root, language_config, language_keys, vision_config, vision_keys
+from megatron_vila.convert.hf_config_out import language_keys, own_section, vision_keys
 from megatron_vila.convert.hf_sections import HfSections, sections_of
 from megatron_vila.errors import UserError
 from megatron_vila.plan.geometry import tokens_per_square
@@ -127,18 +124,6 @@ class VilaConfig(PreTrainedConfig):
         }
         return super().from_dict(kept | content, **kwargs)
 
-    @classmethod
-    def from_model_config(cls, model: ModelConfig, data: DataConfig, tokenizer: Any) -> VilaConfig:
-        """The configuration of a model that was trained with our own settings, read with ``tokenizer``.
-
-        The media tokens are the tokenizer's ``<image>`` and ``<vila/video>``, else ids that it does not use.
-        """
-        parts = {
-            "llm": language_config(model.llm, {}, "float32", tokenizer),
-            "vision_tower": vision_config(model.vision, {}, "float32"),
-        }
-        return cls.from_dict(flat_root(Config(model=model, data=data), {}, parts, tokenizer))
-
     @property
     def model_settings(self) -> ModelConfig:
         """The model in our terms."""
@@ -192,20 +177,8 @@ def _read(sections: HfSections, token_order: str | None = None, problems: Sequen
 
 def _own_section(described: Description) -> dict[str, Any]:
     """What stands under ``megatron_vila``; null where the tokenizer is needed to tell."""
-    data = described.data
-    separators = {key: None if key in described.separator_texts else getattr(data, key) for key in SEPARATORS}
-    rules = asdict(TextRules.of(data)) | ({"template": None} if described.legacy_prompt else {})
-    return {
-        "format": METADATA_FORMAT,
-        "projector_token_order": described.model.projector.token_order,
-        **separators,
-        "num_frames": data.num_frames,
-        "fps": data.fps,
-        "image_aspect": data.image_aspect,
-        "max_positions": described.model.llm.max_positions,
-        "fps_rule": data.fps_rule,
-        **rules,
-    }
+    unknown = [*described.separator_texts, *["template"] * described.legacy_prompt]
+    return own_section(described.model, described.data) | dict.fromkeys(unknown)
 
 
 def _language_config(value: Any) -> LlamaConfig | Qwen2Config:
