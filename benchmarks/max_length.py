@@ -31,21 +31,12 @@ def longest(fits: Callable[[int], bool], start: int, unit: int, most: int, share
     return good * unit
 
 
-def search(
-    gpus: int,
-    settings: dict[str, Any],
-    start: int,
-    unit: int,
-    most: int,
-    share: float,
-    limit_s: float,
-    on_row: Callable[[dict[str, Any]], None],
-) -> int:
-    """The longest row that trains, in tokens; each length is a job of its own (``benchmarks/trial.py``, ``settings`` less the
-    lengths), whose row goes to ``on_row``. The search ends once what is open is no more than ``share`` of the result.
-
-    A length that fails or takes longer than ``limit_s`` counts as too long; why is printed.
-    """
+def trains(
+    gpus: int, settings: dict[str, Any], limit_s: float, on_row: Callable[[dict[str, Any]], None]
+) -> Callable[[int], bool]:
+    """Whether rows of a length (tokens) train, as ``longest`` asks: each length is a job of its own (``benchmarks/trial.py``,
+    ``settings`` less the lengths), whose row goes to ``on_row``. One that fails or takes longer than ``limit_s`` does not; why is
+    printed."""
 
     def fits(length: int) -> bool:
         try:
@@ -55,4 +46,4 @@ def search(
             return False
         return True
 
-    return longest(fits, start, unit, most, share)
+    return fits

@@ -48,7 +48,7 @@ ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORC
 def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
     # Imported late: --help needs no torch.
-    from benchmarks.max_length import search
+    from benchmarks.max_length import longest, trains
     from benchmarks.table import plot_table, write_table
     from benchmarks.worker import launch
 
@@ -69,16 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = {name: getattr(options, name) for name in (*SETTINGS[options.kind], "warmup", "timed")}
     settings |= {"variants": options.variant or [""], "command": command}
     if options.kind == "max-length":
-        search(
-            options.gpus,
-            settings,
-            start=options.start,
-            unit=options.unit,
-            most=options.most,
-            share=options.share,
-            limit_s=options.limit_s,
-            on_row=keep,
-        )
+        fits = trains(options.gpus, settings, options.limit_s, keep)
+        longest(fits, options.start, options.unit, options.most, options.share)
     else:
         launch("trial" if options.kind == "step" else options.kind, options.gpus, settings, on_row=keep)
     if not rows:

@@ -57,21 +57,19 @@ def load_config(path_or_preset: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if override not in included:
             values.update(_parse_override(override, problems))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return _filled(values)
+    return _filled(values, problems)
 
 
 def config_from_dict(tree: dict[str, Any], origin: str) -> Config:
     """The configuration whose ``asdict`` is ``tree``; raises as ``load_config``, with ``origin`` in place of the file."""
     problems: list[str] = []
-    values = _flatten(tree, "", origin, problems)
+    return _filled(_flatten(tree, "", origin, problems), problems)
+
+
+def _filled(values: dict[str, Any], problems: Sequence[str]) -> Config:
+    """The configuration with ``values`` by dotted name. Raises ``ConfigError`` if there are ``problems``."""
     if problems:
         raise ConfigError("\n".join(problems))
-    return _filled(values)
-
-
-def _filled(values: dict[str, Any]) -> Config:
     config = Config()
     for name, value in values.items():
         *sections, leaf = name.split(".")

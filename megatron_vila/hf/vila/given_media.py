@@ -7,7 +7,7 @@ An image is a path, a PIL picture or a uint8 array [H, W, 3] or [3, H, W]; a vid
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def of_each_text(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool
         raise ValueError(
             f"the texts hold {list(counts)} markers {marker} for {given} media; one marker stands for one medium"
         )
-    wrong = next((own for own in _chain(shared) if not is_one(own)), None)
+    wrong = next((one for own in shared for one in own if not is_one(one)), None)
     if wrong is not None:
         raise ValueError(
             f"{type(wrong).__name__} {getattr(wrong, 'shape', '')} cannot stand for {marker}; give a path, a PIL picture or a "
@@ -103,10 +103,6 @@ def is_empty(media: Any) -> bool:
     return media is None or (
         isinstance(media, list | tuple) and all(isinstance(o, list | tuple) and not o for o in media)
     )
-
-
-def _chain(lists: Iterable[list[Any]]) -> Iterable[Any]:
-    return (one for own in lists for one in own)
 
 
 def is_image(value: Any) -> bool:
