@@ -27,13 +27,13 @@ def decoder_alone(config: Config, element: int) -> int:
 
 def tower_alone(config: Config, frames: int, element: int, device_bytes: int) -> int:
     """Bytes of a rank that runs tower and projector alone on ``frames`` (``benchmarks/vision.py``): weights, their gradients
-    where they learn, pixels, tokens, kept and in use."""
+    where they learn, pixels of a byte for each color, tokens, kept and in use."""
     counts, optim = parameter_count(config.model), config.optim
     learning = counts["vision"] * optim.vision.trainable + counts["projector"] * optim.projector.trainable
     weights = counts["vision"] + counts["projector"] + learning
     pixels = frames * 3 * config.model.vision.image_size**2
     tokens = places(pictures_of(config.model).units(frames, True), 0)
-    return (weights + pixels) * element + sum(tower_bytes(config, frames, tokens, 1, element, device_bytes))
+    return weights * element + pixels + sum(tower_bytes(config, frames, tokens, 1, element, device_bytes))
 
 
 def head_alone(tokens: int, hidden: int, rows: int, element: int, gradient: int) -> int:

@@ -33,7 +33,7 @@ def rows(settings: dict[str, Any], text: str) -> list[dict[str, Any]]:
     tower.set_trainable(config.optim.vision.trainable)
     projector.requires_grad_(config.optim.projector.trainable)
     size, frames = model.vision.image_size, settings["frames"]
-    pixels_F3HW = torch.randn(frames, 3, size, size, device=device, dtype=dtype)
+    pixels_F3HW = torch.randint(256, (frames, 3, size, size), dtype=torch.uint8, device=device)
 
     def step():
         tokens_FTD = encode_frames(tower, projector, pixels_F3HW)

@@ -173,8 +173,8 @@ def cuda() -> types.ModuleType:
         empty_cache=lambda *args, **kwargs: None,
         manual_seed=torch.manual_seed,
         manual_seed_all=torch.manual_seed,
-        get_rng_state=_get_rng_state,
-        set_rng_state=_set_rng_state,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda new_state, *args, **kwargs: torch.set_rng_state(new_state),
     )
     return twin
 
@@ -195,14 +195,6 @@ class _Stream:
 
     def query(self):
         return True
-
-
-def _get_rng_state(device=None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device=None, graph_safe: bool = False) -> None:
-    torch.set_rng_state(new_state)
 
 
 def compiles() -> bool:

@@ -112,7 +112,7 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
     from megatron_vila.data.check import problem_of
     from megatron_vila.training.run_data import open_dataset
 
-    dataset = open_dataset(config, config.data.train)
+    dataset = open_dataset(config, "train")
     require_sample(dataset, index, f"sample={index}", "train")
     problem, choice, notes = problem_of(dataset, index, decode=False), dataset.choose(index), []
     if problem is not None:
