@@ -39,7 +39,7 @@ def ids(records):
 def test_samples_of_vila_are_read_in_the_order_of_the_list(tmp_path):
     eagle = {"json": {"id": "e", "conversations": conversation("<image><image>Which?")}, "1.img": b"a", "2.img": b"b"}
     shards = {
-        "b/00.tar": [("x", {"jpg": b"p", "txt": b"A bear."}), ("y.z", {"json": sample(1)})],
+        "b/00.tar": [("x", {"jpg": b"p", "txt": b"A bear."}), ("y", {"json": sample(1)})],
         "a.tar": [("e", eagle), ("v", {"mp4": b"v", "json": {"caption": "A film.", "duration": 3.5}})],
     }
     records = open_records(DATA, [write_wids(tmp_path, shards)])
