@@ -29,6 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+from megatron_vila.errors import entry_point
+
 TRIAL = ("config", "overrides", "lengths", "video", "supervised", "short_warmup", "partial", "without_attention")
 SETTINGS = {
     "attention": ("documents", "heads", "kv_heads", "head_dim"),
@@ -45,7 +47,8 @@ ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORC
 """Variables that change times or memory: where one is set, it stands before the command of a row."""
 
 
-def main(arguments: Sequence[str]) -> None:
+@entry_point
+def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
     # Imported late: --help needs no torch.
     from benchmarks.max_length import longest, trains
@@ -76,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     if not rows:
         raise SystemExit("nothing was measured")
     plot_table(rows, options.out.with_suffix(".png"))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,4 +125,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -229,9 +229,13 @@ def gpu_cases(rows, names=GPU_KERNELS):
     ]
 
 
+class CudnnOneByOne(CudnnKernel):
+    long_segment_tokens = 64
+
+
 def gpu_kernel(name, head_dim, deterministic=False):
     if name == "cudnn one by one":
-        return CudnnKernel(long_segment_tokens=64)
+        return CudnnOneByOne()
     return select_kernel(name, head_dim, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), deterministic)
 
 

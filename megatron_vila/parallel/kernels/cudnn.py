@@ -19,8 +19,6 @@ from megatron_vila.parallel.kernels.protocol import DenseKernel, backward_shares
 from megatron_vila.parallel.kernels.segments import Choice, Segments
 
 _OPS = torch.ops.aten
-# From here on the layers of a model gain more from cuDNN in one step than a plan for a new shape costs.
-_LONG_SEGMENT_TOKENS = 16384
 # Some versions refuse shorter batches.
 _MIN_BATCH_TOKENS = 64
 
@@ -53,9 +51,11 @@ def _trial(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | Non
 
 class CudnnKernel(DenseKernel):
     name = "cudnn"
+    # From here on the layers of a model gain more from cuDNN in one step than a plan for a new shape costs.
+    long_segment_tokens = 16384
 
     def __init__(self, deterministic: bool = False) -> None:
-        """In a row of unequal segments, those with ``_LONG_SEGMENT_TOKENS`` queries and keys or more go to cuDNN."""
+        """In a row of unequal segments, those with ``long_segment_tokens`` queries and keys or more go to cuDNN."""
         if deterministic:
             raise SettingError("cuDNN's attention has no deterministic backward pass; use flash2 or fa4")
         self._packed = flash2.Flash2Kernel()
@@ -80,7 +80,7 @@ class CudnnKernel(DenseKernel):
 
     def _split(self, segments: Segments) -> tuple[Choice, Choice]:
         """Segments for cuDNN and for the packed kernel."""
-        at_least = _MIN_BATCH_TOKENS if segments.uniform else _LONG_SEGMENT_TOKENS
+        at_least = _MIN_BATCH_TOKENS if segments.uniform else self.long_segment_tokens
         long = {i for i, pair in enumerate(segments.pairs) if min(pair) >= at_least}
         return segments.choose(sorted(long)), segments.choose([i for i in range(len(segments.pairs)) if i not in long])
 
