@@ -42,6 +42,18 @@ def _limit() -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def ranks_here() -> int:
+    """Ranks of this run on this machine, as far as it can be told."""
+    on_node = os.environ.get("LOCAL_WORLD_SIZE")
+    started = dist.get_world_size() if dist.is_initialized() else 1
+    return int(on_node) if on_node else min(started, torch.cuda.device_count() or started)
+
+
+def cores_of_rank() -> int:
+    """This rank's share of the cores that the process may use, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
+
+
 def page_locked(size: int, setting: str) -> torch.Tensor:
     """``size`` bytes of zeros in host memory, page-locked where there is CUDA for as long as the returned tensor itself lives.
 
@@ -73,10 +85,7 @@ def page_locked(size: int, setting: str) -> torch.Tensor:
 def all_threads() -> Iterator[None]:
     """This rank's share of the cores: torchrun leaves a process one thread, too few for gigabytes."""
     before = torch.get_num_threads()
-    on_node = os.environ.get("LOCAL_WORLD_SIZE")
-    started = dist.get_world_size() if dist.is_initialized() else 1
-    ranks = int(on_node) if on_node else min(started, torch.cuda.device_count() or started)
-    torch.set_num_threads(max(before, len(os.sched_getaffinity(0)) // ranks))
+    torch.set_num_threads(max(before, cores_of_rank()))
     try:
         yield
     finally:

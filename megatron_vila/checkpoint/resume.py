@@ -106,7 +106,9 @@ UNWATCHED = (
     "profile.*",
     "checkpoint.*",
     "data.workers",
+    "data.video_decoder",
     "data.prefetch",
+    "data.host_memory_gib",
     # What becomes of bad samples counts where there are some, and is told then.
     "data.bad_records",
     "data.max_broken",

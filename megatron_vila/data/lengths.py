@@ -51,6 +51,7 @@ def _fingerprint(dataset: VilaDataset) -> str:
     settings = asdict(dataset.data)
     for key in (
         *("train", "eval", "media_dir", "tokenizer", "packing", "shuffle", "workers", "prefetch", "image_aspect"),
+        *("video_decoder", "host_memory_gib"),
         *("bad_records", "max_broken", "ignore_fields"),
     ):
         del settings[key]

@@ -13,20 +13,24 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatron_vila.data.dataset import BrokenSampleError, Choice, NoUsableSampleError, TooLongError, VilaDataset
 from megatron_vila.data.order import RowOrder
-from megatron_vila.data.row_decoder import DecodedRow, RowDecoder
+from megatron_vila.data.pending_row import DecodedRow, DecodeWork, PendingRow
+from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.errors import PeerError
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import Row, pack
 from megatron_vila.plan.row_plan import RowPlan, ShardPlan
 
 logger = logging.getLogger(__name__)
+
+BUILDERS = 2
+"""Threads that make documents of samples; their work is small beside decoding."""
 
 
 class LoaderError(PeerError):
@@ -39,8 +43,8 @@ class RowStats:
 
     The counts of documents are the same on all ranks of a block: ``replaced_broken`` and ``replaced_too_long`` stand in for
     another sample, ``truncated`` lost frames to fit, ``unsupervised`` train nothing, ``left_out`` cannot be used and have no
-    replacement that fits into the packed row. ``decoded_frames``, ``decode_s`` (seconds of a thread) and ``wait_s`` (seconds that
-    the training loop stood still for this row) belong to this rank.
+    replacement that fits into the packed row. ``work`` and ``wait_s`` (seconds that the training loop stood still for this row)
+    belong to this rank.
     """
 
     documents: int = 0
@@ -49,8 +53,7 @@ class RowStats:
     truncated: int = 0
     unsupervised: int = 0
     left_out: int = 0
-    decoded_frames: int = 0
-    decode_s: float = 0.0
+    work: DecodeWork = DecodeWork()
     wait_s: float = 0.0
 
     @property
@@ -95,12 +98,13 @@ class EmptyRow:
 class _Attempt:
     """A row built with the broken samples known at a time, and the samples found broken on this rank while building it.
 
-    ``made`` is this rank's part of the row, None for a row without documents and after an ``error``.
+    ``made`` is this rank's part of the row, first ``pending``; both are None for a row without documents and after an ``error``.
     """
 
     choices: tuple[Choice, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     found: dict[int, str] = field(default_factory=dict)
+    pending: tuple[ShardPlan, PendingRow] | None = None
     made: tuple[ShardPlan, DecodedRow] | None = None
     error: Exception | None = None
 
@@ -120,7 +124,7 @@ class RowLoader:
     * ``grid`` and this ``rank`` in it: its replica, how rows are padded, and the rank's part of each (``plan/row_plan.py``).
     * ``agree(reports)``: the union, in one order, of the reports of all ranks of the model-parallel block. A collective: it is
       called in the thread of the caller, once per row and round, in the same order on every rank of the block.
-    * ``workers`` threads decode up to ``prefetch`` rows ahead.
+    * ``workers`` threads decode up to ``prefetch`` rows ahead, within ``budget_bytes`` and by ``video_decoder`` (``RowDecoder``).
     * ``replace_bad``: whether another sample takes the place of one that cannot be used, as in training. Held-out samples are
       left out instead, each in a row of its own.
     * ``decode``: whether pixels are read; without them rows have none.
@@ -141,6 +145,8 @@ class RowLoader:
         aspect: str,
         workers: int,
         prefetch: int,
+        budget_bytes: int | None = None,
+        video_decoder: str = "cpu",
         replace_bad: bool = True,
         decode: bool = True,
     ) -> None:
@@ -151,8 +157,16 @@ class RowLoader:
         self._grid, self._rank, self._agree = grid, rank, agree
         self._global_batch_size, self._decodes = global_batch_size, decode
         self._prefetch, self._replace_bad = max(0, prefetch), replace_bad
-        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-        self._decoder = RowDecoder(dataset.probe, dataset.failures, image_size=image_size, aspect=aspect)
+        self._pool = ThreadPoolExecutor(max(1, min(BUILDERS, workers)), thread_name_prefix="build")
+        self._decoder = RowDecoder(
+            dataset.probe,
+            dataset.failures,
+            image_size=image_size,
+            aspect=aspect,
+            workers=workers,
+            budget_bytes=budget_bytes,
+            video_decoder=video_decoder,
+        )
         self._jobs: dict[int, tuple[list[int], Future[_Attempt]]] = {}
         self._broken: dict[int, str] = dict(dataset.records.bad)
         self._warned: set[int] = set()
@@ -165,8 +179,8 @@ class RowLoader:
 
     def close(self) -> None:
         """Stop the threads: rows not begun are given up, a row in work ends at its next picture."""
-        self._decoder.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._decoder.close()
         self._jobs.clear()
 
     @property
@@ -187,7 +201,7 @@ class RowLoader:
         per_step = self._global_batch_size // self._grid.dp
         first = step * per_step
         for place in [p for p in self._jobs if not first <= p < first + per_step + self._prefetch]:
-            self._jobs.pop(place)[1].cancel()
+            self._give_up(self._jobs.pop(place)[1])
         return [self._load(place) for place in range(first, first + per_step)]
 
     def _load(self, place: int) -> LoadedRow | EmptyRow:
@@ -196,19 +210,29 @@ class RowLoader:
             if ahead not in self._jobs:
                 slots = list(self._order.row(self._number(ahead)))
                 # Every rank starts from the samples known to be broken now, so all of them try the same row.
-                self._jobs[ahead] = (slots, self._pool.submit(self._attempt, slots, dict(self._broken)))
+                before = self._jobs[ahead - 1][1] if ahead - 1 in self._jobs else None
+                job = self._pool.submit(self._attempt, ahead, slots, dict(self._broken), before=before)
+                self._jobs[ahead] = (slots, job)
         started_s = time.perf_counter()
         slots, job = self._jobs.pop(place)
-        attempt = job.result()
+        attempt = _decoded(job.result())
         while reports := self._agree(attempt.reports()):
             self._learn(reports, attempt.error)
-            attempt = self._attempt(slots, dict(self._broken), attempt)
+            attempt = _decoded(self._attempt(place, slots, dict(self._broken), attempt))
         self._warn(attempt)
         if attempt.made is None:  # an error has been raised by now
             return EmptyRow(self._number(place), attempt.left_out)
         plan, decoded = attempt.made
         stats = _stats(attempt, decoded, wait_s=time.perf_counter() - started_s)
         return LoadedRow(self._number(place), plan, decoded.pixels, stats, attempt.left_out)
+
+    def _give_up(self, job: Future[_Attempt]) -> None:
+        def cancel(job: Future[_Attempt]) -> None:
+            if not job.cancelled() and (pending := job.result().pending) is not None:
+                pending[1].cancel()
+
+        job.cancel()
+        job.add_done_callback(cancel)
 
     def _number(self, place: int) -> int:
         dp_size, dp_rank = self._grid.dp, self._grid.coordinates(self._rank).dp
@@ -238,8 +262,16 @@ class RowLoader:
                 self._warned.add(choice.index)
                 logger.warning("sample %s has no answer to learn: it trains nothing", choice.document.sample_id)
 
-    def _attempt(self, slots: Sequence[int], broken: Mapping[int, str], previous: _Attempt | None = None) -> _Attempt:
-        """Build the row of the samples ``slots`` and decode this rank's frames; runs in a thread. Errors are returned."""
+    def _attempt(
+        self,
+        place: int,
+        slots: Sequence[int],
+        broken: Mapping[int, str],
+        previous: _Attempt | None = None,
+        before: Future[_Attempt] | None = None,
+    ) -> _Attempt:
+        """Build the row of the samples ``slots`` and begin to decode this rank's frames, after the row ``before`` has begun; runs
+        in a thread. Errors are returned."""
         choices: Sequence[Choice] = ()
         try:
             choices, left_out, found = self._choose(slots, broken)
@@ -250,9 +282,10 @@ class RowLoader:
             row = pack([choice.document for choice in choices], self._grid.document_multiple, self._grid.row_multiple)
             plan = RowPlan.of(row, self._grid).shard(self._rank)
             local = plan.frames if self._decodes else range(0)
-            decoded = self._decoder.decode([choice.document for choice in choices], local)
-            found |= {choices[place].index: reason for place, reason in decoded.undecodable.items()}
-            return _Attempt(choices, left_out, found, (plan, decoded))
+            if before is not None:
+                wait([before])
+            pending = self._decoder.submit(place, [choice.document for choice in choices], local)
+            return _Attempt(choices, left_out, found, (plan, pending))
         except Exception as error:
             return _Attempt(choices=tuple(choices), error=error)
 
@@ -293,6 +326,19 @@ class RowLoader:
         return (Choice(index, document, "", {}, dropped_frames),), (), {}
 
 
+def _decoded(attempt: _Attempt) -> _Attempt:
+    """``attempt`` with its pixels, or with what went wrong with them."""
+    if attempt.pending is None:
+        return attempt
+    plan, pending = attempt.pending
+    try:
+        decoded = pending.result()
+    except Exception as error:
+        return replace(attempt, pending=None, error=error)
+    found = {attempt.choices[place].index: reason for place, reason in decoded.undecodable.items()}
+    return replace(attempt, pending=None, made=(plan, decoded), found=attempt.found | found)
+
+
 def _stats(attempt: _Attempt, decoded: DecodedRow, wait_s: float) -> RowStats:
     choices = attempt.choices
     return RowStats(
@@ -302,7 +348,6 @@ def _stats(attempt: _Attempt, decoded: DecodedRow, wait_s: float) -> RowStats:
         truncated=sum(c.dropped_frames > 0 for c in choices),
         unsupervised=sum(not c.supervised for c in choices),
         left_out=len(attempt.left_out),
-        decoded_frames=decoded.frames,
-        decode_s=decoded.decode_s,
+        work=decoded.work,
         wait_s=wait_s,
     )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import av
+from av.codec.hwaccel import HWAccel
 
 from megatron_vila.errors import UserError
 
@@ -225,27 +226,36 @@ def check_size(source: MediaSource, width: int, height: int) -> None:
         )
 
 
-def open_video(source: MediaSource) -> tuple[av.container.InputContainer, av.VideoStream]:
+def open_video(
+    source: MediaSource, threads: int = 1, device: HWAccel | None = None
+) -> tuple[av.container.InputContainer, av.VideoStream]:
     """The video ``source``, open in FFmpeg, which can open nothing else from it, and its video stream.
 
-    The stream is the first one that is no cover picture; the others are not read. It decodes in the calling thread alone.
-    Raises ``MediaError``.
+    The stream is the first one that is no cover picture; the others are not read. It decodes in the calling thread alone, or in
+    ``threads`` of FFmpeg's own, or on ``device``; either way then a damaged frame is an error, since only a single thread always
+    mends it in the same way. Raises ``MediaError``.
     """
     file = open_media(source)
     try:
         with errors_of(source, "not a video that can be read"), _container_told(source):
-            container = _open_container(file)
+            container = _open_container(file, device)
     except BaseException:
         file.close()
         raise
     try:
-        return container, _video_stream(container, source)
+        stream = _video_stream(container, source)
+        if threads > 1 or device is not None:
+            stream.codec_context.options = {**stream.codec_context.options, "err_detect": "explode"}
+        if threads > 1:
+            stream.codec_context.thread_type = "FRAME"
+            stream.codec_context.thread_count = threads
+        return container, stream
     except BaseException:
         container.close()
         raise
 
 
-def _open_container(file: BinaryIO) -> av.container.InputContainer:
+def _open_container(file: BinaryIO, device: HWAccel | None) -> av.container.InputContainer:
     options = {"protocol_whitelist": "fd", "format_whitelist": ",".join(VIDEO_FORMATS)}
     named: Any = file
     with contextlib.suppress(io.UnsupportedOperation):
@@ -258,6 +268,7 @@ def _open_container(file: BinaryIO) -> av.container.InputContainer:
         options={"max_pixels": str(MAX_PIXELS)},
         **_TAGS,
         timeout=(TIME_LIMIT_S, TIME_LIMIT_S),
+        hwaccel=device,
     )
     if named != file:
         file.close()
@@ -292,7 +303,7 @@ def _video_stream(container: av.container.InputContainer, source: MediaSource) -
     for other in container.streams:
         if other is not stream:
             other.discard = av.stream.Discard.all
-    # Frame threads before a fork can deadlock, and a loader decodes many files at once anyway.
+    # Frame threads before a fork can deadlock.
     stream.codec_context.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     return stream

@@ -1,143 +1,157 @@
-"""The pixels of one rank's part of a row.
+"""The pixels of one rank's part of a row, decoded by all threads of the rank together.
+
+A row becomes tasks of similar work (``data/row_tasks.py``). One pool does those of all rows (``data/decode_pool.py``), on cores
+and on the GPU's video engines. However a row is cut and whoever decodes it, its pixels are the same to the bit, and so is what
+is said of a sample that cannot be decoded. The pixels of all rows together stay within a budget (``data/host_budget.py``).
 
 Legend: F squares that this rank decodes (frames, or tiles of frames), T of them of one frame, H = W side of a picture in pixels.
 """
 
 from __future__ import annotations
 
-import threading
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
 
-import torch
+import numpy as np
 from PIL import Image
 
+from megatron_vila.data.decode_pool import DecodePool, Help, Job
 from megatron_vila.data.failures import FailureReasons
+from megatron_vila.data.host_budget import HostBudget
 from megatron_vila.data.images import load_image, preprocess
-from megatron_vila.data.media import MediaSource
+from megatron_vila.data.media import MediaSource, name_of
+from megatron_vila.data.pending_row import ClosedError, DecodeWork, PendingRow, SquaresError
+from megatron_vila.data.row_tasks import Probe, Task, cut, part_of
 from megatron_vila.data.video import VideoReader
-from megatron_vila.data.video_info import VideoInfo
-from megatron_vila.plan.row import Document, FrameRef
+from megatron_vila.data.video_engines import THREADS as ENGINE_THREADS
+from megatron_vila.data.video_engines import VideoEngines, engines_of
+from megatron_vila.plan.row import Document
 
+logger = logging.getLogger(__name__)
 
-class ClosedError(RuntimeError):
-    """The decoder was closed while it worked at a row."""
-
-
-@dataclass(frozen=True)
-class DecodedRow:
-    """``pixels`` uint8 [F, 3, H, W]; ``undecodable`` maps places in the list of documents to what is wrong with the sample, whose
-    pixels are then zeros in part. ``frames`` counts frames of videos and pictures, ``decode_s`` seconds of a thread."""
-
-    pixels: torch.Tensor
-    undecodable: dict[int, str] = field(default_factory=dict)
-    frames: int = 0
-    decode_s: float = 0.0
+LARGE_TASK = 60 * 10**6
+"""Pixels of source frames from which on a task is worth a video engine, or frame threads where cores would stand idle."""
 
 
 class RowDecoder:
-    """Decodes and preprocesses units of documents to squares of ``image_size``. Safe for threads.
+    """Decodes and preprocesses units of documents to squares of ``image_size``. Safe for threads. It owns threads: ``close`` it.
 
-    ``probe`` gives the frame table of a video; ``failures`` puts errors into words.
+    * ``probe`` gives the frame table of a video; ``failures`` puts errors into words.
+    * ``workers`` threads on cores.
+    * ``budget_bytes``: most pixels of the rows that are begun and not yet freed by whoever took them; None: no limit.
+    * ``video_decoder``: cpu, nvdec (video engines do what they can, cores the rest) or auto (cores and engines share it).
+
+    Raises ``SettingError`` for nvdec where there is none.
     """
 
     def __init__(
-        self, probe: Callable[[MediaSource], VideoInfo], failures: FailureReasons, *, image_size: int, aspect: str
+        self,
+        probe: Probe,
+        failures: FailureReasons,
+        *,
+        image_size: int,
+        aspect: str,
+        workers: int = 1,
+        budget_bytes: int | None = None,
+        video_decoder: str = "cpu",
     ) -> None:
-        self._probe, self._failures = probe, failures
+        self._probe, self._failures, self._workers = probe, failures, max(1, workers)
         self._image_size, self._aspect = image_size, aspect
-        self._closing = threading.Event()
+        self._engines = engines_of(video_decoder)
+        self._unsuited: set[MediaSource] = set()
+        engine_threads = ENGINE_THREADS if self._engines is not None else 0
+        self._pool = DecodePool(self._workers, engine_threads, cores_do_all=video_decoder != "nvdec")
+        self._budget = HostBudget(budget_bytes)
+        self._rows: weakref.WeakSet[PendingRow] = weakref.WeakSet()
+        self._closed = False
 
     def close(self) -> None:
-        """End the rows in work at their next picture, with ``ClosedError``."""
-        self._closing.set()
+        """Give up all rows that are not done; those in work end at their next picture."""
+        self._closed = True
+        for row in list(self._rows):
+            row.cancel()
+        self._pool.close()
 
-    def decode(self, documents: Sequence[Document], local: range) -> DecodedRow:
-        """Squares of the units ``local``, counted over all ``documents``, one after the other.
+    def submit(self, turn: int, documents: Sequence[Document], local: range) -> PendingRow:
+        """Begin with the units ``local``, counted over all ``documents``, once there is room for their squares.
 
-        Raises ``MachineError`` where the machine is at its end, ``ClosedError``, and ``ValueError`` for a frame that became
-        another number of squares than its unit has.
+        Rows of a lower ``turn`` go first. Call it in the order in which the rows are needed.
         """
-        started_s = time.perf_counter()
-        parts, first = [], 0
-        for document in documents:
-            frames = document.frames
-            parts.append(frames[max(0, local.start - first) : max(0, local.stop - first)])
-            first += len(frames)
-        sizes = [sum(ref.unit.squares for ref in part) for part in parts]
-        pixels = torch.zeros(sum(sizes), 3, self._image_size, self._image_size, dtype=torch.uint8)
-        undecodable = {}
-        for place, (part, out_F3HW) in enumerate(zip(parts, pixels.split(sizes), strict=True)):
+        names, parts = [document.sample_id for document in documents], part_of(documents, local)
+        row = PendingRow(turn, names, parts, self._image_size, self._budget, self._failures, self._start)
+        self._rows.add(row)
+        if self._closed:
+            row.cancel()
+        else:
+            self._budget.add(row)
+        return row
+
+    def _start(self, row: PendingRow) -> None:
+        self._pool.submit([Job(row.turn, -1, lambda _: row.work_at(lambda: self._plan(row)))])
+
+    def _plan(self, row: PendingRow) -> DecodeWork:
+        tasks, faults = cut(row.parts, self._probe, self._workers)
+        for fault in faults:
+            row.fault(fault.place, fault.number, fault.error)
+        row.cut_into(len(tasks))
+        self._pool.submit(self._job(row, task) for task in tasks)
+        return DecodeWork()
+
+    def _job(self, row: PendingRow, task: Task) -> Job:
+        large = task.info is not None and task.cost >= LARGE_TASK
+        suits = large and task.info.source not in self._unsuited
+        return Job(row.turn, task.number, partial(self._run, row, task), for_engine=suits, uses_threads=large)
+
+    def _run(self, row: PendingRow, task: Task, chosen: Help) -> None:
+        def work() -> DecodeWork:
             try:
-                self._decode_units(part, out_F3HW)
+                return self._decode(row, task, chosen) if row.wants(task) else DecodeWork()
             except (ClosedError, SquaresError):
                 raise
             except Exception as error:
-                undecodable[place] = self._failures.reason(error, documents[place].sample_id)
-        decoded = sum(ref.unit.frames for part in parts for ref in part)
-        return DecodedRow(pixels, undecodable, decoded, time.perf_counter() - started_s)
+                row.fault(task.place, task.number, error)
+                return DecodeWork()
 
-    def _decode_units(self, units: Sequence[FrameRef], out_F3HW: torch.Tensor) -> None:
-        """Decode and preprocess picture by picture, so that no more than one picture of full size is held."""
-        outputs = iter(out_F3HW.split([ref.unit.tiles for ref in units for _ in ref.indices]))
-        for run in _runs([_Picture(ref, place) for ref in units for place in range(len(ref.indices))]):
-            for picture in self._pictures(run):
-                self._put(picture, next(outputs))
+        row.work_at(work)
 
-    def _pictures(self, run: Sequence[_Picture]) -> Iterator[Image.Image]:
-        """The pictures of a run; those of a video in one pass."""
-        if run[0].file:
-            yield load_image(run[0].file)
-            return
-        with VideoReader(self._probe(run[0].ref.source), [picture.index for picture in run]) as reader:
-            for picture in run:
-                yield reader.frame(picture.index)
+    def _decode(self, row: PendingRow, task: Task, chosen: Help) -> DecodeWork:
+        """Decode a task as fast as ``chosen`` allows, or plainly where that fails: what is wrong with a file is found by a single
+        thread of the host, whoever came upon it."""
+        if task.info is None:
+            return self._put_all(row, task, map(load_image, task.files))
+        engines = self._engines if chosen.on_engine else None
+        if engines is not None or chosen.threads > 1:
+            try:
+                return self._read(row, task, chosen.threads, engines)
+            except (ClosedError, SquaresError):
+                raise
+            except Exception as error:
+                if engines is not None:
+                    self._unsuited.add(task.info.source)
+                    logger.info("decoded on the host: %s: %s", name_of(task.info.source), error)
+        return self._read(row, task)
 
-    def _put(self, picture: Image.Image, out_T3HW: torch.Tensor) -> None:
-        if self._closing.is_set():
-            raise ClosedError("the loader was closed")
-        squares_T3HW = preprocess([picture], self._image_size, self._aspect)
-        if len(squares_T3HW) != len(out_T3HW):
-            raise SquaresError(f"a frame became {len(squares_T3HW)} squares, and its unit has {len(out_T3HW)} tiles")
-        out_T3HW.copy_(squares_T3HW)
+    def _read(self, row: PendingRow, task: Task, threads: int = 1, engines: VideoEngines | None = None) -> DecodeWork:
+        assert task.info is not None
+        with VideoReader(task.info, task.indices, threads=threads, engines=engines) as reader:
+            done = self._put_all(row, task, map(reader.frame, task.indices))
+            shaping_s = done.decode_s + done.preprocess_s - reader.read_s - reader.decode_s
+            by_engine = reader.packets if engines is not None else 0
+            return DecodeWork(done.frames, reader.packets, by_engine, reader.read_s, reader.decode_s, shaping_s)
 
-
-class SquaresError(ValueError):
-    """A frame became another number of squares than its unit has."""
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """Frame ``place`` of a unit."""
-
-    ref: FrameRef
-    place: int
-
-    @property
-    def index(self) -> int:
-        return self.ref.indices[self.place]
-
-    @property
-    def file(self) -> MediaSource | None:
-        """The picture's own file; None for a frame of a video file."""
-        if self.ref.pictures:
-            return self.ref.pictures[self.place]
-        return None if self.ref.is_video else self.ref.source
-
-
-def _runs(pictures: Sequence[_Picture]) -> Iterator[Sequence[_Picture]]:
-    """``pictures`` in runs: frames that ascend in one video, or one picture with a file of its own."""
-    first = 0
-    for end in range(1, len(pictures) + 1):
-        following = pictures[end] if end < len(pictures) else None
-        last = pictures[end - 1]
-        if (
-            following is None
-            or last.file
-            or following.file
-            or following.ref.source != last.ref.source
-            or following.index <= last.index
-        ):
-            yield pictures[first:end]
-            first = end
+    def _put_all(self, row: PendingRow, task: Task, pictures: Iterable[Image.Image]) -> DecodeWork:
+        """Preprocess picture by picture, so that a thread holds no more than one of full size."""
+        marks = [time.perf_counter()]
+        for picture, squares in zip(pictures, task.squares, strict=True):
+            marks.append(time.perf_counter())
+            squares_T3HW = preprocess([picture], self._image_size, self._aspect)
+            if len(squares_T3HW) != len(squares):
+                raise SquaresError(f"a frame became {len(squares_T3HW)} squares, and its unit has {len(squares)} tiles")
+            row.put(squares, squares_T3HW)
+            marks.append(time.perf_counter())
+        spans = np.diff(marks)
+        frames = len(task.squares)
+        return DecodeWork(frames, frames, 0, 0.0, float(spans[::2].sum()), float(spans[1::2].sum()))

@@ -11,6 +11,7 @@ Legend: N frames of the file, n wanted frames.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from megatron_vila.data.images import UPRIGHT
 from megatron_vila.data.media import MediaError, MediaSource, check_size, errors_of, name_of, open_video
+from megatron_vila.data.video_engines import VideoEngines
 from megatron_vila.data.video_index import PartCounter, probe_video
 from megatron_vila.data.video_info import VideoInfo
 
@@ -60,14 +62,25 @@ class VideoReader:
     """An open video that gives frames by ascending index. Use it as a context manager: it holds a decoder.
 
     ``wanted`` names all frames that will be asked for: of the others, those that no frame refers to are not decoded. Without it
-    every frame on the way is. ``frames_decoded`` and ``seeks`` count the work done so far.
+    every frame on the way is. ``threads`` above 1 have FFmpeg decode several frames at once, ``engines`` the GPU's video engines;
+    both raise where a frame is damaged or the video is none that they can do, though a reader without them may give it.
+
+    What was done so far: ``packets`` read, ``frames_decoded``, ``seeks``, ``read_s`` and ``decode_s`` seconds in either.
     """
 
-    def __init__(self, info: VideoInfo, wanted: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        info: VideoInfo,
+        wanted: Sequence[int] | None = None,
+        *,
+        threads: int = 1,
+        engines: VideoEngines | None = None,
+    ) -> None:
         self.info = info
+        self._threads, self._engines = threads, engines
         self._wanted = {int(info.pts[i]) for i in wanted} if wanted is not None and info.has_pts else None
-        self.frames_decoded = 0
-        self.seeks = 0
+        self.packets, self.frames_decoded, self.seeks = 0, 0, 0
+        self.read_s, self.decode_s = 0.0, 0.0
         # One converter for all frames: VideoFrame.to_image builds tables and starts threads for each.
         self._to_rgb = VideoReformatter()
         self._open()
@@ -85,6 +98,8 @@ class VideoReader:
             if frame is None or frame.is_corrupt:
                 raise MediaError(self.info.source, f"frame {index} of {self.info.num_frames} cannot be decoded")
             check_size(self.info.source, frame.width, frame.height)
+            if self._engines is not None:
+                frame = self._engines.fetch(frame, (self.info.width, self.info.height), self._to_rgb)
             picture = Image.fromarray(self._to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
             turn = UPRIGHT.get(_orientation(frame))
             return picture if turn is None else picture.transpose(turn)
@@ -129,11 +144,26 @@ class VideoReader:
         return None
 
     def _open(self) -> None:
-        self._container, self._stream = open_video(self.info.source)
+        started_s = time.perf_counter()
+        if self._engines is None:
+            self._container, self._stream = open_video(self.info.source, self._threads)
+        else:
+            self._container, self._stream = self._engines.open_video(self.info.source)
+        self.read_s += time.perf_counter() - started_s
         self._leaves_out = self._wanted is not None and _marks_references(self._stream.codec_context)
         self._read_key = (int(self.info.key_parts[0]), int(self.info.key_pts[0]))
-        self._frames = self._decode_parts(self._container.demux(self._stream), PartCounter(self._stream))
+        self._frames = self._decode_parts(self._packets(), PartCounter(self._stream))
         self._counted = enumerate(self._frames)
+
+    def _packets(self) -> Iterator[av.Packet]:
+        packets = self._container.demux(self._stream)
+        while True:
+            started_s = time.perf_counter()
+            packet = next(packets, None)
+            self.read_s += time.perf_counter() - started_s
+            if packet is None:
+                return
+            yield packet
 
     def _seek(self, key: int, target: int) -> None:
         """Stand on key frame ``key``, the last one up to ``target``, or on an earlier one if the container cannot do better."""
@@ -141,7 +171,7 @@ class VideoReader:
         before = int(self.info.key_pts[int(np.searchsorted(self.info.key_pts, key)) - 1])
         for offset in (target, key, before):
             self._container.seek(offset, backward=True, any_frame=False, stream=self._stream)
-            packets = self._container.demux(self._stream)
+            packets = self._packets()
             first = next((p for p in packets if p.is_keyframe and p.pts is not None), None)
             # Containers that seek by decoding time may land behind the key frame: then its group would lack a reference.
             if first is not None and first.pts <= key:
@@ -155,7 +185,7 @@ class VideoReader:
         """Stand on the key frame ``key`` of ``part``, which begins at byte ``place``; whether it was found there."""
         self.seeks += 1
         self._container.seek(place, unsupported_byte_offset=True, stream=self._stream)
-        packets = self._container.demux(self._stream)
+        packets = self._packets()
         first = next((p for p in packets if p.is_keyframe), None)
         found = first is not None and first.pts == key and first.pos == place
         if found:
@@ -183,7 +213,10 @@ class VideoReader:
         if self._leaves_out:
             needed = self._wanted is None or packet is None or packet.pts is None or packet.pts in self._wanted
             self._stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+        started_s = time.perf_counter()
         frames = self._stream.codec_context.decode(packet)
+        self.decode_s += time.perf_counter() - started_s
+        self.packets += packet is not None and packet.size > 0
         self.frames_decoded += len(frames)
         return frames
 

@@ -49,6 +49,7 @@ MOST: dict[str, float] = {
     "memory.mlp_tile": 2**28,
     "memory.offload_gib": 65536,
     "data.fps": 1000,
+    "data.host_memory_gib": 65536,
     "data.num_frames": 10**6,
     "data.prefetch": 4096,
     "data.workers": 1024,

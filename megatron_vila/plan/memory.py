@@ -111,11 +111,13 @@ def describe_memory(config: Config, world_size: int, machine: Machine) -> str:
 
 def pictures_on_host(config: Config, world_size: int) -> int:
     """Most bytes of host memory that the decoded pictures of a rank take: of the rows of a step and of ``data.prefetch`` more, a
-    byte for each color of a pixel. The layout must divide ``world_size``."""
+    byte for each color of a pixel, as far as data.host_memory_gib is set and allows it. The layout must divide ``world_size``."""
     parallel, (squares, _) = config.parallel, pictures_of_a_rank(config)
     replicas = world_size // (parallel.tp * parallel.pp * parallel.ulysses * parallel.ring)
     rows = config.train.global_batch_size // replicas + max(0, config.data.prefetch)
-    return rows * squares * 3 * config.model.vision.image_size**2
+    most = rows * squares * 3 * config.model.vision.image_size**2
+    budget = config.data.host_memory_gib
+    return min(most, int(budget * GIB)) if budget else most
 
 
 def ranks_of_a_node(config: Config, world_size: int) -> int:

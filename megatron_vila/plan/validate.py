@@ -31,6 +31,7 @@ CHOICES = {
     "data.template": ("", *TEMPLATES),
     "data.over_long": ("truncate", "drop"),
     "data.bad_records": ("skip", "stop"),
+    "data.video_decoder": ("auto", "cpu", "nvdec"),
     "optim.schedule": ("cosine", "constant"),
     "train.precision": ("auto", "bf16", "fp32", "fp64"),
     "train.on_nan": ("stop", "skip"),
@@ -51,7 +52,7 @@ AT_LEAST_ONE = {
     ),
     "parallel": ("tp", "pp", "ulysses", "ulysses_chunks", "ring", "gpus_per_node"),
     "memory": ("block_layers",),
-    "data": ("num_frames", "workers", "prefetch"),
+    "data": ("num_frames", "prefetch"),
     "train": ("steps", "global_batch_size", "seq_length", "max_skips", "log_every"),
 }
 
@@ -59,7 +60,7 @@ AT_LEAST_ZERO = {
     "model.vision": ("frame_micro_batch",),
     "model.lora": ("rank",),
     "memory": ("recompute_layers", "mlp_tile", "offload_gib"),
-    "data": ("fps",),
+    "data": ("fps", "workers", "host_memory_gib"),
     "optim": ("min_lr", "warmup_steps", "warmup_fraction", "weight_decay", "clip_grad"),
     "train": ("seed", "eval_every"),
     "checkpoint": ("save_every", "keep"),

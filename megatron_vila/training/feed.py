@@ -16,8 +16,10 @@ from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import RowOrder
 from megatron_vila.data.sources.source import Source, report_bad_records
 from megatron_vila.errors import ConfigError
+from megatron_vila.host_memory import cores_of_rank, most_bytes, ranks_here
 from megatron_vila.parallel.agreement import gathered, on_rank_zero
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.budgets import GIB
 
 JUDGED_FROM = 500
 """Samples from which on the share of broken ones is judged by data.max_broken."""
@@ -38,7 +40,7 @@ def training_loader(config: Config, topology: ParallelTopology, dataset: VilaDat
     if config.data.packing:
         # One rank measures for all: tables made by several could differ where their copies of the files do.
         cache = str(Path(config.train.output) / "lengths.json")
-        lengths = on_rank_zero(lambda: length_table(dataset, cache, config.data.workers))
+        lengths = on_rank_zero(lambda: length_table(dataset, cache, config.data.workers or cores_of_rank()))
     order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
     return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
 
@@ -82,6 +84,8 @@ def _loader(
     batch: int,
     replace_bad: bool = True,
 ) -> RowLoader:
+    data = config.data
+    share = most_bytes() // ranks_here()
     return RowLoader(
         dataset,
         order,
@@ -90,8 +94,10 @@ def _loader(
         global_batch_size=batch,
         agree=agreement(topology.block_cpu),
         image_size=config.model.vision.image_size,
-        aspect=config.data.image_aspect,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
+        aspect=data.image_aspect,
+        workers=data.workers or cores_of_rank(),
+        prefetch=data.prefetch,
+        budget_bytes=int(data.host_memory_gib * GIB) or share // 4,
+        video_decoder=data.video_decoder,
         replace_bad=replace_bad,
     )

@@ -175,6 +175,7 @@ class Trainer:
                 self.skipped += not outcome.updated
                 self._at("adding up what was measured")
                 self.stopped_by, record = self._measure(rows, outcome, started_s)
+                del rows  # their pixels make room for those of later steps
                 for watcher in self._watchers:
                     watcher.step(record)
                 if self.step == first:

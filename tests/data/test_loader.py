@@ -56,7 +56,7 @@ def test_units_of_several_frames_are_placed_dealt_and_decoded_as_wholes(tmp_path
     rows_of_ranks = data.block(ranks, steps=4, shuffle=False)
     for rows, ((_, names, frames, ids, _), pixels) in zip(zip(*rows_of_ranks, strict=True), together(rows_of_ranks), strict=True):
         assert ids.count(MEDIA_TOKEN) == sum(frame.tokens for frame in frames)
-        assert sum(row.stats.decoded_frames for row in rows) == sum(len(frame.indices) for frame in frames)
+        assert sum(row.stats.work.frames for row in rows) == sum(len(frame.indices) for frame in frames)
         if names[0].endswith("mp4"):
             assert [len(frame.indices) for frame in frames] == ([3, 2] if names[0] == "short.mp4" else [3, 3, 2])
             assert {frame.tokens for frame in frames} == {5}
@@ -216,13 +216,13 @@ def test_an_unexpected_error_on_one_rank_ends_all_ranks(tmp_path, folder):
     data = Data(tmp_path, folder, GOOD)
     agreement = Agreement(2)
 
-    def no_memory(documents, local):
+    def no_memory(turn, documents, local):
         raise MemoryError("out of memory")
 
     def run(rank):
         with data.loader(rank, 2, lambda reports: agreement(rank, reports), prefetch=0) as loader:
             if rank:
-                loader._decoder.decode = no_memory
+                loader._decoder.submit = no_memory
             with pytest.raises(LoaderError, match=r"MemoryError: out of memory \(samples of the row: ") as error:
                 loader.rows(0)
             return error.value.__cause__
@@ -310,9 +310,9 @@ def test_what_happened_to_the_samples_is_counted_and_an_answerless_one_is_named_
     assert [s.replaced_too_long for s in stats] == [0, 1, 0, 0]
     assert [s.truncated for s in stats] == [0, 1, 1, 0]
     assert [s.replaced_broken for s in stats] == [0, 0, 0, 0]
-    assert [s.decoded_frames for s in stats] == [len(row.pixels) for row in rows[:4]]
-    assert 0 < stats[1].decoded_frames < 32
-    assert all(s.wait_s >= 0 and s.decode_s >= 0 for s in stats)
+    assert [s.work.frames for s in stats] == [len(row.pixels) for row in rows[:4]]
+    assert 0 < stats[1].work.frames < 32
+    assert all(s.wait_s >= 0 and s.work.decode_s >= 0 for s in stats)
     assert [m for m in caplog.messages if "silent" in m] == ["sample silent has no answer to learn: it trains nothing"]
 
 
@@ -344,7 +344,7 @@ def test_pixels_of_ranks_without_frames_are_empty(tmp_path, folder):
     assert np.array_equal(row.row.cu_seqlens % 8, [0, 0])
 
 
-def test_the_plan_of_a_row_is_made_in_the_thread_that_decodes_it(tmp_path, folder, monkeypatch):
+def test_the_plan_of_a_row_is_made_ahead_in_a_thread_of_the_loader(tmp_path, folder, monkeypatch):
     threads = []
     original = RowPlan.shard
 
@@ -356,4 +356,4 @@ def test_the_plan_of_a_row_is_made_in_the_thread_that_decodes_it(tmp_path, folde
     with Data(tmp_path, folder, GOOD).loader(batch=2, prefetch=2) as loader:
         rows = loader.rows(0)
     assert all(np.array_equal(row.plan.positions, row.row.positions) for row in rows)
-    assert len(threads) >= 2 and all(name.startswith("decode") for name in threads)
+    assert len(threads) >= 2 and all(name.startswith("build") for name in threads)

@@ -1,0 +1,259 @@
+"""Rows decoded by many threads: the pixels of one thread, within a budget, the row that is needed first going first."""
+
+import gc
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_vila.data import row_decoder, row_tasks
+from megatron_vila.data.decode_pool import DecodePool, Job
+from megatron_vila.data.failures import FailureReasons, MachineError
+from megatron_vila.data.groups import slices
+from megatron_vila.data.images import load_image, preprocess
+from megatron_vila.data.pending_row import ClosedError, HostBudgetError
+from megatron_vila.data.row_decoder import RowDecoder
+from megatron_vila.data.video import VideoReader, probe_video
+from megatron_vila.plan.pictures import Unit
+from megatron_vila.plan.row import Document, FrameRef
+from tests.data.stamped import write
+
+SIZE = 32
+ROW = 3 * SIZE**2
+"""Bytes of a square."""
+
+FRAMES = 60
+AWKWARD = {
+    "gops.mp4": {"gop": 12},
+    "open.mp4": {"gop": 24, "params": "open-gop=1"},
+    "open.mkv": {"gop": 24, "codec": "libx265", "params": "open-gop=1"},
+    "refreshed.ts": {"params": "intra-refresh=1:keyint=20"},
+    "variable.mp4": {"gop": 10, "pts_ms": np.cumsum(np.random.default_rng(0).integers(1, 400, FRAMES)).tolist()},
+    "intra.mp4": {"gop": 1, "b_frames": 0},
+    "one_group.mp4": {},
+    "counted.avi": {"gop": 12},
+    "v.webm": {"codec": "libvpx-vp9", "gop": 12, "b_frames": 0},
+    "mpeg2.vob": {"codec": "mpeg2video", "gop": 12, "b_frames": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos of noise that moves, so that a wrong reference changes every pixel; some joined, one damaged, and pictures."""
+    folder = tmp_path_factory.mktemp("awkward")
+    noise = np.random.default_rng(1).integers(0, 256, (64 + FRAMES, 64, 3), dtype=np.uint8)
+    pictures = [noise[i : i + 64] for i in range(FRAMES)]
+    for name, how in AWKWARD.items():
+        write(folder / name, FRAMES, pictures=pictures, **how)
+    for suffix in ("ts", "vob"):
+        halves = [write(folder / f"{n}.{suffix}", 30, gop=12, pictures=pictures[30 * n :]) for n in range(2)]
+        (folder / f"joined.{suffix}").write_bytes(b"".join(Path(half).read_bytes() for half in halves))
+    data = bytearray((folder / "gops.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 3000] = bytes(3000)
+    (folder / "damaged.mp4").write_bytes(data)
+    for number in range(7):
+        Image.fromarray(noise[number : number + 40]).save(folder / f"{number}.png")
+    return folder
+
+
+def video(folder, name, indices):
+    refs = tuple(FrameRef(str(folder / name), (i,), True, Unit(1, 1, 1, 1)) for i in indices)
+    return Document(np.zeros(1), np.zeros(1), refs, np.zeros(1), name)
+
+
+def pictures(folder, count=7):
+    refs = tuple(FrameRef(str(folder / f"{i}.png"), (0,), False, Unit(1, 1, 1, 1)) for i in range(count))
+    return Document(np.zeros(1), np.zeros(1), refs, np.zeros(1), "pictures")
+
+
+def decoder(**options):
+    options = {"image_size": SIZE, "aspect": "resize", "workers": 3} | options
+    return RowDecoder(lru_cache(probe_video), FailureReasons(), **options)
+
+
+def by_one_thread(folder, name, indices):
+    with VideoReader(probe_video(folder / name), indices) as reader:
+        return preprocess([reader.frame(i) for i in indices], SIZE)
+
+
+@pytest.fixture
+def cut_small(monkeypatch):
+    """Small videos are cut and given frame threads as large ones are."""
+    monkeypatch.setattr(row_tasks, "SMALLEST_TASK", 1)
+    monkeypatch.setattr(row_decoder, "LARGE_TASK", 1)
+
+
+@pytest.mark.parametrize("name", [*AWKWARD, "joined.ts", "joined.vob"])
+def test_frames_decoded_apart_by_many_threads_are_those_of_one_thread_to_the_bit(folder, cut_small, name):
+    total = probe_video(folder / name).num_frames
+    for indices in (range(total), range(0, total, 7), [11, 12, 13, 23, 24, total - 1], [total // 2]):
+        truth = by_one_thread(folder, name, indices)
+        for workers in (1, 5):
+            with_threads = decoder(workers=workers)
+            row = with_threads.submit(0, [video(folder, name, indices)], range(len(indices))).result()
+            with_threads.close()
+            assert row.undecodable == {}
+            assert torch.equal(row.pixels, truth)
+            assert row.work.frames == len(indices)
+
+
+def test_the_parts_of_a_packed_row_lie_one_after_the_other(folder, cut_small):
+    documents = [video(folder, "gops.mp4", range(0, 60, 4)), pictures(folder), video(folder, "open.mp4", [3, 50])]
+    truth = torch.cat(
+        [
+            by_one_thread(folder, "gops.mp4", range(0, 60, 4)),
+            preprocess([load_image(folder / f"{i}.png") for i in range(7)], SIZE),
+            by_one_thread(folder, "open.mp4", [3, 50]),
+        ]
+    )
+    rows = decoder()
+    for local in (range(24), range(5, 20), range(15, 16), range(0)):
+        row = rows.submit(0, documents, local).result()
+        assert torch.equal(row.pixels, truth[local.start : local.stop])
+    rows.close()
+
+
+def test_the_reason_of_a_broken_sample_is_the_first_whoever_finds_it(folder, cut_small):
+    documents = [video(folder, "damaged.mp4", range(0, 60, 3)), pictures(folder, 2), video(folder, "none.mp4", [1, 2])]
+    found = []
+    for workers in (1, 4, 4, 4):
+        rows = decoder(workers=workers)
+        found.append(rows.submit(0, documents, range(24)).result().undecodable)
+        rows.close()
+    assert all(undecodable == found[0] for undecodable in found)
+    assert set(found[0]) == {0, 2} and "decoding frame" in found[0][0] and "no such file" in found[0][2]
+
+
+def test_a_machine_at_its_end_ends_the_row(folder):
+    def no_files(source):
+        raise OSError(24, "Too many open files")
+
+    rows = RowDecoder(no_files, FailureReasons(), image_size=SIZE, aspect="resize")
+    with pytest.raises(MachineError, match=r"at sample gops\.mp4"):
+        rows.submit(0, [video(folder, "gops.mp4", [1])], range(1)).result()
+    rows.close()
+
+
+def test_slices_cost_the_frames_on_the_way_and_hold_each_wanted_frame_once(folder):
+    info = probe_video(folder / "gops.mp4")
+    wanted = [2, 3, 13, 30, 59]
+    apart = list(slices(info, wanted, 1))
+    assert [(part.first, part.last, part.frames) for part in apart] == [(0, 2, 4), (2, 3, 2), (3, 4, 7), (4, 5, 12)]
+    assert [(part.first, part.last) for part in slices(info, wanted, 10)] == [(0, 4), (4, 5)]
+    assert [part.frames for part in slices(probe_video(folder / "counted.avi"), [5, 50], 1)] == [51]
+    assert list(slices(info, [], 1)) == []
+
+
+def test_rows_begin_as_far_as_the_budget_has_room_and_go_on_when_pixels_are_freed(folder):
+    rows = decoder(budget_bytes=2 * 5 * ROW)
+    pending = [rows.submit(turn, [pictures(folder, 5)], range(5)) for turn in range(4)]
+    held = [pending[0].result(), pending[1].result()]
+    with pytest.raises(HostBudgetError, match=r"the rows before it in the same step .* GiB as pixels: more than .*batch"):
+        pending[2].result()
+    assert rows._budget._held.keys() and len(rows._budget._held) == 2
+    del held[0], pending[0]
+    gc.collect()
+    assert len(pending[-1].result().pixels) == 5
+    rows.close()
+
+
+def test_a_row_that_is_needed_again_does_not_wait_for_rows_behind_it(folder):
+    rows = decoder(budget_bytes=2 * 5 * ROW)
+    first = rows.submit(0, [pictures(folder, 5)], range(5))
+    ahead = rows.submit(1, [pictures(folder, 5)], range(5))
+    del first
+    again = rows.submit(0, [pictures(folder, 7)], range(7))
+    assert len(again.result().pixels) == 7
+    assert len(ahead.result().pixels) == 5
+    rows.close()
+
+
+def test_a_row_larger_than_the_budget_is_refused_with_sample_frames_setting_and_cure(folder):
+    rows = decoder(budget_bytes=ROW * 10)
+    small = rows.submit(0, [pictures(folder, 2)], range(2))
+    documents = [pictures(folder, 2), video(folder, "gops.mp4", range(60))]
+    large = rows.submit(1, documents, range(62))
+    assert len(small.result().pixels) == 2
+    told = r"the 60 frames of sample gops\.mp4 .* all of its row .* data\.host_memory_gib=.*raise it.*data\.num_frames.*ring"
+    with pytest.raises(HostBudgetError, match=told):
+        large.result()
+    rows.close()
+
+
+def test_rows_that_are_given_up_free_their_room(folder):
+    rows = decoder(budget_bytes=5 * ROW)
+    first, second = (rows.submit(turn, [pictures(folder, 5)], range(5)) for turn in range(2))
+    first.cancel()
+    with pytest.raises(ClosedError):
+        first.result()
+    assert len(second.result().pixels) == 5
+    rows.close()
+    with pytest.raises(ClosedError):
+        rows.submit(2, [pictures(folder, 5)], range(5)).result()
+
+
+def test_jobs_of_the_row_that_is_needed_first_go_first():
+    done, gate = [], threading.Event()
+    pool = DecodePool(1)
+    pool.submit([Job(0, 0, lambda _: gate.wait())])
+    pool.submit(Job(turn, place, lambda _, name=(turn, place): done.append(name)) for turn in (3, 1, 2) for place in (1, 0))
+    last = threading.Event()
+    pool.submit([Job(9, 0, lambda _: last.set())])
+    gate.set()
+    last.wait()
+    pool.close()
+    assert done == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+
+
+def test_idle_threads_are_lent_once_and_only_if_nothing_waits():
+    lent, gates = [], [threading.Event() for _ in range(3)]
+    pool = DecodePool(4)
+    begun = threading.Semaphore(0)
+
+    def job(number, **options):
+        def run(chosen):
+            lent.append((number, chosen.threads))
+            begun.release()
+            gates[number].wait()
+
+        return Job(0, number, run, **options)
+
+    pool.submit([job(0, uses_threads=True)])
+    begun.acquire()
+    pool.submit([job(1, uses_threads=True)])
+    begun.acquire()
+    assert sum(threads for _, threads in lent) <= 5  # four, and one that was lent before its own job came
+    gates[0].set()
+    pool.submit([job(2)])
+    begun.acquire()
+    assert lent[2] == (2, 1)
+    for gate in gates:
+        gate.set()
+    pool.close()
+
+
+def test_engines_take_only_what_they_can_do_and_cores_leave_it_to_them_if_asked():
+    found = {}
+
+    def job(place, for_engine):
+        return Job(0, place, lambda chosen: found.setdefault(place, chosen.on_engine), for_engine=for_engine)
+
+    pool = DecodePool(2, engines=2, cores_do_all=False)
+    pool.submit(job(place, place % 2 == 0) for place in range(20))
+    while len(found) < 20:
+        pass
+    pool.close()
+    assert found == {place: place % 2 == 0 for place in range(20)}
+    # Without engines cores do all.
+    found.clear()
+    pool = DecodePool(1, engines=0, cores_do_all=False)
+    pool.submit([job(0, True)])
+    while not found:
+        pass
+    pool.close()
+    assert found == {0: False}
