@@ -44,14 +44,12 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while (job := pipe.recv()) is not None:
         number, world_size, fn, args = job
+        shared, timeout = dist.PrefixStore(f"run{number}", store), datetime.timedelta(seconds=TIMEOUT_S)
         try:
-            dist.init_process_group(
-                processes.backend(),
-                store=dist.PrefixStore(f"run{number}", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=datetime.timedelta(seconds=TIMEOUT_S),
-            )
+            dist.init_process_group(processes.backend(), store=shared, rank=rank, world_size=world_size, timeout=timeout)
+            # A rank whose job is over at once would close connections that another one is still making.
+            shared.set(f"connected/{rank}", "")
+            shared.wait([f"connected/{other}" for other in range(world_size)], timeout)
             result = (True, fn(rank, *args))
         except BaseException:
             result = (False, f"rank {rank}:\n{traceback.format_exc()}")
