@@ -9,15 +9,22 @@ import pytest
 import torch
 
 from megatron_vila.hf.mm_sp.data import ShardCollator, VideoTokens
+from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import IGNORE
+from megatron_vila.plan.row_plan import AttentionPlan
 from tests.hf.mm_sp_cases import PER_FRAME, SIDE, VIDEO, text_sample, video_sample
+
+
+def collator(cp: int, rank: int, video: VideoTokens | None) -> ShardCollator:
+    return ShardCollator(GridShape(ring=cp), rank, video)
+
 
 TOKENS = VideoTokens(VIDEO, PER_FRAME, 1, SIDE)
 
 
 def whole(samples: list[dict], cp: int, key: str, video: VideoTokens | None = None) -> np.ndarray:
     """The row put together again from all ranks' shares."""
-    batches = [ShardCollator(cp, rank, video)(samples) for rank in range(cp)]
+    batches = [collator(cp, rank, video)(samples) for rank in range(cp)]
     row = np.full(int(batches[0]["mm_sp_row"].cu_seqlens[-1]), -1)
     for batch in batches:
         row[batch["mm_sp_row"].positions] = batch[key][0].numpy()
@@ -45,7 +52,7 @@ def test_labels_are_shifted_within_each_document_before_the_cut():
 
 def test_every_rank_knows_the_counts_of_the_whole_row():
     samples = [text_sample(1, 13), text_sample(2, 6, slice(3, 5))]
-    rows = [ShardCollator(4, rank, None)(samples)["mm_sp_row"] for rank in range(4)]
+    rows = [collator(4, rank, None)(samples)["mm_sp_row"] for rank in range(4)]
     assert {row.supervised for row in rows} == {12 + 2}
     assert {row.tokens for row in rows} == {19}
     assert sum(len(row.selected) for row in rows) == 14
@@ -71,7 +78,7 @@ def test_each_frame_is_asked_for_on_one_rank_only(frames):
     for rank in range(4):
         videos = [_Watched(n) for n in frames]
         sample = video_sample(1, [-3, *frames, -2]) | {"pixel_values_videos": videos}
-        batch = ShardCollator(4, rank, TOKENS)([sample])
+        batch = collator(4, rank, TOKENS)([sample])
         mine = [(i, frame) for i, video in enumerate(videos) for frame in video.asked]
         assert batch["pixel_values_videos"].shape == (len(mine), 3, SIDE, SIDE)
         asked += mine
@@ -86,21 +93,33 @@ def test_lists_arrays_and_tensors_with_a_batch_dimension_are_the_same_sample():
         {key: value.numpy() for key, value in sample.items()},
         {key: value[None] for key, value in sample.items()},
     ]
-    shares = [ShardCollator(2, 1, None)([form])["input_ids"].tolist() for form in forms]
+    shares = [collator(2, 1, None)([form])["input_ids"].tolist() for form in forms]
     assert shares == [shares[0]] * 4
 
 
 def test_padding_looks_like_text_even_if_the_video_token_is_zero():
-    batch = ShardCollator(1, 0, VideoTokens(0, PER_FRAME, 1, SIDE))([{"input_ids": [5, 6, 7]}])
+    batch = collator(1, 0, VideoTokens(0, PER_FRAME, 1, SIDE))([{"input_ids": [5, 6, 7]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1]]
 
 
 def test_a_batch_without_labels_has_no_labels():
-    assert "labels" not in ShardCollator(2, 0, None)([{"input_ids": [1, 2, 3]}])
+    assert "labels" not in collator(2, 0, None)([{"input_ids": [1, 2, 3]}])
+
+
+def test_the_plan_of_the_row_is_made_in_the_collator():
+    """For rank 6 of two replicas: ring rank 1, Ulysses rank 0 of the second one."""
+    grid, sample = GridShape(ulysses=2, ring=2, dp=2), video_sample(1, [-3, 5, 3, -2])
+    row = ShardCollator(grid, 6, TOKENS)([sample, sample])["mm_sp_row"]
+    wanted = AttentionPlan.of(row.cu_seqlens, grid, 1)
+    assert row.attention.lengths == wanted.lengths
+    assert row.attention.order.tolist() == wanted.order.tolist() and row.attention.inverse.tolist() == wanted.inverse.tolist()
+    # 16 frames on 4 ranks: rank 2 makes the frames 8 to 11, the first of the second sample, and no video of theirs ends.
+    assert row.frames.most == 4 and row.frames.order.tolist() == list(range(4 * PER_FRAME))
+    assert sum(row.frames.reshard.send_counts) == 4 * PER_FRAME
 
 
 def test_collator_and_row_travel_to_workers():
-    batch = pickle.loads(pickle.dumps(ShardCollator(2, 0, TOKENS)))([video_sample(1, [-3, 2])])
+    batch = pickle.loads(pickle.dumps(collator(2, 0, TOKENS)))([video_sample(1, [-3, 2])])
     assert pickle.loads(pickle.dumps(batch["mm_sp_row"])).tokens == 3 + 2 * PER_FRAME + 1
 
 
@@ -130,18 +149,18 @@ def test_collator_and_row_travel_to_workers():
 )
 def test_bad_samples_are_refused_with_what_is_wrong(sample, message):
     with pytest.raises(ValueError) as error:
-        ShardCollator(1, 0, TOKENS)([sample])
+        collator(1, 0, TOKENS)([sample])
     assert message in str(error.value)
 
 
 def test_a_video_for_a_text_model_is_refused():
     with pytest.raises(ValueError, match="the model takes text only"):
-        ShardCollator(2, 0, None)([{"input_ids": [1], "pixel_values_videos": [torch.zeros(1, 3, SIDE, SIDE)]}])
+        collator(2, 0, None)([{"input_ids": [1], "pixel_values_videos": [torch.zeros(1, 3, SIDE, SIDE)]}])
 
 
 def test_everything_wrong_with_a_batch_is_said_at_once():
     with pytest.raises(ValueError) as error:
-        ShardCollator(2, 0, None)([{"input_ids": [1], "labels": [1]}, {"input_ids": []}, {"inputs": [1]}])
+        collator(2, 0, None)([{"input_ids": [1], "labels": [1]}, {"input_ids": []}, {"inputs": [1]}])
     for part in (
         "sample 1 has no token",
         "sample 2 has inputs",
@@ -153,4 +172,4 @@ def test_everything_wrong_with_a_batch_is_said_at_once():
 
 def test_a_batch_without_samples_is_refused():
     with pytest.raises(ValueError, match="the batch has no samples"):
-        ShardCollator(2, 0, None)([])
+        collator(2, 0, None)([])

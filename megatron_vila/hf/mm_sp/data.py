@@ -1,10 +1,10 @@
 """The data collator of MM-SP under Transformers: whole samples in, this rank's share of one packed row out.
 
 Samples become the documents of a row, each padded to a multiple of 2*cp tokens at its end and cut zigzag (Megatron-Core's
-layout, ``plan/tokens.py``). Labels are shifted on the whole document before the cut. Everything is host arithmetic: it
-runs in the workers of a DataLoader and asks nobody.
+layout, ``plan/tokens.py``). Labels are shifted on the whole document before the cut. Everything is host arithmetic, the plan of
+the row (``plan/row_plan.py``) too: it runs in the workers of a DataLoader and asks nobody.
 
-Legend: S tokens of the row, s = S/cp local tokens, n supervised ones among them, D documents, F frames.
+Legend: S tokens of the row, s = S/cp local tokens, n supervised ones among them, D documents, N visual tokens made by a rank.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vila.plan.row import IGNORE
-from megatron_vila.plan.tokens import ReshardPlan, local_positions, plan_reshard
+from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.pictures import Unit
+from megatron_vila.plan.row import IGNORE, Document, Row, pack, references
+from megatron_vila.plan.row_plan import AttentionPlan, RowPlan, ShardPlan
+from megatron_vila.plan.tokens import RankReshard
 
 KEYS = ("input_ids", "labels", "attention_mask", "pixel_values_videos")
 
@@ -37,12 +40,25 @@ class VideoTokens:
 
 
 @dataclass(frozen=True)
+class FramePlan:
+    """What a rank does with the videos of a row.
+
+    ``order`` int64 [N] numbers each token that it makes, in the order of the row, among its frames' tokens and the newline behind
+    them; ``reshard`` sends these to their owners. ``most`` is the largest number of frames of a rank.
+    """
+
+    reshard: RankReshard
+    order: np.ndarray
+    most: int
+
+
+@dataclass(frozen=True)
 class ShardedRow:
     """What is known of a whole row on the host; goes through the model's forward as ``mm_sp_row``.
 
     ``cu_seqlens`` int64 [D+1]; ``positions`` int64 [s] of the local tokens in the row; ``selected`` int64 [n] are the local
-    slots of supervised tokens; ``supervised`` and ``tokens`` (without padding) count the whole row. With videos ``plan``
-    deals the frames and ``video_ends`` bool [F] marks the last frame of each video.
+    slots of supervised tokens; ``supervised`` and ``tokens`` (without padding) count the whole row. ``attention`` and, of a video
+    model, ``frames`` are this rank's part of the plan of the row, which the training thread copies to its device.
     """
 
     cu_seqlens: np.ndarray
@@ -50,8 +66,8 @@ class ShardedRow:
     selected: np.ndarray
     supervised: int
     tokens: int
-    plan: ReshardPlan | None
-    video_ends: np.ndarray
+    attention: AttentionPlan
+    frames: FramePlan | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class ShardCollator:
-    """``collate_fn`` for rank ``rank`` of the ``cp`` = ulysses x ring ranks that share a sample.
+    """``collate_fn`` for rank ``rank`` of ``grid``, whose ulysses x ring ranks share a sample.
 
     A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, where the model shall learn, ``labels`` of the same shape as
     Transformers means them: unshifted, -100 where nothing is learned. Tokens whose ``attention_mask`` is 0 are taken out, so
@@ -76,7 +92,7 @@ class ShardCollator:
     sample must be given the same samples. Raises ``ValueError`` that lists everything wrong with the samples.
     """
 
-    cp: int
+    grid: GridShape
     rank: int
     video: VideoTokens | None
 
@@ -91,31 +107,29 @@ class ShardCollator:
             )
         if problems:
             raise ValueError("MM-SP cannot shard this batch: " + "; ".join(problems))
-        multiple = 2 * self.cp
-        lengths = [-(-len(document.ids) // multiple) * multiple for document in documents]
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        mine = local_positions(cu_seqlens, self.cp, self.rank)
-        # The padding follows its document, so no token that counts attends to it.
-        filler = 1 if self.video is not None and self.video.token_id == 0 else 0
-        labels = _join([document.labels for document in documents], lengths, IGNORE)
-        row = ShardedRow(
-            cu_seqlens=cu_seqlens,
-            positions=mine,
-            selected=np.flatnonzero(labels[mine] != IGNORE),
-            supervised=int((labels != IGNORE).sum()),
-            tokens=sum(len(document.ids) for document in documents),
-            **self._frames(documents, cu_seqlens),
-        )
-        positions = np.concatenate([np.arange(length) for length in lengths])
+        row = pack([self._placed(document) for document in documents], self.grid.document_multiple, self.grid.row_multiple)
+        if self.video is not None and self.video.token_id == 0:
+            _fill(row)
+        plan = RowPlan.of(row, self.grid)
+        places, part = plan.places(self.rank), plan.shard(self.rank)
+        videos = [video for document in documents for video in document.videos]
         batch = {
-            "input_ids": _tensor(_join([document.ids for document in documents], lengths, filler)[mine]),
-            "position_ids": _tensor(positions[mine]),
-            "mm_sp_row": row,
+            "input_ids": _tensor(row.token_ids[places]),
+            "position_ids": _tensor(part.positions),
+            "mm_sp_row": ShardedRow(
+                cu_seqlens=row.cu_seqlens,
+                positions=places,
+                selected=part.selected,
+                supervised=row.supervised_tokens,
+                tokens=sum(row.lengths),
+                attention=part.attention,
+                frames=self._frames(videos, plan, part),
+            ),
         }
         if documents[0].has_labels:
-            batch["labels"] = _tensor(labels[mine])
+            batch["labels"] = _tensor(row.labels[places])
         if self.video is not None:
-            batch["pixel_values_videos"] = self._pixels([v for d in documents for v in d.videos], row.plan)
+            batch["pixel_values_videos"] = self._pixels(videos, part.frames)
         return batch
 
     def _document(self, sample: Mapping[str, Any], name: str, problems: list[str]) -> _Document:
@@ -165,29 +179,36 @@ class ShardCollator:
                 counts[-1] += self.video.after_video
         return counts
 
-    def _frames(self, documents: list[_Document], cu_seqlens: np.ndarray) -> dict[str, Any]:
-        if self.video is None:
-            return {"plan": None, "video_ends": np.zeros(0, dtype=bool)}
-        starts: list[int] = []
-        counts: list[int] = []
-        ends: list[bool] = []
-        for document, start in zip(documents, cu_seqlens, strict=False):
-            tokens = self._frame_tokens(document.videos)
-            places = np.flatnonzero(document.ids == self.video.token_id) + start
-            starts += places[np.cumsum([0, *tokens])[:-1]].tolist() if tokens else []
-            counts += tokens
-            ends += [i + 1 == len(video) for video in document.videos for i in range(len(video))]
-        plan = plan_reshard(cu_seqlens, np.array(starts, dtype=np.int64), counts, [1] * len(counts), self.cp, 1)
-        return {"plan": plan, "video_ends": np.array(ends, dtype=bool)}
+    def _placed(self, document: _Document) -> Document:
+        """The document with its frames where their tokens stand."""
+        tokens = self._frame_tokens(document.videos) if self.video is not None else []
+        starts = np.zeros(0, dtype=np.int64)
+        if tokens:
+            starts = np.flatnonzero(document.ids == self.video.token_id)[np.cumsum([0, *tokens])[:-1]]
+        units = [Unit(frames=1, tiles=1, tokens=count, cost=1) for count in tokens]
+        return Document(document.ids, document.labels, references("", range(len(units)), True, units), starts, "")
 
-    def _pixels(self, videos: Sequence[Any], plan: ReshardPlan) -> torch.Tensor:
+    def _frames(self, videos: Sequence[Any], plan: RowPlan, part: ShardPlan) -> FramePlan | None:
+        if self.video is None:
+            return None
+        per_frame, mine = self.video.per_frame, part.frames
+        ends = [i + 1 == len(video) for video in videos for i in range(len(video))]
+        order = [np.zeros(0, dtype=np.int64)]
+        for number, frame in enumerate(mine):
+            order.append(np.arange(number * per_frame, (number + 1) * per_frame))
+            if ends[frame]:
+                order.append(np.full(self.video.after_video, len(mine) * per_frame))
+        most = int(np.diff(plan.reshard.boundaries).max())
+        return FramePlan(part.reshard, np.concatenate(order), most)
+
+    def _pixels(self, videos: Sequence[Any], frames: range) -> torch.Tensor:
         """This rank's frames; no other frame is touched."""
-        first, last = plan.boundaries[self.rank], plan.boundaries[self.rank + 1]
+        first, last = frames.start, frames.stop
         parts, start = [], 0
         for video in videos:
             low, high = max(first - start, 0), min(last - start, len(video))
             if low < high:
-                parts.append(torch.as_tensor(video[int(low) : int(high)]))
+                parts.append(torch.as_tensor(video[low:high]))
             start += len(video)
         shape = (3, self.video.size, self.video.size)
         wrong = [tuple(part.shape) for part in parts if tuple(part.shape[1:]) != shape]
@@ -202,9 +223,10 @@ def _flat(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.int64).reshape(-1)
 
 
-def _join(parts: list[np.ndarray], lengths: list[int], filler: int) -> np.ndarray:
-    """The parts one after the other, each padded to its length."""
-    return np.concatenate([np.append(p, np.full(n - len(p), filler)) for p, n in zip(parts, lengths, strict=True)])
+def _fill(row: Row) -> None:
+    """Make the padding of ``row`` look like text where token 0 stands for a video."""
+    for start, length, end in zip(row.cu_seqlens[:-1], row.lengths, row.cu_seqlens[1:], strict=True):
+        row.token_ids[start + length : end] = 1
 
 
 def _tensor(values_s: np.ndarray) -> torch.Tensor:

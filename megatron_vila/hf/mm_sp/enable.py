@@ -28,7 +28,6 @@ from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.kernels import require_kernel, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.plan.heads import HeadSplit
-from megatron_vila.plan.row_plan import AttentionPlan
 
 ATTENTION = "mm_sp"
 """The name under which Transformers knows this attention."""
@@ -97,7 +96,7 @@ class MMSP:
 
     def collator(self) -> ShardCollator:
         """The ``collate_fn`` of this rank. The ranks of a replica must be given the same samples in the same order."""
-        return ShardCollator(self.groups.grid.cp, self.groups.sample.rank(), self._video)
+        return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._video)
 
     def count_supervised(self, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
         """Supervised tokens of these micro-batches in the whole group, int64 [], for ``num_items_in_batch``.
@@ -153,7 +152,7 @@ class MMSP:
         device = _device(model)
         kwargs = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         row: ShardedRow = kwargs["mm_sp_row"]
-        indices = RowIndices.of(AttentionPlan.of(row.cu_seqlens, self.groups.grid, self.groups.ring.rank()), device)
+        indices = RowIndices.of(row.attention, device)
         kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
         if kwargs.get("labels") is not None:
             selected_n = torch.from_numpy(row.selected).to(device, non_blocking=True)
@@ -176,8 +175,8 @@ class MMSP:
         features_MH = owned_video_features(
             model,
             pixels_f3HW,
-            kwargs["mm_sp_row"].row,
-            self._video,
+            kwargs["mm_sp_row"].row.frames,
+            self._video.per_frame,
             self.groups,
             self._frame_micro_batch,
             recompute=bool(model.is_activation_checkpointing) and model.training,

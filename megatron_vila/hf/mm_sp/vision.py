@@ -12,14 +12,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-from megatron_vila.hf.mm_sp.data import ShardedRow, VideoTokens
+from megatron_vila import accelerator
+from megatron_vila.hf.mm_sp.data import FramePlan, VideoTokens
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.parallel.reshard import Reshard
 
@@ -33,8 +33,8 @@ def llava_onevision_tokens(config: PreTrainedConfig) -> VideoTokens:
 def owned_video_features(
     model: nn.Module,
     pixels_f3HW: torch.Tensor,
-    row: ShardedRow,
-    video: VideoTokens,
+    plan: FramePlan,
+    per_frame: int,
     groups: MMSPGroups,
     frame_micro_batch: int,
     recompute: bool,
@@ -42,24 +42,24 @@ def owned_video_features(
 ) -> torch.Tensor:
     """Features [M, H] of the visual tokens that this rank owns, in the order of its tokens.
 
-    ``options`` go to the model's ``get_video_features``. With ``recompute`` the backward pass encodes again, one micro-batch
-    of frames at a time. All-to-all over the sample group, forward and backward; with several samples' groups also an
-    all-reduce of one number over everyone.
+    ``plan`` is this rank's, ``per_frame`` the tokens of a frame; ``options`` go to the model's ``get_video_features``. With
+    ``recompute`` the backward pass encodes again, one micro-batch of frames at a time. All-to-all over the sample group, forward
+    and backward; with several samples' groups also an all-reduce of one number over everyone.
     """
     encode = partial(_encode, model, options)
     if recompute and torch.is_grad_enabled():
         encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
-    rounds = _rounds(row, groups, frame_micro_batch, pixels_f3HW.device)
+    rounds = _rounds(plan, groups, frame_micro_batch, pixels_f3HW.device)
     frames, newline_1H = [], None
     for part in pixels_f3HW.tensor_split(rounds):
         black = part.new_zeros(1, *part.shape[1:])
         made_H = encode(part if len(part) else black)
         newline_1H = made_H[-1:]
-        frames.append(made_H[: len(part) * video.per_frame])
+        frames.append(made_H[: len(part) * per_frame])
     source_H = torch.cat([*frames, newline_1H])
-    order_N = _token_order(row, groups.sample.rank(), video)
-    made_NH = source_H.index_select(0, torch.from_numpy(order_N).to(source_H.device))
-    return Reshard.of(row.plan.of_rank(groups.sample.rank()), groups.sample, source_H.device)(made_NH)
+    order_N = accelerator.to_device(torch.from_numpy(plan.order), source_H.device)
+    made_NH = source_H.index_select(0, order_N)
+    return Reshard.of(plan.reshard, groups.sample, source_H.device)(made_NH)
 
 
 def _encode(model: Any, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tensor:
@@ -67,23 +67,11 @@ def _encode(model: Any, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tenso
     return model.get_video_features(pixels_f3HW[None], return_dict=True, **options).pooler_output[0]
 
 
-def _rounds(row: ShardedRow, groups: MMSPGroups, frame_micro_batch: int, device: torch.device) -> int:
+def _rounds(plan: FramePlan, groups: MMSPGroups, frame_micro_batch: int, device: torch.device) -> int:
     """Micro-batches of frames that every rank runs."""
-    rounds = max(1, -(-int(np.diff(row.plan.boundaries).max()) // frame_micro_batch))
+    rounds = max(1, -(-plan.most // frame_micro_batch))
     if groups.grid.dp > 1:
         most = torch.tensor(rounds, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=groups.everyone)
         rounds = int(most)
     return rounds
-
-
-def _token_order(row: ShardedRow, rank: int, video: VideoTokens) -> np.ndarray:
-    """Index of each token that ``rank`` makes, in row order, among its frames' tokens and the newline behind them."""
-    first, last = row.plan.boundaries[rank : rank + 2]
-    tokens = (last - first) * video.per_frame
-    order = []
-    for frame in range(last - first):
-        order.append(np.arange(frame * video.per_frame, (frame + 1) * video.per_frame))
-        if row.video_ends[first + frame]:
-            order.append(np.full(video.after_video, tokens))
-    return np.concatenate(order) if order else np.zeros(0, dtype=np.int64)
