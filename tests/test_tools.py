@@ -1,6 +1,7 @@
 """The programs of tools/ and examples/ as they are started: from any folder, without installation; installation with a bar."""
 
 import ast
+import contextlib
 import os
 import pty
 import re
@@ -63,42 +64,61 @@ def test_a_folder_that_cannot_be_written_is_told_without_a_trace(tmp_path, monke
 
 @pytest.fixture
 def pip(tmp_path):
-    """Replaces pip by a program that says what pip says; the value runs tools/environment.py with it."""
+    """Replaces pip by a program that says what pip says; the value starts tools/environment.py with it. Before each next line,
+    and at its end, the program waits for as many lines in ``tmp_path / "shown"``."""
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip/__init__.py").write_text("")
     (tmp_path / "pins.txt").write_text("# pins\nnumpy==1.0\nrich==2.0\n")
 
-    def run(said, status, stdout):
-        program = f"import sys, time\nfor line in {said!r}:\n    print(line, flush=True); time.sleep(0.5)\nsys.exit({status})\n"
-        (tmp_path / "pip/__main__.py").write_text(program)
-        return subprocess.run(
+    def start(said, status, stdout):
+        (tmp_path / "shown").write_text("")
+        (tmp_path / "pip/__main__.py").write_text(
+            f"import sys, time\nend = time.monotonic() + 100\nfor number, line in enumerate({said!r}, 1):\n"
+            f"    print(line, flush=True)\n    while len(open({str(tmp_path / 'shown')!r}).read()) < number:\n"
+            f"        time.sleep(0.02)\n        if time.monotonic() > end: sys.exit('nothing was shown')\nsys.exit({status})\n"
+        )
+        return subprocess.Popen(
             [sys.executable, str(ROOT / "tools/environment.py"), "install", str(tmp_path / "pins.txt"), "test"],
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}, stdout=stdout,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    return run
+    return start
 
 
-def test_an_installation_shows_how_far_it_is_on_a_terminal(pip):
+def test_an_installation_shows_how_far_it_is_on_a_terminal(pip, tmp_path):
     master, terminal = pty.openpty()
     said = ["Collecting numpy", "  Downloading numpy-1.0-cp311.whl (12 MB)", "Installing collected packages: rich, other"]
-    done = pip(said, 0, terminal)
+    job = pip(said, 0, terminal)
     os.close(terminal)
-    shown = os.read(master, 100_000).decode().split("\r")
-    os.close(master)
-    assert done.returncode == 0, done.stderr
-    assert any(re.match(r"\[#+\.+\] 1 packages found: numpy, 12 MB \(\d+ s\)", line) for line in shown)
+    shown = ""
+
+    def read_until(pattern):
+        """Read what the terminal shows until ``pattern`` is there, or until the program has ended."""
+        nonlocal shown
+        with contextlib.suppress(OSError):  # the other end is closed
+            while not re.search(pattern, shown):
+                shown += os.read(master, 100_000).decode()
+        assert re.search(pattern, shown), shown
+
+    # The program says the next line once this one is shown.
+    (tmp_path / "shown").write_text("1")
+    read_until(r"\r\[#+\.+\] 1 packages found: numpy, 12 MB \(\d+ s\)")
+    (tmp_path / "shown").write_text("12")
     # rich is there, the other one is not
-    assert any(re.match(r"\[#{12}\.{12}\] 1 of 2 packages installed \(\d+ s\)", line) for line in shown)
-    assert shown[-1] == "\x1b[K"
+    read_until(r"\r\[#{12}\.{12}\] 1 of 2 packages installed \(\d+ s\)")
+    (tmp_path / "shown").write_text("123")
+    read_until(r"\r\x1b\[K$")
+    assert job.wait() == 0, job.stderr.read()
+    os.close(master)
 
 
-def test_an_installation_that_fails_shows_what_pip_said(pip):
-    done = pip(["Collecting numpy", "ERROR: no such version"], 1, subprocess.PIPE)
-    assert done.returncode == 1
-    assert "ERROR: no such version" in done.stderr
-    assert done.stdout == ""
+def test_an_installation_that_fails_shows_what_pip_said(pip, tmp_path):
+    job = pip(["Collecting numpy", "ERROR: no such version"], 1, subprocess.PIPE)
+    (tmp_path / "shown").write_text("12")
+    shown, told = job.communicate()
+    assert (job.returncode, shown) == (1, "")
+    assert "ERROR: no such version" in told
 
 
 def test_requirements_that_are_not_met_are_named(tmp_path):
