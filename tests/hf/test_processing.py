@@ -313,6 +313,12 @@ def test_a_saved_processor_comes_back_with_its_settings(processor, media, tmp_pa
     assert AutoProcessor.from_pretrained(tmp_path, num_frames=64).num_frames == 64
 
 
+def test_a_folder_that_holds_a_tokenizer_alone_is_refused(processor, tmp_path):
+    processor.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json and no processor_config\.json; give the folder of a model"):
+        VilaProcessor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("encoder", "text"),
     [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,13 @@ class VilaConfig(PreTrainedConfig):
     video_token_id: int | None = None
     image_encoder: dict | str | None = None
     video_encoder: dict | str | None = None
-    megatron_vila: dict | None = None
+    megatron_vila: dict = field(default_factory=dict)
 
     def __post_init__(self, **kwargs: Any) -> None:
         described = _read(self._sections())
         self.text_config = _language_config(self.text_config)
         super().__post_init__(**kwargs)
-        self.hidden_size, self.mm_hidden_size = self.text_config.hidden_size, self.vision_config.hidden_size
+        self.hidden_size, self.mm_hidden_size = self.text_config.hidden_size, described.model.vision.hidden_size
         self.megatron_vila = _own_section(described)
         self.image_aspect_ratio = described.data.image_aspect
         self.num_video_frames, self.fps = described.data.num_frames, described.data.fps
@@ -143,7 +144,7 @@ class VilaConfig(PreTrainedConfig):
         """This configuration as the one reader takes it."""
         keys: tuple[str, ...] = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size")
         keys += ("model_type", "image_aspect_ratio", "num_video_frames", "fps", "image_encoder", "video_encoder")
-        own = {"projector_token_order": "row_major", "template": "", **(self.megatron_vila or {})}
+        own = {"projector_token_order": "row_major", "template": "", **self.megatron_vila}
         root = {key: getattr(self, key) for key in keys} | {"megatron_vila": own}
         parts = [(self.text_config, Qwen2Config), (self.vision_config, SiglipVisionConfig)]
         llm, vision = (dict(p) if isinstance(p, Mapping) else (p or default()).to_dict() for p, default in parts)

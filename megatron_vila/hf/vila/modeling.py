@@ -54,7 +54,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
-        text, ours = config.text_config, config.model_settings
+        text, ours = config.get_text_config(), config.model_settings
         std = text.initializer_range
         self.vision_tower = VisionTower(ours.vision, std)
         self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
@@ -128,11 +128,11 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         [F, 3, P, P] the pictures in the order of their places. Raises ``ValueError`` if the places are not exactly those of the
         pictures, and for both or none of ``input_ids`` and ``inputs_embeds``.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             inputs_embeds = self._embed(input_ids, pixel_values, is_prefill=past == 0)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("give either input_ids or inputs_embeds")
         elif pixel_values is not None:
             raise ValueError(
                 "pixel_values need input_ids that say where they stand; with inputs_embeds put them in yourself"
@@ -178,7 +178,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """For several answers to a prompt: pictures are repeated prompt by prompt, not one by one."""
         pixels_F3PP = model_kwargs.pop("pixel_values", None)
-        if pixels_F3PP is not None and expand_size > 1:
+        if pixels_F3PP is not None and input_ids is not None and expand_size > 1:
             counts = (self._is_visual(input_ids).sum(dim=1) // self.config.tokens_per_frame).tolist()
             pixels_F3PP = torch.cat([part for part in pixels_F3PP.split(counts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]

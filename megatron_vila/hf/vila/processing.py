@@ -108,7 +108,7 @@ class VilaProcessor(ProcessorMixin):
         tokenizer; that is logged.
         """
         settings = {
-            "image_size": config.vision_config.image_size,
+            "image_size": config.model_settings.vision.image_size,
             "tokens_per_frame": config.tokens_per_frame,
             "image_token_id": config.image_token_id,
             "video_token_id": config.video_token_id,
@@ -127,7 +127,7 @@ class VilaProcessor(ProcessorMixin):
         """From a model's folder of either layout, or a folder that ``save_pretrained`` wrote.
 
         Settings of the processor may be given as keywords (``num_frames=64``); others that transformers passes along are not
-        used. Raises ``FileNotFoundError`` for a path that is no local folder.
+        used. Raises ``FileNotFoundError`` for a path that is no local folder, or a folder without both files.
         """
         folder, config = local_folder(pretrained_model_name_or_path), None
         if (folder / "config.json").is_file():
@@ -135,6 +135,8 @@ class VilaProcessor(ProcessorMixin):
             config = AutoConfig.from_pretrained(folder, **order)
         tokenizer, given = _tokenizer(folder, config), {name: kwargs[name] for name in _ARGUMENTS & kwargs.keys()}
         if not (folder / "processor_config.json").is_file():
+            if config is None:
+                raise FileNotFoundError(f"{folder} has no config.json and no processor_config.json; give the folder of a model")
             return cls.from_config(config, tokenizer, **given)
         settings, _ = cls.get_processor_dict(folder)
         settings = {k: v for k, v in settings.items() if k not in ("processor_class", "auto_map", "chat_template")}
