@@ -153,7 +153,7 @@ def _add(report: Report, row: LoadedRow | EmptyRow, dataset: VilaDataset, index:
     report.frames += sum(unit.frames for unit in row.row.units)
     report.truncated += row.stats.truncated
     report.unanswered += row.stats.unsupervised
-    if report.tokens is not None:
+    if report.tokens is not None and report.longest is not None:
         report.tokens += sum(row.row.lengths)
         report.longest = max(report.longest, *row.row.lengths)
 

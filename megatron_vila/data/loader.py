@@ -299,9 +299,10 @@ class RowLoader:
         left_out: list[LeftOut] = []
         found: dict[int, str] = {}
         lengths = self._order.lengths
-        for slot in slots if len(slots) > 1 else ():
+        limits = [] if lengths is None or len(slots) == 1 else [int(lengths[slot]) for slot in slots]
+        for slot, limit in zip(slots, limits, strict=False):
             try:
-                choices.append(self._dataset.choose(slot, broken, int(lengths[slot]), lengths))
+                choices.append(self._dataset.choose(slot, broken, limit, lengths))
             except NoUsableSampleError as error:
                 found.update(error.found)
                 reason = {**broken, **error.found}.get(slot)

@@ -130,11 +130,11 @@ class RowOrder:
     """
 
     def __init__(
-        self, samples: int, seed: int, shuffle: bool, lengths: np.ndarray | None = None, seq_length: int | None = None
+        self, samples: int, seed: int, shuffle: bool, lengths: np.ndarray | None = None, seq_length: int = 0
     ) -> None:
         if samples < 1:
             raise ValueError("a row order needs at least one sample")
-        if lengths is not None and (seq_length is None or len(lengths) != samples):
+        if lengths is not None and (seq_length < 1 or len(lengths) != samples):
             raise ValueError(
                 f"packing needs seq_length and one length per sample, got {len(lengths)} for {samples} samples"
             )

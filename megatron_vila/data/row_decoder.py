@@ -102,7 +102,7 @@ class RowDecoder:
 
     def _job(self, row: PendingRow, task: Task) -> Job:
         large = task.info is not None and task.cost >= LARGE_TASK
-        suits = large and task.info.source not in self._unsuited
+        suits = task.info is not None and large and task.info.source not in self._unsuited
         return Job(row.turn, task.number, partial(self._run, row, task), for_engine=suits, uses_threads=large)
 
     def _run(self, row: PendingRow, task: Task, chosen: Help) -> None:

@@ -151,7 +151,7 @@ def _chance(template: str) -> str:
 
 
 def _difference(first: str, second: str) -> str:
-    if first == second:
-        return _ADDRESS.search(first)[0].strip()
+    if first == second and (address := _ADDRESS.search(first)):
+        return address[0].strip()
     at = next((k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
     return first[max(at - 10, 0) : at + 20]

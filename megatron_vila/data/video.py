@@ -172,10 +172,11 @@ class VideoReader:
         for offset in (target, key, before):
             self._container.seek(offset, backward=True, any_frame=False, stream=self._stream)
             packets = self._packets()
-            first = next((p for p in packets if p.is_keyframe and p.pts is not None), None)
+            found = next(((p, p.pts) for p in packets if p.is_keyframe and p.pts is not None), None)
             # Containers that seek by decoding time may land behind the key frame: then its group would lack a reference.
-            if first is not None and first.pts <= key:
-                self._read_key = (0, first.pts)
+            if found is not None and found[1] <= key:
+                first, pts = found
+                self._read_key = (0, pts)
                 self._frames = ((0, f) for p in itertools.chain([first], packets) for f in self._decode(p, 0))
                 return
         self._container.close()
@@ -187,15 +188,14 @@ class VideoReader:
         self._container.seek(place, unsupported_byte_offset=True, stream=self._stream)
         packets = self._packets()
         first = next((p for p in packets if p.is_keyframe), None)
-        found = first is not None and first.pts == key and first.pos == place
-        if found:
-            self._read_key = (part, key)
-            counter = PartCounter(self._stream, part, int(self.info.skipped[part]))
-            self._frames = self._decode_parts(itertools.chain([first], packets), counter)
-        else:
+        if first is None or first.pts != key or first.pos != place:
             self._container.close()
             self._open()
-        return found
+            return False
+        self._read_key = (part, key)
+        counter = PartCounter(self._stream, part, int(self.info.skipped[part]))
+        self._frames = self._decode_parts(itertools.chain([first], packets), counter)
+        return True
 
     def _decode_parts(self, packets: Iterable[av.Packet], counter: PartCounter) -> Iterator[tuple[int, av.VideoFrame]]:
         """The frames of ``packets``, each with the part that it lies in."""

@@ -66,7 +66,7 @@ class PartCounter:
 
     def __init__(self, stream: av.VideoStream, part: int = 0, place: int = 0) -> None:
         self.part, self.place = part, place - 1
-        self._second = 1 / stream.time_base
+        self._second = 1 / time_base(stream)
         self._jumps = stream.container.format.name in BROADCAST_FORMATS
         self._last: int | None = None
 
@@ -83,6 +83,13 @@ class PartCounter:
         if now < last:
             return key or now < last - BACKWARDS_S * self._second
         return self._jumps and key and now > last + JUMP_S * self._second
+
+
+def time_base(stream: av.VideoStream) -> Fraction:
+    """Seconds per unit of the stream's time stamps. Raises ``ValueError`` where the container gives none."""
+    if stream.time_base is None:
+        raise ValueError("its stream has no time base")
+    return stream.time_base
 
 
 def probe_video(source: MediaSource) -> VideoInfo:
@@ -170,7 +177,7 @@ def _read_packets(source: MediaSource, stream: av.VideoStream) -> VideoInfo:
         (number, stamp.pts, stamp.place if by_place and stamp.place is not None else -1)
         for number, part in enumerate(parts)
         for stamp in part
-        if stamp.key
+        if stamp.key and stamp.pts is not None
     ]
     return make_info(source, stream, times, keys, skipped)
 
@@ -187,7 +194,7 @@ def make_info(
     if not len(pts):
         raise MediaError(source, "the video stream holds no frame")
     spans = [part[-1] - part[0] for part in parts if len(part)]
-    gaps, span_s = len(pts) - len(spans), float(sum(map(int, spans)) * stream.time_base)
+    gaps, span_s = len(pts) - len(spans), float(sum(map(int, spans)) * time_base(stream))
     fps = gaps / span_s if span_s > 0 else float(stream.average_rate or 1)
     # A stream refreshed bit by bit may mark no key frame at all.
     key_table = np.unique(np.array(keys or [(0, pts[0], -1)], dtype=np.int64), axis=0)
@@ -208,7 +215,7 @@ def _counted(
     frames = sum(lengths)
     if not frames:
         raise MediaError(source, "the video stream holds no frame")
-    pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or _rate_of(parts) / stream.time_base or 1)
+    pts, fps = np.arange(frames, dtype=np.int64), float(stream.average_rate or _rate_of(parts) / time_base(stream) or 1)
     return _info(
         source, stream, pts, np.array([[0, 0, -1]]), np.cumsum([0, *lengths]), skipped=skipped, fps=fps, has_pts=False
     )
@@ -238,7 +245,7 @@ def _info(
         duration_s=len(pts) / fps,
         width=stream.codec_context.width,
         height=stream.codec_context.height,
-        time_base=stream.time_base,
+        time_base=time_base(stream),
         pts=pts,
         key_pts=keys[:, 1],
         has_pts=has_pts,
@@ -277,7 +284,8 @@ def _is_timed(part: Sequence[Stamp]) -> bool:
 def _leading(part: Sequence[Stamp]) -> list[int]:
     """Places of the pictures that follow the first key frame of ``part`` and are shown before it, or at no time."""
     group = next((place for place, stamp in enumerate(part) if place and stamp.key), len(part))
-    return [i for i in range(1, group) if part[i].pts is None or part[i].pts < part[0].pts]
+    first, *others = [stamp.pts for stamp in part[:group]] or [None]
+    return [i for i, pts in enumerate(others, 1) if pts is None or (first is not None and pts < first)]
 
 
 def _undecodable(source: MediaSource, parts: Sequence[Sequence[Stamp]], skipped: Sequence[int]) -> list[set[int]]:

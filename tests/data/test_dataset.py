@@ -371,9 +371,9 @@ def test_packing_refuses_a_sample_longer_than_a_row():
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.booleans(), st.booleans(), st.integers(0, 9))
 def test_rows_run_through_epoch_after_epoch_wherever_one_starts(lengths, packed, shuffle, start):
     table = np.array(lengths) if packed else None
-    order = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else None)
+    order = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else 0)
     rows = [row for epoch in range(3) for row in epoch_rows(order, epoch)]
-    fresh = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else None)
+    fresh = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else 0)
     got = [list(fresh.row(g)) for g in range(start, len(rows))]
     assert got == rows[start:]
     assert all(sum(lengths[i] for i in row) <= 20 for row in rows)

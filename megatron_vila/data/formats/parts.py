@@ -42,7 +42,7 @@ def name_their_files(content: Mapping[str, Any]) -> bool:
     """Whether a part in a turn of the record ``content`` names the file of its medium."""
     turns = (turn for value in content.values() if isinstance(value, list) for turn in value if isinstance(turn, dict))
     parts = (part for turn in turns for value in turn.values() if isinstance(value, list) for part in value)
-    return any(isinstance(part, dict) and _kind_of(part) in KINDS and _names(part, _kind_of(part)) for part in parts)
+    return any(isinstance(part, dict) and (kind := _kind_of(part)) in KINDS and _names(part, kind) for part in parts)
 
 
 def _part(part: Any, where: str, media_dir: str) -> Part:

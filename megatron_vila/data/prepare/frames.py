@@ -35,12 +35,13 @@ LARGEST_STEP = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class KeptFrames:
-    """``indices`` int64 [n] of the source, ascending; ``pts`` int64 [n] from 0 in units of ``time_base`` seconds, None where
-    nothing is known of time; ``pictures`` are the files of all frames where each has its own; ``source`` is what is read."""
+    """``indices`` int64 [n] of the source, ascending; ``pts`` int64 [n] from 0 in units of ``time_base`` seconds, empty
+    where nothing is known of time; ``pictures`` are the files of all frames where each has its own; ``source`` is what is
+    read."""
 
     source: MediaSource
     indices: np.ndarray
-    pts: np.ndarray | None
+    pts: np.ndarray
     time_base: Fraction
     pictures: tuple[MediaSource, ...]
     info: Any = None
@@ -66,7 +67,7 @@ def keep_frames(medium: Media, fps: float) -> KeptFrames:
     indices, pictures = take_frames(medium, data, probe, picture_files)
     if pictures:
         if medium.fps is None:
-            return KeptFrames(medium.path, indices, None, Fraction(1), pictures)
+            return KeptFrames(medium.path, indices, np.empty(0, np.int64), Fraction(1), pictures)
         rate = Fraction(medium.fps).limit_denominator(100_000)
         pts, time_base = _in_ticks([(int(i) - int(indices[0])) / rate for i in indices])
         return KeptFrames(medium.path, indices, pts, time_base, pictures)

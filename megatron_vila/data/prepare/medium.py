@@ -93,7 +93,7 @@ def _prepare(medium: Media, options: Options, folder: Path) -> Outcome:
         size = len(picture.content)
         return Outcome("image", ((picture.ending, name),), 1, 0.0, read, size, picture.width, picture.height)
     kept = keep_frames(medium, options.fps)
-    if kept.pts is None:
+    if not len(kept.pts):
         return _pictures(kept, options, folder)
     read = sum(state_of(each)[0] for each in kept.pictures or (medium.path,))
     file = folder / "0.mp4"

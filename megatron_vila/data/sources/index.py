@@ -8,6 +8,7 @@ size or time of change, or the rules another text. What is read later is compare
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -152,8 +153,8 @@ def _check_in_parts(path: str, rules: RecordRules, found: np.ndarray, parts: int
 
 def _text_of_rules() -> str:
     """A hash of the text of all that decides which record is bad: a changed rule makes every index anew."""
-    files = [Path(module.__file__) for module in (addresses, fields, placement, records, places)]
-    files += sorted(Path(formats.__file__).parent.glob("*.py"))
+    files = [Path(inspect.getfile(module)) for module in (addresses, fields, placement, records, places)]
+    files += sorted(Path(inspect.getfile(formats)).parent.glob("*.py"))
     return digest_of(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
 
 

@@ -83,12 +83,12 @@ def _in_list(path: str) -> Iterator[tuple[int, int, int]]:
 
 def _places_in_list(path: str, content: bytes | mmap.mmap) -> Iterator[tuple[int, int, int]]:
     begin = len(_BOM) if content[: len(_BOM)] == _BOM else 0
-    first = re.compile(rb"\s*").match(content, begin).end()
-    if content[first : first + 1] != b"[":
+    first = re.compile(rb"\S").search(content, begin)
+    if first is None or first[0] != b"[":
         raise RecordError(
             f"{path}: a .json file must hold one list of records; name a file with one record a line .jsonl"
         )
-    begin, number = first + 1, 1
+    begin, number = first.end(), 1
     while True:
         end = _end_of_record(content, begin)
         if end is None:
@@ -107,7 +107,8 @@ def _places_in_list(path: str, content: bytes | mmap.mmap) -> Iterator[tuple[int
 
 def _end_of_record(content: bytes | mmap.mmap, begin: int) -> int | None:
     """Where the comma or the bracket stands that ends the record that starts at ``begin``; None if there is none."""
-    end = _RECORD.match(content, begin).end()
+    plain = _RECORD.match(content, begin)
+    end = plain.end() if plain else begin
     if content[end : end + 1] in (b",", b"]", b"}"):
         return end
     depth = 0

@@ -87,11 +87,11 @@ def _parts(read: Read, start: int, end: int, key: str, where: str) -> dict[str, 
 
 def _content(parts: Mapping[str, TarMember], read: Read, where: str) -> Any:
     """The record as JSON gives it, with the caption for its text where it says nothing itself."""
-    content = parse_json(_text(parts[RECORD], read, where), where) if RECORD in parts else {}
+    content = parse_json(_text(parts, RECORD, read, where), where) if RECORD in parts else {}
     if isinstance(content, dict) and not (content.keys() & FIELDS - set(WRITTEN)):
         if CAPTION in parts:
             try:
-                text = _text(parts[CAPTION], read, where).decode()
+                text = _text(parts, CAPTION, read, where).decode()
             except UnicodeDecodeError as error:
                 raise RecordError(f"{where}, part {CAPTION}: not UTF-8 text: {error}") from error
             content = {name: value for name, value in content.items() if name not in WRITTEN} | {"text": text}
@@ -107,8 +107,8 @@ def _content(parts: Mapping[str, TarMember], read: Read, where: str) -> Any:
     return content
 
 
-def _text(member: TarMember, read: Read, where: str) -> bytes:
-    part = split_name(member.name)[1]
+def _text(parts: Mapping[str, TarMember], part: str, read: Read, where: str) -> bytes:
+    member = parts[part]
     if member.kind:
         raise RecordError(f"{where}: the part {part} is {member.kind}, not a regular file")
     if member.size > LARGEST_TEXT:
