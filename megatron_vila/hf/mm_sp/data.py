@@ -129,7 +129,7 @@ class ShardCollator:
         if documents[0].has_labels:
             batch["labels"] = _tensor(row.labels[places])
         if self.video is not None:
-            batch["pixel_values_videos"] = self._pixels(videos, part.frames)
+            batch["pixel_values_videos"] = self._pixels(videos, part.frames, self.video.size)
         return batch
 
     def _document(self, sample: Mapping[str, Any], name: str, problems: list[str]) -> _Document:
@@ -159,7 +159,7 @@ class ShardCollator:
         if self.video is None:
             return [f"{name} has pixel_values_videos but the model takes text only"] if videos else []
         places = np.flatnonzero(ids == self.video.token_id)
-        counts = self._frame_tokens(videos)
+        counts = _frame_tokens(videos, self.video)
         if len(places) != sum(counts):
             frames = ", ".join(str(len(video)) for video in videos) or "no"
             return [
@@ -170,20 +170,11 @@ class ShardCollator:
         broken = [f for f, n in enumerate(counts) if places[starts[f] + n - 1] - places[starts[f]] != n - 1]
         return [f"{name}: the tokens of frame {broken[0]} do not stand together"] if broken else []
 
-    def _frame_tokens(self, videos: Sequence[Any]) -> list[int]:
-        """Tokens of each frame; the tokens after a video go with its last frame."""
-        counts = []
-        for video in videos:
-            counts += [self.video.per_frame] * len(video)
-            if len(video):
-                counts[-1] += self.video.after_video
-        return counts
-
     def _placed(self, document: _Document) -> Document:
         """The document with its frames where their tokens stand."""
-        tokens = self._frame_tokens(document.videos) if self.video is not None else []
+        tokens: list[int] = []
         starts = np.zeros(0, dtype=np.int64)
-        if tokens:
+        if self.video is not None and (tokens := _frame_tokens(document.videos, self.video)):
             starts = np.flatnonzero(document.ids == self.video.token_id)[np.cumsum([0, *tokens])[:-1]]
         units = [Unit(frames=1, tiles=1, tokens=count, cost=1) for count in tokens]
         return Document(document.ids, document.labels, references("", range(len(units)), True, units), starts, "")
@@ -201,7 +192,7 @@ class ShardCollator:
         most = int(np.diff(plan.reshard.boundaries).max())
         return FramePlan(part.reshard, np.concatenate(order), most)
 
-    def _pixels(self, videos: Sequence[Any], frames: range) -> torch.Tensor:
+    def _pixels(self, videos: Sequence[Any], frames: range, size: int) -> torch.Tensor:
         """This rank's frames; no other frame is touched."""
         first, last = frames.start, frames.stop
         parts, start = [], 0
@@ -210,13 +201,23 @@ class ShardCollator:
             if low < high:
                 parts.append(torch.as_tensor(video[low:high]))
             start += len(video)
-        shape = (3, self.video.size, self.video.size)
+        shape = (3, size, size)
         wrong = [tuple(part.shape) for part in parts if tuple(part.shape[1:]) != shape]
         if wrong:
             raise ValueError(
                 f"frames have shape {wrong[0]} but the model's vision tower takes [frames, {shape[0]}, {shape[1]}, {shape[2]}]"
             )
         return torch.cat(parts) if parts else torch.zeros(0, *shape)
+
+
+def _frame_tokens(videos: Sequence[Any], tokens: VideoTokens) -> list[int]:
+    """Tokens of each frame; the tokens after a video go with its last frame."""
+    counts = []
+    for video in videos:
+        counts += [tokens.per_frame] * len(video)
+        if len(video):
+            counts[-1] += tokens.after_video
+    return counts
 
 
 def _flat(values: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def enable_mm_sp(
     Raises ``ValueError`` for sizes that do not fit the group and for settings of the model that would give wrong results,
     ``RuntimeError`` without an initialized process group.
     """
-    if not dist.is_initialized():
+    everyone = group or dist.group.WORLD
+    if everyone is None:
         raise RuntimeError(
             "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
         )
@@ -62,7 +64,7 @@ def enable_mm_sp(
     require_kernel(kernel, "kernel")
     if frame_micro_batch < 1:
         raise ValueError(f"frame_micro_batch={frame_micro_batch} encodes nothing; use 1 or more")
-    groups = MMSPGroups.of(ulysses, ring, group or dist.group.WORLD)
+    groups = MMSPGroups.of(ulysses, ring, everyone)
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     mm_sp = MMSP(model, groups, kernel, frame_micro_batch)
@@ -83,7 +85,7 @@ class MMSP:
         self._head = FusedHead(model.get_output_embeddings(), groups.alone)
         self._attentions: dict[tuple[torch.dtype, torch.device, float], Attention2D] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._before: tuple[str, Any] | None = None
+        self._before = self._settings()
 
     @property
     def dp_rank(self) -> int:
@@ -108,11 +110,14 @@ class MMSP:
         dist.all_reduce(count, group=self.groups.everyone)
         return count
 
+    def _settings(self) -> tuple[str, Any]:
+        return self._backbone.config._attn_implementation, self.model.__dict__.get("_loss_function")
+
     def enable(self) -> None:
         """Turn it on again after ``disable``. No collective."""
         if self._hooks:
             return
-        self._before = self._backbone.config._attn_implementation, self.model.__dict__.get("_loss_function")
+        self._before = self._settings()
         self._backbone.set_attn_implementation(ATTENTION)
         self.model.loss_function = self._loss
         self._head.install()
@@ -121,7 +126,8 @@ class MMSP:
             self.model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if self._video is not None:
-            self._hooks.append(self.model.model.register_forward_pre_hook(self._encode_videos, with_kwargs=True))
+            encode = partial(self._encode_videos, self._video.per_frame)
+            self._hooks.append(self.model.model.register_forward_pre_hook(encode, with_kwargs=True))
 
     def disable(self) -> None:
         """Give the model back as it was. No collective."""
@@ -168,7 +174,9 @@ class MMSP:
         kept = {name: value for name, value in output.items() if name not in ("logits", "video_hidden_states")}
         return type(output)(**kept)
 
-    def _encode_videos(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _encode_videos(
+        self, per_frame: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Before the video model's forward: features of this rank's visual tokens in the place of pixels."""
         pixels_f3HW = kwargs.pop("pixel_values_videos")
         options = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
@@ -176,7 +184,7 @@ class MMSP:
             model,
             pixels_f3HW,
             kwargs["mm_sp_row"].row.frames,
-            self._video.per_frame,
+            per_frame,
             self.groups,
             self._frame_micro_batch,
             recompute=bool(model.is_activation_checkpointing) and model.training,

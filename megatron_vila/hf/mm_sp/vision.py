@@ -50,13 +50,10 @@ def owned_video_features(
     if recompute and torch.is_grad_enabled():
         encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
     rounds = _rounds(plan, groups, frame_micro_batch, pixels_f3HW.device)
-    frames, newline_1H = [], None
-    for part in pixels_f3HW.tensor_split(rounds):
-        black = part.new_zeros(1, *part.shape[1:])
-        made_H = encode(part if len(part) else black)
-        newline_1H = made_H[-1:]
-        frames.append(made_H[: len(part) * per_frame])
-    source_H = torch.cat([*frames, newline_1H])
+    parts, black = pixels_f3HW.tensor_split(rounds), pixels_f3HW.new_zeros(1, *pixels_f3HW.shape[1:])
+    made = [encode(part if len(part) else black) for part in parts]
+    frames = [made_H[: len(part) * per_frame] for made_H, part in zip(made, parts, strict=True)]
+    source_H = torch.cat([*frames, made[-1][-1:]])
     order_N = accelerator.to_device(torch.from_numpy(plan.order), source_H.device)
     made_NH = source_H.index_select(0, order_N)
     return Reshard.of(plan.reshard, groups.sample, source_H.device)(made_NH)
