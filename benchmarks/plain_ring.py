@@ -61,7 +61,7 @@ class _PlainRing(torch.autograd.Function):
             arriving = _pass_on(blocks, ctx.group) if step + 1 < size else None
             if step <= rank:
                 part = ctx.kernel.backward(
-                    dout_sHD, q_sHD, blocks[0], blocks[1], out_sHD, lse_Hs, segments, step == 0, ctx.scale
+                    dout_sHD, q_sHD, blocks[0], blocks[1], out_sHD, lse_Hs, segments=segments, causal=step == 0, scale=ctx.scale
                 )
                 dq += part[0]
                 grads += torch.stack(part[1:])

@@ -117,7 +117,7 @@ def _draw_groups_of_rank_0(axes: Axes, grid: GridShape) -> None:
     for kind, bend in (("ring", -0.12), ("dp", 0.2)):
         (xa, ya), (xb, yb) = centers[kind]
         start, end = ((xa, ya + 0.26), (xb, yb + 0.26)) if kind == "ring" else ((xa - 0.4, ya), (xb - 0.36, yb))
-        _arrow(axes, start, end, GROUP_COLORS[kind], "<|-|>", 13, 2.4, connectionstyle=f"arc3,rad={bend}", zorder=6)
+        _arrow(axes, start, end, GROUP_COLORS[kind], "<|-|>", head=13, width=2.4, connectionstyle=f"arc3,rad={bend}", zorder=6)
 
 
 def _box(axes: Axes, x: float, y: float, grow: float, width: float = 0.0, height: float = 0.0, **style) -> None:
@@ -172,7 +172,7 @@ def _draw_frames(axes: Axes, row: Row, plan: ReshardPlan, unit: float) -> None:
         color = RANK_COLORS[rank]
         axes.add_patch(Rectangle((x - size / 2, FRAME_Y), size, size, facecolor=color))
         _label(axes, x, FRAME_Y + size / 2, str(index), "white", align="center", bold=True)
-        _arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), color, "-|>", 8, 1.3)
+        _arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), color, "-|>", head=8, width=1.3)
     documents = np.searchsorted(row.cu_seqlens, row.frame_starts, side="right")
     for rank, document in sorted(set(zip(encoder.tolist(), documents.tolist(), strict=True))):
         middle = centers[(encoder == rank) & (documents == document)].mean()
@@ -182,7 +182,7 @@ def _draw_frames(axes: Axes, row: Row, plan: ReshardPlan, unit: float) -> None:
 def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: float) -> None:
     """The packed row: tokens colored by their maker, zigzag chunks framed in the color of their owner."""
     for place in range(row.length):
-        _token(axes, LEFT + place * unit, ROW_Y, unit, CELL, maker_S[place], _is_padding(row, place))
+        _token(axes, LEFT + place * unit, ROW_Y, unit, CELL, maker=maker_S[place], padding=_is_padding(row, place))
     for start, stop, name in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], VIDEOS, strict=True):
         size = (stop - start) * unit, CELL
         axes.add_patch(
@@ -202,7 +202,7 @@ def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: 
     what = "fill: rank that made the token     frame: rank that owns its place (zigzag chunks of each document)"
     _label(axes, LEFT, y, what, FAINT)
     for x, label, padding in ((LEFT + 6.45, "text", False), (LEFT + 7.15, "padding", True)):
-        _token(axes, x, y - 0.08, 0.16, 0.16, -1, padding)
+        _token(axes, x, y - 0.08, 0.16, 0.16, maker=-1, padding=padding)
         _label(axes, x + 0.22, y, label, FAINT)
 
 
@@ -214,7 +214,7 @@ def _draw_owners(axes: Axes, grid: GridShape, row: Row, plan: ReshardPlan, maker
         positions = local_positions(row.cu_seqlens, grid.cp, rank)
         y, end = STRIP_Y - rank * STRIP_STEP, len(positions) * unit
         for slot, place in enumerate(positions):
-            _token(axes, LEFT + slot * unit, y, unit, CELL, maker_S[place], _is_padding(row, int(place)))
+            _token(axes, LEFT + slot * unit, y, unit, CELL, maker=maker_S[place], padding=_is_padding(row, int(place)))
         axes.add_patch(Rectangle((LEFT, y), end, CELL, fill=False, edgecolor=color, linewidth=2, zorder=5))
         for slot in np.flatnonzero(np.isin(positions, [first for first, _ in _chunks(row, grid)])):
             x = LEFT + slot * unit

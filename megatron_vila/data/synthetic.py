@@ -111,7 +111,9 @@ def write_synthetic_set(
             if not count:
                 continue
             (out / ("videos" if steps else "images")).mkdir(parents=True, exist_ok=True)
-            write = partial(_write_sample, out, split, steps, size, fps, hold, codec, seed)
+            write = partial(
+                _write_sample, out, split, steps, size=size, fps=fps, hold=hold, codec=codec, seed=seed
+            )
             plan, records = _plan(count, kinds, np.random.default_rng([seed, steps, split == "eval"])), []
             # The encoder and numpy leave the interpreter to other threads meanwhile.
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as threads:
@@ -203,14 +205,15 @@ def _write_sample(
     out: Path,
     split: str,
     steps: int,
+    index: int,
+    kind: str,
+    answer: str,
+    *,
     size: int,
     fps: int,
     hold: int,
     codec: str,
     seed: int,
-    index: int,
-    kind: str,
-    answer: str,
 ) -> dict:
     """Write the picture (``steps`` = 0) or video of one sample; returns its record. What is random follows from the arguments."""
     rng = np.random.default_rng([seed, steps, split == "eval", index])

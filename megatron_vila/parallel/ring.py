@@ -170,9 +170,9 @@ class Ring:
                 _expand(v, expansion),
                 layout.take(out_ThD, block.queries),
                 layout.take(lse_hT, block.queries, dim=1),
-                layout.segments(block.queries, block.keys),
-                block.causal,
-                self.scale,
+                segments=layout.segments(block.queries, block.keys),
+                causal=block.causal,
+                scale=self.scale,
             )
             return block.queries, dq, _contract(dk, expansion, k.shape[1]), _contract(dv, expansion, v.shape[1])
 

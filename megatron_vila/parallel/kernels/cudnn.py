@@ -42,7 +42,7 @@ def _trial(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | Non
     kernel = CudnnKernel()
     try:
         out, lse = kernel._forward_batch(x, x, x, True, 1.0)
-        kernel._backward_batch(x, x, x, x, out, lse, True, 1.0)
+        kernel._backward_batch(x, x, x, x, out, lse, causal=True, scale=1.0)
     except RuntimeError as error:
         name, version = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
         return f"cuDNN {version} refuses head dim {head_dim} in {dtype} on {name}: {error}"
@@ -73,10 +73,11 @@ class CudnnKernel(DenseKernel):
         long, short = self._split(segments)
         given = dout_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT
         if not short.segments.pairs:
-            return super()._backward(*given, segments, causal, scale)
+            return super()._backward(*given, segments=segments, causal=causal, scale=scale)
         if not long.segments.pairs:
-            return self._packed.backward(*given, segments, causal, scale)
-        return backward_shares([(long, super()._backward), (short, self._packed.backward)], *given, causal, scale)
+            return self._packed.backward(*given, segments=segments, causal=causal, scale=scale)
+        shares = [(long, super()._backward), (short, self._packed.backward)]
+        return backward_shares(shares, *given, causal=causal, scale=scale)
 
     def _split(self, segments: Segments) -> tuple[Choice, Choice]:
         """Segments for cuDNN and for the packed kernel."""

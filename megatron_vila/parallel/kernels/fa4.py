@@ -78,14 +78,14 @@ class Fa4Kernel(DenseKernel):
     def _backward(self, dout_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT, segments: Segments, causal: bool, scale: float):
         given = dout_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT
         if segments.uniform:
-            return super()._backward(*given, segments, causal, scale)
-        return self._call_backward(*given, causal, scale, **_packed(segments, q_THD.device))
+            return super()._backward(*given, segments=segments, causal=causal, scale=scale)
+        return self._call_backward(*given, causal=causal, scale=scale, **_packed(segments, q_THD.device))
 
     def _forward_batch(self, q_BtHD, k_BuKD, v_BuKD, causal: bool, scale: float):
         return self._call_forward(q_BtHD, k_BuKD, v_BuKD, causal, scale)
 
     def _backward_batch(self, dout_BtHD, q_BtHD, k_BuKD, v_BuKD, out_BtHD, lse_BHt, causal: bool, scale: float):
-        return self._call_backward(dout_BtHD, q_BtHD, k_BuKD, v_BuKD, out_BtHD, lse_BHt, causal, scale)
+        return self._call_backward(dout_BtHD, q_BtHD, k_BuKD, v_BuKD, out_BtHD, lse_BHt, causal=causal, scale=scale)
 
     def _call_forward(self, q, k, v, causal: bool, scale: float, **packed):
         q, k, v = (last_contiguous(x) for x in (q, k, v))

@@ -70,8 +70,8 @@ class PackedKernel(ABC):
         _check(q_THD, k_UKD, v_UKD, segments, causal)
         given = dout_THD, q_THD, k_UKD, v_UKD, out_THD, lse_HT
         if _all_filled(segments):
-            return self._backward(*given, segments, causal, scale)
-        return backward_shares([(segments.filled, self._backward)], *given, causal, scale)
+            return self._backward(*given, segments=segments, causal=causal, scale=scale)
+        return backward_shares([(segments.filled, self._backward)], *given, causal=causal, scale=scale)
 
     @abstractmethod
     def _forward(self, q_THD, k_UKD, v_UKD, segments: Segments, causal: bool, scale: float):
@@ -104,8 +104,8 @@ class DenseKernel(PackedKernel):
                 _batch(v_UKD[b.k], count),
                 _batch(out_THD[b.q], count),
                 lse_HT[:, b.q].unflatten(1, (count, -1)).transpose(0, 1),
-                causal,
-                scale,
+                causal=causal,
+                scale=scale,
             )
             for b, count in _batches(segments)
         ]
@@ -144,7 +144,7 @@ def backward_shares(
             dout, q, out = (take(x, choice.ranges_q) for x in (dout_THD, q_THD, out_THD))
             k, v = take(k_UKD, choice.ranges_k), take(v_UKD, choice.ranges_k)
             lse = take(lse_HT, choice.ranges_q, dim=1)
-            dq, dk, dv = backward(dout, q, k, v, out, lse, choice.segments, causal, scale)
+            dq, dk, dv = backward(dout, q, k, v, out, lse, segments=choice.segments, causal=causal, scale=scale)
             put(dq_THD, choice.ranges_q, dq)
             put(dk_UKD, choice.ranges_k, dk)
             put(dv_UKD, choice.ranges_k, dv)
