@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import sys
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -84,9 +85,22 @@ def machine() -> Machine:
 def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
     """``tensor`` on ``target``. What lies on the host is copied to page-locked memory (PyTorch keeps it for the next one), from
     where a GPU takes it in the order of its stream, without the host waiting for that."""
-    if target.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(target, non_blocking=True)
+    if target.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(target, non_blocking=True)
+    started_s = time.perf_counter()
+    copy = tensor.pin_memory().to(target, non_blocking=True)
+    _copied_s[0] += time.perf_counter() - started_s
+    return copy
+
+
+_copied_s = [0.0]
+
+
+def take_copy_seconds() -> float:
+    """Seconds that this process has spent in ``to_device`` since the call before: those of the host, in which it could not queue
+    work."""
+    total, _copied_s[0] = _copied_s[0], 0.0
+    return total
 
 
 def peak_memory_bytes() -> int:

@@ -28,12 +28,15 @@ from rich.console import Console
 
 from megatron_vila.busy import LastingConsole
 from megatron_vila.plan.flops import mfu
+from megatron_vila.training.loading import FRAMES, SECONDS, averaged, limit
 from megatron_vila.training.progress import progress_display
 from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
 from megatron_vila.training.roles import RunFacts, StepMetrics, TaskName, Watcher
 from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_records, summarize, write_json
 
 PLOT_FILE = "loss.png"
+FIRST_JUDGED = 10
+"""The step of a run, counted from its start, from which on waiting for data says something."""
 
 
 class MetricsLogger(Watcher):
@@ -49,6 +52,7 @@ class MetricsLogger(Watcher):
         self.folder = Path(output_dir)
         self._log_every, self._console = log_every, console
         self._window: list[StepMetrics] = []
+        self._told: set[str] = set()
         self._open = False
 
     def start(self, facts: RunFacts) -> None:
@@ -81,6 +85,7 @@ class MetricsLogger(Watcher):
             record = self._record(self._window)
             self._window = []
             self._show(lambda: self._progress.step(record))
+            self._tell_limit(record)
             self._write_scalars(_scalars(record), metrics.step)
         else:
             self._show(lambda: self._progress.advance(metrics.step))
@@ -144,8 +149,17 @@ class MetricsLogger(Watcher):
             "data_wait_s": sum(m.data_wait_s for m in window) / len(window),
             "step_s": seconds / len(window),
         }
+        rates |= averaged([m.loading for m in window], seconds)
+        del last["loading"]
         rates |= {f"lr_{part}": lr for part, lr in last.pop("lr").items()} | last.pop("counts")
         return last | rates
+
+    def _tell_limit(self, record: Mapping[str, Any]) -> None:
+        """Say what holds the run up, once for each thing that does. The first steps wait while nothing is decoded ahead."""
+        found = limit(record) if record["step"] >= self._facts.start_step + FIRST_JUDGED else None
+        if found is not None and found[0] not in self._told:
+            self._told.add(found[0])
+            self.message(found[1])
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
         line = json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n"
@@ -155,7 +169,11 @@ class MetricsLogger(Watcher):
         self._try("tensorboard", lambda: self._tensorboard.add(scalars, step))
 
 
-_SPEED = {"tokens_per_s_per_gpu", "frames_per_s", "mfu", "data_wait_s", "step_s", "peak_memory_gib", "model_flops"}
+_SPEED = {
+    *("tokens_per_s_per_gpu", "frames_per_s", "mfu", "data_wait_s", "step_s", "peak_memory_gib", "model_flops"),
+    *(f"{name}_per_s" for name in FRAMES),
+    *(*SECONDS, "copy_s"),
+}
 
 
 def truncate_after(path: Path, step: int) -> None:

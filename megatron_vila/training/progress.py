@@ -48,6 +48,7 @@ def describe(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         fields.append(("MFU", f"{100 * record['mfu']:.1f}%"))
     fields += [
         ("data wait", f"{record['data_wait_s']:.3f}s"),
+        *([("source frames/s", _rate(record["source_frames_per_s"]))] if record.get("source_frames_per_s") else []),
         ("memory", f"{record['peak_memory_gib']:.1f}GiB"),
         ("skipped", str(record["skipped"])),
     ]

@@ -55,6 +55,8 @@ class StepMetrics:
     """largest memory of a rank since the start"""
     skipped: int
     """updates skipped so far"""
+    loading: Mapping[str, float] = field(default_factory=dict)
+    """what the rows of the step took to load (``loading.py``)"""
     counts: Mapping[str, int] = field(default_factory=dict)
     """what became of the samples so far, over all replicas: counts of ``RowStats`` by name"""
 

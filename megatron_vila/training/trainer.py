@@ -47,6 +47,7 @@ from megatron_vila.plan.sizes import head_dim
 from megatron_vila.training.errors import TooManyBrokenError
 from megatron_vila.training.feed import JUDGED_FROM, training_loader
 from megatron_vila.training.guards import DATA_COUNTS, Outcome, UpdateGuard, too_many_broken
+from megatron_vila.training.loading import loading_of
 from megatron_vila.training.lock import LockedError, RunLock
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, wrap_ddp
@@ -291,6 +292,7 @@ class Trainer:
             data_wait_s=wait_s,
             peak_memory_gib=peak_gib,
             skipped=self.skipped,
+            loading=loading_of([r.stats.work for r in rows], self.device),
             counts=dict(self.counts),
         )
 

@@ -211,3 +211,42 @@ def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "x.json", {"a": 1})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+LOADING = {"decoded_frames": 4, "source_frames": 100, "engine_frames": 40, "read_s": 0.1, "decode_s": 2.0, "preprocess_s": 0.2}
+
+
+def test_records_say_what_loading_took(tmp_path):
+    log, text = logger(tmp_path, log_every=2)
+    log.step(metrics(1, loading=LOADING | {"copy_s": 0.01}))
+    log.step(metrics(2, loading=LOADING | {"copy_s": 0.03}))
+    log.close()
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["source_frames_per_s"], first["decoded_frames_per_s"], first["engine_frames_per_s"]) == (200, 8, 80)
+    assert (second["read_s"], second["decode_s"], second["copy_s"]) == (0.1, 2.0, 0.03)
+    assert "source frames/s 200" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "takes its threads: reading files 4%, decoding 87%, scaling pictures 9%. Prepare the data"),
+        ({"read_s": 9.0}, "Prepared shards are smaller"),
+        ({"preprocess_s": 9.0}, "at the size that the model takes"),
+    ],
+)
+def test_what_a_run_waits_for_is_told_once_with_the_setting_that_helps(tmp_path, changes, told):
+    log, text = logger(tmp_path, total=14)
+    for step in range(1, 15):
+        log.step(metrics(step, loading=LOADING | {"copy_s": 0.0} | changes))
+    log.close()
+    lines = [line for line in text.getvalue().splitlines() if "waiting for data" in line]
+    assert len(lines) == 1 and told in lines[0]
+
+
+def test_copying_to_the_device_is_told_where_nothing_else_holds_a_run_up(tmp_path):
+    log, text = logger(tmp_path, total=12)
+    for step in range(1, 13):
+        log.step(metrics(step, data_wait_s=0.001, loading=LOADING | {"copy_s": 0.05 * (step > 11)}))
+    log.close()
+    assert text.getvalue().count("copying to the device") == 1 and "waiting" not in text.getvalue()

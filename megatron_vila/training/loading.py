@@ -1,0 +1,72 @@
+"""What loading took in a step, what of it is the limit where a run waits for data, and which setting helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_vila import accelerator
+from megatron_vila.data.pending_row import DecodeWork
+
+FRAMES = {"decoded_frames": "frames", "source_frames": "source_frames", "engine_frames": "engine_frames"}
+"""Names of a record, and of ``DecodeWork``: frames that were wanted, those read for them, and those of these that video engines
+decoded."""
+
+SECONDS = {"read_s": "read_s", "decode_s": "decode_s", "preprocess_s": "preprocess_s"}
+"""Seconds of the threads that decode."""
+
+WORTH_A_WORD = 0.02
+"""Share of a step's time from which on waiting or copying is told."""
+
+_CURES = {
+    "reading files": "prepared shards are smaller (tools/prepare_data.py); otherwise put the files on faster or nearer storage",
+    "decoding": "prepare the data once (tools/prepare_data.py), or give a rank more cores (data.workers) and the GPU's video "
+    "engines (data.video_decoder=auto)",
+    "scaling pictures": "prepare the data once, at the size that the model takes (tools/prepare_data.py), or give a rank more "
+    "cores (data.workers)",
+}
+
+
+def loading_of(work: Sequence[DecodeWork], device: torch.device) -> dict[str, float]:
+    """What the rows of a step took on all ranks together, and ``copy_s``: seconds in which the thread that trains copied to the
+    device, on the slowest rank. A sum and a maximum over all ranks."""
+    total = sum(work, DecodeWork())
+    sums = torch.tensor(
+        [getattr(total, name) for name in (*FRAMES.values(), *SECONDS.values())], dtype=torch.float64, device=device
+    )
+    copied = torch.tensor(accelerator.take_copy_seconds(), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    dist.all_reduce(copied, op=dist.ReduceOp.MAX)
+    return dict(zip((*FRAMES, *SECONDS), sums.tolist(), strict=True)) | {"copy_s": copied.item()}
+
+
+def averaged(window: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
+    """Frames per second and seconds per step over the steps of ``window``, which took ``seconds``."""
+    if not all(window):
+        return {}
+    totals = {name: sum(loading[name] for loading in window) for name in window[0]}
+    rates = {f"{name}_per_s": totals.pop(name) / seconds for name in FRAMES}
+    return rates | {name: total / len(window) for name, total in totals.items()}
+
+
+def limit(record: Mapping[str, float]) -> tuple[str, str] | None:
+    """What holds a run up, by a record of its steps: a name, and a line that says which setting helps. None if nothing does."""
+    step_s, wait_s = record["step_s"], record["data_wait_s"]
+    if "read_s" not in record:
+        return None
+    if wait_s > WORTH_A_WORD * step_s:
+        spent = {
+            "reading files": record["read_s"],
+            "decoding": record["decode_s"],
+            "scaling pictures": record["preprocess_s"],
+        }
+        most = max(spent, key=lambda name: spent[name])
+        shares = ", ".join(f"{name} {100 * s / max(sum(spent.values()), 1e-9):.0f}%" for name, s in spent.items())
+        line = f"{wait_s:.2f} s of each step of {step_s:.2f} s go by waiting for data, which takes its threads: {shares}"
+        return most, f"{line}. {_CURES[most][0].upper()}{_CURES[most][1:]}"
+    if record["copy_s"] > WORTH_A_WORD * step_s:
+        line = f"{record['copy_s']:.2f} s of each step of {step_s:.2f} s go by copying to the device"
+        return "copying", f"{line}: more ranks for a row (parallel.ulysses, parallel.ring) leave each of them fewer frames"
+    return None
