@@ -47,7 +47,13 @@ setup(
             "import-linter>=2.17",
             "mypy>=2.4",
             "types-pyyaml>=6",
+            # other readers of the shards that are prepared
+            "megatron-energon>=7.4.1",
         ],
+        # tools/prepare_data.py: the index of the shards
+        "prepare": ["megatron-energon>=7.4.1"],
+        # tools/prepare_data.py --ray
+        "ray": ["megatron-energon>=7.4.1", "ray[data]>=2.50"],
         # pre-release: pinned here, because pip takes one only when asked for it by its exact version; the constraints files pin
         # what it brings
         "gpu": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels>=0.6.5"],

@@ -29,14 +29,20 @@ INFO = "medium.json"
 
 def name_of_medium(medium: Media) -> str:
     """A name that media have in common if they are the same clip of the same file."""
-    parts = [medium.is_video, medium.start_s, medium.end_s, medium.fps, *map(_identity, (medium.path, *medium.pictures))]
+    parts = [
+        medium.is_video,
+        medium.start_s,
+        medium.end_s,
+        medium.fps,
+        *map(_identity, (medium.path, *medium.pictures)),
+    ]
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _identity(source: MediaSource) -> str:
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    return repr(source) if isinstance(source, Member) else os.path.realpath(source)
+    return repr(source) if isinstance(source, Member) else os.path.abspath(source)
 
 
 def prepare_medium(medium: Media, options: Options, folder: str) -> Outcome:
@@ -53,7 +59,7 @@ def prepare_medium(medium: Media, options: Options, folder: str) -> Outcome:
     shutil.rmtree(place, ignore_errors=True)
     making = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".part", dir=folder))
     try:
-        outcome = _prepare(medium, options, making)
+        outcome = _prepare(medium, options, making, sum(int(size) for size, *_ in state))
         (making / INFO).write_text(json.dumps({"state": state, "outcome": dataclasses.asdict(outcome)}))
         os.rename(making, place)
     except BaseException:
@@ -85,17 +91,16 @@ def _at(place: Path, outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, files=files)
 
 
-def _prepare(medium: Media, options: Options, folder: Path) -> Outcome:
+def _prepare(medium: Media, options: Options, folder: Path, read: int) -> Outcome:
     if not medium.is_video:
-        picture, read = prepare_picture(medium.path, options.picture_side, options.picture_quality), state_of(medium.path)[0]
+        picture = prepare_picture(medium.path, options.picture_side, options.picture_quality)
         name = f"0.{picture.ending}"
         (folder / name).write_bytes(picture.content)
         size = len(picture.content)
         return Outcome("image", ((picture.ending, name),), 1, 0.0, read, size, picture.width, picture.height)
     kept = keep_frames(medium, options.fps)
     if not len(kept.pts):
-        return _pictures(kept, options, folder)
-    read = sum(state_of(each)[0] for each in kept.pictures or (medium.path,))
+        return _pictures(kept, options, folder, read)
     file = folder / "0.mp4"
     encoded = transcode(kept, options, file)
     outcome = Outcome(
@@ -118,7 +123,13 @@ def _prepare(medium: Media, options: Options, folder: Path) -> Outcome:
 def _original(medium: Media, outcome: Outcome, folder: Path) -> Outcome:
     """The file of a video as it is, in place of one that was not rendered well enough."""
     (folder / outcome.files[0][1]).unlink()
-    name = medium.path.name if isinstance(medium.path, Member) else "" if isinstance(medium.path, bytes) else str(medium.path)
+    name = (
+        medium.path.name
+        if isinstance(medium.path, Member)
+        else ""
+        if isinstance(medium.path, bytes)
+        else str(medium.path)
+    )
     ending = os.path.splitext(name)[1].lstrip(".").lower() or "mp4"
     with open_media(medium.path) as source, open(folder / f"0.{ending}", "wb") as copy:
         shutil.copyfileobj(source, copy, 2**20)
@@ -126,14 +137,13 @@ def _original(medium: Media, outcome: Outcome, folder: Path) -> Outcome:
     return dataclasses.replace(outcome, kind="original", files=((ending, f"0.{ending}"),), written=written)
 
 
-def _pictures(kept: KeptFrames, options: Options, folder: Path) -> Outcome:
+def _pictures(kept: KeptFrames, options: Options, folder: Path, read: int) -> Outcome:
     """The pictures of a video whose rate nobody knows: they stay pictures, all of them."""
     frames = []
     for place, index in enumerate(kept.indices):
         frame = prepare_frame(kept.pictures[index], options.short_side, options.picture_quality)
         (folder / f"{place:06d}.jpg").write_bytes(frame.content)
         frames.append(frame._replace(content=b""))
-    read = sum(state_of(kept.pictures[index])[0] for index in kept.indices)
     files = tuple(("jpg", f"{place:06d}.jpg") for place in range(len(frames)))
     written = sum((folder / name).stat().st_size for _, name in files)
     return Outcome("pictures", files, len(frames), 0.0, read, written, frames[0].width, frames[0].height)

@@ -91,7 +91,9 @@ class Encoder:
             # Without B-frames a frame is decoded as soon as it is read. With more threads the bytes depend on the machine.
             "bf": 0, "threads": 1,
         }  # fmt: skip
-        self._stream = self._container.add_stream("libx264", options={name: str(value) for name, value in settings.items()})
+        self._stream = self._container.add_stream(
+            "libx264", options={name: str(value) for name, value in settings.items()}
+        )
         self._stream.width, self._stream.height, self._stream.pix_fmt = self.width, self.height, "yuv420p"
         codec = self._stream.codec_context
         codec.time_base = self._stream.time_base = self._kept.time_base
@@ -129,6 +131,10 @@ def _compare(kept: KeptFrames, views: dict[int, np.ndarray], options: Options, o
     info = probe_video(out)
     tick = float(kept.time_base)
     if info.num_frames != len(kept.indices) or np.abs(info.seconds - kept.seconds).max() > tick / 2:
-        raise MediaError(kept.source, f"its {len(kept.indices)} frames came out as {info.num_frames}, or at other times")
+        raise MediaError(
+            kept.source, f"its {len(kept.indices)} frames came out as {info.num_frames}, or at other times"
+        )
     with VideoReader(info, sorted(views)) as reader:
-        return min(psnr_of(view, model_view(reader.frame(place), options.short_side)) for place, view in sorted(views.items()))
+        return min(
+            psnr_of(view, model_view(reader.frame(place), options.short_side)) for place, view in sorted(views.items())
+        )
