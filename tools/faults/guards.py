@@ -27,7 +27,7 @@ FAULTS = [
         "megatron_vila/data/video.py",
         "turn = UPRIGHT.get(_orientation(frame))",
         "turn = None",
-        (MEDIA, "-k", "eight_orientations"),
+        ("tests/data/test_orientation.py", "-k", "eight_orientations"),
     ),
     Fault(
         "what an unforeseen exception says is not told as the file's",
