@@ -23,7 +23,7 @@ FAULTS = [
     Fault(
         "pictures are always resized in training",
         "megatron_vila/training/feed.py",
-        "aspect=config.data.image_aspect,",
+        "aspect=data.image_aspect,",
         'aspect="resize",',
         LLAMA,
     ),
@@ -168,8 +168,8 @@ FAULTS = [
     Fault(
         "the seed has no part in the order",
         "megatron_vila/data/order.py",
-        "np.array([seed], dtype",
-        "np.array([0], dtype",
+        "key = _splitmix64(_splitmix64(np.array([seed], dtype",
+        "key = _splitmix64(_splitmix64(np.array([0], dtype",
         QWEN2,
     ),
     Fault(
