@@ -42,6 +42,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "fsspec[http]>=2025.3",
             # of .ci/check
             "ruff>=0.9",
             "import-linter>=2.17",
@@ -57,6 +58,8 @@ setup(
         # pre-release: pinned here, because pip takes one only when asked for it by its exact version; the constraints files pin
         # what it brings
         "gpu": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels>=0.6.5"],
+        # shards behind an address; what reads s3:// (s3fs), gs:// (gcsfs) and others is installed beside it
+        "remote": ["fsspec[http]>=2025.3"],
         "te": ["transformer-engine[pytorch]>=2.13"],
     },
 )

@@ -145,8 +145,12 @@ class ParallelConfig:
 class DataConfig:
     """Samples, pictures and text."""
 
-    train: list[str] = key([], "LLaVA-format JSON or JSONL files with the training samples")
-    eval: list[str] = key([], "LLaVA-format files with held-out samples; empty: no evaluation")
+    train: list[str] = key(
+        [],
+        "training samples: JSON or JSONL files, folders with Energon's or VILA's WebDataset shards, addresses of such folders "
+        "(s3://, https:// ...), or one of Energon's metadataset YAML files",
+    )
+    eval: list[str] = key([], "held-out samples, named as in data.train; empty: no evaluation")
     media_dir: str = key(
         "", "folder of the image and video paths; empty: paths are relative to each JSON file's folder"
     )
@@ -185,7 +189,14 @@ class DataConfig:
         "largest share of the samples drawn that may be broken, judged from the 500th on and at the end; above it the run "
         "saves and ends; 1: never",
     )
-    ignore_fields: list[str] = key([], "fields of a record that are not looked at, though they look like media")
+    ignore_fields: list[str] = key(
+        [], "fields of a record, and parts of a sample in a shard, that are not looked at, though they look like media"
+    )
+    cache_dir: str = key(
+        "",
+        "folder of a node that keeps pieces of remote shards; empty: ~/.cache/megatron_vila/pieces (XDG_CACHE_HOME is respected)",
+    )
+    cache_gib: float = key(64.0, "most GiB that the pieces in data.cache_dir take")
     frame_separator_ids: list[int] = key([], "token ids written after each video frame")
     image_separator_ids: list[int] = key([], "token ids written after each image")
     packing: bool = key(False, "pack several samples into one row of at most train.seq_length tokens")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jinja2
 
 from megatron_vila.data.media import MediaError
+from megatron_vila.data.sources.source import ChangedFileError
 from megatron_vila.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,11 @@ class FailureReasons:
         self._told: set[tuple[type, str, int | None]] = set()
 
     def reason(self, error: Exception, sample: str) -> str:
-        """What is wrong with ``sample``. Raises ``MachineError`` that names it if the error is none of the sample's."""
+        """What is wrong with ``sample``. Raises ``MachineError`` or ``ChangedFileError`` that names it if the error is not the
+        fault of the sample."""
         for cause in _chain(error):
+            if isinstance(cause, ChangedFileError):
+                raise type(cause)(f"at sample {sample}: {cause}") from error
             # A file can ask for more memory than there is: that is its own fault.
             memory = isinstance(cause, MemoryError) and not isinstance(error, MediaError)
             if memory or (isinstance(cause, OSError) and cause.errno in _NO_MORE_FILES):

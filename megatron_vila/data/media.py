@@ -19,8 +19,8 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol
 
 import av
 from av.codec.hwaccel import HWAccel
@@ -51,6 +51,9 @@ LARGEST_PICTURE_FILE = 2**30
 MAX_SCANNED_PIXELS = 32 * MAX_PIXELS
 """Most pixels that the scans of a JPEG may go over together: each refines the whole picture, and a few bytes make one."""
 
+REMOTE_READ = 2**17
+"""Bytes that are taken at once of a medium that lies elsewhere."""
+
 TIME_LIMIT_S = 60.0
 """Seconds that opening a video, or reading one packet of it, may take. A read that hangs inside the kernel is not ended by it."""
 
@@ -70,15 +73,26 @@ _TAGS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.spl
 """Tags that are not UTF-8 make PyAV 18 refuse a file unless it is told to replace them; later versions take them as they are."""
 
 
+class Storage(Protocol):
+    """Reads a file that lies elsewhere. Safe for threads."""
+
+    state: str
+    """A text that is another one when the file has another content."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """These bytes of the file; fewer at its end."""
+
+
 @dataclass(frozen=True)
 class Member:
     """A medium inside a larger regular file, as in a tar file: ``size`` bytes from byte ``offset`` of the file ``path``.
-    ``name`` is what it is called there."""
+    ``name`` is what it is called there. ``storage`` reads it where ``path`` is an address, not a path."""
 
     path: str
     offset: int
     size: int
     name: str
+    storage: Storage | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.path}, {self.name}"
@@ -139,10 +153,12 @@ def open_media(source: MediaSource) -> BinaryIO:
         return io.BytesIO(source)
     if not isinstance(source, Member):
         return os.fdopen(_open_regular(source, source), "rb")
+    if not source.size:
+        raise MediaError(source, "the file is empty (0 bytes)")
+    if source.storage is not None:
+        return io.BufferedReader(_StoredWindow(source.storage, source.offset, source.size), REMOTE_READ)
     descriptor = _open_regular(source.path, source)
     try:
-        if not source.size:
-            raise MediaError(source, "the file is empty (0 bytes)")
         if source.offset + source.size > os.fstat(descriptor).st_size:
             raise MediaError(source, f"cut off: the file that holds it ends before byte {source.offset + source.size:,}")
         return io.BufferedReader(_Window(descriptor, source.offset, source.size))
@@ -155,6 +171,8 @@ def state_of(source: MediaSource) -> tuple[int, *tuple[int | str, ...]]:
     """A value that changes when the content of a medium does; its first part is the size in bytes. Raises ``OSError``."""
     if isinstance(source, bytes):
         return len(source), hashlib.sha256(source).hexdigest()
+    if isinstance(source, Member) and source.storage is not None:
+        return source.size, source.offset, source.storage.state
     status = os.stat(source.path if isinstance(source, Member) else source)
     if isinstance(source, Member):
         return source.size, source.offset, status.st_size, status.st_mtime_ns
@@ -162,15 +180,20 @@ def state_of(source: MediaSource) -> tuple[int, *tuple[int | str, ...]]:
 
 
 def is_there(source: MediaSource) -> bool:
-    """Whether the file of a medium exists, or the file that holds it."""
-    return isinstance(source, bytes) or os.path.exists(source.path if isinstance(source, Member) else source)
+    """Whether the file of a medium exists, or the file that holds it; one that lies elsewhere is taken to be there."""
+    if isinstance(source, Member):
+        return source.storage is not None or os.path.exists(source.path)
+    return isinstance(source, bytes) or os.path.exists(source)
 
 
-class _Window(io.RawIOBase):
-    """``size`` bytes from ``offset`` of an open file, which is closed with it."""
+class _Part(io.RawIOBase):
+    """``size`` bytes from ``offset`` of something larger, which ``_read_at`` reads."""
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        self._descriptor, self._offset, self._size, self._place = descriptor, offset, size, 0
+    def __init__(self, offset: int, size: int) -> None:
+        self._offset, self._size, self._place = offset, size, 0
+
+    def _read_at(self, offset: int, room: memoryview) -> int:
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -180,7 +203,7 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer)[: max(0, self._size - self._place)]
-        count = os.preadv(self._descriptor, [room], self._offset + self._place) if room else 0
+        count = self._read_at(self._offset + self._place, room) if room else 0
         self._place += count
         return count
 
@@ -191,10 +214,34 @@ class _Window(io.RawIOBase):
         self._place = start + offset
         return self._place
 
+
+class _Window(_Part):
+    """A part of an open file, which is closed with it."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        super().__init__(offset, size)
+        self._descriptor = descriptor
+
+    def _read_at(self, offset: int, room: memoryview) -> int:
+        return os.preadv(self._descriptor, [room], offset)
+
     def close(self) -> None:
         if not self.closed:
             os.close(self._descriptor)
         super().close()
+
+
+class _StoredWindow(_Part):
+    """A part of a file that lies elsewhere."""
+
+    def __init__(self, storage: Storage, offset: int, size: int) -> None:
+        super().__init__(offset, size)
+        self._storage = storage
+
+    def _read_at(self, offset: int, room: memoryview) -> int:
+        found = self._storage.read(offset, len(room))
+        room[: len(found)] = found
+        return len(found)
 
 
 def _open_regular(path: str | os.PathLike, source: MediaSource) -> int:

@@ -39,6 +39,9 @@ CHOICES = {
 }
 """Keys with a fixed set of values."""
 
+SMALLEST_CACHE_GIB = 0.25
+"""Room for the pieces that the threads of a node read at once."""
+
 AT_LEAST_ONE = {
     "model.vision": ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "patch_size"),
     "model.llm": (
@@ -146,6 +149,8 @@ def value_problems(config: Config) -> Iterable[str]:
     for name in ("optim.beta1", "optim.beta2"):
         if value_of(config, name) < 0 or value_of(config, name) >= 1:
             yield f"{name}={value_of(config, name)} must be at least 0 and below 1"
+    if config.data.cache_gib < SMALLEST_CACHE_GIB:
+        yield f"data.cache_gib={config.data.cache_gib} is too small; use {SMALLEST_CACHE_GIB} or more"
     if not 0 <= config.data.max_broken <= 1:
         yield f"data.max_broken={config.data.max_broken} is a share; use 0 (no sample may be broken) to 1 (any number may)"
     fraction = config.optim.offload_fraction

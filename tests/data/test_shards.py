@@ -227,10 +227,10 @@ def test_a_shard_that_changes_or_vanishes_during_a_run_ends_it_by_name(tmp_path)
     assert shards.record(0).sample_id == "s0"
     with open(tmp_path / "000000.tar", "ab") as shard:
         shard.write(b"more")
-    with pytest.raises(ChangedFileError, match="000000.tar, sample 00000: the shard has .* bytes and had"):
+    with pytest.raises(ChangedFileError, match="at sample 00000: .*000000.tar: the shard has .* bytes and had"):
         shards.record(0)
     os.unlink(tmp_path / "000000.tar")
-    with pytest.raises(ChangedFileError, match="000000.tar, sample 00001: the shard is gone"):
+    with pytest.raises(ChangedFileError, match="at sample 00001: .*000000.tar: the shard is gone"):
         shards.record(1)
 
 
@@ -273,7 +273,7 @@ BAD_INDEX = [
     (lambda meta: (meta / "index.sqlite").write_bytes(b""), "has no table of samples"),
     (
         lambda meta: (meta / "index.sqlite").unlink(),
-        "index.sqlite: the index of the shards cannot be read: No such file",
+        "index.sqlite: cannot be read: No such file or directory; put it back, or prepare the folder again",
     ),
     (_sql("CREATE TABLE other (x)"), "has no table of samples"),
     (
@@ -312,7 +312,7 @@ BAD_INDEX = [
         lambda meta: (meta / "dataset.yaml").write_text("__class__: VQAWebdataset"),
         "prepared as 'VQAWebdataset'; only Crude",
     ),
-    (lambda meta: (meta.parent / "000000.tar").unlink(), "000000.tar: a shard that .nv-meta names cannot be read"),
+    (lambda meta: (meta.parent / "000000.tar").unlink(), "000000.tar: cannot be read: No such file"),
 ]
 
 

@@ -19,14 +19,13 @@ import numpy as np
 import yaml
 
 from megatron_vila.data.fields import RecordError, shown
+from megatron_vila.data.sources.folder import Folder
 from megatron_vila.data.sources.sample_table import SampleTable, kept_table
 from megatron_vila.data.sources.tar import BLOCK, text_of
 
 META = ".nv-meta"
+INDEX = f"{META}/index.sqlite"
 CRUDE = "CrudeWebdataset"
-
-LARGEST_META = 2**26
-"""Bytes of the largest file of YAML or JSON in ``.nv-meta``."""
 
 LONGEST_CELL = 2**16
 """Bytes of the longest value that is taken from the index."""
@@ -37,7 +36,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
 
-def energon_table(folder: str, part: str) -> SampleTable:
+def energon_table(folder: Folder, part: str) -> SampleTable:
     """The samples of ``part`` (train, val, test ...) of an Energon folder, in the order of its shards.
 
     A folder whose shards are all in one other part is read whole. A sample that lies beyond the end of its shard is bad.
@@ -45,40 +44,31 @@ def energon_table(folder: str, part: str) -> SampleTable:
     """
     info = _shard_counts(folder)
     shards, left_out = _chosen(folder, info, part)
-    sizes = [_size(folder, name) for name in shards]
-    index = os.path.join(folder, META, "index.sqlite")
-    try:
-        status = os.stat(index)
-    except OSError as error:
-        raise RecordError(
-            f"{index}: the index of the shards cannot be read: {error.strerror}; {_PREPARE} (Energon 7)"
-        ) from error
-    state = [status.st_size, status.st_mtime_ns, info, shards, sorted(left_out), sizes]
-    return kept_table(
-        os.path.realpath(folder), ["energon", part], state, lambda: _make(index, folder, info, shards, sizes, left_out)
-    )
+    state = [folder.state(INDEX), info, shards, sorted(left_out), folder.quick_states(shards)]
+    return kept_table(folder.identity, ["energon", part], state, lambda: _make(folder, info, shards, left_out))
 
 
-def _shard_counts(folder: str) -> dict[str, int]:
+def _shard_counts(folder: Folder) -> dict[str, int]:
     """The shards of the folder in the order of their numbers, and how many samples each has."""
     _check_sample_type(folder)
     for name in (".info.json", ".info.yaml"):
-        info = _load(os.path.join(folder, META, name))
+        info = _load(folder, f"{META}/{name}")
         if info is not None:
             break
+    path = folder.place(f"{META}/.info.json")
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict) or not counts or not all(isinstance(count, int) for count in counts.values()):
-        raise RecordError(f"{folder}/{META}/.info.json: names no shards (shard_counts); {_PREPARE}")
+        raise RecordError(f"{path}: names no shards (shard_counts); {_PREPARE}")
     for name in counts:
         if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-            raise RecordError(f"{folder}/{META}/.info.json: {shown(name)} is not the name of a shard in the folder")
+            raise RecordError(f"{path}: {shown(name)} is not the name of a shard in the folder")
     return counts
 
 
-def _check_sample_type(folder: str) -> None:
+def _check_sample_type(folder: Folder) -> None:
     """Raise ``RecordError`` for a folder that was prepared for samples of another kind than JSON with media."""
-    path = os.path.join(folder, META, "dataset.yaml")
-    content = _load(path)
+    path = folder.place(f"{META}/dataset.yaml")
+    content = _load(folder, f"{META}/dataset.yaml")
     kind = content.get("__class__") if isinstance(content, dict) else None
     if kind not in (None, CRUDE):
         raise RecordError(
@@ -87,12 +77,12 @@ def _check_sample_type(folder: str) -> None:
         )
 
 
-def _chosen(folder: str, counts: Mapping[str, int], part: str) -> tuple[list[str], set[str]]:
+def _chosen(folder: Folder, counts: Mapping[str, int], part: str) -> tuple[list[str], set[str]]:
     """The shards of ``part``, and what is left out of them as ``shard/key``."""
-    path = os.path.join(folder, META, "split.yaml")
-    split = _load(path)
+    path = folder.place(f"{META}/split.yaml")
+    split = _load(folder, f"{META}/split.yaml")
     if split is None:
-        split = _load(os.path.join(folder, META, "split.json"))
+        split = _load(folder, f"{META}/split.json")
     parts = split.get("split_parts") if isinstance(split, dict) else None
     if not isinstance(parts, dict):
         raise RecordError(f"{path}: names no split_parts; {_PREPARE}")
@@ -137,21 +127,12 @@ def _expanded(path: str, names: Any) -> Iterator[str]:
     raise RecordError(f"{path}: its braces stand for more than 10,000,000 names")
 
 
-def _size(folder: str, name: str) -> int:
-    path = os.path.join(folder, name)
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise RecordError(
-            f"{path}: a shard that {META} names cannot be read: {error.strerror}; put it back, or {_PREPARE}"
-        ) from error
-
-
-def _make(
-    index: str, folder: str, counts: Mapping[str, int], shards: Sequence[str], sizes: Sequence[int], left_out: set[str]
-) -> SampleTable:
-    numbers = {number: shards.index(name) for number, name in enumerate(counts) if name in set(shards)}
-    rows, keys = _read_index(index)
+def _make(folder: Folder, counts: Mapping[str, int], shards: Sequence[str], left_out: set[str]) -> SampleTable:
+    index, sizes = folder.place(INDEX), [size for size, _ in folder.states(shards)]
+    number_of = {name: number for number, name in enumerate(shards)}
+    numbers = {number: number_of[name] for number, name in enumerate(counts) if name in number_of}
+    with folder.as_file(INDEX) as file:
+        rows, keys = _read_index(index, file)
     order = np.lexsort((rows[:, 1], rows[:, 0]))
     rows, keys = rows[order], keys[order]
     for number, (name, count) in enumerate(counts.items()):
@@ -171,22 +152,25 @@ def _make(
 
 
 def _beyond_the_end(
-    folder: str, shards: Sequence[str], sizes: Sequence[int], places: np.ndarray, keys: np.ndarray
+    folder: Folder, shards: Sequence[str], sizes: Sequence[int], places: np.ndarray, keys: np.ndarray
 ) -> dict[int, str]:
     sizes_of = np.asarray(sizes, np.int64)[places[:, 0]]
     bad = {}
     for index in np.flatnonzero(places[:, 1] + places[:, 2] > sizes_of).tolist():
         shard, start, size = places[index].tolist()
         bad[index] = (
-            f"{os.path.join(folder, shards[shard])}, sample {text_of(keys[index])}: cut off: the index puts it before byte "
+            f"{folder.place(shards[shard])}, sample {text_of(keys[index])}: cut off: the index puts it before byte "
             f"{start + size:,}, and the file has {sizes[shard]:,}"
         )
     return bad
 
 
-def _read_index(index: str) -> tuple[np.ndarray, np.ndarray]:
-    """Shard, number in it, first byte and bytes of each sample, int64 [samples, 4], and their keys (bytes objects)."""
-    uri = f"file:{quote(os.path.abspath(index))}?mode=ro&immutable=1"
+def _read_index(index: str, file: str) -> tuple[np.ndarray, np.ndarray]:
+    """Shard, number in it, first byte and bytes of each sample, int64 [samples, 4], and their keys (bytes objects).
+
+    ``index`` names the index, ``file`` is where it lies on this machine.
+    """
+    uri = f"file:{quote(os.path.abspath(file))}?mode=ro&immutable=1"
     rows = [np.empty((0, 4), np.int64)]
     keys: list[bytes] = []
     try:
@@ -216,18 +200,14 @@ def _read_index(index: str) -> tuple[np.ndarray, np.ndarray]:
     return table, np.fromiter(keys, dtype=object, count=len(keys))
 
 
-def _load(path: str) -> Any:
+def _load(folder: Folder, name: str) -> Any:
     """A file of YAML or JSON; None if there is none. Raises ``RecordError``."""
-    try:
-        if os.path.getsize(path) > LARGEST_META:
-            raise RecordError(f"{path}: more than {LARGEST_META:,} bytes")
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream) if path.endswith(".json") else yaml.safe_load(stream)
-    except FileNotFoundError:
+    content = folder.content(name)
+    if content is None:
         return None
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return json.loads(content) if name.endswith(".json") else yaml.safe_load(content)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise RecordError(
-            f"{path}: not what `energon prepare` writes: {' '.join(str(error).split())}; {_PREPARE}"
+            f"{folder.place(name)}: not what `energon prepare` writes: {' '.join(str(error).split())}; {_PREPARE}"
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -13,8 +12,6 @@ from megatron_vila.data.fields import RecordError, shown
 FILE = "megatron_vila.json"
 FORMAT = 1
 """The format of shards that is written and read."""
-
-LARGEST_FILE = 2**24
 
 _NONE = {"short_side": 0, "fps": 0.0, "picture_side": 0}
 
@@ -55,20 +52,6 @@ def holdings_of(content: bytes, path: str) -> Holdings:
             f"{path}, field 'media_format': must be vila or verbatim, found {shown(known['media_format'])}"
         )
     return Holdings(**known)
-
-
-def read_holdings(folder: str) -> Holdings | None:
-    """What stands in ``folder``; None for a set that this project has not prepared. Raises ``RecordError``."""
-    path = os.path.join(folder, FILE)
-    try:
-        if os.path.getsize(path) > LARGEST_FILE:
-            raise RecordError(f"{path}: more than {LARGEST_FILE:,} bytes")
-        with open(path, "rb") as stream:
-            return holdings_of(stream.read(), path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def holdings_warnings(config: Config, held: Mapping[str, Holdings]) -> list[str]:

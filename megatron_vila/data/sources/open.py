@@ -14,6 +14,7 @@ from megatron_vila.data.sources import energon, wids
 from megatron_vila.data.sources.joined import Joined, Part
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.sources.metadataset import ENDINGS, Bound, Leaf, read_metadataset
+from megatron_vila.data.sources.remote import is_address
 from megatron_vila.data.sources.shards import Shards
 from megatron_vila.data.sources.source import Source
 
@@ -41,7 +42,7 @@ class Format:
 
 FORMATS = (
     Format(
-        lambda path: os.path.isdir(os.path.join(path, energon.META)),
+        lambda path: is_address(path) or os.path.isdir(os.path.join(path, energon.META)),
         lambda data, paths, part: _joined([Shards.of_energon(data, path, part) for path in paths]),
     ),
     Format(

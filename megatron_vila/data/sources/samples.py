@@ -23,7 +23,7 @@ from megatron_vila.data.fields import (
 )
 from megatron_vila.data.formats.document import WRITTEN
 from megatron_vila.data.formats.read import FIELDS, names_media, parse_json, parse_record, without_fields
-from megatron_vila.data.media import Member
+from megatron_vila.data.media import Member, Storage
 from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.tar import Read, TarError, TarMember, members, split_name
 
@@ -41,11 +41,13 @@ _MEDIA = MEDIA_ENDINGS | _PICTURES
 _PICKLES = frozenset({".pkl", ".pickle", ".pyd", ".pth", ".pt"})
 
 
-def read_sample(path: str, read: Read, start: int, size: int, key: str, rules: RecordRules) -> Record:
+def read_sample(
+    path: str, read: Read, start: int, size: int, key: str, rules: RecordRules, storage: Storage | None = None
+) -> Record:
     """The record of the sample ``key`` in ``size`` bytes from ``start`` of the shard ``path``.
 
-    ``rules.media_dir`` is not used. Raises ``RecordError`` that names shard, key and what is wrong, ``TarError`` where the bytes
-    are not those of this sample in a tar file.
+    ``storage`` reads its media if the shard lies elsewhere; ``rules.media_dir`` is not used. Raises ``RecordError`` that names
+    shard, key and what is wrong, ``TarError`` where the bytes are not those of this sample in a tar file.
     """
     where = f"{path}, sample {key}"
     parts = _parts(read, start, start + size, key, where)
@@ -56,7 +58,7 @@ def read_sample(path: str, read: Read, start: int, size: int, key: str, rules: R
         if not names_media(content):
             content |= _as_fields(unnamed)
     record = parse_record(content, where, key, "", rules.media_format)
-    finder = _Finder(path, parts, where, record.media)
+    finder = _Finder(path, storage, parts, where, record.media)
     media = tuple(map(finder.found, record.media))
     if left := [part for part in unnamed if part not in finder.used]:
         raise RecordError(
@@ -135,8 +137,15 @@ def _as_fields(media: Iterable[str]) -> dict[str, list[str]]:
 class _Finder:
     """The members that the media of one record stand for; ``used`` are their parts."""
 
-    def __init__(self, path: str, parts: Mapping[str, TarMember], where: str, media: tuple[Media, ...]) -> None:
-        self._path, self._parts, self._where = path, parts, where
+    def __init__(
+        self,
+        path: str,
+        storage: Storage | None,
+        parts: Mapping[str, TarMember],
+        where: str,
+        media: tuple[Media, ...],
+    ) -> None:
+        self._path, self._storage, self._parts, self._where = path, storage, parts, where
         self._by_name = {posixpath.basename(member.name): part for part, member in parts.items()}
         self._single: dict[bool, str] = {}
         for is_video, endings in ((False, _PICTURES), (True, VIDEO_ENDINGS)):
@@ -168,7 +177,7 @@ class _Finder:
         if member.kind:
             raise RecordError(f"{self._where}: the part {part} is {member.kind}, not a regular file")
         self.used.add(part)
-        return Member(self._path, member.offset, member.size, member.name)
+        return Member(self._path, member.offset, member.size, member.name, self._storage)
 
 
 def _ending(part: str) -> str:

@@ -6,17 +6,17 @@ asked for. Its media are members of the shard, and nothing is unpacked.
 
 from __future__ import annotations
 
-import os
-
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.energon import energon_table
-from megatron_vila.data.sources.holdings import Holdings, read_holdings
+from megatron_vila.data.sources.folder import Folder, LocalFolder
+from megatron_vila.data.sources.holdings import FILE, Holdings, holdings_of
+from megatron_vila.data.sources.remote import RemoteFolder, is_address
 from megatron_vila.data.sources.sample_table import SampleTable
 from megatron_vila.data.sources.samples import read_sample
 from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, report_bad_records
-from megatron_vila.data.sources.tar import TarError
+from megatron_vila.data.sources.tar import Read, TarError
 from megatron_vila.data.sources.wids import wids_table
 
 HEAD = 2**13
@@ -24,7 +24,7 @@ HEAD = 2**13
 
 
 class Shards:
-    """The samples of ``table``, whose shards lie in ``folder``. Reading a sample opens its shard anew.
+    """The samples of ``table``, whose shards lie in ``folder``.
 
     ``rules`` is how records are read, ``skip_bad`` whether the object is made though some samples are bad; ``holdings`` is what a
     prepared set says of itself.
@@ -35,64 +35,52 @@ class Shards:
 
     def __init__(
         self,
-        folder: str,
+        folder: Folder,
         table: SampleTable,
         rules: RecordRules,
         skip_bad: bool = False,
         holdings: Holdings | None = None,
     ) -> None:
         self.folder, self._table, self._rules = folder, table, rules
-        self._paths = [os.path.join(folder, name) for name in table.shards]
         self.bad, self.digest = table.bad, table.digest
-        self.holdings = {folder: holdings} if holdings else {}
+        self.holdings = {folder.path: holdings} if holdings else {}
         if not len(table):
-            raise RecordError(f"{folder}: its shards hold no sample")
+            raise RecordError(f"{folder.path}: its shards hold no sample")
         if self.bad and (len(self.bad) == len(self) or not skip_bad):
             raise BadRecordsError(report_bad_records(self.bad, len(self)), self.bad)
 
     @classmethod
-    def of_energon(cls, data: DataConfig, folder: str, part: str = "train") -> Shards:
+    def of_energon(cls, data: DataConfig, path: str, part: str = "train") -> Shards:
         """The samples of ``part`` of a folder that ``energon prepare`` has made, by the settings of a run."""
+        folder: Folder = RemoteFolder(path, data) if is_address(path) else LocalFolder(path)
         return cls._of(data, folder, energon_table(folder, part))
 
     @classmethod
-    def of_wids(cls, data: DataConfig, folder: str) -> Shards:
+    def of_wids(cls, data: DataConfig, path: str) -> Shards:
         """The samples of a folder of VILA's WebDataset, by the settings of a run."""
-        return cls._of(data, folder, wids_table(folder))
+        return cls._of(data, LocalFolder(path), wids_table(path))
 
     @classmethod
-    def _of(cls, data: DataConfig, folder: str, table: SampleTable) -> Shards:
+    def _of(cls, data: DataConfig, folder: Folder, table: SampleTable) -> Shards:
         rules = RecordRules("", data.media_format, frozenset(data.ignore_fields))
-        return cls(folder, table, rules, data.bad_records == "skip", read_holdings(folder))
+        told = folder.content(FILE)
+        holdings = None if told is None else holdings_of(told, folder.place(FILE))
+        return cls(folder, table, rules, data.bad_records == "skip", holdings)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def record(self, index: int) -> Record:
         shard, start, size = self._place(index)
-        path, key = self._paths[shard], self._table.key(index)
+        name, key = self._table.shards[shard], self._table.key(index)
+        path = self.folder.place(name)
         if index in self.bad:
             raise RecordError(self.bad[index])
         try:
-            with open(path, "rb", buffering=0) as stream:
-                length = os.fstat(stream.fileno()).st_size
-                if length != self._table.sizes[shard]:
-                    raise ChangedFileError(
-                        f"{path}, sample {key}: the shard has {length:,} bytes and had {self._table.sizes[shard]:,} when it was "
-                        "opened; shards must stay as they are while a run reads them. Put the old one back and start again"
-                    )
-                head = os.pread(stream.fileno(), min(size, HEAD), start)
-
-                def read(offset: int, count: int) -> bytes:
-                    if start <= offset and offset + count <= start + len(head):
-                        return head[offset - start : offset - start + count]
-                    return os.pread(stream.fileno(), count, offset)
-
-                return read_sample(path, read, start, size, key, self._rules)
-        except FileNotFoundError as error:
-            raise ChangedFileError(
-                f"{path}, sample {key}: the shard is gone since it was opened; put it back and start again"
-            ) from error
+            with self.folder.opened(name, int(self._table.sizes[shard]), start, start + size) as (read, storage):
+                return read_sample(path, _with_head(read, start, size), start, size, key, self._rules, storage)
+        except ChangedFileError as error:
+            raise type(error)(f"at sample {key}: {error}") from error
         except TarError as error:
             raise RecordError(
                 f"{path}, sample {key}: {error}; the shard is damaged, or it is not the one that was indexed: make the index anew"
@@ -102,10 +90,22 @@ class Shards:
         return None
 
     def name(self, index: int) -> str:
-        return f"{self._paths[self._place(index)[0]]}, sample {self._table.key(index)}"
+        return f"{self.folder.place(self._table.shards[self._place(index)[0]])}, sample {self._table.key(index)}"
 
     def _place(self, index: int) -> tuple[int, int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard, start, size = self._table.places[index].tolist()
         return shard, start, size
+
+
+def _with_head(read: Read, start: int, size: int) -> Read:
+    """``read`` that takes the first bytes of a sample at once."""
+    head = read(start, min(size, HEAD))
+
+    def read_(offset: int, count: int) -> bytes:
+        if start <= offset and offset + count <= start + len(head):
+            return head[offset - start : offset - start + count]
+        return read(offset, count)
+
+    return read_
