@@ -8,7 +8,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.prepare.command import main
-from megatron_vila.data.sources.holdings import Holdings, holdings_warnings, read_holdings
+from megatron_vila.data.sources.holdings import FILE, Holdings, holdings_of, holdings_warnings
 from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.tokenizer import load_tokenizer
 from megatron_vila.data.video import probe_video
@@ -86,7 +86,7 @@ def test_the_trainers_source_reads_them_with_the_text_and_the_times_of_the_sourc
 
 
 def test_a_run_that_wants_more_than_the_shards_hold_is_told(prepared):
-    holdings = read_holdings(str(prepared[0]))
+    holdings = holdings_of((prepared[0] / FILE).read_bytes(), FILE)
     assert holdings == Holdings("verbatim", short_side=64, fps=2.0, picture_side=2048)
     config = load_config("tiny")
     config.model.vision.image_size, config.data.fps = 384, 4.0
