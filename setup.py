@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_vila", "megatron_vila.*"]),
-    package_data={"megatron_vila": ["py.typed", "config/presets/**/*.yaml"]},
+    package_data={"megatron_vila": ["py.typed", "config/presets/**/*.yaml", "explain/view/page.*"]},
     install_requires=REQUIRED,
     extras_require={
         "test": [

@@ -25,15 +25,13 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.sources.holdings import holdings_warnings
 from megatron_vila.data.sources.source import report_bad_records
 from megatron_vila.data.tokenizer import tokenizer_warnings
-from megatron_vila.errors import CheckpointError, ConfigError, DamagedError
-from megatron_vila.explain.sample import left_out, require_sample
+from megatron_vila.errors import CheckpointError, DamagedError
+from megatron_vila.explain.sample import SETS, left_out, parse_sample, require_sample
 from megatron_vila.explain.text import console
 from megatron_vila.plan.hardware import Machine
 from megatron_vila.plan.memory import describe_memory
 from megatron_vila.start_checks import check_start
 from megatron_vila.training.run_data import open_dataset
-
-SETS = ("train", "eval")
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def dry_run(config: Config, world_size: int, machine: Machine, show: Sequence[st
     each, without its pixels. Raises ``ConfigError``, ``CheckpointError`` or ``NoUsableSampleError`` with the cure for the first
     thing that does not fit.
     """
-    wanted = [_parse(text, config) for text in show or []]
+    wanted = [parse_sample(text, f"--show {text}", config) for text in show or []]
     warnings = check_start(config, world_size, machine)
     for warning in warnings:
         logger.warning("warning: %s", warning)
@@ -156,16 +154,3 @@ def _is_complete(folder: Path) -> bool:
 def _say(text: str) -> None:
     """Broken between words on a terminal, in one line elsewhere."""
     console(sys.stdout).print(text, soft_wrap=not sys.stdout.isatty())
-
-
-def _parse(text: str, config: Config) -> tuple[str, int]:
-    """``7`` or ``eval:7``."""
-    name, colon, number = text.rpartition(":")
-    name = name if colon else "train"
-    if name not in SETS or not number.isdecimal() or len(number) > 18:
-        raise ConfigError(
-            f"command line: --show {text} must be the number of a sample of data.train, e.g. 7, or of data.eval, e.g. eval:7"
-        )
-    if not getattr(config.data, name):
-        raise ConfigError(f"command line: --show {text}, but data.{name} is empty")
-    return name, int(number)

@@ -18,11 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_vila import accelerator
-from megatron_vila.data.check import ANY_VOCABULARY, Report, check
+from megatron_vila.data.check import ANY_VOCABULARY, USUAL, Report, check
 from megatron_vila.errors import UserError, entry_point
-
-DEFAULT = "models/longvila-7b"
-"""Whose pictures and lengths are counted where no configuration is given."""
 
 SHOWN = 20
 """Problems on the screen; a JSON report has all."""
@@ -34,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="read all samples and report what cannot be used")
     command.add_argument("files", nargs="*", help="JSON or JSONL files (default: data.train and data.eval of --config)")
-    command.add_argument("--config", help=f"YAML file or preset whose settings hold (default: {DEFAULT})")
+    command.add_argument("--config", help=f"YAML file or preset whose settings hold (default: {USUAL})")
     command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings that win, as data.num_frames=64")
     command.add_argument("--media-dir", help="data.media_dir")
     command.add_argument("--tokenizer", help="data.tokenizer; without one nothing is said of tokens")
@@ -49,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     from megatron_vila.config.load import load_config
     from megatron_vila.start_checks import check_data
 
-    config = load_config(options.config or DEFAULT, options.set)
+    config = load_config(options.config or USUAL, options.set)
     config.data.media_dir = config.data.media_dir if options.media_dir is None else options.media_dir
     config.data.tokenizer = config.data.tokenizer if options.tokenizer is None else options.tokenizer
     if options.files:

@@ -16,8 +16,9 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -248,23 +249,41 @@ def describe(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     supervised_L = np.concatenate([[False], document.labels[:-1] != IGNORE])
     text, at = "", 0
-    for first, end, label in _media(document):
-        text += _text(document.token_ids[at:first], supervised_L[at:first], tokenizer) + f"{{{label}}}"
-        at = end
+    for run in media_runs(document):
+        text += _text(document.token_ids[at : run.first], supervised_L[at : run.first], tokenizer) + f"{{{_label(run)}}}"
+        at = run.end
     text += _text(document.token_ids[at:], supervised_L[at:], tokenizer)
     return f"sample {document.sample_id}: {len(document)} tokens, {int(supervised_L.sum())} supervised\n{text}"
 
 
-def _media(document: Document) -> Iterator[tuple[int, int, str]]:
-    """First place, end and description of each image and of each run of frames of one video."""
-    places = zip(document.frames, document.frame_starts.tolist(), strict=True)
-    for (source, is_video, _), run in itertools.groupby(
-        places, lambda p: (p[0].source, p[0].is_video, p[0].is_video or p[1])
-    ):
-        members = list(run)
-        units, (frame, last) = [frame.unit for frame, _ in members], members[-1]
-        name = f"{sum(unit.frames for unit in units)} {in_units(units)} of {source}" if is_video else source
-        yield members[0][1], last + frame.tokens, f"{name}, {tokens_each(units)} tokens each"
+class MediaRun(NamedTuple):
+    """What fills the places from ``first`` to before ``end`` of a document: an image, or the frames of a video and the separators
+    between them."""
+
+    first: int
+    end: int
+    frames: tuple[FrameRef, ...]
+
+
+def media_runs(document: Document) -> list[MediaRun]:
+    """The media of a document in their order. Frames of one file are one run while they ascend and only separators part them."""
+    starts = document.frame_starts.tolist()
+    ends = [start + frame.tokens for start, frame in zip(starts, document.frames, strict=True)]
+    gaps = [after - end for end, after in zip(ends, starts[1:], strict=False)]
+    same = [
+        a.is_video and b.is_video and a.source == b.source and a.indices[-1] < b.indices[0]
+        for a, b in itertools.pairwise(document.frames)
+    ]
+    separators = min(itertools.compress(gaps, same), default=0)
+    inside = [together and gap == separators for together, gap in zip(same, gaps, strict=True)]
+    cuts = [0, *(place + 1 for place, is_inside in enumerate(inside) if not is_inside), len(starts)]
+    return [MediaRun(starts[a], ends[b - 1], document.frames[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+
+
+def _label(run: MediaRun) -> str:
+    units, source = [frame.unit for frame in run.frames], run.frames[0].source
+    name = f"{sum(unit.frames for unit in units)} {in_units(units)} of {source}" if run.frames[0].is_video else source
+    return f"{name}, {tokens_each(units)} tokens each"
 
 
 def _text(token_ids: np.ndarray, supervised_L: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

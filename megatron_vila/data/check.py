@@ -27,6 +27,9 @@ from megatron_vila.plan.grid import GridShape
 PIXELS = 14
 """Side of the pictures that decoded frames are scaled to: they are only looked at by the decoder."""
 
+USUAL = "models/longvila-7b"
+"""The settings whose pictures and lengths count where none are given."""
+
 ANY_VOCABULARY = int(MOST["model.llm.vocab_size"])
 """``model.llm.vocab_size`` where no model is named: any tokenizer goes."""
 

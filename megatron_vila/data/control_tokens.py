@@ -43,7 +43,7 @@ class ControlTokenError(UserError, ValueError):
 
 
 class ControlTokens:
-    """The control tokens of a fast ``tokenizer``. Safe for threads."""
+    """The control tokens of a fast ``tokenizer``, whose ids are ``ids`` (int64, ascending). Safe for threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -63,7 +63,7 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, self._names)) or "(?!)")
         self._parts = re.compile(f"{CONTROL_TEXT}(?P<text>.)|(?P<token>{self._pattern.pattern})", re.DOTALL)
         ids = {id_ for id_, token in added.items() if token.content in self._place and token.content != tokenizer.unk_token}
-        self._ids = np.array(sorted(ids), dtype=np.int64)
+        self.ids = np.array(sorted(ids), dtype=np.int64)
 
     def mark(self, value: Any) -> Any:
         """``value`` with signs for the control tokens in every text of it: a text, or lists and dicts of texts."""
@@ -91,12 +91,12 @@ class ControlTokens:
         """
         ids, places_L2 = _encode(self._tokenizer, text)
         written = sum(found["token"] is not None for found in self._parts.finditer(text))
-        if CONTROL_TEXT not in text and np.isin(ids, self._ids).sum() <= written:
+        if CONTROL_TEXT not in text and np.isin(ids, self.ids).sum() <= written:
             return ids, places_L2
         renamed, origins_C2 = self._renamed(text)
         encoding = self._copy.encode(renamed, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int64)
-        if np.isin(ids, self._ids).sum() > written:
+        if np.isin(ids, self.ids).sum() > written:
             raise ControlTokenError("the tokenizer makes a control token of the characters of a text")
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         ends = np.where(ends > 0, origins_C2[np.maximum(ends, 1) - 1, 1], 0)

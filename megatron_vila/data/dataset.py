@@ -162,10 +162,21 @@ class VilaDataset:
         except (UserError, OSError):
             return self.records.name(index)
 
+    def choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member | bytes, ...]]:
+        """The frames to take of a medium if they all fit (int64, ascending), and the files of all its frames where each has its
+        own. Raises ``MediaError``."""
+        if medium.is_video:
+            return take_frames(medium, self.data, self.probe, self.list_folder)
+        with errors_of(medium.path, "cannot be read"):
+            size = state_of(medium.path)[0]
+        if not size:
+            raise MediaError(medium.path, "the file is empty (0 bytes)")
+        return np.zeros(1, dtype=np.int64), ()
+
     def _build(self, record: Record) -> tuple[Document, int]:
         """The document of a record and the number of frames left out to make it fit."""
         segments = self.encoder.encode(record.turns)
-        chosen, files = zip(*map(self._choose_frames, record.media), strict=True) if record.media else ((), ())
+        chosen, files = zip(*map(self.choose_frames, record.media), strict=True) if record.media else ((), ())
         is_video = [medium.is_video for medium in record.media]
         sizes = list(map(self._size, record.media, chosen, files))
         room = self.seq_length - sum(len(s.token_ids) for s in segments)
@@ -219,16 +230,6 @@ class VilaDataset:
         if medium.is_video and not files:
             return self.shown_size(self.probe(medium.path))
         return picture_size(files[indices[0]] if files else medium.path)
-
-    def _choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member | bytes, ...]]:
-        """The frames to take of a medium, and the files of all its frames where each has its own."""
-        if medium.is_video:
-            return take_frames(medium, self.data, self.probe, self.list_folder)
-        with errors_of(medium.path, "cannot be read"):
-            size = state_of(medium.path)[0]
-        if not size:
-            raise MediaError(medium.path, "the file is empty (0 bytes)")
-        return np.zeros(1, dtype=np.int64), ()
 
     def _thin_out(self, medium: Media, indices: np.ndarray, count: int, of_pictures: bool) -> np.ndarray:
         """At most ``count`` of the frames ``indices``: evenly in time where a rate is asked for, else evenly by number."""

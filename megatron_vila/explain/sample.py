@@ -24,6 +24,8 @@ from megatron_vila.plan.row_plan import RowPlan
 if TYPE_CHECKING:
     from megatron_vila.data.dataset import Choice
 
+SETS = ("train", "eval")
+
 LISTED_RANKS = 16
 """Ranks of a table, half of them from its start and half from its end, unless all are asked for."""
 
@@ -45,6 +47,20 @@ def require_sample(samples: Sized, index: int, asked: str, name: str) -> None:
     """Raise ``ConfigError`` if ``samples`` of data.``name`` have no number ``index``, for which the command line ``asked``."""
     if index >= len(samples):
         raise ConfigError(f"command line: {asked} is not in data.{name}, which has samples 0 to {len(samples) - 1}")
+
+
+def parse_sample(text: str, asked: str, config: Config) -> tuple[str, int]:
+    """``7`` or ``eval:7``: the set's name (train or eval) and the number of a sample. Raises ``ConfigError`` that names what the
+    command line ``asked``, also for a set that is empty."""
+    name, colon, index = text.rpartition(":")
+    name = name if colon else "train"
+    if name not in SETS or not index.isdecimal() or len(index) > 18:
+        raise ConfigError(
+            f"command line: {asked} must be the number of a sample of data.train, e.g. 7, or of data.eval, e.g. eval:7"
+        )
+    if not getattr(config.data, name):
+        raise ConfigError(f"command line: {asked}, but data.{name} is empty")
+    return name, int(index)
 
 
 def left_out(choice: Choice, seq_length: int) -> list[str]:

@@ -180,6 +180,6 @@ def test_texts_that_no_tokenizer_can_read_are_errors_of_their_sample():
 
 def test_a_tokenizer_that_cannot_tell_them_apart_says_so():
     control = ControlTokens(byte_level_tokenizer("qwen2"))
-    control._ids = np.append(control._ids, control.encode("a")[0])
+    control.ids = np.append(control.ids, control.encode("a")[0])
     with pytest.raises(ControlTokenError, match="makes a control token of the characters of a text"):
         control.encode(control.mark("a <|im_end|>"))

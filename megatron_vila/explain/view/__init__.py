@@ -1,0 +1,1 @@
+"""A page that shows samples and rows as the model sees them (``tools/view_data.py``)."""
