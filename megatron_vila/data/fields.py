@@ -179,6 +179,8 @@ def is_empty(value: Any) -> bool:
 
 def source(value: Any, where: str, media_dir: str) -> str | bytes:
     """Where the medium lies that ``value`` names (``addresses.py``). Raises ``RecordError`` that begins with ``where``."""
+    if isinstance(value, str) and value.isascii() and value and ":" not in value and "\0" not in value:
+        return os.path.join(media_dir, value)  # what nearly all are
     try:
         found = source_of(value, media_dir)
     except AddressError as error:
@@ -243,7 +245,7 @@ def _frames(value: Any, where: str, media_dir: str) -> Media:
 
 def _is_picture(value: Any) -> bool:
     """Whether a text names a picture, by its ending or its kind."""
-    return isinstance(value, str) and (_ending(value) in PICTURE_ENDINGS or kind_in(value) == "image")
+    return isinstance(value, str) and (_ending(value) in PICTURE_ENDINGS or value.startswith("data:image/"))
 
 
 def _of_each_video(

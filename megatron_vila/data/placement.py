@@ -61,12 +61,13 @@ def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> t
     for turn in turns:
         if not turn.text.isascii() and (found := RESERVED.search(turn.text)):
             raise PlacementError(f"the text holds U+{ord(found[0]):04X}, which is not a character; remove it")
-    moves = rule == "vila" and not any(turn.role == DOCUMENT for turn in turns)
+    roles = [turn.role for turn in turns]
+    moves = rule == "vila" and DOCUMENT not in roles
     if moves:
         turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
     if not images + videos:
         return tuple(_marked(turns, _as_words)), ()
-    if not any(turn.role in MARKED for turn in turns):
+    if "user" not in roles and DOCUMENT not in roles:
         raise PlacementError("there are media, but no human turn to put them before")
     if moves:
         return tuple(_media_first(turns, images, videos)), (IMAGE,) * images + (VIDEO,) * videos
@@ -85,7 +86,8 @@ def unescape(text: str) -> str:
 
 
 def _marked(turns: Sequence[Turn], change: Callable[[str], str]) -> list[Turn]:
-    return [Turn(turn.role, change(turn.text)) if turn.role in MARKED else turn for turn in turns]
+    marked = DOCUMENT if turns[0].role == DOCUMENT else "user"
+    return [Turn(turn.role, change(turn.text)) if turn.role == marked else turn for turn in turns]
 
 
 def _markers(turns: Sequence[Turn]) -> list[str]:

@@ -27,23 +27,29 @@ _TOOLS = frozenset({"tool", "tool_call", "tool_response", "function", "function_
 _MARKERS = {"image": IMAGE, "video": VIDEO}
 
 _Said = list[Any]
-"""Role and content of each turn: a ``Turn``, or its role and a list of ``Part``."""
+"""The turns; the text of one may still be a list of ``Part``."""
 
 
 def read_turns(content: Mapping[str, Any], field: str, where: str, media_dir: str) -> Draft:
     """The conversation in ``content[field]`` with the media and the system text of the record."""
     here = f"{where}, field '{field}'"
-    said = _said(content[field], here, media_dir)
+    said, in_parts = _said(content[field], here, media_dir)
     if field == "messages" and len(said) == 1 and said[0][0] == "assistant":
         said = [Turn(DOCUMENT, said[0].text)]  # so ms-swift writes text for pre-training
-    return conversation(content, said, (field,), where, here, media_dir)
+    return conversation(content, said, in_parts, (field,), where, here, media_dir)
 
 
 def conversation(
-    content: Mapping[str, Any], said: _Said, spoken: tuple[str, ...], where: str, here: str, media_dir: str
+    content: Mapping[str, Any],
+    said: _Said,
+    in_parts: bool,
+    spoken: tuple[str, ...],
+    where: str,
+    here: str,
+    media_dir: str,
 ) -> Draft:
     """A draft of the turns ``said``, with the media and the system text of the record ``content``. The turns stand in its fields
-    ``spoken``, which messages call ``here``."""
+    ``spoken``, which messages call ``here``; ``in_parts`` tells whether any of them is a list of parts."""
     fields = read_fields(content, where, media_dir, spoken)
     refuse_unfit(content, where)
     if fields.system is not None:
@@ -53,7 +59,7 @@ def conversation(
             )
         check_text(fields.system, f"{where}, field 'system'")
         said = [Turn("system", fields.system), *said]
-    if all(isinstance(text, str) for _, text in said):
+    if not in_parts:
         return Draft(tuple(said), fields.images, fields.videos)
     parts = [part for _, text in said if not isinstance(text, str) for part in text if part.kind in KINDS]
     if not parts:
@@ -63,10 +69,12 @@ def conversation(
     return Draft(tuple(Turn(role, _with_markers(role, text)) for role, text in said), *media)
 
 
-def _said(value: Any, where: str, media_dir: str) -> _Said:
+def _said(value: Any, where: str, media_dir: str) -> tuple[_Said, bool]:
+    """What is said in the turns ``value``, and whether any of it is a list of parts."""
     if not isinstance(value, list) or not value:
         raise RecordError(f"{where}: must be a list of turns with at least one turn")
     said: _Said = []
+    in_parts = False
     for number, turn in enumerate(value, start=1):
         if (plain := _plain_turn(turn)) and (plain.role != "system" or not said):
             if not plain.text.isascii():
@@ -81,19 +89,21 @@ def _said(value: Any, where: str, media_dir: str) -> _Said:
                 check_text(text, here)
             if role == "system" and said:
                 raise RecordError(f"{here}: a system turn must be the first one")
-            said.append(Turn(role, text) if isinstance(text, str) else (role, text))
-    return said
+            in_parts |= not isinstance(text, str)
+            said.append(Turn(role, text))
+    return said, in_parts
 
 
 def _plain_turn(turn: Any) -> Turn | None:
     """What nearly all turns are, a role and a text and no more. None for the others."""
     try:
         who, what = turn
-        role, text = ROLES[turn[who]], turn[what]
+        if (who == "from" and what == "value") or (who == "role" and what == "content"):
+            text = turn[what]
+            return Turn(ROLES[turn[who]], text) if isinstance(text, str) else None
     except (KeyError, TypeError, ValueError):
-        return None
-    known = (who == "from" and what == "value") or (who == "role" and what == "content")
-    return Turn(role, text) if known and isinstance(text, str) else None
+        pass
+    return None
 
 
 def _spoken(turn: Any, where: str) -> Iterator[tuple[str, str, Any]]:

@@ -21,7 +21,7 @@ def read_question(content: Mapping[str, Any], field: str, where: str, media_dir:
         asked += "\n" + _text(content, further, where)
     said = [*_history(content.get("history"), f"{where}, field 'history'"), (asked, _text(content, answer, where))]
     turns = [Turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return conversation(content, turns, (field, answer, further, "history"), where, f"{where}, field '{field}'", media_dir)
+    return conversation(content, turns, False, (field, answer, further, "history"), where, f"{where}, field '{field}'", media_dir)
 
 
 def _text(content: Mapping[str, Any], field: str, where: str) -> str:

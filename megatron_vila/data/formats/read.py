@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vila.data.fields import Media, RecordError, check_text, lists_media, shown, whole_number
+from megatron_vila.data.fields import RecordError, check_text, lists_media, shown, whole_number
 from megatron_vila.data.formats import conversation, document, question
 from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.formats.parts import name_their_files
-from megatron_vila.data.placement import IMAGE, PlacementError, Turn, place_media
+from megatron_vila.data.placement import IMAGE, PlacementError, place_media
 from megatron_vila.data.records import Record, RecordRules
 
 
@@ -71,8 +71,13 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str, medi
         raise RecordError(f"{where}: a record must be a JSON object, found {type(content).__name__}")
     shape, field = _shape(content, where)
     draft = shape.read(content, field, where, media_dir)
-    turns, media = _place_media(draft, media_format, f"{where}, field '{field}'")
-    return Record(_sample_id(content.get("id"), default_id, f"{where}, field 'id'"), turns, media)
+    try:
+        turns, markers = place_media(draft.turns, len(draft.images), len(draft.videos), media_format)
+    except PlacementError as error:
+        raise RecordError(f"{where}, field '{field}': {error}") from error
+    left = {True: iter(draft.images), False: iter(draft.videos)}
+    media = tuple([next(left[marker == IMAGE]) for marker in markers])
+    return Record(_sample_id(content.get("id"), default_id, where), turns, media)
 
 
 def names_media(content: Mapping[str, Any]) -> bool:
@@ -122,22 +127,12 @@ def _sample_id(given: Any, default: str, where: str) -> str:
     if isinstance(given, float) and whole_number(given):
         given = int(given)
     if isinstance(given, bool) or not isinstance(given, str | int):
-        raise RecordError(f"{where}: must be text or a whole number, found {shown(given)}")
+        raise RecordError(f"{where}, field 'id': must be text or a whole number, found {shown(given)}")
     name = str(given)
     if name.isprintable():
         return name
-    check_text(name, where)
+    check_text(name, f"{where}, field 'id'")
     return _UNSEEN.sub(" ", name)
-
-
-def _place_media(draft: Draft, rule: str, where: str) -> tuple[tuple[Turn, ...], tuple[Media, ...]]:
-    """The turns with a marker for each medium, and the media in the order of their markers."""
-    try:
-        turns, markers = place_media(draft.turns, len(draft.images), len(draft.videos), rule)
-    except PlacementError as error:
-        raise RecordError(f"{where}: {error}") from error
-    left = {True: iter(draft.images), False: iter(draft.videos)}
-    return turns, tuple(next(left[marker == IMAGE]) for marker in markers)
 
 
 def parse_json(content: bytes, where: str) -> Any:
