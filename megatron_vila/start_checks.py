@@ -5,6 +5,7 @@ it names and the machine at hand. Nothing is made. Torch is imported where there
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterable
 from os.path import isdir, isfile  # unlike pathlib's, they say no to a name that is too long for the file system
@@ -160,8 +161,10 @@ def _unreadable(path: str) -> str:
     except OSError as error:
         return f"which cannot be looked at ({error.strerror})"
     if stat.S_ISDIR(found.st_mode):
-        marks = " or ".join(MARKS_OF_SHARDS)
-        return "" if any(os.path.exists(os.path.join(path, mark)) for mark in MARKS_OF_SHARDS) else f"a folder without {marks}"
+        if any(os.path.exists(os.path.join(path, mark)) for mark in MARKS_OF_SHARDS) or any(Path(path).rglob("*.tar")):
+            return ""
+        convert = f"python tools/prepare_data.py {shlex.quote(path)} --out FOLDER"
+        return f"a folder without {' or '.join(MARKS_OF_SHARDS)}: `{convert}` makes shards of what it holds"
     if not stat.S_ISREG(found.st_mode):
         return "which is not a file"
     if not os.access(path, os.R_OK):

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Iterator
 
-from megatron_vila.data.fields import RecordError
+from megatron_vila.data.fields import MEDIA_ENDINGS, RecordError
 
-FORMATS = {
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""The table of a folder of media, as the datasets library has it."""
+
+IN_PLACE = {
     "json": "a JSON file with one list of records",
     "jsonl": "a JSONL file, one record a line",
+    "energon": "a folder with Energon's index of its shards",
+    "wids": "a folder of VILA's WebDataset with wids-meta.json",
+    "tar": "a WebDataset tar file, or a folder of them",
 }
-"""The formats by name, and what each is in words."""
+"""Formats that training reads as they are, and what each is in words."""
+
+PREPARED = {
+    "parquet": "a parquet file, or a folder of them",
+    "folder": "a folder of media with captions of the same names (.txt, .json) or with metadata.csv or metadata.jsonl",
+    "text_files": "a text file, or a folder of them, each one document",
+    "text_lines": "a text file with one document a line",
+}
+"""Formats that are converted first."""
+
+FORMATS = IN_PLACE | PREPARED
+
+_COMMAND = "python tools/prepare_data.py"
 
 
 def detect(path: str) -> str:
@@ -18,7 +38,63 @@ def detect(path: str) -> str:
     if not os.path.exists(path):
         raise RecordError(f"{path}: there is no such file or folder")
     ending = os.path.splitext(path)[1].lower()
-    if ending in (".json", ".jsonl"):
+    if os.path.isdir(path):
+        return _of_folder(path)
+    if ending in (".json", ".jsonl", ".parquet", ".tar"):
         return ending[1:]
-    known = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
-    raise RecordError(f"{path}: none of the formats that are known: {known}")
+    if ending == ".txt":
+        raise RecordError(
+            f"{path}: a text file is one document, or one on each line, and does not say which; say it: "
+            f"`{command(path, 'text_files')}` or `{command(path, 'text_lines')}`"
+        )
+    raise RecordError(f"{path}: none of the formats that are known:{_listed(FORMATS)}")
+
+
+def command(path: str, format_name: str = "", media_dir: str = "", ignore_fields: tuple[str, ...] = ()) -> str:
+    """The command that converts what stands at ``path``."""
+    words = [shlex.quote(path), "--out", "FOLDER"]
+    words += ["--format", format_name] if format_name else []
+    words += ["--media-dir", shlex.quote(media_dir)] if media_dir else []
+    words += ["--ignore-fields", *map(shlex.quote, ignore_fields)] if ignore_fields else []
+    return " ".join([_COMMAND, *words])
+
+
+def files_under(folder: str) -> Iterator[str]:
+    """The files in ``folder`` and below it, by their paths from there, in order; names that begin with a dot do not count."""
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def _of_folder(path: str) -> str:
+    if os.path.isdir(os.path.join(path, ".nv-meta")):
+        return "energon"
+    if os.path.isfile(os.path.join(path, "wids-meta.json")):
+        return "wids"
+    if any(os.path.isfile(os.path.join(path, name)) for name in METADATA):
+        return "folder"
+    endings = {os.path.splitext(name)[1].lower() for name in files_under(path)}
+    found = [name for name in ("tar", "parquet") if f".{name}" in endings]
+    if endings & MEDIA_ENDINGS:
+        found.append("folder")
+    if not found and ".txt" in endings:
+        found.append("text_files")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RecordError(
+            f"{path}: holds files of several formats; name the files, or say with --format which it is:{_listed(found)}"
+        )
+    if endings & {".json", ".jsonl"}:
+        raise RecordError(f"{path}: holds files of records; name each of them, not their folder")
+    raise RecordError(f"{path}: holds no samples in a format that is known:{_listed(FORMATS)}")
+
+
+def _listed(names: dict[str, str] | list[str]) -> str:
+    return "".join(f"\n  {name}: {FORMATS[name]}" for name in names)
+
+
+def _raise(error: OSError) -> None:
+    raise RecordError(f"{error.filename}: the folder cannot be read: {error.strerror}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_vila.data.fields import RecordError, check_text, is_empty, shown
+from megatron_vila.data.fields import RecordError, check_text, is_empty, refuse_media, shown
 from megatron_vila.data.formats.conversation import conversation
 from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.placement import Turn
@@ -22,6 +22,18 @@ def read_question(content: Mapping[str, Any], field: str, where: str, media_dir:
     said = [*_history(content.get("history"), f"{where}, field 'history'"), (asked, _text(content, answer, where))]
     turns = [Turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
     return conversation(content, turns, False, (field, answer, further, "history"), where, f"{where}, field '{field}'", media_dir)
+
+
+def read_rounds(content: Mapping[str, Any], field: str, where: str, media_dir: str) -> Draft:
+    """The conversation in ``content[field]``, ``{"user": ..., "assistant": ...}`` for each round (The Cauldron, FineVision)."""
+    here, turns = f"{where}, field '{field}'", []
+    for number, round_ in enumerate(content[field], start=1):
+        place = f"{here}, round {number}"
+        if not isinstance(round_, dict):
+            raise RecordError(f"{place}: must be an object with 'user' and 'assistant', found {shown(round_)}")
+        refuse_media(round_, place, ("user", "assistant"))
+        turns += [Turn(role, _text(round_, role, place)) for role in ("user", "assistant")]
+    return conversation(content, turns, False, (field,), where, here, media_dir)
 
 
 def _text(content: Mapping[str, Any], field: str, where: str) -> str:

@@ -29,11 +29,18 @@ class Shape:
     read: Callable[[Mapping[str, Any], str, str, str], Draft]
 
 
+def _read_texts(content: Mapping[str, Any], field: str, where: str, media_dir: str) -> Draft:
+    """Both OBELICS and The Cauldron call a list of theirs so."""
+    texts = content[field]
+    rounds = isinstance(texts, list) and texts and isinstance(texts[0], dict)
+    return (question.read_rounds if rounds else document.read_blocks)(content, field, where, media_dir)
+
+
 SHAPES = (
     Shape(("conversations", "messages", "conversation"), conversation.read_turns),
     Shape(("query", "instruction"), question.read_question),
     Shape(document.INTERLEAVED[:1], document.read_sentences),
-    Shape(document.INTERLEAVED[1:], document.read_blocks),
+    Shape(document.INTERLEAVED[1:], _read_texts),
     Shape(document.WRITTEN, document.read_text),
 )
 """What comes first counts: a ``text`` beside ``conversations`` is a note."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from megatron_vila.data.formats.detect import FORMATS
 from megatron_vila.data.prepare.options import POOR, PRESETS, Options
 from megatron_vila.errors import SettingError, entry_point
 
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     default = asdict(Options())
     parser.add_argument("sources", nargs="+", help="files or folders with records")
     parser.add_argument("--out", required=True, help="folder of the shards")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="", help="what keeps the records (default: what is found there)"
+    )
     parser.add_argument(
         "--media-dir", default="", help="folder that paths of media start at (default: that of each source)"
     )
@@ -146,6 +150,7 @@ def _task(options: argparse.Namespace, parts: int):
     return Task(
         paths=tuple(options.sources),
         out=options.out,
+        format=options.format,
         options=chosen,
         media_dir=options.media_dir,
         ignore_fields=tuple(options.ignore_fields),

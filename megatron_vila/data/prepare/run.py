@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_vila.busy import busy, counted
 from megatron_vila.config.schema import Config, DataConfig
+from megatron_vila.data.containers.open import open_sets
 from megatron_vila.data.prepare.finish import UnfinishedError, all_steps, finish, require_energon
 from megatron_vila.data.prepare.options import Options, Outcome
 from megatron_vila.data.prepare.part import prepare_part
@@ -24,7 +25,6 @@ from megatron_vila.data.prepare.pool import Pool
 from megatron_vila.data.prepare.state import Output, Plan, open_output
 from megatron_vila.data.prepare.tally import Tally, total
 from megatron_vila.data.records import Record
-from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source
 from megatron_vila.errors import SettingError, UserError
 
@@ -37,6 +37,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @dataclass(frozen=True)
 class Task:
     """What is prepared: the records of ``paths``, whose media lie in ``media_dir`` (empty: beside them), to the folder ``out``.
+    ``format`` is what keeps the records (``formats/detect.py``), empty: what is found there.
 
     ``config`` counts tokens if it names a tokenizer. ``processes`` prepare media at once (0: this one). ``max_bad`` is the
     largest share of bad samples.
@@ -45,6 +46,7 @@ class Task:
     paths: tuple[str, ...]
     out: str
     options: Options
+    format: str = ""
     media_dir: str = ""
     ignore_fields: tuple[str, ...] = ()
     processes: int = 0
@@ -119,7 +121,7 @@ def _open(task: Task) -> Source:
         media_dir=task.media_dir, media_format="verbatim", bad_records="skip", ignore_fields=list(task.ignore_fields)
     )
     try:
-        return open_records(data, task.paths)
+        return open_sets(data, task.paths, task.format)
     except BadRecordsError as error:
         raise UserError(f"nothing can be prepared: {error}") from error
 

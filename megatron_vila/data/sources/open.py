@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
+from megatron_vila.data.formats.detect import PREPARED, command, detect
 from megatron_vila.data.sources import energon, wids
 from megatron_vila.data.sources.joined import Joined, Part
 from megatron_vila.data.sources.json_files import JsonFiles
@@ -49,6 +50,11 @@ FORMATS = (
         lambda path: os.path.isfile(os.path.join(path, wids.META)),
         lambda data, paths, part: _joined([Shards.of_wids(data, path) for path in paths]),
     ),
+    Format(
+        lambda path: _found(path) == "tar",
+        lambda data, paths, part: _joined([Shards.of_tars(data, path) for path in paths]),
+    ),
+    Format(lambda path: _found(path) in PREPARED, lambda data, paths, part: _refuse(data, paths[0])),
     Format(lambda path: True, lambda data, paths, part: JsonFiles.of(data, paths)),
 )
 """The first format that is at a path reads it. JSON is last: it takes every other path, and says what is wrong with it."""
@@ -116,6 +122,28 @@ def _place(bound: Bound, records: int) -> int:
 
 def _format(path: str) -> Format:
     return next(each for each in FORMATS if each.is_at(path))
+
+
+def _found(path: str) -> str:
+    """The format that is found at ``path``; "text_files" for a text file, which may hold one document or many."""
+    if path.endswith((".json", ".jsonl")) or not os.path.exists(path):
+        return ""
+    if path.endswith(".txt"):
+        return "text_files"
+    try:
+        return detect(path)
+    except RecordError:
+        return "folder" if os.path.isdir(path) else ""
+
+
+def _refuse(data: DataConfig, path: str) -> NoReturn:
+    """Raise ``RecordError`` with the command that makes shards of what training does not read in place."""
+    name = detect(path)  # which tells what to say where it is not clear
+    convert = command(path, media_dir=data.media_dir, ignore_fields=tuple(data.ignore_fields))
+    raise RecordError(
+        f"{path}: {PREPARED[name]}, which training does not read in place; make shards of it with `{convert}` and set "
+        "data.train=[FOLDER]"
+    )
 
 
 def _joined(sources: Sequence[Source]) -> Source:

@@ -6,6 +6,8 @@ asked for. Its media are members of the shard, and nothing is unpacked.
 
 from __future__ import annotations
 
+import os
+
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.records import Record, RecordRules
@@ -17,7 +19,7 @@ from megatron_vila.data.sources.sample_table import SampleTable
 from megatron_vila.data.sources.samples import read_sample
 from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, report_bad_records
 from megatron_vila.data.sources.tar import Read, TarError
-from megatron_vila.data.sources.wids import wids_table
+from megatron_vila.data.sources.wids import tar_table, wids_table
 
 HEAD = 2**13
 """Bytes of a sample that are read at once: most often its record and the headers around it."""
@@ -59,6 +61,12 @@ class Shards:
     def of_wids(cls, data: DataConfig, path: str) -> Shards:
         """The samples of a folder of VILA's WebDataset, by the settings of a run."""
         return cls._of(data, LocalFolder(path), wids_table(path))
+
+    @classmethod
+    def of_tars(cls, data: DataConfig, path: str) -> Shards:
+        """The samples of a tar file, or of all in a folder without an index, by the settings of a run."""
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        return cls._of(data, LocalFolder(folder), tar_table(path))
 
     @classmethod
     def _of(cls, data: DataConfig, folder: Folder, table: SampleTable) -> Shards:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_vila.data.fields import RecordError, shown
+from megatron_vila.data.formats.detect import files_under
 from megatron_vila.data.sources.sample_table import SampleTable, kept_table
 from megatron_vila.data.sources.tar import TarError, members, split_name
 
@@ -45,6 +46,18 @@ def wids_table(folder: str) -> SampleTable:
     shards = _listed(path)
     states = [_state(path, folder, shard) for shard in shards]
     return kept_table(os.path.realpath(folder), ["wids"], [shards, states], lambda: _make(folder, shards))
+
+
+def tar_table(path: str) -> SampleTable:
+    """The samples of the tar file ``path``, or of all tar files in and below the folder ``path``, which have no list.
+
+    Raises ``RecordError`` for files that cannot be looked at.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    found = files_under(path) if os.path.isdir(path) else [os.path.basename(path)]
+    shards = [Shard(name, -1, -1) for name in found if name.endswith(".tar")]
+    states = [_state(path, folder, shard) for shard in shards]
+    return kept_table(os.path.realpath(folder), ["tar", *shards], [states], lambda: _make(folder, shards))
 
 
 def _listed(path: str) -> list[Shard]:

@@ -1,0 +1,40 @@
+"""Opens sets for preparation: those that training reads in place, and those that are converted first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_vila.config.schema import DataConfig
+from megatron_vila.data.containers.folder import open_folder
+from megatron_vila.data.containers.parquet import ParquetFiles
+from megatron_vila.data.containers.texts import TextFiles, TextLines
+from megatron_vila.data.fields import RecordError
+from megatron_vila.data.formats.detect import FORMATS, IN_PLACE, detect
+from megatron_vila.data.sources.joined import Joined
+from megatron_vila.data.sources.metadataset import ENDINGS
+from megatron_vila.data.sources.open import open_records
+from megatron_vila.data.sources.source import Source
+
+_READERS: dict[str, Callable[[DataConfig, str], Source]] = {
+    "parquet": ParquetFiles,
+    "folder": open_folder,
+    "text_files": TextFiles,
+    "text_lines": TextLines,
+}
+
+
+def open_sets(data: DataConfig, paths: Sequence[str], format_name: str = "") -> Source:
+    """The samples of ``paths``, one path after the other, by the settings ``data``.
+
+    Each path has the format ``format_name``, or that which is found there. Of the formats that only preparation reads, a sample
+    is looked at when it is read, so ``bad`` names none of theirs. Raises ``RecordError``.
+    """
+    sources = [_open(data, path, format_name) for path in paths]
+    return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+def _open(data: DataConfig, path: str, format_name: str) -> Source:
+    if format_name and format_name not in FORMATS:
+        raise RecordError(f"--format {format_name} is unknown; use one of {', '.join(FORMATS)}")
+    name = format_name or ("energon" if path.endswith(ENDINGS) else detect(path))
+    return open_records(data, [path]) if name in IN_PLACE else _READERS[name](data, path)
