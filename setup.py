@@ -50,11 +50,12 @@ setup(
             "types-pyyaml>=6",
             # other readers of the shards that are prepared
             "megatron-energon>=7.4.1",
+            "pyarrow>=20",
         ],
-        # tools/prepare_data.py: the index of the shards
-        "prepare": ["megatron-energon>=7.4.1"],
+        # tools/prepare_data.py: the index of the shards, parquet files
+        "prepare": ["megatron-energon>=7.4.1", "pyarrow>=20"],
         # tools/prepare_data.py --ray
-        "ray": ["megatron-energon>=7.4.1", "ray[data]>=2.50"],
+        "ray": ["megatron-energon>=7.4.1", "pyarrow>=20", "ray[data]>=2.50"],
         # pre-release: pinned here, because pip takes one only when asked for it by its exact version; the constraints files pin
         # what it brings
         "gpu": ["flash-attn-4[cu13]==4.0.0b36", "quack-kernels>=0.6.5"],

@@ -1,6 +1,7 @@
 """Parquet files with the columns of public sets."""
 
 import os
+import sys
 
 import pytest
 
@@ -78,6 +79,24 @@ def test_a_column_of_bytes_that_is_not_known_is_not_overlooked(tmp_path):
     assert open_sets(DataConfig(ignore_fields=["recording"]), [path]).record(0).media == ()
 
 
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a/a.parquet", [{"text": "A"}])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(RecordError, match=r"needs pyarrow: pip install 'megatron-vila\[prepare\]'"):
+        open_sets(DATA, [path])
+
+
+def test_text_that_is_not_utf_8_makes_its_row_bad(tmp_path):
+    raw = pyarrow.array([b"A", b"\xff"], pyarrow.binary())
+    texts = pyarrow.StringArray.from_buffers(2, *raw.buffers()[1:])
+    (tmp_path / "a").mkdir()
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a/a.parquet")
+    source = open_sets(DATA, [str(tmp_path / "a")])
+    assert source.record(0).turns == (Turn("document", "A"),)
+    with pytest.raises(RecordError, match="row 2: not UTF-8 text"):
+        source.record(1)
+
+
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(RecordError, match="a.parquet: not a parquet file that can be read"):
@@ -87,7 +106,6 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
         open_sets(DATA, [write(tmp_path / "b/a.parquet", [], empty)])
     path = write(tmp_path / "c/a.parquet", [{"text": os.urandom(5000).hex()} for _ in range(4)])
     with open(path, "r+b") as stream:
-        stream.seek(200)
         stream.write(b"\xff" * 3000)
     source = open_sets(DATA, [path])
     with pytest.raises(RecordError, match="row 1: cannot be read"):

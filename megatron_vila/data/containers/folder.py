@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ _CAPTIONS = (".txt", ".json")
 _PICTURES = PICTURE_ENDINGS | {".gif", ".avif", ".jfif", ".ppm"}
 
 
-def open_folder(data: DataConfig, path: str) -> Container:
+def open_folder(data: DataConfig, path: str) -> Captioned | Tabled:
     """The samples of the folder ``path``. Raises ``RecordError`` for one without captions, and for a table that misses files."""
     tables = [name for name in METADATA if os.path.isfile(os.path.join(path, name))]
     if len(tables) > 1:
@@ -150,8 +151,7 @@ def _stem(medium: str) -> str:
 
 
 def _repeated(stems: Any) -> set[str]:
-    seen: set[str] = set()
-    return {stem for stem in stems if stem in seen or seen.add(stem)}
+    return {stem for stem, times in Counter(stems).items() if times > 1}
 
 
 def _with_medium(told: Any, medium: str, where: str) -> Any:

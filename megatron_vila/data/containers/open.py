@@ -13,6 +13,7 @@ from megatron_vila.data.formats.detect import FORMATS, IN_PLACE, detect
 from megatron_vila.data.sources.joined import Joined
 from megatron_vila.data.sources.metadataset import ENDINGS
 from megatron_vila.data.sources.open import open_records
+from megatron_vila.data.sources.remote import is_address
 from megatron_vila.data.sources.source import Source
 
 _READERS: dict[str, Callable[[DataConfig, str], Source]] = {
@@ -36,5 +37,5 @@ def open_sets(data: DataConfig, paths: Sequence[str], format_name: str = "") -> 
 def _open(data: DataConfig, path: str, format_name: str) -> Source:
     if format_name and format_name not in FORMATS:
         raise RecordError(f"--format {format_name} is unknown; use one of {', '.join(FORMATS)}")
-    name = format_name or ("energon" if path.endswith(ENDINGS) else detect(path))
+    name = format_name or ("energon" if path.endswith(ENDINGS) or is_address(path) else detect(path))
     return open_records(data, [path]) if name in IN_PLACE else _READERS[name](data, path)

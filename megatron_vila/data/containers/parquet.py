@@ -42,7 +42,8 @@ class ParquetFiles(Container):
         self._first = self._starts[np.searchsorted(files, np.arange(len(self._paths)))]
         if not len(self):
             raise RecordError(f"{path}: the table has no rows")
-        self._lock, self._kept = threading.Lock(), (-1, None)
+        self._lock = threading.Lock()
+        self._kept: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -79,7 +80,10 @@ class ParquetFiles(Container):
                 except Exception as error:  # whatever the library raises about a damaged file
                     raise RecordError(f"{self.name(index)}: cannot be read: {error}") from error
             table = self._kept[1]
-        return table.slice(index - int(self._starts[number]), 1).to_pylist()[0]
+        try:
+            return table.slice(index - int(self._starts[number]), 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{self.name(index)}: not UTF-8 text: {error}") from error
 
     def _groups(self, path: str) -> list[int]:
         """The number of rows of each row group of a file."""
