@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import resource
+import subprocess
 import tarfile
 import time
 from dataclasses import replace
@@ -16,7 +18,7 @@ from megatron_vila.data.prepare.options import Options
 from megatron_vila.data.prepare.part import TooManyBadError
 from megatron_vila.data.prepare.pool import DiedError, Pool
 from megatron_vila.data.prepare.report import page, summary
-from megatron_vila.data.prepare.run import Task, begin, do_parts
+from megatron_vila.data.prepare.run import Task, begin, disk_errors, do_parts
 from megatron_vila.data.prepare.state import StateError
 from megatron_vila.data.prepare.tally import total
 from megatron_vila.errors import SettingError, UserError
@@ -288,6 +290,34 @@ def test_a_file_that_ends_its_reader_is_the_fault_of_one_sample():
         after = pool.submit(abs, -4)
         assert isinstance(died.exception(), DiedError)
         assert after.result() == 4
+
+
+def test_a_full_disk_is_told_and_what_is_finished_stays(source, whole, tmp_path):
+    """A limit on the size of files ends a write as a full disk does."""
+    mine = task(source, tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD // 2, hard))
+    try:
+        with pytest.raises(UserError, match="free space, and start the same command again"), disk_errors(mine.out):
+            run(mine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "out").glob("*.tar")) and not list((tmp_path / "out").glob(".*.part"))
+    run(mine)
+    assert shards(tmp_path / "out") == shards(whole[0])
+
+
+def test_the_script_for_slurm_does_the_part_of_its_task(tmp_path):
+    script = Path(__file__).parents[2] / "examples/slurm_prepare_data.sh"
+    given = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "9", "OUTPUT": "o"}
+    command = ["bash", str(script), "--fps", "1"]
+    done = subprocess.run(command, env=os.environ | given | {"PYTHON": "echo"}, capture_output=True, text=True)
+    assert done.stdout.split()[-6:] == ["--out", "o", "--part", "3/9", "--fps", "1"]
+    for status, expected in ((1, 0), (2, 2)):  # some samples are bad; nothing could be done
+        (tmp_path / "python").write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / "python").chmod(0o755)
+        done = subprocess.run(command, env=os.environ | given | {"PYTHON": str(tmp_path / "python")})
+        assert done.returncode == expected
 
 
 def test_the_report_names_what_was_counted_and_escapes_what_it_shows(whole, source):

@@ -8,6 +8,8 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.prepare.command import main
+from megatron_vila.data.prepare.options import Options
+from megatron_vila.data.prepare.run import Task, begin, do_parts
 from megatron_vila.data.sources.holdings import FILE, Holdings, holdings_of, holdings_warnings
 from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.tokenizer import load_tokenizer
@@ -83,6 +85,21 @@ def test_the_trainers_source_reads_them_with_the_text_and_the_times_of_the_sourc
     (first, _) = records.record(3).media
     assert numbers(first.path, range(6)) == [0, 12, 24, 36, 48, 60]
     assert probe_video(first.path).seconds.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+
+
+def test_a_prepared_set_can_be_prepared_again(prepared, tmp_path):
+    task = Task((str(prepared[0]),), str(tmp_path / "out"), Options(short_side=32, fps=1.0))
+    source, plan, output = begin(task)
+    do_parts(task, source, plan, output, (0,), lambda: None)
+    (step,) = output.steps(0)
+    assert step.tally.samples == 4 and not step.tally.bad and step.tally.media == {"video": 4, "text": 1}
+    assert step.tally.frames == 3 + 2 + 3 + 2
+
+
+def test_rays_tasks_do_the_parts(prepared, tmp_path):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    assert main([*prepared[2], "--out", str(tmp_path / "out"), "--ray", "2"]) == 1
+    assert len(open_records(DataConfig(), [str(tmp_path / "out")])) == 4
 
 
 def test_a_run_that_wants_more_than_the_shards_hold_is_told(prepared):

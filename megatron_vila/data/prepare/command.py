@@ -6,6 +6,7 @@ The exit status is 0 if all samples were prepared, 1 if some are bad and were le
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -148,16 +149,21 @@ def _task(options: argparse.Namespace, parts: int):
         given["short_side"] = config.model.vision.image_size
     chosen = Options(**given, shard_bytes=options.shard_mib << 20, parts=parts)
     return Task(
-        paths=tuple(options.sources),
-        out=options.out,
+        # Absolute: tasks on other machines may stand elsewhere.
+        paths=tuple(map(_absolute, options.sources)),
+        out=_absolute(options.out),
         format=options.format,
         options=chosen,
-        media_dir=options.media_dir,
+        media_dir=_absolute(options.media_dir),
         ignore_fields=tuple(options.ignore_fields),
         processes=cores() if options.processes is None else options.processes,
         max_bad=options.max_bad,
         config=config,
     )
+
+
+def _absolute(path: str) -> str:
+    return path if not path or "://" in path else os.path.abspath(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,9 @@ def prepare_on_ray(task: Task) -> Tally:
         raise UserError("--ray needs Ray, which is not installed; pip install megatron-vila[ray]") from error
     require_energon()
     begin(task)  # what is wrong is told here, once
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     each = max(1, min(task.processes or 1, int(ray.cluster_resources().get("CPU", 1))))
     parts = ray.data.from_items(
         [{"part": part} for part in range(task.options.parts)], override_num_blocks=task.options.parts

@@ -105,7 +105,7 @@ def _serve(connection: Connection) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1:
             return
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             work, arguments = connection.recv()
             answer: tuple[Any, Exception | None]

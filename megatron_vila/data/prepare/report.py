@@ -93,11 +93,11 @@ def _shown(name: str, value: Any) -> str:
     return size(value) if name == "shard_bytes" else str(value)
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "plain") -> str:
     if not rows:
         return ""
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows)
-    return f"<h2>{escape(title)}</h2><table><tr>{''.join(f'<th>{escape(name)}' for name in head)}{cells}</table>"
+    return f"<h2>{escape(title)}</h2><table class={kind}><tr>{''.join(f'<th>{escape(name)}' for name in head)}{cells}</table>"
 
 
 def _histogram(title: str, counts: Counter) -> str:
@@ -108,7 +108,7 @@ def _histogram(title: str, counts: Counter) -> str:
     for power in range(min(counts), max(counts) + 1):
         low, high = (0, 0) if power < 0 else (2**power, 2 ** (power + 1) - 1)
         label = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        bar = f'<div class=bar style="width:{100 * counts[power] / most:.1f}%"></div>'
+        bar = f'<div class=bar style="width:{100 * counts[power] / most:.1f}%"></div>' if counts[power] else ""
         rows.append(f"<tr><td class=label>{label}<td class=bars>{bar}<td class=number>{counts[power]:,}")
     return f"<h2>{escape(title)}</h2><table class=histogram>{''.join(rows)}</table>"
 
@@ -116,7 +116,7 @@ def _histogram(title: str, counts: Counter) -> str:
 def _notes(title: str, notes: Sequence[Note], what: str) -> str:
     rows = [(f"{note.key:09d}", note.sample_id, note.place, note.reason) for note in notes[:SHOWN]]
     more = f"<p>... and {len(notes) - SHOWN:,} more; report.json has all.</p>" if len(notes) > SHOWN else ""
-    return _table(f"{title}: {len(notes):,}", ("key", "id", "place", what), rows) + more
+    return _table(f"{title}: {len(notes):,}", ("key", "id", "place", what), rows, "notes") + more
 
 
 _STYLE = """<style>
@@ -127,5 +127,7 @@ h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{color:#5a
 .cards span{color:#5a6a7a}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #e6ebf0;vertical-align:top;overflow-wrap:anywhere}
 th{color:#5a6a7a;font-weight:600}.histogram td{border:0;padding:.15rem .6rem}.label,.number{white-space:nowrap;width:1%}
-.label{text-align:right}.bar{background:#2f6f9f;height:1rem;border-radius:.15rem;min-width:1px}
+
+.notes td:first-child{white-space:nowrap}.label{text-align:right}
+.bar{background:#2f6f9f;height:1rem;border-radius:.15rem;min-width:1px}
 </style>"""

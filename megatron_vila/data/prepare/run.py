@@ -59,7 +59,7 @@ def prepare(task: Task, part: int | None = None) -> tuple[Tally, bool]:
     part, and false. Raises ``UserError``.
     """
     require_energon()
-    with _disk_errors(task.out):
+    with disk_errors(task.out):
         source, plan, output = begin(task)
         parts = range(plan.options.parts) if part is None else (part,)
         with counted("samples", sum(len(plan.range_of(number)) for number in parts)) as on_sample:
@@ -74,7 +74,7 @@ def prepare(task: Task, part: int | None = None) -> tuple[Tally, bool]:
 def only_finish(task: Task) -> Tally:
     """Make the index and the report of parts that are all done. Raises ``UserError``."""
     require_energon()
-    with _disk_errors(task.out):
+    with disk_errors(task.out):
         _, plan, output = begin(task)
         return _finish(task, output, plan)
 
@@ -153,7 +153,8 @@ def _check_places(task: Task) -> None:
 
 
 @contextmanager
-def _disk_errors(out: str) -> Iterator[None]:
+def disk_errors(out: str) -> Iterator[None]:
+    """Turn what the system says of a disk into a ``UserError`` with the cure; ``out`` is named where no file is."""
     try:
         yield
     except UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -61,5 +62,6 @@ class Shard:
         return size
 
     def drop(self) -> None:
-        self._file.close()
         self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk does not take what is left to write
+            self._file.close()
