@@ -20,7 +20,7 @@ from faults import FAULTS
 from faults.fault import Fault
 
 REPO = Path(__file__).resolve().parents[1]
-OURS = ("megatron_vila", "tests")
+OURS = ("megatron_vila", "tests", "tools", "benchmarks")
 LIBRARIES_OF = ("megatron_vila.training.trainer", "megatron_vila.convert.exporter", "megatron_vila.convert.importer")
 
 
