@@ -25,8 +25,8 @@ for place, names in (
 
 from megatron_vila.config.schema import Config
 from megatron_vila.plan import (
-    activations, bounds, budgets, flops, frames, geometry, grid, hardware, heads, layouts, memory, pictures, row, row_plan, sizes,
-    step_traffic, tokens, traffic, validate,
+    activations, bounds, budgets, dealing, flops, frames, geometry, grid, hardware, heads, layouts, memory, packing, pictures, row,
+    row_plan, sizes, step_traffic, tokens, traffic, validate,
 )
 used = {name for name in sys.modules if name.startswith("megatron_vila.plan.")}
 
@@ -62,6 +62,8 @@ for sent in (
     *traffic.ring_bytes(shape, config.model.llm, packed.length, 2),
 ):
     traffic.Links.of(sent, nodes)
+rows = packing.pack_samples([5, 3, 4], [0, 0, 0], 2, 8, 100)
+assert dealing.deal_rows([len(places) for places in rows], 2)
 assert heads.HeadSplit(28, 4, 2).per_rank == 14
 print(sorted(name.rpartition(".")[2] for name in used))
 print("no megatron, no processes:", not {"megatron", "multiprocessing", "transformers", "omegaconf"} & set(sys.modules))
