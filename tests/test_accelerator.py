@@ -131,7 +131,7 @@ def test_importing_and_preparing_says_nothing_about_optional_packages_and_brings
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0
     assert "Apex" not in done.stderr and "deprecated" not in done.stderr
-    # A compiler takes seconds to import: it waits for the first function that is compiled. Megatron-Core 0.19 brings it by itself.
+    # A compiler takes seconds to import: it waits for the first function that is compiled. Megatron-Core 0.19 brings it itself.
     assert done.stdout.strip() == "False"
 
 

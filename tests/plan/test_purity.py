@@ -25,8 +25,8 @@ for place, names in (
 
 from megatron_vila.config.schema import Config
 from megatron_vila.plan import (
-    activations, bounds, budgets, dealing, flops, frames, geometry, grid, hardware, heads, layouts, memory, packing, pictures, row,
-    row_plan, sizes, step_traffic, tokens, traffic, validate,
+    activations, bounds, budgets, dealing, flops, frames, geometry, grid, hardware, heads, layouts, memory, packing, pictures,
+    row, row_plan, sizes, step_traffic, tokens, traffic, validate,
 )
 used = {name for name in sys.modules if name.startswith("megatron_vila.plan.")}
 
