@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--token-order",
         choices=CHOICES["model.projector.token_order"],
-        help="order of mlp_downsample's tokens, where it cannot be told",
+        help="order of mlp_downsample's tokens, if the model does not record it",
     )
     command.add_argument(
         "--template",

@@ -1,5 +1,5 @@
-"""The Hugging Face converter: weights between its folders and distributed checkpoints, in one process, tensor by tensor.
+"""Converts weights between Hugging Face folders and distributed checkpoints, in one process, one tensor at a time.
 
-Read first ``weight_map`` (which tensor is which) and ``hf_config`` (which model a folder describes), then ``importer``,
+Read ``weight_map`` (which tensor is which) and ``hf_config`` (which model a folder describes) first, then ``importer``,
 ``exporter`` and ``verify``.
 """

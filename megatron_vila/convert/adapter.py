@@ -1,7 +1,9 @@
-"""The LoRA of a checkpoint as a PEFT adapter of the plain causal language model (the ``llm`` folder).
+"""Writes the LoRA of a checkpoint as a PEFT adapter of the plain causal language model (the ``llm`` folder of an export).
 
-Our fused layers share one input factor; PEFT has a pair for each projection, so each gets the shared one and its own rows of
-the other. Legend: R rows of a projection, I inputs, r rank.
+Our fused layers (query, key and value; gate and up) have one pair of LoRA factors. PEFT has a pair for each projection, so
+each projection gets the whole factor A, which reads the inputs, and its own rows of factor B.
+
+Legend: R rows of a projection, I inputs, r rank of the LoRA.
 """
 
 from __future__ import annotations
@@ -19,18 +21,23 @@ _PREFIX = "base_model.model."
 
 
 def adapter_problems(model: StoredModel) -> list[str]:
-    """Why the checkpoint cannot be written as an adapter."""
+    """Why ``model`` cannot be written as an adapter, each reason with its cure; empty if it can."""
     if not any(True for _ in model.low_rank()):
         return [f"{model.folder} holds no LoRA; leave out --adapter"]
     if "embeddings" in model.config.model.lora.also_train and model.config.model.llm.tie_embeddings:
-        return ["the embedding table was trained and is tied, which PEFT would untie; export without --adapter"]
+        return [
+            "the embedding table was trained (model.lora.also_train) and is tied to the output layer "
+            "(model.llm.tie_embeddings=true), which PEFT would untie; export without --adapter"
+        ]
     return []
 
 
 def write_adapter(folder: Path, model: StoredModel, dtype: torch.dtype | None) -> None:
-    """``adapter_model.safetensors`` and, last, ``adapter_config.json``; ``dtype`` None keeps the stored one.
+    """Write ``adapter_model.safetensors`` and then ``adapter_config.json`` into ``folder``.
 
-    Weights that were trained whole beside the LoRA (``lora.also_train``) go into PEFT's ``modules_to_save``.
+    ``dtype`` is the dtype of the written tensors; None keeps the stored ones. Weights that were trained in full beside the LoRA
+    (``model.lora.also_train``) go into PEFT's ``modules_to_save``. Raises ``ConversionError`` if the checkpoint cannot be read
+    and ``OSError`` if writing fails.
     """
     tensors: dict[str, MemoryTensor] = {}
     targets = set()

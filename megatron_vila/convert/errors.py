@@ -1,4 +1,4 @@
-"""The error of the converter: everything that is wrong, at once."""
+"""The error of the converter, which names everything that is wrong at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_vila.errors import UserError
 
 
 class ConversionError(UserError, ValueError):
-    """A checkpoint cannot be converted or compared. ``problems`` are all that were found, each with its cure."""
+    """A checkpoint cannot be converted or compared: ``what`` says which. ``problems`` lists all that were found, with cures."""
 
     def __init__(self, what: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)

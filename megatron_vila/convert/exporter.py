@@ -1,7 +1,7 @@
-"""Distributed checkpoint of any layout to a Hugging Face folder, in one process and without a GPU.
+"""Exports a distributed checkpoint of any parallel layout to a Hugging Face folder, in one process and without a GPU.
 
-The folder layout of the VILA code (``llm/``, ``vision_tower/``, ``mm_projector/``), one flat state dict, or a PEFT adapter of
-the language model alone. Tensors are read, taken apart and written one by one; config.json is written last.
+The export has the folders of the VILA code (``llm/``, ``vision_tower/``, ``mm_projector/``), or one flat state dict, or is a
+PEFT adapter of the language model alone. Tensors are read, split and written one by one; config.json is written last.
 """
 
 from __future__ import annotations
@@ -42,18 +42,22 @@ def export_checkpoint(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a checkpoint (the folder of a step, of a run, or of an import) as the Hugging Face folder ``out``; returns it.
+    """Write ``checkpoint`` (the folder of a step, of a run or of an import) as the Hugging Face folder ``out``; return ``out``.
 
-    ``dtype`` is bf16, fp32 or None: as stored. From a 16-bit run fp32 takes the float32 copies that Adam updates. LoRA is
-    merged, or with ``adapter`` written alone in PEFT's format. ``tokenizer`` replaces the run's data.tokenizer. Memory is
-    that of a few tensors. Raises ``ConversionError`` with all problems before anything is written.
+    ``layout`` is vila (a folder for each part) or flat. ``dtype`` is bf16, fp32 or None, which keeps the stored dtypes; fp32
+    takes the float32 copies that Adam updates, where a 16-bit run stored them. LoRA updates are merged into the weights, or
+    with ``adapter`` written alone in PEFT's format. ``tokenizer`` is a folder to use instead of the run's data.tokenizer.
+    ``overwrite`` permits replacing an earlier conversion in ``out``. ``shard_bytes`` limits the bytes of a safetensors file.
+
+    No more than a few tensors are in memory at a time. Raises ``ConversionError`` with all problems before anything is
+    written, and if reading or writing fails.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     problems = output_problems(out, [checkpoint], overwrite)
     if layout not in LAYOUTS:
         problems.append(f"layout={layout!r} is not known; choose one of {', '.join(LAYOUTS)}")
     if dtype is not None and dtype not in DTYPES:
-        problems.append(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}, or none for the stored one")
+        problems.append(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}, or leave it out to keep dtypes")
     try:
         model = StoredModel(checkpoint, merge=not adapter, main=dtype == "fp32")
     except ConversionError as error:
@@ -79,15 +83,15 @@ def _write_model(
     tokenizer_folder: Path | None,
     shard_bytes: int,
 ) -> None:
-    """Everything of a whole model; the root config.json comes last."""
+    """Write all files of a whole model; the root config.json comes last."""
     infos = {name: TensorInfo(dtype or info.dtype, info.shape) for name, info in model.infos.items()}
     tokenizer, why_not = open_tokenizer(tokenizer_folder)
     if tokenizer is None:
-        logger.warning("%s: the export has no tokenizer", why_not)
+        logger.warning("%s: the export has no tokenizer; --tokenizer names the folder of one", why_not)
     rules = TextRules.of(model.config.data)
     parts = _part_configs(model, infos, tokenizer)
     vision, carried = model.config.model.vision, model.hugging_face
-    # The root configuration of a model that came in parts is ours.
+    # A model that was imported as a language model and a tower has no root configuration; all of it is written anew.
     root = carried.get("root") or {}
     if layout == "flat":
         llm = tower = out
@@ -98,14 +102,15 @@ def _write_model(
             (out / part).mkdir()
             _write_part(out / part, part, infos, model, shard_bytes)
     if tokenizer_folder is not None:
-        # The VILA code looks into llm/, where transformers 5 would take the language model's usual tokenizer class.
+        # The VILA code looks into llm/. There transformers 5 takes the language model's default tokenizer class, whatever the
+        # files say, so a second copy stands at the root.
         for place in {out, llm}:
             copy_tokenizer(tokenizer_folder, place, NAMED.get(rules.template))
     stops = () if tokenizer is None else _stops(tokenizer, rules)
     _write_json(llm / "generation_config.json", hf.generation_config(carried.get("generation") or {}, tokenizer, stops))
     preprocessor = hf.preprocessor_config(vision, carried.get("preprocessor") or {})
     if layout == "flat":
-        # At the root AutoProcessor would take SigLIP's processor, which this key names, for the whole model's.
+        # The key names SigLIP's processor; at the root AutoProcessor would use that one for the whole model.
         preprocessor.pop("processor_class", None)
     _write_json(tower / "preprocessor_config.json", preprocessor)
     if layout == "flat":
@@ -132,7 +137,7 @@ def _part_configs(model: StoredModel, infos: Mapping[str, TensorInfo], tokenizer
 
 
 def _stops(tokenizer: Any, rules: TextRules) -> tuple[int, ...]:
-    """Ids that end an answer under the run's chat template; none where there is no template that a run could train with."""
+    """Token ids that end an answer under the run's chat template; empty if no run could train with that template."""
     try:
         return ChatEncoder(tokenizer, rules).stops
     except ChatTemplateError as error:
@@ -141,7 +146,7 @@ def _stops(tokenizer: Any, rules: TextRules) -> tuple[int, ...]:
 
 
 def _dtype_name(infos: Mapping[str, TensorInfo], part: str) -> str:
-    """The dtype of the part's largest share, as configurations write it."""
+    """The dtype of most elements of the part, as configurations write it, such as ``bfloat16``."""
     sizes: dict[torch.dtype, int] = {}
     for name, info in infos.items():
         if name.startswith(f"{part}."):

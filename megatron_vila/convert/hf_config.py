@@ -1,8 +1,8 @@
-"""Hugging Face configurations to ours: what the model is, and how its pictures and texts were prepared.
+"""Turns Hugging Face configurations into our settings: what the model is, and how its pictures and texts were prepared.
 
-The one reader of such configurations: imports, comparisons and the classes for transformers all take what it says, so they accept
-and refuse the same models with the same words. Values are checked against fixed lists. Nothing that a configuration names is
-imported or run: an unknown model type, projector or ``_target_`` is a problem that names it.
+It is the only reader of such configurations. Imports, comparisons and the classes for transformers all use it, so they accept
+and refuse the same models with the same messages. Values are checked against fixed lists. Nothing that a configuration names
+is imported or run: an unknown model type, projector or ``_target_`` is reported by name.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_vila.convert.token_order import is_legacy, projector_type, suggest
 from megatron_vila.plan.validate import shape_problems, value_problems
 
 METADATA_FORMAT = 2
-"""Format of the section ``megatron_vila`` in a root configuration; format 1 is read too."""
+"""The ``format`` that exports write in the section ``megatron_vila`` of a root configuration; format 1 is read too."""
 
 ROOT_TYPES = ("llava_llama", "vila", "nvila_lite")
 LANGUAGE_TYPES = ("llama", "qwen2")
 ENCODERS = ("llava.model.encoders.BasicImageEncoder", "llava.model.encoders.BasicVideoEncoder")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 SEPARATORS = {"image_separator_ids": "image_encoder", "frame_separator_ids": "video_encoder"}
-"""Which of VILA's encoders writes the text that each of our keys holds as ids."""
+"""For each of our keys of separator ids, the key of VILA's encoder that holds the same separator as text."""
 
-# What transformers leaves out of a file because its classes have it as default.
+# transformers leaves these values out of a file, because its classes have them as defaults.
 _SIGLIP_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -46,11 +46,11 @@ _UNSUPPORTED = {
 
 @dataclass
 class Description:
-    """A model in our terms. ``notes`` are for the user.
+    """A model in our settings. ``notes`` are remarks for the user.
 
-    ``separator_texts`` are written after each picture: texts by the keys of ``data`` whose ids the configuration does not know.
-    ``legacy_prompt``: VILA's code did not use the tokenizer's chat template then. ``dtype`` of the weights is None where nothing
-    says it.
+    ``separator_texts`` has an entry for each key of ``SEPARATORS`` whose token ids the configuration does not hold: the text that
+    VILA writes after each picture. ``legacy_prompt`` says that VILA's code had prompts of its own at the time of the model, and
+    did not use the tokenizer's chat template. ``dtype`` names the dtype of the weights, None if the configuration does not.
     """
 
     model: ModelConfig
@@ -70,9 +70,9 @@ def describe_model(
 ) -> Description:
     """The model that ``sections`` describe; everything that is wrong with it is appended to ``problems``.
 
-    ``token_order`` wins over what the sections suggest. ``fresh_projector`` is the type of one that is not stored yet, beside a
-    language model and a tower without a root configuration. ``has_head`` says whether a tower has SigLIP's pooling head, where
-    its settings do not.
+    ``token_order``, if given, is used instead of the projector token order that the sections suggest. ``fresh_projector`` is the
+    type of the projector that a language model and a tower without a root configuration will get. ``has_head`` says whether the
+    tower has SigLIP's pooling head; it counts only if the tower's settings do not say so.
     """
     model = ModelConfig(name=sections.path.resolve().name if sections.path else "")
     description = Description(model, DataConfig())
@@ -85,7 +85,7 @@ def describe_model(
         _root(sections, tower, description, token_order, problems)
     else:
         model.projector = ProjectorConfig(fresh_projector or "mlp_downsample", token_order or "row_major")
-    # Values, and sizes if all are known, are judged as those of any run.
+    # The checks of any run: of values always, of sizes against each other only if all of them could be read.
     config = Config(model=model, data=description.data)
     unfit = [*value_problems(config)] or ([] if problems else [*shape_problems(config)])
     problems += [f"{sections.part('as settings of a run')}, {problem}" for problem in unfit]
@@ -95,7 +95,9 @@ def describe_model(
 def _language(config: Mapping[str, Any], where: str, problems: list[str]) -> LanguageConfig:
     kind = config.get("model_type")
     if kind not in LANGUAGE_TYPES:
-        problems.append(f"{where}: model_type={kind!r} is not known; language models are {', '.join(LANGUAGE_TYPES)}")
+        problems.append(
+            f"{where}: model_type={kind!r} is not known; use a language model of type {' or '.join(LANGUAGE_TYPES)}"
+        )
         return LanguageConfig()
     read = _Reader(config, where, problems)
     heads, hidden = read.whole("num_attention_heads"), read.whole("hidden_size")
@@ -123,7 +125,7 @@ def _language(config: Mapping[str, Any], where: str, problems: list[str]) -> Lan
 
 
 def _rope(config: Mapping[str, Any], where: str, problems: list[str]) -> tuple[float, float]:
-    """Base and linear factor; both are taken as they are, also together."""
+    """Base and linear factor of the rotary embedding. Each is taken as it is written, also if both are set."""
     newer = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or newer
     if not isinstance(scaling, Mapping) or not isinstance(newer, Mapping):
@@ -135,7 +137,7 @@ def _rope(config: Mapping[str, Any], where: str, problems: list[str]) -> tuple[f
         return theta, 1.0
     if kind != "linear":
         problems.append(
-            f"{where}: rope_scaling of type {kind!r} is not known; this model scales positions linearly or not at all"
+            f"{where}: rope_scaling of type {kind!r} is not known; use a model whose scaling is linear or null"
         )
         return theta, 1.0
     return theta, _Reader(scaling, f"{where}: rope_scaling", problems).number("factor")
@@ -144,7 +146,7 @@ def _rope(config: Mapping[str, Any], where: str, problems: list[str]) -> tuple[f
 def _vision(config: Mapping[str, Any], has_head: bool, where: str, problems: list[str]) -> VisionConfig | None:
     kind = config.get("model_type") or "siglip_vision_model"
     if kind != "siglip_vision_model":
-        problems.append(f"{where}: model_type={kind!r} is not known; towers are siglip_vision_model")
+        problems.append(f"{where}: model_type={kind!r} is not known; use a tower of type siglip_vision_model")
         return None
     read = _Reader(_SIGLIP_DEFAULTS | dict(config), where, problems)
     read.expect("hidden_act", "gelu_pytorch_tanh")
@@ -168,15 +170,16 @@ def _root(
     token_order: str | None,
     problems: list[str],
 ) -> None:
-    """Projector, feature selection, pictures and texts, from the root configuration of a whole model."""
+    """Read projector, feature selection, pictures and texts from the root configuration of a whole model."""
     root, where, model = sections.root, sections.root_file, description.model
     kind = root.get("model_type")
     if kind == "nvila":
         problems.append(
-            f"{where}: model_type='nvila' joins features of several scales (dynamic S2), unknown to this model; use an NVILA-Lite"
+            f"{where}: model_type='nvila' joins features of several scales (dynamic S2), which is not supported; "
+            "use an NVILA-Lite model"
         )
     elif kind not in ROOT_TYPES:
-        problems.append(f"{where}: model_type={kind!r} is not known; whole models are {', '.join(ROOT_TYPES)}")
+        problems.append(f"{where}: model_type={kind!r} is not known; use a whole model of type {' or '.join(ROOT_TYPES)}")
     read = _Reader(root, where, problems)
     for key, meaning in _UNSUPPORTED.items():
         if root.get(key):
@@ -202,7 +205,7 @@ def _root(
 
 
 def _dtype(sections: HfSections, problems: list[str]) -> str | None:
-    """The element type that the weights are stored in, as far as the files say."""
+    """The dtype in which the weights are stored; None if the configurations do not say it."""
     root, llm = sections.root, sections.llm
     given = (root.get("model_dtype"), *(section.get(key) for section in (root, llm) for key in ("dtype", "torch_dtype")))
     written = next((dtype for dtype in given if dtype is not None), None)
@@ -220,7 +223,7 @@ def _projector(
     order, reason = (token_order, "") if token_order else suggest_token_order(root)
     if order is None:
         problems.append(
-            f"{sections.root_file}: the token order of mlp_downsample cannot be told: {reason}; give --token-order "
+            f"{sections.root_file}: the token order of mlp_downsample is not recorded: {reason}; give --token-order "
             "(projector_token_order= in from_pretrained): legacy_column_major for VILA-1.5 and Llama-3-LongVILA, row_major for "
             "NVILA and Qwen2-LongVILA"
         )
@@ -242,7 +245,7 @@ def _pictures(
     data.image_aspect = aspect if aspect in ("resize", "pad") else "resize"
     if data.image_aspect != aspect:
         description.notes.append(
-            f"image_aspect_ratio={aspect!r} is unknown here: pictures will be resized, exports say so"
+            f"image_aspect_ratio={aspect!r} is not supported: pictures will be resized, and exports will say resize"
         )
     if root.get("num_time_tokens"):
         description.notes.append(f"num_time_tokens={root['num_time_tokens']}: time tokens are trained as plain text")
@@ -253,28 +256,31 @@ def _pictures(
         elif isinstance(own[name], list) and all(type(id_) is int for id_ in own[name]):
             setattr(data, name, list(own[name]))
         else:
-            problems.append(f"{where}: megatron_vila.{name}={own[name]!r} is not a list of token ids; write one, or null")
+            problems.append(f"{where}: megatron_vila.{name}={own[name]!r} is not a list of token ids; write a list, or null")
 
 
 def separator_text(value: Any, where: str, problems: list[str]) -> str:
-    """The text that an encoder of VILA's adds after each picture: a newline unless it says otherwise."""
+    """The text that one of VILA's encoders writes after each picture: a newline unless ``end_tokens`` says otherwise.
+
+    ``value`` holds the encoder's settings, ``where`` names them in messages. What is wrong is appended to ``problems``.
+    """
     encoder = _encoder(value)
     if not isinstance(encoder, Mapping):
         problems.append(f"{where}={value!r} describes no encoder; write an object with _target_, or leave it out")
         return ""
     if encoder.get("start_tokens") is not None:
         problems.append(
-            f"{where}.start_tokens={encoder['start_tokens']!r}: this model writes nothing before a picture; use a model without"
+            f"{where}.start_tokens={encoder['start_tokens']!r}: text before a picture is not supported; use a model without it"
         )
     text = encoder.get("end_tokens", "\n")
     if not isinstance(text, str | None):
-        problems.append(f"{where}.end_tokens={text!r} is not a text; write one, or null for none")
+        problems.append(f"{where}.end_tokens={text!r} is not a text; write a text, or null for no separator")
         return ""
     return text or ""
 
 
 def _encoder(value: Any) -> Any:
-    """The settings of one of VILA's encoders; a plain text is its class's name."""
+    """The settings of one of VILA's encoders; a plain string is the name of its class."""
     encoder = decoded(value)
     return {"_target_": encoder} if isinstance(encoder, str) else {} if encoder is None else encoder
 
@@ -282,7 +288,7 @@ def _encoder(value: Any) -> Any:
 def _texts(
     root: Mapping[str, Any], own: Mapping[str, Any], where: str, description: Description, problems: list[str]
 ) -> None:
-    """The ``TextRules``; exports of format 1 were completed by what was done then."""
+    """Read the ``TextRules``. Exports of format 1 lack some of them, which get the values that training had at that time."""
     ours = _Reader(own, f"{where}: megatron_vila", problems)
     early = {"media_format": "verbatim", "parse_control_tokens": True} if own.get("format") == 1 else {}
     for rule in fields(TextRules):
@@ -293,7 +299,7 @@ def _texts(
 
 
 def _refuse_targets(sections: HfSections, description: Description, problems: list[str]) -> None:
-    """Name every class that a configuration wants to be made, but for the two encoders that this model has built in."""
+    """Report every class that a configuration wants to be made, except the two encoders that are built in here."""
     parts = {*FLAT_KEYS.values(), *(f"{part}_cfg" for part in PARTS)}
     root = {key: value for key, value in sections.root.items() if key not in parts}
     root |= {key: _encoder(root[key]) for key in SEPARATORS.values() if key in root}
@@ -302,11 +308,11 @@ def _refuse_targets(sections: HfSections, description: Description, problems: li
         for place, target in _targets(config, ""):
             if target not in ENCODERS:
                 problems.append(
-                    f"{sections.part(f'{section}{place}')} asks for {target!r} to be run, which is refused; this model has "
-                    f"{' and '.join(name.rpartition('.')[2] for name in ENCODERS)} built in"
+                    f"{sections.part(f'{section}{place}')} asks for {target!r} to be run, which is refused; use a model with "
+                    f"{' and '.join(name.rpartition('.')[2] for name in ENCODERS)}, which are built in"
                 )
         if "auto_map" in config:
-            description.notes.append(f"auto_map in {section or 'the root '}configuration: its code is not used")
+            description.notes.append(f"{section or 'root configuration: '}the code that auto_map names is not used")
 
 
 def _targets(value: Any, place: str) -> Iterable[tuple[str, Any]]:
@@ -323,7 +329,10 @@ def _targets(value: Any, place: str) -> Iterable[tuple[str, Any]]:
 
 
 class _Reader:
-    """Values of a configuration with their types checked; one that is missing or null has the default."""
+    """Reads values of a configuration and checks their types. A value that is missing or null gets the default.
+
+    A wrong value is appended to ``problems``, with ``where`` in front, and a harmless one is returned in its place.
+    """
 
     def __init__(self, config: Mapping[str, Any], where: str, problems: list[str]) -> None:
         self.config, self.where, self.problems = config, where, problems
@@ -348,13 +357,13 @@ class _Reader:
         return self._value(key, default, bool, "true or false", default)
 
     def expect(self, key: str, wanted: Any, meaning: str = "") -> None:
-        """A key that may be missing or null but must not ask for something else."""
+        """Report ``key`` if it is set to anything but ``wanted``; it may be missing or null. ``meaning`` explains the value."""
         value = self.config.get(key)
         if value is not None and value != wanted:
             meant = f" ({meaning})" if meaning else ""
             self.problems.append(
-                f"{self.where}: {key}={value!r}{meant} is unknown to this model, which has {wanted!r}; use another model, or "
-                f"write {wanted!r} if the weights were trained so"
+                f"{self.where}: {key}={value!r}{meant} is not supported, only {wanted!r} is; use another model, or "
+                f"write {wanted!r} if the weights were trained with it"
             )
 
     def _value(self, key: str, default: Any, types: Any, meant: str, instead: Any) -> Any:

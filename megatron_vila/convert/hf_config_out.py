@@ -1,7 +1,8 @@
-"""Our configuration to Hugging Face's: the JSON files of an exported folder.
+"""Turns our settings into Hugging Face configurations: the contents of the JSON files of an exported folder.
 
-Where the weights once came from a Hugging Face folder, its values are the base and what training may have changed is written
-over them; else every key that the VILA code reads is written. Rotary base, scaling and lengths are always the run's own.
+``carried`` is always the same file of the Hugging Face folder from which the weights were imported, {} if there was none. Its
+values are kept, and those that training may have changed are written over them. Without it, every key that the VILA code reads
+is written. Rotary base, rotary scaling and length limits are always those of the run.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from megatron_vila.plan.sizes import head_dim
 
 Parts = Mapping[str, Mapping[str, Any]]
 
-# A name at the root would win over resume_path in the VILA code; those of the parts are written anew by vila_root.
+# Keys that are not carried over. The VILA code would use a _name_or_path at the root before resume_path; vila_root writes new
+# ones for the parts.
 _DROPPED = ("_name_or_path", "auto_map", "dtype", "rope_parameters", "llm_cfg", "vision_tower_cfg", "mm_projector_cfg")
-# The version whose code wrote each token order: what other readers guess the order from.
+# For each token order, a version of transformers from its time: other readers infer the order from the version.
 _VERSIONS = {"row_major": "4.46.0", "legacy_column_major": "4.37.2"}
+# Values of the root of a model that was not imported.
 _FIRST_ROOT = {
     "drop_path_rate": 0.0,
     "dynamic_s2": False,
@@ -41,7 +44,10 @@ _FIRST_ROOT = {
 
 
 def language_config(llm: LanguageConfig, carried: Mapping[str, Any], dtype: str, tokenizer: Any) -> dict[str, Any]:
-    """``llm/config.json``. ``model_max_length`` follows ``max_positions`` where training changed that."""
+    """Content of ``llm/config.json``; ``dtype`` names the dtype of the weights, ``tokenizer`` may be None.
+
+    ``model_max_length`` is ``max_positions`` if training changed that, else the carried value.
+    """
     changed = carried.get("max_position_embeddings") != llm.max_positions
     lengths = {
         key: llm.max_positions if changed or not carried.get(key) else carried[key]
@@ -67,7 +73,7 @@ def language_config(llm: LanguageConfig, carried: Mapping[str, Any], dtype: str,
 
 
 def language_keys(llm: LanguageConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
-    """Our settings of a language model in Hugging Face's words, to be written over those of ``carried``."""
+    """Our settings of a language model under Hugging Face's names, to be written over those of ``carried``."""
     keys = {
         "hidden_act": "silu",
         "hidden_size": llm.hidden_size,
@@ -88,7 +94,7 @@ def language_keys(llm: LanguageConfig, carried: Mapping[str, Any]) -> dict[str, 
 
 
 def vision_config(vision: VisionConfig, carried: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """``vision_tower/config.json``."""
+    """Content of ``vision_tower/config.json``; ``dtype`` names the dtype of the weights."""
     first = {"attention_dropout": 0.0, "transformers_version": _VERSIONS["row_major"]}
     return first | _kept(carried) | vision_keys(vision) | {
         "architectures": ["SiglipVisionModel"],
@@ -98,7 +104,7 @@ def vision_config(vision: VisionConfig, carried: Mapping[str, Any], dtype: str) 
 
 
 def vision_keys(vision: VisionConfig) -> dict[str, Any]:
-    """Our settings of a tower in Hugging Face's words."""
+    """Our settings of a vision tower under Hugging Face's names."""
     return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": vision.hidden_size,
@@ -114,7 +120,7 @@ def vision_keys(vision: VisionConfig) -> dict[str, Any]:
 
 
 def projector_config(kind: str, dtype: str) -> dict[str, Any]:
-    """``mm_projector/config.json``."""
+    """Content of ``mm_projector/config.json``; ``kind`` is the projector's type, ``dtype`` names the dtype of the weights."""
     return {
         "architectures": ["MultimodalProjector"],
         "mm_projector_type": kind,
@@ -125,7 +131,7 @@ def projector_config(kind: str, dtype: str) -> dict[str, Any]:
 
 
 def preprocessor_config(vision: VisionConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
-    """``preprocessor_config.json``: the carried one, else SigLIP's as training prepared the pictures."""
+    """Content of ``preprocessor_config.json``: the carried one, else SigLIP's, with which training prepares pictures."""
     size = {"height": vision.image_size, "width": vision.image_size}
     return dict(carried) or {
         "do_normalize": True,
@@ -142,9 +148,9 @@ def preprocessor_config(vision: VisionConfig, carried: Mapping[str, Any]) -> dic
 
 
 def generation_config(carried: Mapping[str, Any], tokenizer: Any, stops: Sequence[int]) -> dict[str, Any]:
-    """``generation_config.json``: the carried one, else the ids that begin, end and pad a text.
+    """Content of ``generation_config.json``: the carried one, else the tokenizer's ids that begin, end and pad a text.
 
-    ``stops`` are the ids that end an answer under the run's template; generation ends at each of them.
+    ``stops`` are the token ids that end an answer under the run's template; they are added to those that end generation.
     """
     config = dict(carried) or {"_from_model_config": True, **_special_ids(tokenizer)}
     known = config.get("eos_token_id")
@@ -156,14 +162,15 @@ def generation_config(carried: Mapping[str, Any], tokenizer: Any, stops: Sequenc
 def vila_root(
     config: Config, carried: Mapping[str, Any], parts: Parts, tokenizer: Any, trained: bool
 ) -> dict[str, Any]:
-    """The root ``config.json`` of the folder layout; ``parts`` are the configurations of llm, vision_tower, mm_projector.
+    """Content of the root ``config.json`` of the folder layout; ``parts`` has the configuration of each of ``PARTS``.
 
-    ``trained`` says that what the run's settings call trained parts is news.
+    ``trained`` says that the checkpoint was trained by a run, so that the parts which the run trains replace the carried
+    ``tune_*`` keys.
     """
     model, data = config.model, config.data
     llm = parts["llm"]
     kept = _kept(carried)
-    # A flat layout's own keys mean nothing to the VILA code.
+    # These keys of the flat layout mean nothing to the VILA code.
     kept = {key: value for key, value in kept.items() if key not in ("text_config", "vision_config")}
     encoders = {
         f"{medium}_encoder": json.dumps(_encoder(name, ids, tokenizer))
@@ -178,7 +185,7 @@ def vila_root(
     }
     return _FIRST_ROOT | {"chat_template": None, **encoders, **tuned} | kept | (tuned if trained else {}) | {
         "architectures": ["LlavaLlamaModel"],
-        # TensorRT-LLM finds the folder of a part by this name, the VILA code by the key.
+        # TensorRT-LLM finds the folder of a part by _name_or_path, the VILA code by the key.
         **{f"{part}_cfg": {**config, "_name_or_path": part} for part, config in parts.items()},
         "mm_projector_type": model.projector.type,
         "model_dtype": f"torch.{llm['torch_dtype']}",
@@ -190,7 +197,7 @@ def vila_root(
 
 
 def flat_root(config: Config, carried: Mapping[str, Any], parts: Parts, tokenizer: Any) -> dict[str, Any]:
-    """The root ``config.json`` of the flat layout."""
+    """Content of the root ``config.json`` of the flat layout; ``parts`` has the configuration of each of ``PARTS``."""
     llm = parts["llm"]
     return {
         "architectures": ["VILAForConditionalGeneration"],
@@ -206,7 +213,7 @@ def flat_root(config: Config, carried: Mapping[str, Any], parts: Parts, tokenize
 
 
 def own_section(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
-    """What neither root has a key for: the section ``megatron_vila``."""
+    """The section ``megatron_vila`` of a root configuration: the settings for which neither layout has a key."""
     return {
         "format": METADATA_FORMAT,
         "projector_token_order": model.projector.token_order,
@@ -222,7 +229,7 @@ def own_section(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
 
 
 def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What both roots say."""
+    """The keys that the root configurations of both layouts have."""
     model, data = config.model, config.data
     common = {
         "fps": data.fps,
@@ -240,7 +247,7 @@ def _common(config: Config, carried: Mapping[str, Any], tokenizer: Any) -> dict[
 
 
 def _encoder(name: str, separator_ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    """VILA's encoders write a newline after a picture unless they are told another text."""
+    """Settings of VILA's encoder ``name``, which writes a newline after a picture unless ``end_tokens`` says otherwise."""
     encoder: dict[str, Any] = {"_target_": f"llava.model.encoders.{name}"}
     if not separator_ids:
         return encoder | {"end_tokens": None}
@@ -264,5 +271,5 @@ def _special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what names another place, and what is written in another way."""
+    """``carried`` without the keys that name another place or are written in another form."""
     return {key: value for key, value in carried.items() if key not in _DROPPED}

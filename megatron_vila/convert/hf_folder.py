@@ -1,8 +1,8 @@
-"""A Hugging Face folder as one set of tensors in flat names, recognized by its keys; nothing in it is executed.
+"""Opens a Hugging Face folder as one set of tensors with the names of the flat layout; no code of the folder is run.
 
-Three kinds are known: ``vila`` (``llm/``, ``vision_tower/`` and ``mm_projector/``, each a folder), ``flat`` (one state dict,
-``llm.*``, ``vision_tower.*``, ``mm_projector.*``) and ``parts`` (a plain causal language model and a SigLIP folder beside it).
-``misfits`` says whether the tensors are those of a model.
+Sub-folders and tensor names tell which of three kinds it is: ``vila`` (``llm/``, ``vision_tower/`` and ``mm_projector/``, each
+a folder), ``flat`` (one state dict: ``llm.*``, ``vision_tower.*``, ``mm_projector.*``) or ``parts`` (a plain causal language
+model, and a SigLIP model in another folder). ``misfits`` compares the tensors with those that a model needs.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ TOKENIZER_FILES = (
 )
 
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""What old versions of transformers saved beside the weights; it follows from the configuration."""
+"""Buffers that old versions of transformers saved beside the weights; their values follow from the configuration."""
 
 
 @dataclass
 class HfFolder:
-    """What was found: tensors by flat name, the JSON of the model and beside it ({} where there is none), and where files lie.
+    """What a folder holds.
 
-    ``ignored`` says what was left out and why.
+    ``kind`` is vila, flat, parts or unknown. ``tensors`` are by flat name, ``sections`` are the model's settings;
+    ``generation`` and ``preprocessor`` are the parsed JSON files beside the weights, {} where there are none. ``ignored``
+    describes the tensors that were left out. ``tokenizer`` is the folder with the tokenizer's files, None if there are none.
     """
 
     path: Path
@@ -60,9 +62,10 @@ class HfFolder:
 
 
 def open_folder(path: Path, vision: Path | None, problems: list[str]) -> HfFolder:
-    """Recognize and read ``path`` (headers and JSON only). ``vision`` is the SigLIP folder beside a plain language model.
+    """Recognize the folder ``path`` and read its JSON files and the headers of its tensors.
 
-    Everything that is wrong is appended to ``problems``.
+    ``vision`` is the SigLIP folder that completes a plain language model, else None. Everything that is wrong is appended to
+    ``problems``.
     """
     if not path.is_dir():
         problems.append(f"{path} is not a folder; give the folder of a Hugging Face model")
@@ -80,9 +83,10 @@ def open_folder(path: Path, vision: Path | None, problems: list[str]) -> HfFolde
 def misfits(
     folder: HfFolder, tensors: dict[str, Any], model: ModelConfig, places: Mapping[str, str] | None = None
 ) -> list[str]:
-    """What of ``tensors`` is missing, superfluous or of another shape for ``model``; ``places`` say where each would go.
+    """Which of ``tensors`` are missing, superfluous or of another shape for ``model``, a message each.
 
-    Takes out of ``tensors`` an output layer that repeats the tied embedding table.
+    ``places`` says for the messages where in a checkpoint each tensor would go. An output layer that only repeats the tied
+    embedding table is removed from ``tensors``.
     """
     head, table = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
     if model.llm.tie_embeddings and head in tensors and table in tensors:
@@ -116,7 +120,8 @@ def _open_tensors(path: Path, tensors: Mapping[str, FileTensor], vision: Path | 
     if names:
         problems.append(
             f"{path} is none of the known layouts: it has no {'/, '.join(PARTS)}/ folders, and its tensors "
-            f"({some(sorted(names), 3)}) begin neither with llm. (flat layout) nor with model.layers. (a language model)"
+            f"({some(sorted(names), 3)}) begin neither with llm. (flat layout) nor with model.layers. (a language model); "
+            "give a folder of one of these"
         )
     return HfFolder(path, "unknown")
 
@@ -180,14 +185,14 @@ def _flat_name(name: str, part: str) -> str | None:
     if part == "vision_tower":
         if name.startswith("text_model.") or name in ("logit_scale", "logit_bias"):
             return None
-        # transformers 5 saves the tower without this level.
+        # transformers 5 saves the tower's tensors without this prefix.
         prefix = "" if name.startswith("vision_model.") else "vision_model."
         return f"vision_tower.{prefix}{name}"
     return name.replace("vision_tower.vision_tower.", "vision_tower.", 1)
 
 
 def _take_files(folder: HfFolder, llm: Path, tower: Path, problems: list[str]) -> None:
-    """What lies beside the weights of the language model and of the tower."""
+    """Find the tokenizer, and read the JSON files beside the weights of the language model and of the tower."""
     folder.tokenizer = next((place for place in (folder.path, llm) if (place / "tokenizer_config.json").is_file()), None)
     folder.generation = _optional_json(llm / "generation_config.json", problems)
     folder.preprocessor = _optional_json(tower / "preprocessor_config.json", problems)

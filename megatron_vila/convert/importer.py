@@ -1,7 +1,7 @@
-"""Hugging Face folder to a run's folder: a distributed checkpoint of step 0 and a configuration to train it with.
+"""Imports a Hugging Face folder: writes a distributed checkpoint of step 0 and a configuration to train it with.
 
-``OUT`` then holds ``config.yaml``, ``tokenizer/`` and ``checkpoints/``; the original JSON files travel in the checkpoint's
-info.json and from there into every checkpoint of a run that starts from it.
+The output folder holds ``config.yaml``, ``tokenizer/`` and ``checkpoints/``. The original JSON files are kept in the
+checkpoint's info.json, and in that of every checkpoint of a run that starts from it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ def import_checkpoint(
     overwrite: bool = False,
     template: str | None = None,
 ) -> Path:
-    """Convert the Hugging Face folder ``source`` into the run's folder ``out``; returns ``out``.
+    """Convert the Hugging Face folder ``source`` into the folder ``out``, from which a run can start; return ``out``.
 
-    A plain language model needs ``vision``, a SigLIP folder, and gets a fresh ``projector`` (default mlp_downsample), drawn
-    as a new run with the default seed would draw it. ``token_order`` settles what ``source`` does not tell, and so does
-    ``template``, the run's data.template (empty: the tokenizer's own; None: as the time of the model suggests). Tensors keep
-    their dtype. Memory is that of a few tensors. Raises ``ConversionError`` with all problems before anything is written.
+    A plain language model needs ``vision``, the folder of a SigLIP model, and gets a new projector of type ``projector`` (default
+    mlp_downsample) with the random weights of a run with the default seed. ``token_order`` is the projector's token order, for a
+    ``source`` that does not record it. ``template`` is the run's data.template: empty for the tokenizer's own chat template, None
+    for the one that VILA's code used at the time of the model. ``overwrite`` permits replacing an earlier conversion in ``out``.
+
+    Tensors keep their dtype, and no more than a few are in memory at a time. Raises ``ConversionError`` with all problems before
+    anything is written, and if writing fails.
     """
     source, out = Path(source), Path(out)
     vision = None if vision is None else Path(vision)
@@ -103,7 +106,7 @@ def _part(entry: Entry, tensors: Mapping[str, SourceTensor], model: ModelConfig)
 def _configuration(
     folder: HfFolder, description: Description, out: Path, partial: Path, template: str | None
 ) -> tuple[Config, Any]:
-    """What a run needs to continue from here, and the tokenizer, which is copied, if there is one."""
+    """The configuration of a run that starts from ``out``, and its tokenizer, copied into ``partial``; None if there is none."""
     config = Config(model=description.model, data=description.data)
     config.checkpoint.load = str(out.resolve())
     config.train.output = str(out.resolve() / "run")
@@ -111,10 +114,12 @@ def _configuration(
     if folder.tokenizer is not None:
         copied = copy_tokenizer(folder.tokenizer, partial / "tokenizer")
         config.data.tokenizer = str(out.resolve() / "tokenizer")
-    # Beside a config.json transformers would take the model's usual tokenizer class, whatever the files say.
+    # Open the copy: beside a config.json transformers would take the model's default tokenizer class, whatever the files say.
     tokenizer, why_not = open_tokenizer(copied)
     if tokenizer is None:
-        logger.warning("%s: set data.tokenizer and the separators in %s", why_not, out / "config.yaml")
+        logger.warning(
+            "%s: set data.tokenizer, data.image_separator_ids and data.frame_separator_ids in %s", why_not, out / "config.yaml"
+        )
     else:
         for name, text in description.separator_texts.items():
             setattr(config.data, name, separator_ids(tokenizer, name, text))
@@ -128,14 +133,14 @@ def _configuration(
 
 
 def _settings(config: Config, tokenizer: Any) -> dict[str, Any]:
-    """What a run that starts from the weights is compared with."""
+    """The settings of texts with which a run that starts from these weights is compared."""
     names = ("frame_separator_ids", "image_separator_ids", *asdict(TextRules()))
     settings = {f"data.{name}": getattr(config.data, name) for name in names}
     return settings if tokenizer is None else settings | tokenizer_settings(tokenizer, config)
 
 
 def _info(config: Config, folder: HfFolder) -> dict[str, Any]:
-    """What info.json tells beside the files."""
+    """The entries of info.json besides its list of files."""
     return {
         "model": config.model.name,
         "config": asdict(config),

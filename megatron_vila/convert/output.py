@@ -17,7 +17,7 @@ _OURS = ("config.json", "config.yaml", "adapter_config.json")
 
 
 def output_problems(out: Path, sources: list[Path], overwrite: bool) -> list[str]:
-    """Why ``out`` cannot be written; ``sources`` are the folders that are read meanwhile."""
+    """Why ``out`` cannot be written, each reason with its cure; ``sources`` are the folders that the conversion reads."""
     if any(out.resolve() in (path.resolve(), *path.resolve().parents) for path in sources):
         return [f"{out} is the source, or a folder that holds it; choose another output folder"]
     if not out.exists():
@@ -26,7 +26,7 @@ def output_problems(out: Path, sources: list[Path], overwrite: bool) -> list[str
         return [f"{out} is a file; give another output folder"]
     if any(out.iterdir()):
         if not overwrite:
-            return [f"{out} exists; give another output folder, or --overwrite to replace it"]
+            return [f"{out} exists and is not empty; give another output folder, or --overwrite to replace it"]
         if not any((out / name).is_file() for name in _OURS):
             return [f"{out} holds no converted model, so --overwrite does not replace it; delete it yourself"]
     return []
@@ -34,9 +34,9 @@ def output_problems(out: Path, sources: list[Path], overwrite: bool) -> list[str
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes ``out`` (replacing it) if the block ends without an exception.
+    """A hidden folder to write to, which becomes ``out`` (replacing it) if the ``with`` block ends without an exception.
 
-    What a crash leaves has a hidden name and is removed by the next attempt. Raises ``ConversionError`` if the disk refuses.
+    A crash leaves only folders with hidden names, which the next attempt removes. Raises ``ConversionError`` if writing fails.
     """
     partial, old = (out.parent / f".{out.name}.{what}" for what in ("partial", "replaced"))
     try:
@@ -53,7 +53,7 @@ def appearing(out: Path) -> Iterator[Path]:
         flush(out.parent)
     except OSError as error:
         raise ConversionError(
-            f"{out} was not written", [f"{error}; free space or choose a folder that can be written"]
+            f"{out} was not written", [f"{error}; free space, or choose an output folder that can be written"]
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A distributed checkpoint of any layout as Hugging Face tensors in flat names, made one by one in this process.
+"""Reads a distributed checkpoint of any parallel layout as Hugging Face tensors with flat names, one at a time, in one process.
 
 The checkpoint's info.json holds the run's configuration and the Hugging Face files that the weights once came with.
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LowRank:
-    """The two factors of a LoRA update of one entry, alpha / rank not yet applied; legend: R rows, I inputs, r rank."""
+    """The two factors of one entry's LoRA update, alpha / rank * B A (R rows, I inputs, r rank); they do not hold the scale."""
 
     entry: Entry
     a_rI: torch.Tensor
@@ -38,11 +38,11 @@ class LowRank:
 
 
 class StoredModel:
-    """``infos`` has dtype and shape of every tensor by its flat Hugging Face name; ``read`` makes it.
+    """The model of a checkpoint. ``infos`` has dtype and shape of every tensor by flat Hugging Face name, ``read`` returns it.
 
     LoRA updates are merged in, unless ``merge`` is false. With ``main`` the float32 copies that Adam updates are read where
-    the checkpoint has them. Raises ``ConversionError`` that lists every tensor missing from the checkpoint, superfluous or of
-    another shape, and if a file is damaged.
+    the checkpoint has them. Raises ``ConversionError`` if a file is missing or damaged, and one that lists every tensor that is
+    missing from the checkpoint, superfluous or of another shape.
     """
 
     def __init__(self, path: Path, merge: bool = True, main: bool = False) -> None:
@@ -71,7 +71,10 @@ class StoredModel:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor; those that are stored together are read once if they are asked for one after another."""
+        """The tensor ``name``. Tensors that are stored together are read once if they are asked for one after another.
+
+        Raises ``ConversionError`` if it cannot be read.
+        """
         entry = self._entry_of[name]
         if self._last[0] is not entry:
             self._last = (entry, self.split_rows(entry, self._merged(entry)))
@@ -85,7 +88,7 @@ class StoredModel:
                 yield factors
 
     def split_rows(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor with the rows of ``entry`` as one for each Hugging Face tensor."""
+        """Split ``tensor``, which has the rows of ``entry``, into a tensor for each Hugging Face tensor of the entry."""
         rows = [shape[0] for shape in entry.tensors.values()]
         return entry.how.split(tensor, rows, self.config.model.llm.num_kv_heads)
 
@@ -132,7 +135,7 @@ _HUGGING_FACE = ("root", "llm", "vision", "generation", "preprocessor")
 
 
 def misfits(entries: Iterable[Entry], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What of ``entries`` is missing from a checkpoint with the shapes ``stored``, or has another shape there."""
+    """Which of ``entries`` a checkpoint with the shapes ``stored`` lacks or has in another shape, a message each."""
     problems = []
     for key, entry in {entry.key: entry for entry in entries}.items():
         if key not in stored:
@@ -145,7 +148,7 @@ def misfits(entries: Iterable[Entry], stored: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
-    """A table may be padded further, for a tp that does not divide the usual multiple."""
+    """Whether the stored shape fits. A table may have more padding rows, for a tp that does not divide the usual multiple."""
     if entry.how.pads and shape[1:] == entry.stored_shape[1:]:
         return shape[0] >= next(iter(entry.tensors.values()))[0]
     return shape == entry.stored_shape
@@ -155,11 +158,14 @@ def _config_of(info: Mapping[str, Any], folder: Path) -> Config:
     if "config" not in info:
         raise ConversionError(
             f"{folder} cannot be read",
-            ["its info.json holds no configuration, as older versions wrote it; let the run take a step, which saves one"],
+            [
+                "its info.json holds no configuration, because an older version wrote it; continue the run for a step and "
+                "convert the checkpoint that it saves"
+            ],
         )
     try:
         if not isinstance(info["config"], dict):
-            raise ConfigError(f"{folder / 'info.json'}: config is no group of settings")
+            raise ConfigError(f"{folder / 'info.json'}: config is not a group of settings")
         config = config_from_dict(info["config"], str(folder / "info.json"))
         problems = [problem for problem in value_problems(config) if problem.startswith("model.")]
     except ConfigError as error:
@@ -172,7 +178,7 @@ def _config_of(info: Mapping[str, Any], folder: Path) -> Config:
 
 
 def _hugging_face_of(info: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """What the weights came with: the JSON files of Hugging Face by kind."""
+    """The JSON files of the Hugging Face folder from which the weights were imported, by kind; {} if there was none."""
     files = info.get("hugging_face") or {}
     if not isinstance(files, dict) or not all(isinstance(files.get(kind) or {}, dict) for kind in _HUGGING_FACE):
         raise ConversionError(f"{folder} cannot be read", ["hugging_face in its info.json holds no JSON objects"])

@@ -1,7 +1,7 @@
-"""Safetensors on disk: sharded folders read lazily, and files written from tensors that are made one by one.
+"""Reads folders of safetensors files lazily, and writes such files from tensors that are made one by one.
 
-Nothing here ever holds more than one tensor. A file is mapped into memory while one of its tensors is read, and pickled
-weights are refused: reading them could run code.
+Nothing here ever holds more than one tensor. A file is mapped into memory while one of its tensors is read. Pickled weights
+are refused, because reading them could run code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_vila.errors import some
 
 SHARD_BYTES = 5 * 10**9
-"""Largest file that is written, if no single tensor is larger."""
+"""Largest file that is written, in bytes, if no single tensor is larger."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -36,14 +36,14 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Dtype and shape of a tensor, which are known without reading it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class SourceTensor(Protocol):
-    """A tensor that is read when it is needed."""
+    """A tensor of known dtype and shape that is read when it is needed."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class SourceTensor(Protocol):
 
 @dataclass(frozen=True)
 class MemoryTensor(TensorInfo):
-    """A tensor that exists already."""
+    """A tensor that is in memory already."""
 
     tensor: torch.Tensor
 
@@ -67,13 +67,13 @@ class MemoryTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class FileTensor(TensorInfo):
-    """A tensor of a safetensors file."""
+    """The tensor ``name`` in the safetensors file ``file``."""
 
     file: Path
     name: str
 
     def read(self) -> torch.Tensor:
-        """The tensor, mapped from its file, which stays mapped as long as the tensor lives."""
+        """The tensor, mapped from its file. The file stays mapped as long as the tensor lives."""
         with safe_open(self.file, "pt") as file:
             return file.get_tensor(self.name)
 
@@ -81,8 +81,8 @@ class FileTensor(TensorInfo):
 def find_tensors(folder: Path, problems: list[str]) -> dict[str, FileTensor]:
     """All tensors of the safetensors files in ``folder`` by name; nothing but their headers is read.
 
-    Appends to ``problems``: no safetensors, pickled weights in their place, damaged or truncated files, files that an index
-    names but that are not there, tensors that an index puts elsewhere, and element types that no weight has.
+    Appends to ``problems``: no safetensors files, pickled weights in their place, damaged or truncated files, files that an index
+    names but that are not there, tensors that are not in the file that an index names, and dtypes that weights do not have.
     """
     files = sorted(folder.glob("*.safetensors"))
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -113,7 +113,7 @@ def _nothing_in(folder: Path) -> str:
             f"{folder} holds pickled weights only ({', '.join(pickles)}); they are refused, because reading them can run code "
             "hidden in them: save the model again with safetensors, where you trust its source"
         )
-    return f"{folder} holds no *.safetensors file"
+    return f"{folder} holds no *.safetensors file; give a folder with weights"
 
 
 def _read_header(path: Path, found: dict[str, FileTensor], problems: list[str]) -> None:
@@ -122,7 +122,7 @@ def _read_header(path: Path, found: dict[str, FileTensor], problems: list[str]) 
             slice_ = file.get_slice(name)
             dtype = slice_.get_dtype()
             if dtype not in _DTYPES:
-                problems.append(f"{path}: {name} has elements of type {dtype}; weights are {', '.join(_DTYPES)}")
+                problems.append(f"{path}: {name} has elements of type {dtype}; save weights as {', '.join(_DTYPES)}")
             elif name in found:
                 problems.append(f"{name} is in {found[name].file.name} and in {path.name} of {path.parent}; remove one")
             else:
@@ -136,19 +136,25 @@ def _check_index(index: Path, found: Mapping[str, FileTensor], damaged: set[str]
         places = json.loads(index.read_text())["weight_map"]
         wanted = sorted(set(places.values()) - damaged)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"{index} is no index of safetensors files ({type(error).__name__}: {error})")
+        problems.append(
+            f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); copy or download it again"
+        )
         return
     outside = [name for name in wanted if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        problems.append(f"{index} names files outside of its folder: {some(list(map(repr, outside)))}; none was opened")
+        problems.append(
+            f"{index} names files outside of its folder: {some(list(map(repr, outside)))}; none was opened, put them beside it"
+        )
         return
     missing = [name for name in wanted if not (index.parent / name).is_file()]
     if missing:
-        problems.append(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; copy or download them")
+        problems.append(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; copy or download them")
     readable = set(wanted) - set(missing)
     wrong = [n for n, file in places.items() if file in readable and (n not in found or found[n].file.name != file)]
     if wrong:
-        problems.append(f"{index} puts tensors where they are not: {some(wrong)}; the files belong to another index")
+        problems.append(
+            f"{index} names files that do not hold these tensors: {some(wrong)}; copy or download index and files together"
+        )
 
 
 def write_tensors(
@@ -160,8 +166,9 @@ def write_tensors(
 ) -> None:
     """Write ``<stem>.safetensors``, or numbered files of at most ``shard_bytes`` with an index, in the order of ``tensors``.
 
-    ``read`` gives each tensor when its turn comes; it is converted to the dtype that ``tensors`` says. Files are flushed to
-    the disk. Raises ``ValueError`` if ``read`` gives another shape, ``OSError`` if writing fails.
+    A file is larger only if it holds a single larger tensor. ``read`` returns each tensor by name when its turn comes, and it is
+    converted to the dtype in ``tensors``. Files are flushed to the disk. Raises ``ValueError`` if ``read`` returns another shape
+    than that in ``tensors``, ``OSError`` if writing fails.
     """
     shards = _plan_shards(tensors, shard_bytes)
     places: dict[str, str] = {}
@@ -210,7 +217,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[s
         for name, info in ordered.items():
             tensor = read(name)
             if tuple(tensor.shape) != info.shape:
-                raise ValueError(f"{name} has shape {list(tensor.shape)}, announced was {list(info.shape)}")
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, but {list(info.shape)} was announced")
             file.write(tensor.to(info.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

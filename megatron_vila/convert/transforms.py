@@ -17,11 +17,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """``join`` puts tensors together, ``split`` takes them apart into as many rows each as told, ``shape`` is the joined shape;
-    ``pads``: a checkpoint may hold more rows than that.
+    """``join`` makes one tensor of several. ``split`` makes them of it again, given the rows of each. ``shape`` is the shape
+    that ``join`` gives; ``pads`` says that a checkpoint may hold more rows than that. ``name`` describes it in the weight map.
 
-    Both take the number of key/value heads last and touch only the first dimension, so what acts on a weight acts on its
-    bias and on the output side of a low-rank update too.
+    ``join`` and ``split`` take the number of key/value heads last. They change only the first dimension, so the transform of a
+    weight also suits its bias and the output factor of its low-rank update.
     """
 
     name: str

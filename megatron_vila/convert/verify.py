@@ -1,5 +1,7 @@
-"""Whether a checkpoint is whole, and whether two models are the same: Hugging Face folders of any layout, distributed checkpoints
-of any layout, or one of each."""
+"""Checks whether the files of a checkpoint are undamaged, and whether two models are equal.
+
+The models may be Hugging Face folders of any layout, distributed checkpoints of any parallel layout, or one of each.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,16 @@ from megatron_vila.errors import CheckpointError, some
 from megatron_vila.plan.bounds import value_of
 
 SHOWN = 20
-_BLOCK = 1 << 24
-# How a run computes, not what the model is.
+"""How many differences a report prints."""
+
+_BLOCK = 1 << 24  # elements that are compared at a time
+# Parts of keys that say how a run computes, not what the model is.
 _SETTINGS_OF_RUNS = ("model.name", "frame_micro_batch", "recompute", "model.init_std", "model.attention", "model.lora")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models in flat Hugging Face names."""
+    """One of the two models: dtype and shape of its tensors by flat Hugging Face name, and how to read one."""
 
     path: Path
     model: ModelConfig
@@ -42,7 +46,7 @@ class Side:
 
 @dataclass
 class Report:
-    """What was compared. ``equal`` means: the same tensors with the same bytes, and the same model settings."""
+    """What was compared. ``equal`` means that both models have the same settings and the same tensors, byte by byte."""
 
     a: Path
     b: Path
@@ -66,7 +70,7 @@ class Report:
 
 @dataclass(frozen=True)
 class FileReport:
-    """A check of one checkpoint's files. ``problems`` name what is damaged; ``checked``: there were checksums to check."""
+    """A check of one checkpoint's files. ``problems`` name what is damaged; ``checked`` says whether it has checksums."""
 
     folder: Path
     files: int
@@ -117,7 +121,7 @@ def verify_files(path: str | Path) -> FileReport:
 
 
 def _blocks_of_whole_files(folder: Path, info: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """What is missing or cut is named already."""
+    """The blocks to check of files with the right size. Missing and truncated files are reported by another check."""
     if not files.is_summed(info):
         return []
     wrong = set(files.wrong_files(folder, info))
@@ -125,7 +129,7 @@ def _blocks_of_whole_files(folder: Path, info: Mapping[str, Any]) -> list[tuple[
 
 
 def verify(a: str | Path, b: str | Path) -> Report:
-    """Compare two models. A tensor of each is in memory at a time. Raises ``ConversionError`` if one cannot be read."""
+    """Compare two models. One tensor of each is in memory at a time. Raises ``ConversionError`` if a model cannot be read."""
     one, other = _open(Path(a)), _open(Path(b))
     report = Report(one.path, other.path)
     report.differences += _setting_differences(one.model, other.model)
@@ -133,7 +137,7 @@ def verify(a: str | Path, b: str | Path) -> Report:
         only = sorted(side.infos.keys() - (other if side is one else one).infos.keys())
         if only:
             report.differences.append(f"only in {name}, {len(only)} in number: {some(only)}")
-    # In the order of the weight map, what a checkpoint stores together is read once.
+    # In the order of the weight map, tensors that a checkpoint stores together follow each other and are read once.
     for name in dict.fromkeys([*shapes(one.model), *one.infos]):
         if name in one.infos and name in other.infos:
             report.tensors += 1

@@ -1,13 +1,14 @@
-"""Which tensor of a distributed checkpoint is which tensor of a Hugging Face folder: one row each, read in both directions.
+"""The weight map: which tensor of a distributed checkpoint holds which tensors of a Hugging Face folder.
 
-A row names our key, the Hugging Face tensors that it holds with their shapes, and how they are put together. ``*`` is a
-layer's number; ``[*]`` says that our key stacks the layers on a leading axis. Hugging Face names carry the prefixes of the
-flat layout (``llm.``, ``vision_tower.``, ``mm_projector.``); the folder layout has one folder for each. ``python -m
-megatron_vila.convert`` prints the rows (docs/checkpoints.md).
+It is a table that imports and exports both use. A row names our key, the Hugging Face tensors that it holds with their shapes,
+and how they are put together. ``*`` is a layer's number; ``[*]`` says that our key stacks the layers on a leading axis. Hugging
+Face names carry the prefixes of the flat layout (``llm.``, ``vision_tower.``, ``mm_projector.``); the folder layout has one
+folder for each. ``python -m megatron_vila.convert`` prints the rows (docs/checkpoints.md).
 
 Legend of shapes: vocab, hidden, ffn: rows of the embedding table, width and feed-forward width of the language model; q, kv:
-widths of all query heads and of all key/value heads; tower, tower_ffn: widths of the vision tower; patches: patches of a
-picture; patch: side of one in pixels; cell: channels of the patches that the projector merges; wide: 3 * tower.
+widths of all query heads and of all key/value heads; tower, tower_ffn: width and feed-forward width of the vision tower;
+patches: patches of a picture; patch: side of a patch in pixels; cell: channels of the patches that the projector merges into
+one token; wide: 3 * tower.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from megatron_vila.plan.sizes import head_dim
 
 @dataclass(frozen=True)
 class Row:
-    """``hf`` maps each Hugging Face name to its shape; the row exists if the model has ``only_with`` (empty: always)."""
+    """``ours`` is our key, ``hf`` maps each Hugging Face name to its shape in words of the legend, ``how`` puts them together.
+
+    A model has the row only if it has the feature ``only_with``; empty means that every model has it.
+    """
 
     ours: str
     hf: Mapping[str, str]
@@ -33,10 +37,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row for one layer of one model.
+    """A row of the map for one layer of one model, with all sizes as numbers.
 
-    ``key`` names our tensor; where layers are stacked it has ``layers`` places on a leading axis, of which this is ``layer``.
-    ``shape`` is ours (without that axis, the vocabulary padded), ``tensors`` the Hugging Face names with their shapes.
+    ``key`` names our tensor. Where layers are stacked it has ``layers`` places on a leading axis, and the entry is the one at
+    index ``layer``, which is None otherwise. ``shape`` is that of our tensor, without that axis and with padding rows of the
+    vocabulary; ``tensors`` maps the Hugging Face names to their shapes.
     """
 
     key: str
@@ -53,7 +58,7 @@ class Entry:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of ``key`` in a distributed checkpoint."""
+        """Shape of the whole tensor ``key`` in a distributed checkpoint."""
         return self.shape if self.layer is None else (self.layers, *self.shape)
 
 
@@ -176,9 +181,9 @@ PROJECTOR = {
 
 
 def entries(model: ModelConfig) -> list[Entry]:
-    """Every tensor of ``model``: language model, tower and projector, layer by layer.
+    """An entry for every tensor of ``model``: of language model, tower and projector, layer by layer.
 
-    Each of our keys and each Hugging Face name occurs once. Raises ``KeyError`` for an unknown projector type.
+    Each pair of our key and a layer, and each Hugging Face name, occurs once. Raises ``KeyError`` for an unknown projector type.
     """
     sizes, has = _sizes(model), _features(model)
     found: list[Entry] = []
@@ -196,7 +201,7 @@ def entries(model: ModelConfig) -> list[Entry]:
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of ``model`` in flat names, with its shape."""
+    """Shape of every Hugging Face tensor of ``model`` by flat name."""
     return {name: shape for entry in entries(model) for name, shape in entry.tensors.items()}
 
 
@@ -254,7 +259,7 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _features(model: ModelConfig) -> set[str]:
-    """What rows may ask for in ``only_with``."""
+    """The features of ``model`` that rows may ask for in ``only_with``."""
     features = {
         "qkv bias": model.llm.qkv_bias,
         "an output layer of its own": not model.llm.tie_embeddings,

@@ -1,6 +1,6 @@
 """VILA for transformers: ``import megatron_vila.hf`` registers configuration, model and processor with the Auto classes.
 
-From then on ``AutoConfig``, ``AutoModelForCausalLM`` (also ``AutoModel`` and ``AutoModelForImageTextToText``) and
+After that, ``AutoConfig``, ``AutoModelForCausalLM`` (also ``AutoModel`` and ``AutoModelForImageTextToText``) and
 ``AutoProcessor`` load folders of the model types ``vila``, ``llava_llama`` and ``nvila_lite`` without
 ``trust_remote_code``. Nothing here needs Megatron-Core.
 """

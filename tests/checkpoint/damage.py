@@ -278,7 +278,7 @@ FORGED_INFO: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "size of an exabyte": (lambda info: info["files"].update({"state.pt": 2**60}), _FEW_SUMS),
     "name that no file has": (lambda info: info["files"].update({"\ud800": 1}), "names files that no checkpoint has"),
     "negative step": (lambda info: info.update(step=-1), "it holds no step"),
-    "configuration a list": (lambda info: info.update(config=[1]), "config is no group of settings"),
+    "configuration a list": (lambda info: info.update(config=[1]), "config is not a group of settings"),
     "configuration of a billion layers": (
         lambda info: info["config"]["model"]["llm"].update(num_layers=10**9),
         "model.llm.num_layers=1000000000 must be a mistake",

@@ -259,7 +259,7 @@ def test_remote_code_of_a_folder_is_ignored_and_never_imported(tmp_path, caplog)
     (source / "modeling_vila.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with caplog.at_level(logging.INFO, "megatron_vila"):
         imported = import_checkpoint(source, tmp_path / "out")
-    assert "auto_map in the root configuration: its code is not used" in caplog.text
+    assert "root configuration: the code that auto_map names is not used" in caplog.text
     assert "auto_map" not in json.loads(
         (export_checkpoint(imported, tmp_path / "exported") / "config.json").read_text()
     )
@@ -304,5 +304,5 @@ def test_a_picture_policy_that_is_unknown_here_is_told(tmp_path, caplog):
     edit(source / "config.json", image_aspect_ratio="dynamic", num_time_tokens=100)
     with caplog.at_level(logging.INFO, "megatron_vila"):
         imported = import_checkpoint(source, tmp_path / "out")
-    assert "image_aspect_ratio='dynamic' is unknown here" in caplog.text and "num_time_tokens=100" in caplog.text
+    assert "image_aspect_ratio='dynamic' is not supported: pictures" in caplog.text and "num_time_tokens=100" in caplog.text
     assert load_config(str(imported / "config.yaml"), []).data.image_aspect == "resize"

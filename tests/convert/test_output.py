@@ -29,7 +29,7 @@ def test_an_output_folder_that_exists_is_refused_unless_told(source, tmp_path):
     import_checkpoint(source, out)
     before = (out / "checkpoints/step-00000000/info.json").read_text()
     for convert in (import_checkpoint, export_checkpoint):
-        with pytest.raises(ConversionError, match="exists; give another output folder, or --overwrite"):
+        with pytest.raises(ConversionError, match="exists and is not empty; give another output folder, or --overwrite"):
             convert(
                 source if convert is import_checkpoint else out,
                 tmp_path / "out" if convert is import_checkpoint else source,

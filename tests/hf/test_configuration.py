@@ -152,12 +152,12 @@ def test_everything_that_a_configuration_asks_for_in_vain_is_listed_at_once(root
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mm_vision_select_feature": "patch"}, "which has 'cls_patch'"),
+        ({"mm_vision_select_feature": "patch"}, "only 'cls_patch' is"),
         (
             {"mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": "mlp_downsample_fix"}},
             "mlp_downsample_fix",
         ),
-        ({"llm_cfg": {"model_type": "mixtral"}}, "model_type='mixtral' is not known; language models are llama, qwen2"),
+        ({"llm_cfg": {"model_type": "mixtral"}}, "model_type='mixtral' is not known; use a language model"),
         ({"megatron_vila": {"format": 3, "projector_token_order": "row_major"}}, "format=3 is not known, only 1 and 2"),
         ({"megatron_vila": {"projector_token_order": "diagonal"}}, "diagonal"),
     ],

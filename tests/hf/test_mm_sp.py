@@ -131,12 +131,12 @@ def refused_call(rank: int, extra: dict) -> str:
         ({"attention_mask": torch.ones(1, 20)}, "attention_mask (the collator takes padding out"),
         ({"past_key_values": True}, "past_key_values (a key/value cache"),
         ({"use_cache": True}, "use_cache (a key/value cache"),
-        ({"inputs_embeds": torch.zeros(1, 20, 16)}, "inputs_embeds (give token ids)"),
+        ({"inputs_embeds": torch.zeros(1, 20, 16)}, "inputs_embeds (give input_ids)"),
         ({"logits_to_keep": 1}, "logits_to_keep"),
         ({"output_attentions": True}, "output_attentions (no attention weights are formed"),
         ({"return_dict": False}, "return_dict"),
         ({"mm_sp_row": None}, "this call has no mm_sp_row"),
-        ({"positional": True}, "1 arguments without a name: call model(**batch)"),
+        ({"positional": True}, "1 positional arguments: call model(**batch)"),
         ({"backbone": True}, "does not take attention_mask"),
         ({"backbone_alone": True}, "was called without mm_sp_row"),
     ],
@@ -184,7 +184,7 @@ def test_a_model_without_output_layer_is_refused():
 def test_a_model_type_that_was_not_checked_is_refused():
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    with pytest.raises(ValueError, match="model_type=gemma2 has not been checked with MM-SP; it runs llama, qwen2"):
+    with pytest.raises(ValueError, match="model_type=gemma2 has not been checked with MM-SP; use llama, qwen2"):
         check_model(model, 1, ATTENTION)
 
 

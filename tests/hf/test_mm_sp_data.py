@@ -139,7 +139,7 @@ def test_collator_and_row_travel_to_workers():
         ({"input_ids": [1, VIDEO]}, "sample 0 has 1 video tokens (id 65) but videos of no frames need 0"),
         (
             {"input_ids": [VIDEO, 1, *[VIDEO] * 4], "pixel_values_videos": [torch.zeros(1, 3, SIDE, SIDE)]},
-            "the tokens of frame 0 do not stand together",
+            "the tokens of frame 0 are not consecutive",
         ),
         (
             {"input_ids": [VIDEO] * 5, "pixel_values_videos": [torch.zeros(1, 3, 9, 9)]},

@@ -362,15 +362,15 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_told(processor, media
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": "<image>"}, r"hold \[1\] markers <image> for \[0\]"),
-        ({"text": "no marker", "images": "wide.png"}, r"hold \[0\] markers <image> for \[1\]"),
-        ({"text": ["<image>", "<image>"], "images": [["wide.png"] * 2, []]}, r"\[1, 1\] markers <image> for \[2, 0\]"),
+        ({"text": "<image>"}, r"hold \[1\] markers <image>, but \[0\]"),
+        ({"text": "no marker", "images": "wide.png"}, r"hold \[0\] markers <image>, but \[1\]"),
+        ({"text": ["<image>", "<image>"], "images": [["wide.png"] * 2, []]}, r"\[1, 1\] markers <image>, but \[2, 0\]"),
         ({"text": "<video>", "videos": "http://example.org/a.mp4"}, "network address"),
         ({"text": "<image>", "images": np.zeros((8, 8, 3))}, "uint8"),
         ({"text": "<image>", "images": [3]}, "int  cannot stand for <image>"),
         ({"text": "<image>", "images": np.zeros((8, 8), dtype=np.uint8)}, "cannot stand|markers"),
         ({"text": None, "images": "wide.png"}, "give text"),
-        ({"text": "a", "return_tensors": "np"}, "pt for tensors"),
+        ({"text": "a", "return_tensors": "np"}, "return_tensors='pt'"),
         ({"text": ["a", "What is shown?"], "padding": False}, "padding=True"),
     ],
 )

@@ -1,4 +1,4 @@
-"""MM-SP under stock models of transformers: see ``enable``."""
+"""MM-SP, LongVILA's multi-modal sequence parallelism, for unmodified models of transformers: see ``enable``."""
 
 from megatron_vila.hf.mm_sp.enable import MMSP, enable_mm_sp
 

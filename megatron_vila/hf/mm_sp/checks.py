@@ -17,35 +17,38 @@ _CURE = {
     "attention_mask": "the collator takes padding out and packs documents by itself",
     "past_key_values": "a key/value cache holds whole sequences; use `with mm_sp.paused():`",
     "use_cache": "a key/value cache holds whole sequences; use `with mm_sp.paused():`",
-    "inputs_embeds": "give token ids",
+    "inputs_embeds": "give input_ids",
     "pixel_values": "give a picture as a video of one frame",
     "mm_encoder_outputs": "give pixel_values_videos",
-    "logits_to_keep": "with labels only supervised tokens meet the output layer, without labels all of them",
-    "shift_labels": "the collator shifts labels",
+    "logits_to_keep": "leave it out; the output layer computes supervised tokens only, or all tokens if there are no labels",
+    "shift_labels": "give labels, which the collator shifts",
     "output_attentions": "no attention weights are formed; use attn_implementation='eager' without MM-SP",
     "return_dict": "read the fields of the output by name",
 }
 
 
 def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
-    """Raise ``ValueError`` that lists every setting of ``model`` with which its gradients would be wrong."""
+    """Raise ``ValueError`` that lists every setting of ``model`` with which its gradients would be wrong.
+
+    ``ulysses`` is the size of the Ulysses group, ``name`` the attention implementation of a model that has MM-SP on.
+    """
     config = model.config
     if config.model_type not in TEXT_MODELS + VIDEO_MODELS:
         raise ValueError(
-            f"model_type={config.model_type} has not been checked with MM-SP; it runs {', '.join(TEXT_MODELS)} "
-            f"and, with a language model of these types, {', '.join(VIDEO_MODELS)}"
+            f"model_type={config.model_type} has not been checked with MM-SP; use {', '.join(TEXT_MODELS)} "
+            f"or, with a language model of these types, {', '.join(VIDEO_MODELS)}"
         )
     text = config.get_text_config()
     problems = []
     if text.model_type not in TEXT_MODELS:
-        problems.append(f"text_config.model_type={text.model_type} is none of {', '.join(TEXT_MODELS)}")
+        problems.append(f"text_config.model_type={text.model_type} is not supported; use {', '.join(TEXT_MODELS)}")
     if text._attn_implementation == name:
-        problems.append("MM-SP is on already; call disable() of the object that enable_mm_sp returned first")
+        problems.append("MM-SP is on already; first call disable() of the object that enable_mm_sp returned")
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
-        problems.append(f"{type(model).__name__} has no output layer without bias; take the class ...ForCausalLM")
+        problems.append(f"{type(model).__name__} has no output layer without bias; use the model's class ...ForCausalLM")
     if not getattr(text, "is_causal", True):
-        problems.append("is_causal=False: MM-SP is causal attention")
+        problems.append("is_causal=False is not supported, since MM-SP's attention is causal; set is_causal=True")
     if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
         problems.append(
             f"sliding_window={getattr(text, 'sliding_window', None)} with layer_types other than full_attention is not "
@@ -66,21 +69,21 @@ def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
 
 
 def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
-    """Raise ``ValueError`` for a call of the model that is not one with a batch of the collator."""
+    """Raise ``ValueError`` unless the model is called with a batch of the collator, whose ``mm_sp_row`` is a ``row_class``."""
     if not isinstance(kwargs.get("mm_sp_row"), row_class):
         raise ValueError(
             "MM-SP is on, and this call has no mm_sp_row: call model(**batch) with a batch of mm_sp.collator(), "
             "or run generate() and whole sequences under `with mm_sp.paused():`"
         )
     if args:
-        raise ValueError(f"{len(args)} arguments without a name: call model(**batch)")
+        raise ValueError(f"{len(args)} positional arguments: call model(**batch)")
     given = [key for key, value in kwargs.items() if key in _CURE and _is_set(key, value)]
     if given:
         raise ValueError(refusal_of(given))
 
 
 def refusal_of(keys: Iterable[str]) -> str:
-    """What is said of arguments that MM-SP does not take, each with its cure."""
+    """The message about arguments that MM-SP does not take, each with its cure."""
     return "MM-SP does not take " + "; ".join(f"{key} ({_CURE[key]})" for key in keys)
 
 

@@ -1,8 +1,8 @@
 """The data collator of MM-SP under Transformers: whole samples in, this rank's share of one packed row out.
 
 Samples become the documents of a row, each padded to a multiple of 2*cp tokens at its end and cut zigzag (Megatron-Core's
-layout, ``plan/tokens.py``). Labels are shifted on the whole document before the cut. Everything is host arithmetic, the plan of
-the row (``plan/row_plan.py``) too: it runs in the workers of a DataLoader and asks nobody.
+layout, ``plan/tokens.py``). Labels are shifted on the whole document before the cut. All of this, with the plan of the row
+(``plan/row_plan.py``), is computed on the host without communication, so it runs in the workers of a DataLoader.
 
 Legend: S tokens of the row, s = S/cp local tokens, n supervised ones among them, D documents, N visual tokens made by a rank.
 """
@@ -29,7 +29,7 @@ KEYS = ("input_ids", "labels", "attention_mask", "pixel_values_videos")
 class VideoTokens:
     """How a model writes videos into its token sequence.
 
-    A video of F frames stands as F * ``per_frame`` + ``after_video`` tokens ``token_id``; a frame is a picture
+    A video of F frames takes F * ``per_frame`` + ``after_video`` tokens, all of them ``token_id``. A frame is a picture
     [3, ``size``, ``size``].
     """
 
@@ -43,8 +43,9 @@ class VideoTokens:
 class FramePlan:
     """What a rank does with the videos of a row.
 
-    ``order`` int64 [N] numbers each token that it makes, in the order of the row, among its frames' tokens and the newline behind
-    them; ``reshard`` sends these to their owners. ``most`` is the largest number of frames of a rank.
+    ``order`` int64 [N] has, for each token that the rank makes, in the order of the row, its index in what the rank encodes: the
+    tokens of its frames and then one newline. ``reshard`` sends these tokens to the ranks that own them. ``most`` is the largest
+    number of frames that a rank has.
     """
 
     reshard: RankReshard
@@ -54,11 +55,12 @@ class FramePlan:
 
 @dataclass(frozen=True)
 class ShardedRow:
-    """What is known of a whole row on the host; goes through the model's forward as ``mm_sp_row``.
+    """What a rank knows of a row, in host memory; it goes through the model's forward as ``mm_sp_row``.
 
-    ``cu_seqlens`` int64 [D+1]; ``positions`` int64 [s] of the local tokens in the row; ``selected`` int64 [n] are the local
-    slots of supervised tokens; ``supervised`` and ``tokens`` (without padding) count the whole row. ``attention`` and, of a video
-    model, ``frames`` are this rank's part of the plan of the row, which the training thread copies to its device.
+    ``cu_seqlens`` int64 [D+1] are the bounds of the documents. ``positions`` int64 [s] are the places of the local tokens in the
+    row, ``selected`` int64 [n] the indices of the supervised ones among the local tokens. ``supervised`` and ``tokens`` (without
+    padding) count tokens of the whole row. ``attention`` and, for a video model, ``frames`` are this rank's part of the plan of
+    the row, which the training process copies to its device.
     """
 
     cu_seqlens: np.ndarray
@@ -82,10 +84,10 @@ class _Document:
 class ShardCollator:
     """``collate_fn`` for rank ``rank`` of ``grid``, whose ulysses x ring ranks share a sample.
 
-    A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, where the model shall learn, ``labels`` of the same shape as
-    Transformers means them: unshifted, -100 where nothing is learned. Tokens whose ``attention_mask`` is 0 are taken out, so
-    padding on either side is fine. For a video model ``pixel_values_videos`` holds the videos, each a tensor [F, 3, H, W] or
-    anything with a length whose slices are such tensors: only this rank's frames are asked for.
+    A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, for training, ``labels`` of the same shape in the convention of
+    Transformers: not shifted, -100 where nothing is learned. Tokens whose ``attention_mask`` is 0 are taken out, so padding on
+    either side is fine. For a video model ``pixel_values_videos`` holds the videos, each a tensor [F, 3, H, W] or anything with
+    a length whose slices are such tensors: only this rank's frames are read.
 
     Returns ``input_ids``, ``position_ids`` and (if the samples have them) ``labels``, int64 [1, s] each, labels shifted;
     ``pixel_values_videos`` [f, 3, H, W] with this rank's f frames for a video model; ``mm_sp_row``. All ranks that share a
@@ -168,10 +170,10 @@ class ShardCollator:
             ]
         starts = np.cumsum([0, *counts])[:-1]
         broken = [f for f, n in enumerate(counts) if places[starts[f] + n - 1] - places[starts[f]] != n - 1]
-        return [f"{name}: the tokens of frame {broken[0]} do not stand together"] if broken else []
+        return [f"{name}: the tokens of frame {broken[0]} are not consecutive; put no text between them"] if broken else []
 
     def _placed(self, document: _Document) -> Document:
-        """The document with its frames where their tokens stand."""
+        """The document with its frames, each at the place of its first token."""
         tokens: list[int] = []
         starts = np.zeros(0, dtype=np.int64)
         if self.video is not None and (tokens := _frame_tokens(document.videos, self.video)):
@@ -205,7 +207,8 @@ class ShardCollator:
         wrong = [tuple(part.shape) for part in parts if tuple(part.shape[1:]) != shape]
         if wrong:
             raise ValueError(
-                f"frames have shape {wrong[0]} but the model's vision tower takes [frames, {shape[0]}, {shape[1]}, {shape[2]}]"
+                f"frames have shape {wrong[0]} but the model's vision tower takes [frames, {shape[0]}, {shape[1]}, {shape[2]}]; "
+                "resize them"
             )
         return torch.cat(parts) if parts else torch.zeros(0, *shape)
 
@@ -225,7 +228,7 @@ def _flat(values: Any) -> np.ndarray:
 
 
 def _fill(row: Row) -> None:
-    """Make the padding of ``row`` look like text where token 0 stands for a video."""
+    """Fill the padding of ``row`` with token 1, for a model in which the usual token 0 stands for a video."""
     for start, length, end in zip(row.cu_seqlens[:-1], row.lengths, row.cu_seqlens[1:], strict=True):
         row.token_ids[start + length : end] = 1
 

@@ -1,8 +1,8 @@
 """MM-SP under an unmodified Transformers model: ``mm_sp = enable_mm_sp(model, ulysses=2, ring=1)``.
 
-One sample, its frames and its tokens, is spread over ulysses x ring processes (LongVILA, arXiv 2408.10188, section 3).
-Attention goes through Transformers' own AttentionInterface to the project's 2D attention; the model's code, its weights and
-their names stay as they are. Weights are sharded by FSDP2 or replicated by DDP, as usual. It needs no Megatron-Core.
+The frames and the tokens of one sample are spread over ulysses x ring processes (LongVILA, arXiv 2408.10188, section 3).
+Transformers' AttentionInterface calls the project's 2D attention; the model's code, its weights and their names stay as they
+are. Weights are sharded by FSDP2 or replicated by DDP, as usual. Megatron-Core is not needed.
 
 Legend: s local tokens, n supervised ones among them, H query heads, K key/value heads, D head dim.
 """
@@ -44,13 +44,13 @@ def enable_mm_sp(
 ) -> MMSP:
     """Turn MM-SP on in ``model``, before or after ``fully_shard``, and return the object that makes its batches.
 
-    ``group`` (default: all processes) trains together; each run of ulysses*ring consecutive ranks of it shares its samples,
-    the runs are data-parallel. ``kernel`` is auto, fa4, cudnn, flash2, cpu or reference. A video model encodes
-    ``frame_micro_batch`` frames at once. Collective over ``group``: it makes process groups.
+    ``group`` holds the processes that train together (default: all). Every ulysses*ring consecutive ranks of it are a replica,
+    whose ranks share their samples; the replicas are data-parallel. ``kernel`` is auto, fa4, cudnn, flash2, cpu or reference.
+    A video model encodes ``frame_micro_batch`` frames at once. Collective over ``group``: it makes process groups.
 
-    While it is on, ``model(**batch)`` takes batches of ``collator()`` only. With labels its ``loss`` is the mean over the
-    supervised tokens of the whole group, equal on all ranks, and ``logits`` are not formed; the average of the ranks'
-    gradients, as FSDP2 and DDP form it, is the gradient of that mean. Without labels ``logits`` belong to this rank's tokens.
+    While MM-SP is on, ``model(**batch)`` takes only batches of ``collator()``. With labels, ``loss`` is the mean over the
+    supervised tokens of the whole group, equal on all ranks, and no ``logits`` are returned. The average of the ranks'
+    gradients, which FSDP2 and DDP form, is the gradient of that mean. Without labels, ``logits`` are those of this rank's tokens.
 
     Raises ``ValueError`` for sizes that do not fit the group and for settings of the model that would give wrong results,
     ``RuntimeError`` without an initialized process group.
@@ -73,7 +73,7 @@ def enable_mm_sp(
 
 
 class MMSP:
-    """MM-SP of one model; made by ``enable_mm_sp``. ``groups`` holds this rank's place and its process groups."""
+    """MM-SP of one model, made by ``enable_mm_sp``. ``groups`` holds this rank's place in the layout and its process groups."""
 
     def __init__(self, model: PreTrainedModel, groups: MMSPGroups, kernel: str, frame_micro_batch: int) -> None:
         self.model, self.groups = model, groups
@@ -89,21 +89,22 @@ class MMSP:
 
     @property
     def dp_rank(self) -> int:
-        """Which of the ``dp_size`` data-parallel replicas this rank belongs to: rank and num_replicas of a sampler."""
+        """Index of this rank's data-parallel replica among ``dp_size``: the ``rank`` of a DistributedSampler."""
         return self.groups.grid.coordinates(self.groups.everyone.rank()).dp
 
     @property
     def dp_size(self) -> int:
+        """Number of data-parallel replicas: the ``num_replicas`` of a DistributedSampler."""
         return self.groups.grid.dp
 
     def collator(self) -> ShardCollator:
-        """The ``collate_fn`` of this rank. The ranks of a replica must be given the same samples in the same order."""
+        """The ``collate_fn`` of this rank. All ranks of a replica must be given the same samples in the same order."""
         return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._video)
 
     def count_supervised(self, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
-        """Supervised tokens of these micro-batches in the whole group, int64 [], for ``num_items_in_batch``.
+        """Supervised tokens of a step in the whole group, int64 [], for ``num_items_in_batch``.
 
-        All-reduce over the group; give each rank the micro-batches of its step.
+        ``batches`` are this rank's micro-batches of the step. All-reduce over the group of all ranks that train together.
         """
         own = sum(len(batch["mm_sp_row"].selected) for batch in batches)
         count = torch.tensor(own, device=_device(self.model))
@@ -114,7 +115,7 @@ class MMSP:
         return self._backbone.config._attn_implementation, self.model.__dict__.get("_loss_function")
 
     def enable(self) -> None:
-        """Turn it on again after ``disable``. No collective."""
+        """Turn MM-SP on again after ``disable``. No collective."""
         if self._hooks:
             return
         self._before = self._settings()
@@ -130,7 +131,7 @@ class MMSP:
             self._hooks.append(self.model.model.register_forward_pre_hook(encode, with_kwargs=True))
 
     def disable(self) -> None:
-        """Give the model back as it was. No collective."""
+        """Turn MM-SP off and restore the model as it was. No collective."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -145,7 +146,7 @@ class MMSP:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Off inside the ``with`` block, for ``generate`` and for whole sequences on each rank."""
+        """Turn MM-SP off inside the ``with`` block, for ``generate`` and for calls with whole sequences on each rank."""
         self.disable()
         try:
             yield
@@ -153,7 +154,7 @@ class MMSP:
             self.enable()
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the model's forward: check the call, put the batch on the device, choose the supervised tokens."""
+        """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens."""
         check_call(args, kwargs, ShardedRow)
         device = _device(model)
         kwargs = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
@@ -167,7 +168,7 @@ class MMSP:
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the model's forward, also a failed one: what stood in for logits and videos is not handed out."""
+        """After the model's forward, also a failed one: drop the values that stood in for logits and for video features."""
         self._head.expect(None)
         if output is None or kwargs.get("labels") is None:
             return None
@@ -177,7 +178,7 @@ class MMSP:
     def _encode_videos(
         self, per_frame: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Before the video model's forward: features of this rank's visual tokens in the place of pixels."""
+        """Before the video model's forward: replace the pixels by the features of this rank's visual tokens."""
         pixels_f3HW = kwargs.pop("pixel_values_videos")
         options = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
         features_MH = owned_video_features(
@@ -194,11 +195,11 @@ class MMSP:
         return args, kwargs
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **_unused) -> torch.Tensor:
-        """``logits`` is the sum of losses that the output layer formed. All-reduce over the group."""
+        """The model's loss function. ``logits`` is the loss sum [] that ``FusedHead`` returned. All-reduce over the group."""
         return mean_over_group(logits, labels.shape[1], num_items_in_batch, self.groups.everyone)
 
     def attend(self, query_1HsD: torch.Tensor, key_1KsD, value_1KsD, scale: float, indices: RowIndices) -> torch.Tensor:
-        """2D attention of the local tokens, [1, s, H, D]. Collectives of ``Attention2D``."""
+        """2D attention of the local tokens, [1, s, H, D]. The collectives are those of ``Attention2D``."""
         case = query_1HsD.dtype, query_1HsD.device, scale
         if case not in self._attentions:
             kernel = select_kernel(self._kernel, query_1HsD.shape[-1], *case[:2], setting="kernel")
@@ -212,7 +213,7 @@ class MMSP:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where the model computes; FSDP2 may keep its weights elsewhere."""
+    """The device on which the model computes; FSDP2 may keep its weights on another one."""
     weight = next(model.parameters())
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None or mesh.device_type == weight.device.type:
@@ -221,7 +222,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 class _LiveRow:
-    """A row on its way through the layers, the keyword ``mm_sp_row``. No dataclass: FSDP2 takes those apart to cast tensors."""
+    """The keyword ``mm_sp_row`` on its way through the layers. No dataclass, because FSDP2 takes those apart to cast tensors."""
 
     def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP) -> None:
         self.row, self.indices, self.mm_sp = row, indices, mm_sp
@@ -252,13 +253,14 @@ def _attention(
     if any(refused.values()):
         names = ", ".join(name for name, is_set in refused.items() if is_set)
         raise ValueError(
-            f"{type(module).__name__} asks for {names}, which MM-SP does not have; turn it off in the model's config"
+            f"{type(module).__name__} asks for {names}, which MM-SP does not support; turn it off in the model's config"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return mm_sp_row.mm_sp.attend(query, key, value, scale, mm_sp_row.indices), None
 
 
 def _no_mask(*_unused, attention_mask: torch.Tensor | None = None, **_also_unused) -> None:
-    """Transformers' mask interface: documents and causality are in the row. Without it a mask would be dropped silently."""
+    """Transformers' mask interface: makes no mask, since the row knows documents and causality. It refuses a mask that is given,
+    which would be dropped silently. Raises ``ValueError``."""
     if attention_mask is not None:
         raise ValueError(refusal_of(["attention_mask"]))

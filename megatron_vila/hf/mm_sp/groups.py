@@ -1,4 +1,4 @@
-"""The process groups of MM-SP under Transformers: who shares a sample, and who shares it how."""
+"""The process groups of MM-SP under Transformers: which ranks share a sample, and how."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_vila.plan.grid import GridShape
 class MMSPGroups:
     """This rank's place and groups.
 
-    ``everyone`` trains together. ``sample`` are the ulysses x ring ranks that share each sample, consecutive ranks of
-    ``everyone``; ``ulysses`` and ``ring`` are its two levels, ``alone`` is this rank by itself. The
-    axis dp of ``grid`` numbers the samples' groups.
+    ``everyone`` holds the ranks that train together. ``sample`` holds the ulysses x ring ranks that share each sample, which are
+    consecutive in ``everyone``. ``ulysses`` and ``ring`` are this rank's groups inside ``sample``, ``alone`` holds this rank
+    only. The axis dp of ``grid`` numbers the sample groups.
     """
 
     grid: GridShape
@@ -27,7 +27,7 @@ class MMSPGroups:
 
     @classmethod
     def of(cls, ulysses: int, ring: int, everyone: dist.ProcessGroup) -> MMSPGroups:
-        """Make the groups; collective over ``everyone``. Raises ``ValueError`` on every rank if the sizes do not fit."""
+        """Make the groups. Collective over ``everyone``. Raises ``ValueError`` on every rank if the sizes do not fit."""
         size = everyone.size()
         if ulysses < 1 or ring < 1 or size % (ulysses * ring):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Output layer and loss of MM-SP under Transformers: no logits of all tokens, and a mean over the whole group.
+"""Output layer and loss of MM-SP under Transformers: logits of all tokens are never formed, the loss is a mean over the group.
 
 Legend: n supervised tokens held here, H hidden size, V vocabulary.
 """
@@ -13,10 +13,10 @@ from megatron_vila.models.loss import Vocabulary, fused_head
 
 
 class FusedHead:
-    """Stands in for the ``forward`` of a model's output layer while MM-SP is on.
+    """Replaces the ``forward`` of a model's output layer while MM-SP is on.
 
-    With labels waiting it returns the summed cross-entropy instead of logits, in chunks of tokens (``models/loss.py``).
-    It computes inside the layer's own call, where FSDP2 has gathered the layer's weight.
+    After ``expect`` was given labels it returns the summed cross-entropy instead of logits, computed in chunks of tokens
+    (``models/loss.py``). It computes inside the layer's own call, where FSDP2 has gathered the layer's weight.
     """
 
     def __init__(self, layer: nn.Linear, alone: dist.ProcessGroup) -> None:
@@ -31,7 +31,7 @@ class FusedHead:
         self.expect(None)
 
     def expect(self, labels_n: torch.Tensor | None) -> None:
-        """Labels of the tokens that the next call is given; None: it makes logits."""
+        """Set the labels, int64 [n], of the tokens in the next call; with None it returns logits."""
         self._labels_n = labels_n
 
     def _forward(self, hidden_1nH: torch.Tensor) -> torch.Tensor:
@@ -48,9 +48,10 @@ def mean_over_group(
 ) -> torch.Tensor:
     """Mean loss [] of all supervised tokens of ``group``, the same on each of its ranks.
 
-    ``loss_sum`` [] and ``supervised`` are this rank's. ``total`` replaces the number of supervised tokens of the group, for
-    steps of several micro-batches. Its gradient is scaled so that the *average* over the ranks of ``group``, which FSDP2 and
-    DDP form, is the gradient of the mean. No supervised token anywhere gives zero. All-reduce over ``group``.
+    ``loss_sum`` [] and the number ``supervised`` of tokens are those of this rank. ``total`` replaces the number of supervised
+    tokens of the group, for steps of several micro-batches. The gradient is scaled so that its *average* over the ranks of
+    ``group``, which FSDP2 and DDP form, is the gradient of the mean. Without any supervised token the loss is zero. All-reduce
+    over ``group``.
     """
     return _GroupMean.apply(loss_sum, supervised, total, group)
 

@@ -1,8 +1,8 @@
-"""Videos of a stock Transformers model under MM-SP: each rank encodes its frames, each token goes to its owner.
+"""Videos of a Transformers model under MM-SP: each rank encodes its frames, and each token is sent to the rank that owns it.
 
-The model's own ``get_video_features`` encodes, so tower, projector and pooling stay the model's. Every rank runs it equally
-often and on at least one picture, a black one if it has no frame: FSDP2 gathers weights in those calls, and every parameter
-gets a gradient (of exact zeros there).
+The model's own ``get_video_features`` encodes, so tower, projector and pooling stay the model's. Every rank calls it equally
+often, because FSDP2 gathers weights in those calls. A rank without frames encodes a black picture, so that all of its
+parameters get a gradient (of exact zeros).
 
 Legend: f frames of this rank, T tokens of a frame, N visual tokens made here, M owned here, H width of the language model.
 """
@@ -25,7 +25,7 @@ from megatron_vila.parallel.reshard import Reshard
 
 
 def llava_onevision_tokens(config: PreTrainedConfig) -> VideoTokens:
-    """LLaVA-OneVision halves each side of the patch grid, and ends a video with one newline token."""
+    """How LLaVA-OneVision writes videos: it halves each side of the patch grid, and ends a video with one newline token."""
     side = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
     return VideoTokens(config.video_token_id, side * side, 1, config.vision_config.image_size)
 
@@ -42,9 +42,9 @@ def owned_video_features(
 ) -> torch.Tensor:
     """Features [M, H] of the visual tokens that this rank owns, in the order of its tokens.
 
-    ``plan`` is this rank's, ``per_frame`` the tokens of a frame; ``options`` go to the model's ``get_video_features``. With
-    ``recompute`` the backward pass encodes again, one micro-batch of frames at a time. All-to-all over the sample group, forward
-    and backward; with several samples' groups also an all-reduce of one number over everyone.
+    ``pixels_f3HW`` are this rank's frames, ``plan`` is its plan, ``per_frame`` the tokens of a frame; ``options`` are passed to
+    the model's ``get_video_features``. With ``recompute`` the backward pass encodes again, one micro-batch of frames at a time.
+    All-to-all over the group ``sample``, forward and backward. With dp > 1 also an all-reduce of one number over ``everyone``.
     """
     encode = partial(_encode, model, options)
     if recompute and torch.is_grad_enabled():
@@ -60,12 +60,12 @@ def owned_video_features(
 
 
 def _encode(model: Any, options: dict, pixels_f3HW: torch.Tensor) -> torch.Tensor:
-    """Tokens [f*T + 1, H] of the frames as one video, its newline last."""
+    """Tokens [f*T + 1, H] of the frames, encoded as one video; the last one is the video's newline."""
     return model.get_video_features(pixels_f3HW[None], return_dict=True, **options).pooler_output[0]
 
 
 def _rounds(plan: FramePlan, groups: MMSPGroups, frame_micro_batch: int, device: torch.device) -> int:
-    """Micro-batches of frames that every rank runs."""
+    """Number of micro-batches of frames that every rank runs. With dp > 1 an all-reduce over ``everyone``."""
     rounds = max(1, -(-plan.most // frame_micro_batch))
     if groups.grid.dp > 1:
         most = torch.tensor(rounds, device=device)

@@ -1,9 +1,9 @@
 """Configuration of a VILA for transformers, read from either root ``config.json``.
 
 The flat layout (model type ``vila``) has ``text_config`` and ``vision_config``; the layout of the VILA code (``llava_llama``)
-has ``llm_cfg``, ``vision_tower_cfg`` and ``mm_projector_cfg``. ``convert/hf_config.py`` reads both, here as at an import, and
-what it finds becomes the same object; ``save_pretrained`` writes the flat form. What neither format has a key for stands
-under ``megatron_vila``.
+has ``llm_cfg``, ``vision_tower_cfg`` and ``mm_projector_cfg``. ``convert/hf_config.py`` reads both, as it does for imports, and
+both become the same class; ``save_pretrained`` writes the flat form. The section ``megatron_vila`` holds the settings for which
+neither layout has a key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_vila.errors import UserError
 from megatron_vila.plan.geometry import tokens_per_square
 
 _LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
-# Keys of a root of the VILA code that mean something here; all others are its own.
+# Keys in a root configuration of the VILA code that are used here; all others concern only the VILA code.
 _KEPT = (
     *("mm_vision_select_layer", "mm_vision_select_feature", "image_encoder", "video_encoder", "image_token_id"),
     *("video_token_id", "transformers_version", "name_or_path"),
@@ -41,9 +41,9 @@ _logger = logging.getLogger(__name__)
 
 
 class VilaConfigError(UserError, RuntimeError):
-    """A configuration that cannot be used; ``problems`` are all that were found, each with its cure.
+    """A configuration that cannot be used; ``problems`` lists all that were found, each with its cure.
 
-    Not a ``ValueError``: ``AutoProcessor`` would take one for "not a model of mine" and return the bare tokenizer.
+    It is not a ``ValueError``, because ``AutoProcessor`` catches those and returns the bare tokenizer.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -54,13 +54,15 @@ class VilaConfigError(UserError, RuntimeError):
 class VilaConfig(PreTrainedConfig):
     """Settings of ``VILAForConditionalGeneration`` and of ``VilaProcessor``.
 
-    ``megatron_vila`` holds ``format``, ``projector_token_order``, ``frame_separator_ids`` and ``image_separator_ids`` (null
-    where the file does not say: the processor turns ``separator_text`` into ids), ``num_frames``, ``fps``, ``image_aspect``,
-    ``max_positions``, ``fps_rule`` and the ``TextRules`` (``template`` is null where the processor takes VILA's prompt for the
-    tokenizer). ``image_token_id`` and ``video_token_id`` stand for the visual tokens of pictures and of video frames in
-    ``input_ids``; they may lie beyond the embedding table and are never looked up. ``model_settings`` is the model in our terms.
+    ``megatron_vila`` holds ``format``, ``projector_token_order``, ``frame_separator_ids``, ``image_separator_ids``,
+    ``num_frames``, ``fps``, ``image_aspect``, ``max_positions``, ``fps_rule`` and the ``TextRules``. Separators are null if the
+    file has no ids of them; the processor then makes them of ``separator_text``. ``template`` is null if the processor should
+    choose VILA's prompt by the tokenizer.
 
-    Raises ``VilaConfigError`` that lists everything about the file that the model cannot do, as an import lists it.
+    ``image_token_id`` and ``video_token_id`` stand for the visual tokens of pictures and of video frames in ``input_ids``. They
+    may lie beyond the embedding table, in which they are never looked up. ``model_settings`` is the model in our settings.
+
+    Raises ``VilaConfigError`` that lists everything in the file that is not supported, with the messages of an import.
     """
 
     model_type = "vila"
@@ -94,20 +96,23 @@ class VilaConfig(PreTrainedConfig):
         self.image_aspect_ratio = described.data.image_aspect
         self.num_video_frames, self.fps = described.data.num_frames, described.data.fps
         if self.image_token_id is None or self.video_token_id is None:
-            # VILA appends a sentinel, then these two.
+            # VILA appends a sentinel to the vocabulary, then these two.
             self.image_token_id, self.video_token_id = (self.text_config.vocab_size + n for n in (1, 2))
         if self.dtype is None:
             self.dtype = self.text_config.dtype
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaConfig:
-        """As in transformers; sub-folders of the VILA layout are read where there are any."""
+        """As in transformers. The sub-folders of the VILA layout are read too."""
         kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> VilaConfig:
-        """From a parsed root ``config.json`` of either layout. ``projector_token_order`` may be given beside it."""
+        """From a parsed root ``config.json`` of either layout. The keyword ``projector_token_order`` wins over what it says.
+
+        Raises ``VilaConfigError``.
+        """
         folder = kwargs.get("name_or_path")
         problems: list[str] = []
         sections = sections_of(config_dict, Path(folder) if folder else None, problems)
@@ -127,21 +132,21 @@ class VilaConfig(PreTrainedConfig):
 
     @property
     def model_settings(self) -> ModelConfig:
-        """The model in our terms."""
+        """The model in our settings."""
         return _read(self._sections()).model
 
     def separator_text(self, key: str) -> str:
-        """What VILA writes after a picture, where the ids ``key`` are null: a line break unless the file says otherwise."""
+        """What VILA writes after a picture, for the key ``key`` of ``SEPARATORS``: a newline unless the file says otherwise."""
         return separator_text(getattr(self, SEPARATORS[key]), SEPARATORS[key], [])
 
     @property
     def tokens_per_frame(self) -> int:
-        """Visual tokens of one picture or video frame, separators not counted."""
+        """Number of visual tokens of one picture or video frame, without separators."""
         model = self.model_settings
         return tokens_per_square(model.vision, model.projector)
 
     def _sections(self) -> HfSections:
-        """This configuration as the one reader takes it."""
+        """This configuration in the form that ``describe_model`` reads."""
         keys: tuple[str, ...] = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "mm_hidden_size")
         keys += ("model_type", "image_aspect_ratio", "num_video_frames", "fps", "image_encoder", "video_encoder")
         own = {"projector_token_order": "row_major", "template": "", **self.megatron_vila}
@@ -152,21 +157,21 @@ class VilaConfig(PreTrainedConfig):
 
 
 class _OtherType(VilaConfig):
-    """Registered for another model type of a root; what it reads becomes a ``VilaConfig``."""
+    """Registered for another model type of a root configuration, which it reads as a ``VilaConfig``."""
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> VilaConfig:
         return VilaConfig.from_dict(config_dict, **kwargs)
 
 
-# The last one is refused, with words that say why.
+# The last one is registered so that its refusal says why.
 OTHER_TYPES: list[type[VilaConfig]] = [
     type(f"_{name}", (_OtherType,), {"model_type": name}) for name in ("llava_llama", "nvila_lite", "nvila")
 ]
 
 
 def _read(sections: HfSections, token_order: str | None = None, problems: Sequence[str] = ()) -> Description:
-    """The one reader's result; what it has to say is logged. Raises ``VilaConfigError`` with ``problems`` and its own."""
+    """The model that ``sections`` describe; notes are logged. Raises ``VilaConfigError`` with ``problems`` and new ones."""
     found = list(problems)
     described = describe_model(sections, found, token_order)
     if found:
@@ -177,13 +182,13 @@ def _read(sections: HfSections, token_order: str | None = None, problems: Sequen
 
 
 def _own_section(described: Description) -> dict[str, Any]:
-    """What stands under ``megatron_vila``; null where the tokenizer is needed to tell."""
+    """The section ``megatron_vila``; keys whose value depends on the tokenizer are null."""
     unknown = [*described.separator_texts, *["template"] * described.legacy_prompt]
     return own_section(described.model, described.data) | dict.fromkeys(unknown)
 
 
 def _language_config(value: Any) -> LlamaConfig | Qwen2Config:
-    """The language model's configuration from its dict; the class comes from a fixed list."""
+    """The language model's configuration from its dict; its class is taken from a fixed list."""
     if isinstance(value, (LlamaConfig, Qwen2Config)):
         return value
     settings = value.to_dict() if isinstance(value, PreTrainedConfig) else dict(value or {"model_type": "qwen2"})

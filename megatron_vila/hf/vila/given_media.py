@@ -1,4 +1,4 @@
-"""The media that a caller gives the processor: in which forms, to which text each belongs, and as pictures.
+"""The media that a caller gives to the processor: in which forms they come, which text each belongs to, and their pictures.
 
 An image is a path, a PIL picture or a uint8 array [H, W, 3] or [3, H, W]; a video is a path, a list of pictures or a uint8 array
 [N, H, W, 3] or [N, 3, H, W].
@@ -21,10 +21,10 @@ from megatron_vila.data.video import decode_video_frames, probe_video
 
 
 def text_and_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Any], list[Any]]:
-    """The contents of messages as texts with markers, and the images and videos that stand in them as parts.
+    """The contents of messages as texts with markers, and the images and videos that the messages hold as parts.
 
-    Beside such parts markers in texts are words. Raises ``ValueError`` for a part of another type, without its medium, or of
-    another role than ``user``.
+    If any message holds an image or a video, markers written in its texts are plain words. Raises ``ValueError`` for a part of
+    another type or without its medium, and for media in a message of another role than ``user``.
     """
     contents = [message.get("content") or "" for message in messages]
     has_media = any(part.get("type") != "text" for content in contents if not isinstance(content, str) for part in content)
@@ -51,15 +51,19 @@ def _medium(part: Mapping[str, Any]) -> tuple[Any, str]:
     """The medium in a part of a message, and its marker."""
     kind = part.get("type")
     if kind not in ("image", "video"):
-        raise ValueError(f"a part of a message has type {kind!r}; use text, image or video")
+        raise ValueError(f"a part of a message has type={kind!r}; use text, image or video")
     medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
     if medium is None:
-        raise ValueError(f"a part of type {kind} names no {kind}: give it under the key {kind!r}")
+        raise ValueError(f"a part of type {kind} names no {kind}; give it under the key {kind!r}")
     return medium, IMAGE if kind == "image" else VIDEO
 
 
 def of_each_conversation(media: Any, is_one: Callable[[Any], bool], several: bool, count: int) -> list[list[Any]]:
-    """The media of each of ``count`` conversations: of a single one they are one medium or a list. Raises ``ValueError``."""
+    """The media of each of ``count`` conversations.
+
+    ``media`` is a list for each conversation if there are ``several``, else one medium (``is_one``) or a list. Raises
+    ``ValueError`` if there is not a list for each.
+    """
     if media is None:
         return [[] for _ in range(count)]
     if not several:
@@ -70,9 +74,10 @@ def of_each_conversation(media: Any, is_one: Callable[[Any], bool], several: boo
 
 
 def of_each_text(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool], marker: str) -> list[list[Any]]:
-    """The media of each text, from one medium, one list for all texts, or a list per text; ``counts`` are the texts' markers.
+    """The media of each text, from one medium, one list for all texts, or a list for each text.
 
-    Raises ``ValueError`` for media that do not fit the markers and for what is not a medium.
+    ``counts`` are the numbers of ``marker`` in the texts; ``is_one`` says whether a value is one medium. Raises ``ValueError``
+    if the media do not fit the markers, or a value is not a medium.
     """
     if media is None:
         media = []
@@ -87,7 +92,7 @@ def of_each_text(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool
     given = [len(own) for own in shared] if per_text else [len(media)]
     if given != (list(counts) if per_text else [sum(counts)]):
         raise ValueError(
-            f"the texts hold {list(counts)} markers {marker} for {given} media; one marker stands for one medium"
+            f"the texts hold {list(counts)} markers {marker}, but {given} media are given; give one medium for each marker"
         )
     wrong = next((one for own in shared for one in own if not is_one(one)), None)
     if wrong is not None:
@@ -99,7 +104,7 @@ def of_each_text(media: Any, counts: Sequence[int], is_one: Callable[[Any], bool
 
 
 def is_empty(media: Any) -> bool:
-    """Whether ``media`` hold none, for any text."""
+    """Whether ``media`` holds no medium for any text."""
     return media is None or (
         isinstance(media, list | tuple) and all(isinstance(o, list | tuple) and not o for o in media)
     )
@@ -118,8 +123,10 @@ def is_video(value: Any) -> bool:
 
 
 def read_frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Image.Image]:
-    """The frames of a video as RGB pictures: of a file as ``sample_frame_indices`` chooses them, else all. Raises ``MediaError``,
-    ``ValueError``."""
+    """The frames of a video as RGB pictures: of a file those that ``sample_frame_indices`` chooses, of given frames all.
+
+    Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for a frame that is not a picture.
+    """
     if isinstance(video, str | os.PathLike):
         info = probe_video(_path(video))
         return decode_video_frames(info.source, sample_frame_indices(info, num_frames, fps, rule), info)
@@ -127,7 +134,7 @@ def read_frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Imag
 
 
 def read_picture(image: Any) -> Image.Image:
-    """An image as an RGB picture. Raises ``MediaError`` for a file, ``ValueError`` for an array or picture that cannot be one."""
+    """An image as an RGB picture. Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for an unfit array."""
     if isinstance(image, Image.Image):
         return as_rgb(image)
     if isinstance(image, str | os.PathLike):
@@ -137,13 +144,13 @@ def read_picture(image: Any) -> Image.Image:
         array = array.transpose(1, 2, 0)
     if array.dtype != np.uint8 or array.shape[-1] != 3:
         raise ValueError(
-            f"a picture is an array of {array.dtype} {list(array.shape)}; give uint8 values 0 to 255 as [H, W, 3] or [3, H, W]"
+            f"a picture is given as an array of {array.dtype} {list(array.shape)}; give uint8 values as [H, W, 3] or [3, H, W]"
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _path(path: str | os.PathLike) -> str:
-    """A local path. Raises ``ValueError`` for a network address."""
+    """``path`` as text. Raises ``ValueError`` for a network address."""
     name = os.fspath(path)
     if "://" in name:
         raise ValueError(f"{name} is a network address; download the file and give its path")

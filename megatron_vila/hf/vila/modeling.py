@@ -1,8 +1,8 @@
 """VILA as a transformers model: our vision tower and projector in front of transformers' own Llama or Qwen2.
 
-Tower and projector are the very modules that training uses, so that features are the same numbers; the language model is
-transformers', for its KV cache, its attention kernels and its ``generate``. Weight names are those of the flat layout:
-``llm.*``, ``vision_tower.vision_model.*``, ``mm_projector.layers.*``.
+Tower and projector are the modules of training, so they give the same features. The language model is that of transformers,
+with its KV cache, its attention kernels and its ``generate``. Weight names are those of the flat layout: ``llm.*``,
+``vision_tower.vision_model.*``, ``mm_projector.layers.*``.
 
 Legend: B sequences, S tokens of a sequence, F pictures (images and video frames of all sequences, in order), P pixels of a
 side, T tokens of a picture, H width of the language model, V vocabulary.
@@ -35,9 +35,9 @@ _LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
 
 
 class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A VILA that takes token ids with places for visual tokens, and the pictures that fill them.
+    """A VILA that takes token ids with places for visual tokens, and the pictures that fill these places.
 
-    ``VilaProcessor`` makes both. Made from a configuration alone, the weights are random.
+    ``VilaProcessor`` makes both. A model that is made from a configuration alone has random weights.
     """
 
     config_class = VilaConfig
@@ -78,7 +78,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config is None:
             config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
         tensors = read_weights(folder, config.model_settings)
-        # transformers takes no folder beside tensors; what else it would read there is read below.
+        # transformers takes no folder together with tensors, so the generation settings in the folder are read here.
         result = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         model.name_or_path = model.config.name_or_path = str(folder)
@@ -105,8 +105,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.llm.get_decoder()
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected tokens [F, T, H] of pictures [F, 3, P, P], images and video frames alike: floats as the processor
-        makes them, or uint8."""
+        """Projected tokens [F, T, H] of pictures [F, 3, P, P], images or video frames, as uint8 or as the processor's floats."""
         return encode_frames(self.vision_tower, self.mm_projector, pixel_values)
 
     def forward(
@@ -124,9 +123,9 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] and, with ``labels``, the loss, as transformers' language models give them.
 
-        ``input_ids`` int64 [B, S] hold ``image_token_id`` and ``video_token_id`` where visual tokens stand, ``pixel_values``
-        [F, 3, P, P] the pictures in the order of their places. Raises ``ValueError`` if the places are not exactly those of the
-        pictures, and for both or none of ``input_ids`` and ``inputs_embeds``.
+        ``input_ids`` int64 [B, S] hold ``image_token_id`` or ``video_token_id`` in the places of visual tokens, ``pixel_values``
+        [F, 3, P, P] the pictures in the order of their places. Raises ``ValueError`` if the number of places is not that of the
+        pictures' tokens, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
         """
         if input_ids is not None and inputs_embeds is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -135,7 +134,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         elif pixel_values is not None:
             raise ValueError(
-                "pixel_values need input_ids that say where they stand; with inputs_embeds put them in yourself"
+                "pixel_values need input_ids, which hold their places; leave them out if inputs_embeds hold their features"
             )
         return self.llm(
             inputs_embeds=inputs_embeds,
@@ -153,9 +152,11 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual_BS = self._is_visual(input_ids_BS)
         embeddings_BSH = self.get_input_embeddings()(input_ids_BS.masked_fill(visual_BS, 0))
         if pixels_F3PP is None:
-            # While decoding, every token is one that the model wrote.
+            # While decoding, all tokens are the model's own, even one with the id of a visual token.
             if is_prefill and visual_BS.any():
-                raise ValueError(f"input_ids hold {int(visual_BS.sum())} visual tokens but there are no pixel_values")
+                raise ValueError(
+                    f"input_ids hold {int(visual_BS.sum())} visual tokens but there are no pixel_values; give the processor's"
+                )
             return embeddings_BSH
         tokens = len(pixels_F3PP) * self.config.tokens_per_frame
         if int(visual_BS.sum()) != tokens:
@@ -176,7 +177,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """For several answers to a prompt: pictures are repeated prompt by prompt, not one by one."""
+        """Repeat prompts for several answers each. The pictures of a prompt are repeated together, not one by one."""
         pixels_F3PP = model_kwargs.pop("pixel_values", None)
         if pixels_F3PP is not None and input_ids is not None and expand_size > 1:
             counts = (self._is_visual(input_ids).sum(dim=1) // self.config.tokens_per_frame).tolist()
@@ -190,7 +191,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def local_folder(path: str | os.PathLike) -> Path:
-    """``path`` as a folder. Raises ``FileNotFoundError`` with the cure for anything else."""
+    """``path``, which must be a local folder. Raises ``FileNotFoundError`` if it is not."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -1,9 +1,8 @@
-"""Text, images and videos to what the model takes, exactly as training makes it.
+"""Turns text, images and videos into the inputs of the model, exactly as training does.
 
-Media are placed in a conversation by the rule of the training run. The chat template is the tokenizer's; its text is cut at the
-markers and each piece is tokenized on its own, pictures are decoded, sampled and resized by the functions that the training data
-goes through, and the separators after pictures are those of the training run. So a sample gives the same token ids and pixels
-here and there.
+Media are placed in a conversation by the rule of the training run. The tokenizer's chat template renders it; the text is cut at
+the markers, and each piece is tokenized on its own. Pictures are decoded, sampled and resized by the functions of the training
+data. The separators after pictures are those of the training run. So a sample gets the same token ids and pixels as in training.
 
 Legend: B texts, S tokens with padding, F pictures of all texts in order, P pixels of a side.
 """
@@ -50,8 +49,10 @@ _logger = logging.getLogger(__name__)
 
 
 class ChatText(str):
-    """A rendered conversation that remembers, under ``signed``, which control tokens in it are only text. A copy of it that is a
-    plain ``str`` does not: the control tokens in one are read as tokens."""
+    """A rendered conversation. Its attribute ``signed`` keeps which control tokens in it are only text.
+
+    A copy that is a plain ``str`` does not have it, and all control tokens in one are read as tokens.
+    """
 
     signed: str
 
@@ -67,8 +68,8 @@ class VilaProcessor(ProcessorMixin):
 
     The arguments are the model's settings (see ``VilaConfig``); ``from_pretrained`` reads them from a model's folder.
     ``num_frames`` and ``fps`` say how many frames of a video are taken by default, ``fps_rule`` which ones (``sampling.py``).
-    ``media_format``, ``template``, ``template_clock`` and ``parse_control_tokens`` are the ``TextRules`` of training, their
-    defaults those of processors that were saved without them.
+    ``media_format``, ``template``, ``template_clock`` and ``parse_control_tokens`` are the ``TextRules`` of training; their
+    defaults are those of processors that were saved without them.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class VilaProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: VilaConfig, tokenizer: PreTrainedTokenizerBase, **given: Any) -> VilaProcessor:
-        """The processor of a model; arguments of the class that are ``given`` win.
+        """The processor of a model; ``given`` arguments of the class win over those of ``config``.
 
-        Where ``config`` knows no ids of separators or no prompt (published VILA files), they are what an import makes of the
-        tokenizer; that is logged.
+        If ``config`` has no separator ids or no prompt, as in published VILA files, they are chosen by the tokenizer as at an
+        import, and logged.
         """
         settings = {
             "image_size": config.model_settings.vision.image_size,
@@ -126,8 +127,9 @@ class VilaProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaProcessor:
         """From a model's folder of either layout, or a folder that ``save_pretrained`` wrote.
 
-        Settings of the processor may be given as keywords (``num_frames=64``); others that transformers passes along are not
-        used. Raises ``FileNotFoundError`` for a path that is no local folder, or a folder without both files.
+        Settings of the processor may be given as keywords (``num_frames=64``); other keywords that transformers passes along are
+        ignored. Raises ``FileNotFoundError`` for a path that is not a local folder, and for a folder that has neither config.json
+        nor processor_config.json.
         """
         folder, config = local_folder(pretrained_model_name_or_path), None
         if (folder / "config.json").is_file():
@@ -159,19 +161,20 @@ class VilaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Inputs of the model for one text or several.
 
-        ``text`` is what ``apply_chat_template`` gives, with ``<image>`` and ``<video>`` where media stand, and a backslash before
-        them where they are words; where there are only videos, ``<image>`` stands for one too. ``images`` are paths, PIL
-        pictures or uint8 arrays [H, W, 3] or [3, H, W];
-        ``videos`` are paths of video files, of which ``num_frames`` frames are taken (or at most ``fps`` a second), or frames
-        (lists of pictures, uint8 arrays [N, H, W, 3] or [N, 3, H, W]), which are all taken. Media come in the order of their
-        markers, in one list for all texts or a list per text.
+        ``text`` is what ``apply_chat_template`` returns. In it ``<image>`` and ``<video>`` mark the places of media; with a
+        backslash in front they are plain words. If only videos are given, ``<image>`` marks the place of a video too.
 
-        Gives int64 ``input_ids`` and ``attention_mask`` [B, S], padded on the left, and float32 ``pixel_values``
+        ``images`` are paths, PIL pictures or uint8 arrays [H, W, 3] or [3, H, W]. ``videos`` are paths of video files, of which
+        ``num_frames`` frames are taken (or at most ``fps`` a second), or frames (lists of pictures, uint8 arrays [N, H, W, 3] or
+        [N, 3, H, W]), which are all taken. Media come in the order of their markers, in one list for all texts or a list for
+        each text.
+
+        Returns int64 ``input_ids`` and ``attention_mask`` [B, S], padded on the left, and float32 ``pixel_values``
         [F, 3, P, P] if there are pictures. Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for media that
-        do not fit the markers and for arguments that make no sense.
+        do not fit the markers, for texts of different lengths without ``padding``, and for another ``return_tensors``.
         """
         if return_tensors not in ("pt", None) or text is None:
-            raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and pt for tensors")
+            raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and return_tensors='pt'")
         texts = [
             one.signed if isinstance(one, ChatText) else with_signs(one)
             for one in ([text] if isinstance(text, str) else text)
@@ -212,12 +215,13 @@ class VilaProcessor(ProcessorMixin):
         """Place the media of one conversation or several, render it with the chat template, and with ``tokenize`` process it.
 
         The content of a message is text, or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image", "image":
-        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too);
-        beside such parts a marker in a text is a word. Media of texts with markers are given as ``images`` and ``videos``: lists
-        for one conversation, a list of lists for several. Without ``tokenize`` they may also be given to the call that
-        processes the text; markers stand for one medium each then. Where media stand is ``media_format``'s rule.
+        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too).
+        In a conversation with image or video parts, a marker in a text is a plain word. Media of texts with markers are given as
+        ``images`` and ``videos``: lists for one conversation, a list of lists for several. Without ``tokenize`` they may instead
+        be given to the call that processes the text; then every marker stands for one medium. ``media_format`` is the rule by
+        which media are placed.
 
-        Gives text without ``tokenize``, ``input_ids`` with it, everything that the model takes with ``return_dict`` as well.
+        Returns text without ``tokenize``, ``input_ids`` with it, and with ``return_dict`` as well all inputs of the model.
         Raises ``ValueError`` for media that do not fit the markers.
         """
         several = not isinstance(conversation[0], Mapping)
@@ -264,11 +268,11 @@ class VilaProcessor(ProcessorMixin):
     def _place(
         self, messages: Sequence[Mapping[str, Any]], images: list[Any], videos: list[Any], known: bool
     ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
-        """Messages with signs where media stand, and the media. Where these are not ``known`` yet, markers tell their number."""
+        """Messages with signs in the places of media, and the media. Unless these are ``known``, markers give their number."""
         contents, *in_parts = text_and_media(messages)
         if any(in_parts):
             if images or videos:
-                raise ValueError("media stand both in the messages and in images or videos; give them in one place")
+                raise ValueError("media are given both in the messages and in images or videos; give them in one place only")
             images, videos = in_parts
         counts = [len(images), len(videos)]
         turns = [Turn(message["role"], content) for message, content in zip(messages, contents, strict=True)]
@@ -285,7 +289,10 @@ class VilaProcessor(ProcessorMixin):
         return rendered, images, videos
 
     def _token_ids(self, text: str, media: Sequence[tuple[bool, int]]) -> np.ndarray:
-        """Token ids of a signed text, with media ids at visual places; ``media`` are (is a video, pictures) of each marker."""
+        """Token ids of a signed text, with the media's ids in visual places.
+
+        ``media`` has for each marker whether it is a video, and its number of pictures.
+        """
         control = control_tokens(self.tokenizer)
         pieces = [control.encode(piece)[0] if piece else np.zeros(0, dtype=np.int64) for piece in MEDIUM.split(text)]
         pieces[0] = np.concatenate([own_start(self.tokenizer, TextRules.of(self)), pieces[0]])
@@ -307,7 +314,7 @@ class VilaProcessor(ProcessorMixin):
     def _pad(self, rows: Sequence[np.ndarray], padding: bool) -> dict[str, torch.Tensor]:
         longest = max(map(len, rows))
         if not padding and any(len(row) != longest for row in rows):
-            raise ValueError("texts of different lengths need padding=True to stand in one tensor")
+            raise ValueError("texts of different lengths do not fit in one tensor with padding=False; set padding=True")
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         input_ids = torch.full((len(rows), longest), next(i for i in known if i is not None), dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
@@ -321,7 +328,7 @@ _ARGUMENTS = inspect.signature(VilaProcessor.__init__).parameters.keys() - {"sel
 
 
 def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBase:
-    """The tokenizer at the root of a model's folder, else the one that the VILA code keeps with the language model."""
+    """The tokenizer at the root of a model's folder, else that in ``llm/``, where the VILA code keeps it."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, local_files_only=True)

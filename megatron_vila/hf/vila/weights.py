@@ -1,4 +1,4 @@
-"""Weights of a model's folder, of either layout, checked against what the model wants before any tensor is read."""
+"""Reads the weights in a model's folder of either layout, after a check that they are those of the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_vila.convert.hf_folder import misfits, open_folder
 
 
 def read_weights(path: Path, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """The tensors of the folder ``path`` by their flat names, mapped from their safetensors files.
+    """The tensors in the folder ``path`` by their flat names, mapped from their safetensors files.
 
-    Raises ``ConversionError`` that lists everything that is wrong for ``model``: missing, extra and wrongly shaped tensors,
-    damaged and truncated files, pickled weights.
+    Before any tensor is read, raises ``ConversionError`` that lists everything that does not fit ``model``: missing, extra and
+    wrongly shaped tensors, damaged and truncated files, pickled weights.
     """
     problems: list[str] = []
     folder = open_folder(path, None, problems)
