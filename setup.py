@@ -43,6 +43,8 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "fsspec[http]>=2025.3",
+            # pages in a real browser, where chromium is installed
+            "selenium>=4.30",
             # of .ci/check
             "ruff>=0.9",
             "import-linter>=2.17",

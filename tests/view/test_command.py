@@ -61,7 +61,7 @@ def test_a_sample_that_cannot_be_used_is_shown_with_the_reason(page, place, kind
 
 def test_a_sample_without_an_answer_is_told(page):
     assert "no answer to learn: it trains nothing" in page[1][f"train-{SILENT}"]
-    assert "nothing to learn</span>" in page[1][f"train-{SILENT}"]
+    assert "learns nothing</span>" in page[1][f"train-{SILENT}"]
 
 
 def test_two_clips_of_one_file_are_two_videos(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -181,6 +182,7 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
     from megatron_vila.explain.view.page import Page
     from megatron_vila.explain.view.pictures import Painter
     from megatron_vila.explain.view.samples import Limits, sample_of
+    from megatron_vila.host_memory import cores_of_rank
     from megatron_vila.training.run_data import open_dataset
 
     asked = [parse_sample(text, f"--samples {text}", config) for text in options.samples]
@@ -191,10 +193,10 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
     if first:
         dataset = opened.setdefault("train", open_dataset(config, "train"))
         asked += [("train", index) for index in range(min(first, len(dataset)))]
-    limits, samples = Limits(options.pictures, options.tokens), []
-    for name, index in dict.fromkeys(asked):
-        with Painter(config, opened[name], workers=os.cpu_count() or 1) as painter:
-            samples.append(sample_of(opened[name], painter, name, index, limits))
+    limits = Limits(options.pictures, options.tokens)
+    with contextlib.ExitStack() as stack:
+        painters = {name: stack.enter_context(Painter(config, opened[name], cores_of_rank())) for name in opened}
+        samples = [sample_of(opened[name], painters[name], name, index, limits) for name, index in dict.fromkeys(asked)]
     encoders = [dataset.encoder.tokenizer for dataset in opened.values()]
     warnings = [*tokenizer_warnings(config, encoders[0])] if encoders else []
     for dataset in opened.values():

@@ -4,7 +4,7 @@
   const tip = document.getElementById("tip");
   let at = null;
 
-  const named = (id) => (id in pieces ? `${id}  ${pieces[id]}` : id);
+  const named = (id) => (id in pieces ? `${id} ${pieces[id]}` : id);
 
   // What is told of the tokens of an element: mostly one, several where only together they write a character.
   function lines(element) {
@@ -35,7 +35,17 @@
       }),
     );
     tip.hidden = false;
-    const box = token.getClientRects()[0];
+    place();
+  }
+
+  // Beside the token, wherever it is now; nowhere once it has been scrolled away.
+  function place() {
+    if (at === null) return;
+    const box = at.getClientRects()[0];
+    const seen = at.closest(".strip").getBoundingClientRect();
+    const highest = Math.max(0, seen.top);
+    const lowest = Math.min(window.innerHeight, seen.bottom);
+    tip.hidden = box.bottom < highest || box.top > lowest;
     const left = Math.min(Math.max(8, box.left), document.documentElement.clientWidth - tip.offsetWidth - 8);
     const below = box.bottom + 6;
     tip.style.left = `${left}px`;
@@ -50,7 +60,12 @@
 
   const tokenOf = (event) => (event.target instanceof Element ? event.target.closest(".strip i") : null);
 
-  document.addEventListener("pointerover", (event) => {
+  // A page that scrolls under a pointer at rest is not pointing: the keyboard may have scrolled it.
+  let rest = "";
+  document.addEventListener("pointermove", (event) => {
+    const where = `${event.screenX} ${event.screenY}`;
+    if (where === rest) return;
+    rest = where;
     const token = tokenOf(event);
     if (token) show(token);
     else if (event.pointerType === "mouse") hide();
@@ -62,7 +77,8 @@
     const picture = event.target instanceof Element && event.target.closest(".zoom img");
     if (picture) enlarge(picture);
   });
-  document.addEventListener("scroll", hide, { passive: true });
+  document.addEventListener("scroll", place, { passive: true, capture: true });
+  window.addEventListener("resize", place);
 
   for (const strip of document.querySelectorAll(".strip")) {
     const tokens = strip.getElementsByTagName("i");
@@ -74,8 +90,8 @@
       if (event.key === "Escape") hide();
       if (to === undefined || to < 0 || to >= tokens.length) return;
       event.preventDefault();
+      show(tokens[to]);
       tokens[to].scrollIntoView({ block: "nearest" });
-      requestAnimationFrame(() => show(tokens[to]));
     });
   }
 

@@ -43,7 +43,8 @@ class Medium:
 @dataclass(frozen=True)
 class Sample:
     """``kind`` is empty for a sample that can be used, else one of ``check.KINDS``, and ``reason`` says what is wrong. ``cuts``
-    are what was left out of it and other things to know, ``counts`` its numbers by name."""
+    are what was left out of it and other things to know, ``counts`` its numbers by name. ``sample_id`` is empty where the record
+    has none that can be read."""
 
     anchor: str
     name: str
@@ -58,22 +59,25 @@ class Sample:
 
     @property
     def state(self) -> str:
-        return (
-            self.kind.replace("_", " ")
-            if self.kind
-            else "nothing to learn"
-            if self.counts["trained"] == "0"
-            else "used"
-        )
+        """used, learns nothing, or cannot be used: ..."""
+        if self.kind:
+            return f"cannot be used: {self.kind.replace('_', ' ')}"
+        return "used" if self.counts["trained"] != "0" else "learns nothing"
+
+    @property
+    def look(self) -> str:
+        """good, warn or bad: how the state is colored."""
+        return {"used": "good", "learns nothing": "warn"}.get(self.state, "bad")
 
 
 def sample_of(dataset: VilaDataset, painter: Painter, set_name: str, index: int, limits: Limits) -> Sample:
     """Sample ``index`` of data.``set_name``. Raises ``MachineError``, ``ChangedFileError``."""
+    place, sample_id = dataset.records.name(index), dataset.name(index)
     known = Sample(
         anchor=f"{set_name}-{index}",
         name=f"{set_name} {index}",
-        sample_id=visible(dataset.name(index)),
-        place=visible(dataset.records.name(index)),
+        sample_id=visible(sample_id) if sample_id != place else "",
+        place=visible(place),
     )
     try:
         if index in dataset.records.bad:
