@@ -144,20 +144,29 @@ def test_media_in_a_folder_have_captions_of_the_same_name(tmp_path):
 def test_a_medium_without_its_own_caption_is_named(tmp_path):
     folder = fill(
         tmp_path / "a",
-        **{"a_mp4": b"", "b_mp4": b"", "b_txt": "B", "b_json": "{}", "c_mp4": b"", "c_jpg": b"", "c_txt": "C"},
+        **{"a_mp4": b"", "b_mp4": b"", "b_json": "[1]", "c_mp4": b"", "c_jpg": b"", "c_txt": "C"},
         **{"d_mp4": b"", "d_txt": b"\xff", "e_mp4": b"", "e_txt": " \n", "f_mp4": b"", "f_json": '{"video": "x.mp4"}'},
     )
     source = open_sets(VERBATIM, [folder])
     names = [source.name(index).rpartition("/")[2] for index in range(len(source))]
     assert names == ["a.mp4", "b.mp4", "c.jpg", "c.mp4", "d.mp4", "e.mp4", "f.mp4"]
     said = [reason(source, index) for index in range(len(source))]
-    assert "a.mp4: needs one caption, a.txt or a.json; found none" in said[0]
-    assert "needs one caption, b.txt or b.json; found b.json and b.txt" in said[1]
+    assert "a.mp4: no caption: write it into a.txt, or its record into a.json" in said[0]
+    assert "b.mp4: a record must be a JSON object, found list" in said[1]
     assert "c.jpg and c.mp4 share one caption" in said[2] and "share one caption" in said[3]
     assert "d.txt: not UTF-8 text" in said[4] and "field 'text': is empty" in said[5]
-    assert "f.json: names media itself" in said[6]
+    assert "f.mp4: names media itself" in said[6]
     with pytest.raises(RecordError, match=r"no medium has a caption: put a text beside each \(a.txt for a.mp4\)"):
         open_sets(VERBATIM, [fill(tmp_path / "b", a_mp4=b"", z_txt="Z")])
+
+
+def test_notes_of_a_downloader_beside_a_caption_are_not_its_record(tmp_path):
+    notes = json.dumps({"caption": "shortened", "url": "http://x.y/z.jpg", "key": "000", "status": "success"})
+    folder = fill(tmp_path / "a", **{"000_jpg": b"", "000_txt": "Ein Bär.", "000_json": notes})
+    assert document(open_sets(VERBATIM, [folder]), 0) == "<image>Ein Bär."
+    shards = fill(tmp_path / "b", **{"00000_parquet": b"", "stats_json": "{}"})
+    pack(tmp_path / "b/00000.tar", {"000.jpg": b"1", "000.txt": b"A.", "000.json": notes.encode()})
+    assert detect(shards) == "tar" and document(open_records(DataConfig(), [shards]), 0) == "<image>A."
 
 
 def test_a_table_in_a_folder_names_media_and_gives_their_records(tmp_path):

@@ -149,6 +149,7 @@ MMC4 = {
         ({"text": "The <video> tag.", "url": "http://a.b"}, "The \\<video> tag.", []),
         ({"text": "One <image> and <image>.", "images": ["a.png", "b.png"]}, "One <image> and <image>.", ["a.png", "b.png"]),
         ({"text": "A cat.", "image": "a.png"}, "<image>A cat.", ["a.png"]),
+        ({"text": "A cat.", "image": "a.png", "url": "http://x.y/a.jpg"}, "<image>A cat.", ["a.png"]),
         ({"caption": "A man runs.", "video": "b.mp4", "duration": 3.5}, "<video>A man runs.", ["b.mp4"]),
         ({"messages": [{"role": "assistant", "content": "I love music"}]}, "I love music", []),
         (

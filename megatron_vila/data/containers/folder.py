@@ -1,6 +1,7 @@
 """Samples in a folder of media: each with a caption of the same name beside it, or all with a table ``metadata``.
 
 ``a.mp4`` has its caption in ``a.txt``, or its record in ``a.json``; so has the folder ``a`` of pictures, which is then one video.
+With both, ``a.json`` may be notes about the medium, as img2dataset leaves them.
 A table (``metadata.csv`` or ``metadata.jsonl``) has a row for each sample: ``file_name`` and the fields of its record, such as
 ``text``.
 """
@@ -19,7 +20,7 @@ from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.containers.base import Container, rules_of, text_of
 from megatron_vila.data.fields import MEDIA_ENDINGS, PICTURE_ENDINGS, RecordError, shown
 from megatron_vila.data.formats.detect import METADATA, files_under
-from megatron_vila.data.formats.read import names_media, parse_json, record_of
+from megatron_vila.data.formats.read import names_media, parse_json, record_of, with_caption
 from megatron_vila.data.records import Record
 
 _CAPTIONS = (".txt", ".json")
@@ -69,17 +70,18 @@ class Captioned(Container):
         captions = self._captions.get(stem, [])
         if len(self._shared.get(stem, ())) > 1:
             raise RecordError(f"{where}: {' and '.join(self._shared[stem])} share one caption; give each its own name")
-        if len(captions) != 1:
-            found = " and ".join(captions) or "none"
-            raise RecordError(f"{where}: needs one caption, {stem}.txt or {stem}.json; found {found}")
-        place = os.path.join(self._folder, captions[0])
-        try:
-            with open(place, "rb") as stream:
-                content = stream.read()
-        except OSError as error:
-            raise RecordError(f"{place}: the caption cannot be read: {error.strerror}") from error
-        told = parse_json(content, place) if place.lower().endswith(".json") else {"text": text_of(content, place)}
-        return record_of(_with_medium(told, medium, place), place, stem, self._rules)
+        if not captions:
+            raise RecordError(f"{where}: no caption: write it into {stem}.txt, or its record into {stem}.json")
+        told: Any = {}
+        caption = None
+        for name in captions:
+            place = os.path.join(self._folder, name)
+            if name.lower().endswith(".txt"):
+                caption = text_of(_read(place), place)
+            else:
+                told = parse_json(_read(place), place)
+        told = with_caption(told, caption) if isinstance(told, dict) else told
+        return record_of(_with_medium(told, medium, where), where, stem, self._rules)
 
 
 class Tabled(Container):
@@ -117,6 +119,14 @@ class Tabled(Container):
         elif isinstance(told, dict) and not names_media(told):
             raise RecordError(f"{where}: the column file_name is missing, which names the medium of the row")
         return record_of(told, where, f"{os.path.basename(self._table)}#{self._rows[index][0]}", self._rules)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise RecordError(f"{path}: the caption cannot be read: {error.strerror}") from error
 
 
 def _csv(content: bytes, path: str) -> list[tuple[int, Any]]:

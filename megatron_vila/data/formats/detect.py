@@ -75,7 +75,11 @@ def _of_folder(path: str) -> str:
         return "wids"
     if any(os.path.isfile(os.path.join(path, name)) for name in METADATA):
         return "folder"
-    endings = {os.path.splitext(name)[1].lower() for name in files_under(path)}
+    names = list(files_under(path))
+    endings = {os.path.splitext(name)[1].lower() for name in names}
+    tables = {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
+    if tables <= {name.removesuffix(".tar") for name in names if name.endswith(".tar")}:
+        endings.discard(".parquet")  # img2dataset's notes about each shard
     found = [name for name in ("tar", "parquet") if f".{name}" in endings]
     if endings & MEDIA_ENDINGS:
         found.append("folder")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_vila.data.addresses import AddressError, bytes_of_base64
-from megatron_vila.data.fields import Media, RecordError, check_text, read_fields, shown, source
+from megatron_vila.data.fields import Media, RecordError, check_text, lists_media, read_fields, shown, source
 from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.formats.unfit import refuse_unfit
 from megatron_vila.data.placement import DOCUMENT, IMAGE, Turn, escape
@@ -28,7 +28,8 @@ def read_text(content: Mapping[str, Any], field: str, where: str, media_dir: str
     """Plain text or a caption: ``content[field]`` with the media of the record."""
     here = f"{where}, field '{field}'"
     text = _text(content[field], here)
-    images, videos = _media_beside(content, (field,), here, where, media_dir)
+    # Beside a medium, "url" says where it came from; alone it may be the medium, which would be overlooked.
+    images, videos = _media_beside(content, (field, "url") if lists_media(content) else (field,), here, where, media_dir)
     if field == "caption" and not images and not videos:
         raise RecordError(f"{here}: a caption needs its 'image' or 'video'; text without media belongs in 'text'")
     return Draft((Turn(DOCUMENT, text),), images, videos)

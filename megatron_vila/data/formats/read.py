@@ -87,6 +87,17 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str, medi
     return Record(_sample_id(content.get("id"), default_id, where), turns, media)
 
 
+def with_caption(content: dict[str, Any], caption: str | None) -> dict[str, Any]:
+    """The record of a medium from the JSON and the caption that stand beside it. The caption is the text where the JSON holds no
+    more than notes, such as the ``url`` that a downloader leaves."""
+    if content.keys() & FIELDS - set(document.WRITTEN):
+        return content
+    notes = {name: value for name, value in content.items() if name != "url"}
+    if caption is None:
+        return notes
+    return {name: value for name, value in notes.items() if name not in document.WRITTEN} | {"text": caption}
+
+
 def names_media(content: Mapping[str, Any]) -> bool:
     """Whether a record names its media: in a field, in a part of a turn, or among its text."""
     return lists_media(content) or name_their_files(content) or any(name in content for name in document.INTERLEAVED)

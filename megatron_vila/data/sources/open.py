@@ -126,14 +126,15 @@ def _format(path: str) -> Format:
 
 def _found(path: str) -> str:
     """The format that is found at ``path``; "text_files" for a text file, which may hold one document or many."""
-    if path.endswith((".json", ".jsonl")) or not os.path.exists(path):
+    folder = os.path.isdir(path)
+    if not folder and (path.endswith((".json", ".jsonl")) or not os.path.isfile(path)):
         return ""
-    if path.endswith(".txt"):
+    if not folder and path.lower().endswith(".txt"):
         return "text_files"
     try:
         return detect(path)
     except RecordError:
-        return "folder" if os.path.isdir(path) else ""
+        return "folder" if folder else ""
 
 
 def _refuse(data: DataConfig, path: str) -> NoReturn:

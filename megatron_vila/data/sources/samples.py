@@ -21,8 +21,7 @@ from megatron_vila.data.fields import (
     RecordError,
     shown,
 )
-from megatron_vila.data.formats.document import WRITTEN
-from megatron_vila.data.formats.read import FIELDS, names_media, parse_json, parse_record, without_fields
+from megatron_vila.data.formats.read import names_media, parse_json, parse_record, with_caption, without_fields
 from megatron_vila.data.media import Member, Storage
 from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.tar import Read, TarError, TarMember, members, split_name
@@ -90,15 +89,14 @@ def _parts(read: Read, start: int, end: int, key: str, where: str) -> dict[str, 
 def _content(parts: Mapping[str, TarMember], read: Read, where: str) -> Any:
     """The record as JSON gives it, with the caption for its text where it says nothing itself."""
     content = parse_json(_text(parts, RECORD, read, where), where) if RECORD in parts else {}
-    if isinstance(content, dict) and not (content.keys() & FIELDS - set(WRITTEN)):
+    if isinstance(content, dict):
+        caption = None
         if CAPTION in parts:
             try:
-                text = _text(parts, CAPTION, read, where).decode()
+                caption = _text(parts, CAPTION, read, where).decode()
             except UnicodeDecodeError as error:
                 raise RecordError(f"{where}, part {CAPTION}: not UTF-8 text: {error}") from error
-            content = {name: value for name, value in content.items() if name not in WRITTEN} | {"text": text}
-        # A downloader notes there where the medium came from, which is now a part of the sample.
-        content.pop("url", None)
+        content = with_caption(content, caption)
     if RECORD not in parts and CAPTION not in parts:
         pickled = next((part for part in parts if _ending(part) in _PICKLES), None)
         raise RecordError(
