@@ -1,6 +1,6 @@
 """The language model: Megatron-Core's GPT in Llama-3 and Qwen2 shape with MM-SP attention.
 
-The one factory of ``GPTModel`` and ``TransformerConfig`` in the project; both Megatron-Core versions are known here only.
+Only this file makes a ``GPTModel`` and its ``TransformerConfig``; here both supported Megatron-Core versions are told apart.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def build_language_model(
 def core_attention(
     kind: type[MMSPAttention], model: ModelConfig, topology: ParallelTopology, device: torch.device, ulysses_chunks: int, **more
 ) -> Callable[..., MMSPAttention]:
-    """What a layer spec takes as ``core_attention``: ``kind`` with the arguments of this grid and those in ``more``."""
+    """The ``core_attention`` of a layer spec: ``kind`` with the arguments of this grid and those in ``more``."""
     return functools.partial(
         kind,
         ulysses_group=topology.ulysses,
@@ -128,5 +128,5 @@ def core_attention(
 
 
 def attention_kernel(decoder: Any) -> str:
-    """The kernel that runs in the layers of ``decoder``, also where ``auto`` was asked for."""
+    """Name of the kernel that runs in the layers of ``decoder``; with ``auto`` the one that was chosen."""
     return decoder.layers[0].self_attention.core_attention.attention.ring.kernel.name

@@ -1,9 +1,9 @@
 """Output layer and cross-entropy in one, on supervised positions only, in pieces: the logits never exist as a whole.
 
-The forward pass goes through the tokens. It has all it needs for the gradient of the hidden states and forms that at once, so
-no logits are formed again for it. The backward pass goes through the vocabulary, forms the logits of a block of rows once more
-and finishes the weight gradient of these rows: sums in float32 never need a buffer of the size of the weight. Four matrix
-products in all; in 16 bit each gradient is rounded once.
+The forward pass goes through the tokens. It also forms the gradient of the hidden states at once, while it has the logits, so
+that they are not formed again for it. The backward pass goes through the vocabulary, forms the logits of a block of rows once
+more and finishes the weight gradient of these rows, so sums in float32 never need a buffer of the size of the weight. These are
+four matrix products in all; in 16 bit each gradient is rounded once.
 
 Under tensor parallelism the vocabulary is split over the tp group and, with Megatron sequence parallelism, each tp rank
 holds a slice of the hidden states, gathered piece by piece.
@@ -56,9 +56,9 @@ def fused_head(
 
     ``hidden_nH`` are the hidden states of the supervised tokens held here, ``labels_n`` int64 their labels, ``counts`` the
     number n of each tp rank (known on the host), ``logit_bytes`` what logits and their gradients may take at once. All-gather,
-    all-reduce and reduce-scatter over the tp group, as many on each rank; ``weight_VH`` has as many rows on each. No supervised
-    token at all gives an exact zero with zero gradients. Everything after the logits is in float32 at least, on CUDA the logits
-    of 16-bit operands too.
+    all-reduce and reduce-scatter over the tp group, as many on each rank; ``weight_VH`` has as many rows on each. Without any
+    supervised token the loss is an exact zero with zero gradients. Everything after the logits is in float32 at least; on CUDA
+    the logits of 16-bit operands are too.
 
     A weight with a ``main_grad`` (Megatron's DDP) gets its gradient added there, and an empty one through autograd. Gradients
     can be taken once: a second backward pass through the same output raises ``RuntimeError``.

@@ -1,4 +1,4 @@
-"""One rank's part of a packed row on its device: what ``plan/row_plan.py`` has worked out, copied there.
+"""One rank's part of a packed row on its device, copied from the plan that ``plan/row_plan.py`` has made.
 
 Legend: s tokens of a CP rank, n supervised tokens held here (in this rank's tp slice of s).
 """
@@ -25,9 +25,9 @@ from megatron_vila.plan.sizes import head_dim
 class RowShard:
     """What the model needs of a row on one rank.
 
-    ``token_ids_1s`` int64 [1, s] with 0 at visual places; ``reshard`` brings the visual tokens to theirs (on the first stage).
-    ``selected_n`` int64 [n] are the slots (in this rank's tp slice) of supervised tokens, ``labels_n`` their labels;
-    ``counts`` the n of each tp rank, on the host.
+    ``token_ids_1s`` int64 [1, s] is 0 at the places of visual tokens; ``reshard`` brings those to their places (on the first
+    stage). ``selected_n`` int64 [n] are the indices of the supervised tokens in this rank's tp slice, ``labels_n`` their labels;
+    ``counts`` has the n of each tp rank, on the host.
     """
 
     params: RowParams

@@ -28,7 +28,7 @@ from megatron_vila.plan.budgets import GIB
 class VilaModel(MegatronModule):
     """One rank's part of the model.
 
-    Vision tower and projector are whole on every tp x cp rank of the first stage, each encoding its own frames; under tensor
+    Every tp x cp rank of the first stage has the whole vision tower and projector, and encodes its own frames. Under tensor
     parallelism their parameters carry Megatron's ``sequence_parallel`` mark, so that ``finalize_model_grads`` sums their
     gradients over tp (DDP sums over dp x cp). Initial weights follow from ``train.seed`` and do not depend on the grid.
     """
@@ -87,7 +87,7 @@ class VilaModel(MegatronModule):
         return self.llm.shared_embedding_or_output_weight()
 
     def forward(self, shard: RowShard, made_NH: torch.Tensor | None) -> torch.Tensor | HeadOutput:
-        """``hidden``, and on the last stage ``loss`` of it; an earlier stage gives its hidden states to the next."""
+        """``hidden``, and on the last stage ``loss`` of it; the schedule passes an earlier stage's hidden states to the next."""
         hidden_t1H = self.hidden(shard, made_NH)
         return self.loss(hidden_t1H, shard) if self.post_process else hidden_t1H
 
@@ -114,6 +114,6 @@ class VilaModel(MegatronModule):
         text_tH = self.llm.embedding(input_ids=shard.token_ids_1s, position_ids=None).squeeze(1)
         merged_tH = text_tH.index_copy(0, shard.reshard.slots, shard.reshard(made_NH).to(text_tH.dtype))
         if torch.is_grad_enabled() and not merged_tH.requires_grad:
-            # Attention's backward is collective: with everything below frozen it must still run on every rank.
+            # Attention's backward pass is collective, so it must run on every rank, even if everything below is frozen.
             merged_tH.requires_grad_()
         return merged_tH.unsqueeze(1)

@@ -1,7 +1,7 @@
-"""What one rank or each rank does by itself, with an outcome that all ranks agree on, so that none waits for one that has failed.
+"""Runs an action on rank 0 or on each rank by itself, and lets all ranks know its outcome, so that none waits for a failed one.
 
-Every step that can fail on one rank alone runs inside ``on_rank_zero`` or ``on_all_ranks``: there it raises nothing until all
-ranks know.
+Every step that can fail on one rank alone runs inside ``on_rank_zero`` or ``on_all_ranks``. These raise only when all ranks know
+of the error, and then on all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def gathered(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What each rank of ``group`` (None: all ranks) gives, in their order, on each of them. An all-gather."""
+    """``mine`` of each rank of ``group`` (None: all ranks), in the order of the ranks. An all-gather over ``group``."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
@@ -90,7 +90,7 @@ def _error(is_damage: bool, text: str, cure: str = "") -> CheckpointError:
 
 
 def _kind(error: Exception) -> type[Exception]:
-    """What the other ranks raise: of our own errors only kinds that are made from their text alone."""
+    """The class that the other ranks raise: of our own errors only those that are made from their text alone."""
     return next((kind for kind in (DamagedError, CheckpointError, UserError) if isinstance(error, kind)), PeerError)
 
 

@@ -49,7 +49,7 @@ class RowIndices:
 class SavedAttention:
     """Output and log-sum-exp of one layer's attention for one row, from the forward pass to the backward pass.
 
-    ``save`` holds a tensor and gives something with ``prefetch()`` and ``take()``, as ``models.decoder.saved.HostStore.save``.
+    ``save`` stores a tensor and returns an object with ``prefetch()`` and ``take()``, as ``models.decoder.saved.HostStore.save``.
     """
 
     def __init__(self, save: Callable[[torch.Tensor], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Buffers that the GPUs of a node write into each other: an exchange is one strided copy over NVLink to where it is wanted,
+"""Buffers of the GPUs of a node that the other GPUs write into: an exchange is one strided copy over NVLink to its destination,
 without the packing and staging of a collective."""
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ TIMEOUT_MS = 30 * 60 * 1000
 class PeerMemory:
     """One buffer per rank of ``group``, mapped into the memory of all of them (PyTorch's symmetric memory).
 
-    Protocol of an exchange: ``reserve``, ``barrier`` (all have read what came before), ``beside`` writes into ``view``s of the
-    others, ``barrier`` (all has arrived), reads. Everything is ordered with the current stream; the host does not wait. What is
-    read later than at once comes with its ``arrival``, which refuses a read after the next ``reserve``.
+    Protocol of an exchange: ``reserve``; ``barrier`` (all ranks have read the exchange before); writes into ``view``s of the
+    others inside ``beside``; ``barrier`` (everything has arrived); reads. Everything is ordered with the current stream; the host
+    does not wait. Values that are not read at once come with an ``Arrival``, which refuses a read after the next ``reserve``.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -58,10 +58,10 @@ class PeerMemory:
         if nbytes > MOST_PEER_BYTES:
             return False
         if nbytes > self._bytes:
-            torch.cuda.synchronize()  # nobody reads the old ones any more
+            torch.cuda.synchronize()  # the old buffers are not read any more
             dist.barrier(self._group)
             self._buffer = self._handle = None
-            torch.cuda.empty_cache()  # what PyTorch's allocator holds in reserve is not there for these
+            torch.cuda.empty_cache()  # memory that PyTorch's allocator keeps in reserve cannot be used for the buffers
             self._bytes = peer_buffer_bytes(nbytes)
             try:
                 self._buffer = symmetric_memory.empty(self._bytes, dtype=torch.uint8, device=self._device)
@@ -76,7 +76,7 @@ class PeerMemory:
         return True
 
     def arrival(self) -> Arrival:
-        """Of the exchange that is under way."""
+        """The arrival of the exchange that is under way."""
         return Arrival(self, self.exchanges)
 
     def view(self, rank: int, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -85,7 +85,7 @@ class PeerMemory:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Writes to others inside this block, at NVLink's speed, run beside later work of this GPU, up to the ``barrier``."""
+        """Writes to others inside the ``with`` block run on a stream beside later work of this GPU, up to ``barrier``."""
         self._stream.wait_stream(accelerator.cuda().current_stream())
         with accelerator.cuda().stream(self._stream):
             yield
@@ -101,7 +101,7 @@ class PeerMemory:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What exchange number ``exchange`` has brought into the buffer of ``peers``, until the next one begins."""
+    """Guards the values that exchange number ``exchange`` has brought into the buffer of ``peers``, until the next one begins."""
 
     peers: PeerMemory
     exchange: int

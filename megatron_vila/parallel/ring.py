@@ -1,9 +1,9 @@
 """The outer level of 2D attention: a zigzag ring over packed documents with float32 log-sum-exp merge (LongVILA 3.3).
 
-Step i of a rank attends to the keys of the rank i places before it. Each rank sends its own keys and values straight to
-the rank that needs them next, and only the front halves where the causal mask leaves no more; the gradients dK, dV of a
-block go straight back to its owner. Compared with passing blocks from neighbor to neighbor this moves a quarter less,
-needs no accumulator on the wire, and every transfer runs under the attention of the current block.
+In step i a rank attends to the keys of the rank i places before it. Each rank sends its own keys and values straight to the
+rank that needs them next, and only their front halves if the causal mask hides the rest. The gradients dK, dV of a block go
+straight back to its owner. Compared with passing blocks from neighbor to neighbor this moves a quarter less data, sends no
+partial sums, and every transfer runs while the attention of the current block is computed.
 
 Legend: T local tokens (S/R), h query heads, k key/value heads, D head dim, R ring size.
 """
@@ -81,7 +81,7 @@ class RingLayout:
         """
         index = slice(None) if part == ALL else self.halves[part]
         lse_hn = lse_hT[:, index]
-        # Two functions: in one, the compiler writes the outputs twice, as it still does where they are taken by index.
+        # Two functions: from a single one the compiler writes the outputs twice, as it still does if they are taken by index.
         mine_hn, other_hn, total_hn = _weights(lse_hn, part_lse)
         if isinstance(index, slice):
             _add_weighted(out_ThD[index], mine_hn, part_out, other_hn)

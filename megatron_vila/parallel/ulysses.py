@@ -1,11 +1,12 @@
 """The inner level of 2D attention: an all-to-all that trades sequence for heads (DeepSpeed Ulysses) and back.
 
-Query heads are split evenly over the U ranks of the Ulysses group. Key/value heads go only where their query heads are:
-when U exceeds or does not divide their number, a head is sent to each rank that needs it and its gradients are summed at
-home. q, k and v travel in one collective.
+Query heads are split evenly over the U ranks of the Ulysses group. Key/value heads go only where their query heads are. When
+U exceeds or does not divide their number, a head is sent to each rank that needs it, and its gradients are summed on the ranks
+from which its tokens came. q, k and v travel in one collective.
 
-The heads of a rank may travel in several chunks, one under the attention of another: then exchanges hide behind the work, and
-their copies exist for a chunk at a time. An exchange is handed out as a ``Pending``, which without chunks is over already.
+The heads of a rank may travel in several chunks, one while the attention of another is computed. Then exchanges hide behind the
+work, and their copies exist for one chunk at a time. An exchange is returned as a ``Pending``, which is over already if there
+are no chunks.
 
 Legend: s local tokens (S/cp), T = U*s tokens after the exchange, H query heads, K key/value heads, h query heads and k key/value
 heads of a chunk of a rank (h = H/U without chunks), D head dim.
@@ -27,7 +28,7 @@ from megatron_vila.plan.heads import HeadSplit
 
 
 class Pending:
-    """An exchange that has been started, or (``work`` is None) is over; ``wait`` gives what has arrived, once."""
+    """An exchange that has been started, or is over (``work`` is None). ``wait``, called once, returns what has arrived."""
 
     def __init__(
         self, finish: Callable[[], Any], work: dist.Work | Arrival | None = None, sent: torch.Tensor | None = None
@@ -42,7 +43,7 @@ class Pending:
     def wait(self) -> Any:
         if self._work is not None:
             self._work.wait()
-        # A finished work may hold on to what it moved.
+        # A finished ``work`` may keep the memory of what it moved.
         finish = self._finish
         del self._finish, self._work, self._sent
         return finish()
@@ -152,8 +153,8 @@ class Ulysses:
         totals_sXD: tuple[torch.Tensor, ...],
         chunk: int,
     ) -> Pending:
-        """Gradients dq, dk, dv of a chunk into ``totals_sXD`` [s, H, D], [s, K, D], [s, K, D]: replicated heads are summed at
-        home. All-to-all over the Ulysses group."""
+        """Gradients dq, dk, dv of a chunk into ``totals_sXD`` [s, H, D], [s, K, D], [s, K, D], where those of a key/value head
+        from several ranks are summed. All-to-all over the Ulysses group."""
         queries, kv_ranges = self._query_ranges[chunk], self._kv_ranges[chunk]
         heads, dim = len(queries[self.rank]), totals_sXD[0].shape[-1]
         sizes = [(heads, len(kv), len(kv)) for kv in kv_ranges]
@@ -221,15 +222,20 @@ class Ulysses:
         return out, dist.all_to_all_single(out, buffer, received, sent, group=self.group, async_op=self.split.chunks > 1), buffer
 
     def _free_peers(self, elements: int, like: torch.Tensor) -> PeerMemory | None:
-        """``peers`` if an exchange in which a rank gets up to ``elements`` goes by them. All of them have read what came before:
-        their buffers are free."""
+        """``peers`` if they are used for an exchange in which a rank gets up to ``elements``, else None.
+
+        Their buffers are free: all ranks have read the exchange before.
+        """
         if self.peers is None or self.split.chunks > 1 or not self.peers.reserve(elements * like.element_size()):
             return None
         self.peers.barrier()
         return self.peers
 
     def _write_to_all(self, write: Callable[[int], None], peers: PeerMemory) -> None:
-        """``write(u)`` for every rank u, beginning with the next one, so that no link gets all at once; then wait for theirs."""
+        """``write(u)`` for every rank u, from the next one on, so that the ranks do not all write to the same one at a time.
+
+        Then wait until the others have written.
+        """
         with peers.beside():
             for step in range(1, self.split.ulysses):
                 write((self.rank + step) % self.split.ulysses)

@@ -19,7 +19,7 @@ def closing_lines(
     skipped: int,
     counts: Mapping[str, int],
 ) -> list[str]:
-    """What the writer says at the end of a run that was started with ``arguments`` and stands at ``step``.
+    """The lines that the writer prints at the end of a run that was started with ``arguments`` and stands at ``step``.
 
     ``saved`` is the checkpoint of this step, None without one; ``counts`` and ``skipped`` are of the whole run.
     """

@@ -20,7 +20,7 @@ from megatron_vila.training.report_files import AppendFile
 
 
 class EventFile:
-    """An event file in ``folder``; a reader hides what earlier files hold from ``first_step`` on. Methods raise ``OSError``."""
+    """An event file in ``folder``. Readers hide the steps from ``first_step`` on in earlier files. Methods raise ``OSError``."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         name = f"events.out.tfevents.{time.time():010.0f}.{platform.node()}.{os.getpid()}"

@@ -1,9 +1,9 @@
-"""Which rank failed first: what ranks that fail write into the store that all of them share.
+"""Finds out which rank failed first: ranks that fail write what happened into the store that all of them share.
 
-One entry holds the failure that counts. A cause comes before a stall, a stall before what only follows from another failure, and
-of two alike the earlier one comes first, by the clocks of their nodes. So the order in which they are written does not matter.
-Each different cause is kept with its text too, a few of them, and told by one rank. A rank asks the store for a few
-values, however many ranks there are.
+One entry holds the failure that counts. A cause counts before a stall, and a stall before a consequence of another failure. Of
+two failures of one kind the earlier one counts, by the clocks of their nodes. So the order in which they are written does not
+matter. The texts of the first few different causes are kept as well, and each of them is printed by one rank only. A rank asks
+the store for a few values, however many ranks there are.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatron_vila import processes
 T = TypeVar("T")
 
 CAUSE, STALL, CONSEQUENCE = range(3)
-"""kinds of failures, what counts most first"""
+"""kinds of failures, the one that counts most first"""
 FIRST = "megatron_vila/failure"
-"""key in the store of the failure that counts; there as soon as any rank has failed"""
+"""the store's key of the failure that counts; it exists as soon as any rank has failed"""
 _FAILED = f"{FIRST}/ranks"
 _CAUSES = f"{FIRST}/causes"
 _TOLD = f"{FIRST}/told"
 _SHOWN = 4
-"""most different causes that are told"""
+"""most different causes that are printed"""
 _WAIT_S = 10.0
 """how long the store may take to answer"""
 
@@ -39,7 +39,7 @@ _WAIT_S = 10.0
 @dataclass(frozen=True)
 class Failure:
     """What ended a rank. ``kind`` is one of ``CAUSE``, ``STALL``, ``CONSEQUENCE``; ``time_s`` is in seconds since 1970;
-    ``status`` the exit code; ``doing`` where the rank was; ``text`` one for all ranks that meet the same."""
+    ``status`` is the exit code; ``doing`` says where the rank was; ``text`` is the same on all ranks that meet the same error."""
 
     kind: int
     time_s: float
@@ -62,8 +62,11 @@ class Failure:
 
 
 class Board:
-    """One rank's view of the failures of all ranks. A lone rank has no store, nor have ranks that have not met: each of its
-    failures is the first one. So it is from where the store does not answer: its process has ended or is stopped."""
+    """One rank's view of the failures of all ranks.
+
+    Without a store, each failure of a rank counts as the first one. A lone rank has no store, and ranks that have not met have
+    none. A store that does not answer, because its process has ended or is stopped, is not asked again.
+    """
 
     def __init__(self) -> None:
         self._store = within(_WAIT_S, processes.shared_store)
@@ -74,7 +77,7 @@ class Board:
         return self._store is not None
 
     def write(self, failure: Failure, shown: str) -> None:
-        """Note ``failure``, and what the screen is to show of it if it is a new cause."""
+        """Write ``failure`` into the store and, if it is a new cause, the text ``shown`` that is to be printed of it."""
 
         def write(store: dist.Store) -> bool:
             mine, held = json.dumps(asdict(failure)), b""
@@ -93,7 +96,7 @@ class Board:
         self._ask(write)
 
     def first(self, wait_s: float = 0.0, at_most: int = CONSEQUENCE) -> Failure | None:
-        """The failure that counts by now; None if there is none up to the kind ``at_most`` within ``wait_s``."""
+        """The failure that counts so far; None if within ``wait_s`` there is none of the kinds up to ``at_most``."""
         end = time.monotonic() + wait_s
         while self._store is not None:
             found = self._ask(lambda store: _read(store.get(FIRST))) if self._ask(lambda store: store.check([FIRST])) else None
@@ -115,11 +118,11 @@ class Board:
             pause_s *= 2  # thousands of ranks may ask
 
     def claim(self, text: str) -> bool:
-        """Whether it is this rank that tells the cause ``text``: it is told once."""
+        """Whether this rank is to print the cause ``text``, which one rank prints; true as well if the store does not answer."""
         return self._ask(lambda store: store.add(f"{_key(text)}/told", 1)) in (1, None)
 
     def untold(self) -> list[str]:
-        """What the screen is to show of the other causes so far, claimed for this rank, which tells them with its own."""
+        """The texts to print of the other causes so far. They are claimed for this rank, which prints them with its own."""
 
         def take(store: dist.Store) -> list[str]:
             kept = [f"{_CAUSES}/{number}" for number in range(1, min(store.add(_CAUSES, 0), _SHOWN) + 1)]
@@ -129,11 +132,11 @@ class Board:
         return self._ask(take) or []
 
     def told(self) -> None:
-        """Let the others go: what there is to say has been said."""
+        """Note that everything has been printed, so that the other ranks can end."""
         self._ask(lambda store: store.add(_TOLD, 1))
 
     def await_told(self, wait_s: float) -> bool:
-        """Whether the first rank has told, after ``wait_s`` at most."""
+        """Wait until the first rank has printed, ``wait_s`` at most; returns whether it has."""
         end = time.monotonic() + wait_s
         while self._store is not None and time.monotonic() < end:
             if self._ask(lambda store: store.check([_TOLD])):
@@ -142,7 +145,7 @@ class Board:
         return False
 
     def _ask(self, action: Callable[[dist.Store], T]) -> T | None:
-        """None where the store does not answer; it is not asked again then."""
+        """The result of ``action``; None if the store does not answer, which is not asked again then."""
         store = self._store
         answer = None if store is None else within(_WAIT_S, lambda: action(store))
         if answer is None:

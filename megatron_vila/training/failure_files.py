@@ -1,4 +1,4 @@
-"""``OUTPUT/failures/rank-N.txt``: what a rank leaves behind that fails, for whoever looks for the reason later."""
+"""``OUTPUT/failures/rank-N.txt``: the file that a failing rank writes, for those who look for the reason later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "failures"
 _WAIT_S = 10.0
-"""how long a file server may take: it must not keep a rank that has failed"""
+"""how long a file server may take, so that it cannot keep a failed rank from ending"""
 
 
 def set_aside_earlier(output: str | Path) -> None:
@@ -46,8 +46,8 @@ def write(folder: Path, failure: Failure, error: BaseException, first: Failure |
 
 
 def describe(failure: Failure, error: BaseException, first: Failure | None) -> str:
-    """Who, when and where; how it stands to the first failure; the whole traceback with its causes. A thread that ends a rank
-    which stands still adds where its main thread stands."""
+    """The content of the file: which rank failed, when and where; how that relates to the first failure; the whole traceback with
+    its causes. In another thread than the main one, which ends a rank that hangs, also the stack of the main thread."""
     lines = [
         f"rank {failure.rank}, {failure.process}",
         f"failed at {_at(failure.time_s)}, doing: {failure.doing}",

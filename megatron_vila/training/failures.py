@@ -1,4 +1,4 @@
-"""What a rank says and leaves when it fails: the first failure of the run is told once, and each rank writes a file of its own.
+"""What a rank prints and writes when it fails: the first failure of the run is printed once, each rank writes its own file.
 
 A rank that fails writes what happened into ``OUTPUT/failures/rank-N.txt`` and into the store that all ranks share
 (``failure_board.py``), which knows the failure that counts. What each kind shows on the screen:
@@ -7,7 +7,7 @@ A rank that fails writes what happened into ``OUTPUT/failures/rank-N.txt`` and i
 * a stall: who did not come;
 * a consequence (a lost connection, what another rank reported): nothing if there is a cause, else which rank lost what.
 
-The first rank tells, after a moment in which an earlier failure can still arrive. The others leave after it, so that a launcher
+The first rank prints, after a moment in which an earlier failure can still arrive. The others end after it, so that a launcher
 sees it end first. All end with its exit code.
 """
 
@@ -28,14 +28,14 @@ from megatron_vila.training import failure_files
 from megatron_vila.training.failure_board import CAUSE, CONSEQUENCE, STALL, Board, Failure, within
 
 _CAUSE_S = 20.0
-"""how long a rank that lost its connections waits for the cause to be written down: naming a rank that stands still takes others
-some seconds"""
+"""how long a rank that lost its connections waits until another one has written down the cause, which takes some seconds if that
+one has to find out which rank hangs"""
 _SETTLE_S = 1.0
 """how long the first failure waits for an earlier one that is still on its way"""
 _TELL_S = 5.0
-"""how long others wait for the first rank to tell"""
+"""how long others wait for the first rank to print"""
 _LEAVE_S = 0.5
-"""how much later than the first rank the others leave: several looks of a launcher at its processes"""
+"""how much later than the first rank the others end; a launcher looks at its processes several times in it"""
 _MOST_TEXT = 4000
 _LATE = re.compile(r"[Tt]imed out|[Tt]imeout|TIMEOUT")
 _LOST = re.compile(
@@ -45,12 +45,12 @@ _LOST = re.compile(
 
 
 def is_late(error: BaseException | None) -> bool:
-    """Whether ``error`` is a collective or a store that waited for its whole timeout."""
+    """Whether ``error`` comes from a collective or a store that waited for its whole timeout."""
     return isinstance(error, RuntimeError) and not isinstance(error, UserError | StallError) and bool(_LATE.search(str(error)))
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether ``error`` is what a rank sees when another one has gone."""
+    """Whether ``error`` is what a rank meets when another one has failed or ended."""
     if isinstance(error, UserError):
         return error.elsewhere
     if isinstance(error, StallError):
@@ -63,7 +63,7 @@ def is_consequence(error: BaseException) -> bool:
 
 
 class Reporter:
-    """What this rank says and leaves when it fails; a process has one. ``doing`` says where the rank is."""
+    """Prints and writes what is to be known when this rank fails; a process has one. ``doing`` says where the rank is."""
 
     def __init__(self) -> None:
         self.doing: Callable[[], str] = lambda: "starting"
@@ -76,19 +76,19 @@ class Reporter:
         self._folder = Path(output) / failure_files.FOLDER
 
     def note(self) -> tuple[float, str]:
-        """When the rank failed, in seconds since 1970, and what it was doing: called at once, for what it does until ``report``
-        takes time."""
+        """When the rank failed, in seconds since 1970, and what it was doing. Called at once, because what a rank does before
+        ``report`` takes time."""
         self._happened = self._happened or (time.time(), self.doing())
         return self._happened
 
     def await_cause(self, error: BaseException) -> None:
-        """If ``error`` only follows from another rank's failure, wait until that one has written down why, for some time."""
+        """If ``error`` only follows from another rank's failure, wait (``_CAUSE_S`` at most) until that one has written why."""
         if is_consequence(cause_of(error)):
             _, board, _ = self._write_down(error)
             board.first(_CAUSE_S, at_most=STALL)
 
     def report(self, error: BaseException) -> int:
-        """Say and leave what must be of ``error``, which ended this rank; returns the exit code, the same on every rank."""
+        """Print and write what is to be known of ``error``, which ended this rank; returns the exit code, equal on all ranks."""
         if isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
         mine, board, is_kept = self._write_down(error)
@@ -105,7 +105,7 @@ class Reporter:
             board.told()
             return mine.status
         if not board.await_told(_TELL_S) and mine.kind != CONSEQUENCE and board.claim(mine.text):
-            tell(self._shown(mine, error, is_kept))  # the first rank was killed while it told
+            tell(self._shown(mine, error, is_kept))  # the first rank was killed before it had printed
         time.sleep(_LEAVE_S)
         return first.status
 
@@ -133,7 +133,7 @@ class Reporter:
         if failure.kind == STALL:
             return "\n  ".join([f"megatron_vila: {cause}", *where])
         if isinstance(cause, UserError):
-            # Of a lone rank the cure says all.
+            # For a lone rank the message with its cure is enough.
             return "\n  ".join([described(error), *("; ".join([failure.headline, place]) for place in where if not alone)])
         if failure.kind == CONSEQUENCE:
             lost = (
@@ -147,8 +147,11 @@ class Reporter:
 
 
 def _tell_torchrun(mine: Failure, first: Failure) -> None:
-    """Record the failure as torch.distributed.elastic does, for the launcher's report. It takes the earliest for the root cause,
-    in whole seconds, and the lowest rank of several: all but the first failure are recorded as later ones."""
+    """Record the failure as torch.distributed.elastic does, for the launcher's report.
+
+    The launcher takes the earliest failure for the root cause, by whole seconds, and of several the one of the lowest rank. So
+    all failures but the first are recorded as later ones.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return

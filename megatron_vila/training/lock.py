@@ -1,15 +1,15 @@
-"""One run writes to a folder at a time: a lock in ``train.output`` that a dead owner cannot hold.
+"""A lock in ``train.output``, so that one run at a time writes to the folder. The lock of a dead owner does not count.
 
-The lock is a file ``.lock-N`` that says who holds it. Only its exclusive creation decides, which network file systems have too.
-Nobody removes the file of a living owner: a start that finds the owner of ``.lock-N`` dead makes ``.lock-N+1``, which only one of
-several can, and then removes the dead ones.
+The lock is a file ``.lock-N`` that says who holds it. The exclusive creation of this file decides, which network file systems
+have too. Nobody removes the file of a living owner. A start that finds the owner of ``.lock-N`` dead creates ``.lock-N+1``, which
+succeeds for only one of several starts, and then removes the files of dead owners.
 
-Whether an owner lives:
+How a start finds out whether an owner lives:
 
-* on the same machine (host, boot, process namespace) its process is looked for: number and start time;
-* elsewhere its heartbeat counts: a thread of the owner renews the file's time stamp every ``BEAT_S`` seconds. An owner whose time
-  stamp stands still for ``DEAD_AFTER_S`` is dead. A start waits that long at most, and compares time stamps of the file server
-  only.
+* on the same machine (host, boot, process namespace) it looks for a process with the owner's number and start time;
+* elsewhere the heartbeat counts: a thread of the owner renews the file's time stamp every ``BEAT_S`` seconds. An owner whose time
+  stamp stands still for ``DEAD_AFTER_S`` is dead. A start waits that long at most, and compares only time stamps of the file
+  server.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class Owner:
 
 
 class RunLock:
-    """The lock of ``folder``. ``hold()`` is a context manager that has it; ``lost`` says whether it was taken away meanwhile."""
+    """The lock of ``folder``. ``hold()`` is a context manager that holds it; ``lost`` says who has taken it over."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._owner = Owner.of_this_process()
-        self._path = self._folder / ".lock-1"  # until it is held: a later one if that exists
+        self._path = self._folder / ".lock-1"  # replaced when the lock is acquired, by a later number if this one exists
         self._inode = 0
         self._done = threading.Event()
         self.lost = ""
@@ -97,7 +97,10 @@ class RunLock:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[RunLock]:
-        """Raises ``LockedError`` if another run holds the lock, ``UserError`` if the folder takes no file."""
+        """Hold the lock inside the ``with`` block.
+
+        Raises ``LockedError`` if another run holds it, ``UserError`` if no file can be written to the folder.
+        """
         try:
             self._acquire()
         except OSError as error:
@@ -130,7 +133,8 @@ class RunLock:
             mine = self._folder / f".lock-{_number(found[-1]) + 1 if found else 1}"
             if not self._create(mine):
                 continue  # another start was faster
-            # A lock that this listing did not show yet (another number, an old view of the folder): both step back, one is first.
+            # A lock that the first listing did not show (another number, or an outdated view of the folder): both starts give up
+            # theirs and try again after a random pause.
             if set(self._locks()) - {mine} - set(found):
                 mine.unlink()
                 time.sleep(random.uniform(0.0, 0.3))
@@ -182,7 +186,7 @@ class RunLock:
     def _beats(self, path: Path, owner: Owner | None) -> bool:
         """Whether the time stamp of ``path`` moves within ``DEAD_AFTER_S`` from its last move.
 
-        A time stamp of the future, from a clock that was set back, counts as one of now.
+        A time stamp in the future, from a clock that was set back, counts as one of now.
         """
         first, begin_s = self._stamp(path), time.monotonic()
         age = max(0.0, self._now() - (first or 0.0))
@@ -216,7 +220,7 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _owner_in(self, path: Path) -> Owner | None:
-        """The owner that ``path`` names; None if it says nothing of the kind: just made, or damaged."""
+        """The owner that the file ``path`` names; None if it names none, because it was just created or is damaged."""
         for _ in range(5):
             with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb", opener=_open_plain) as file:
                 return Owner.of_record(json.loads(file.read(_MOST_BYTES)))
@@ -231,7 +235,7 @@ class RunLock:
                 return
 
     def _renew(self) -> None:
-        """Renew the time stamp, or note that another run has taken over. A folder that was removed gets its lock again."""
+        """Renew the time stamp, or note that another run has taken over. A removed folder is made again, with the lock."""
         if self._path.exists():
             os.utime(self._path)
             return
@@ -247,7 +251,7 @@ class RunLock:
 
 
 def release_all() -> None:
-    """Give back what this process holds, where it ends without leaving its blocks."""
+    """Release all locks of this process, for an end that does not leave the ``with`` blocks."""
     for lock in list(_held):
         lock.release()
 
@@ -262,7 +266,7 @@ def _number(path: Path) -> int:
 
 
 def _machine() -> str:
-    """What must be the same for process numbers to mean the same; empty where the system does not say."""
+    """The machine, so that processes with an equal one can compare process numbers; unique if the system does not name it."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""Memory per rank: what was predicted, what is held, and the peak; and what to say when it did not suffice."""
+"""Memory per rank: what was predicted, what is held, and the peak; and the message when it did not suffice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEMORY_FILE = "memory.json"
 def write_memory_report(
     config: Config, model: DistributedDataParallel, optimizer: DistributedOptimizer, host_peak_bytes: int
 ) -> str:
-    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak, on a GPU of tensors.
+    """Write memory.json into the run's folder (rank 0) and return a line that compares prediction and peak.
 
     Per rank in GiB: weights, gradient buffers, optimizer state and main weights on the device, what was moved to host memory
     (``host_peak_bytes`` of activations, and optimizer state), and the peak since the first step. An all-gather over all ranks.
@@ -53,7 +53,7 @@ def write_memory_report(
 
 
 def out_of_memory_message(config: Config, world_size: int, rank: int, error: Exception) -> str:
-    """Which part of the prediction is the largest, and the setting that shrinks it."""
+    """The message for ``error`` on ``rank``: which part of the prediction is the largest, and the setting that shrinks it."""
     estimate = estimate_memory(config, world_size, accelerator.device_memory_bytes())
     grown = max((name for name in vars(estimate) if name != "slack"), key=lambda name: getattr(estimate, name))
     return (

@@ -36,15 +36,15 @@ from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_reco
 
 PLOT_FILE = "loss.png"
 FIRST_JUDGED = 10
-"""The step of a run, counted from its start, from which on waiting for data says something."""
+"""Step of a run, counted from its start, from which waiting for data is judged; before it nothing is decoded ahead yet."""
 
 
 class MetricsLogger(Watcher):
     """Writes the records of a run, from ``start`` to ``close``, which makes the files complete.
 
-    No method raises because of a file or the screen: that is told in one line, and tried again at the next record.
+    No method raises because of a file or the screen: the failure is logged in one line, and the next record tries again.
 
-    A new run starts ``metrics.jsonl`` afresh. Without a known peak no MFU is shown. Lines and TensorBoard scalars of a step
+    A new run starts ``metrics.jsonl`` afresh. No MFU is shown if the peak of the GPU is unknown. Lines and TensorBoard scalars
     appear every ``log_every`` steps, with rates over the steps since the line before; ``metrics.jsonl`` has every step.
     """
 
@@ -97,7 +97,7 @@ class MetricsLogger(Watcher):
         record = {f"{task.prefix}_{name}": value for name, value in results.items()}
         self._write_line({"step": step} | record)
         self._write_scalars({f"{task.prefix}/{name}": value for name, value in results.items()}, step)
-        # Counts of zero, nothing left out or cut, are not shown.
+        # Zero counts of samples that were left out or truncated are not shown.
         told = {n: v for n, v in results.items() if v or not n.startswith(("left_out", "truncated"))}
         self.message(f"{task.word} after step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in told.items()))
 
@@ -155,7 +155,7 @@ class MetricsLogger(Watcher):
         return last | rates
 
     def _tell_limit(self, record: Mapping[str, Any]) -> None:
-        """Say what holds the run up, once for each thing that does. The first steps wait while nothing is decoded ahead."""
+        """Say what slows the run down, once for each reason. The first steps do not count: nothing is decoded ahead yet."""
         found = limit(record) if record["step"] >= self._facts.start_step + FIRST_JUDGED else None
         if found is not None and found[0] not in self._told:
             self._told.add(found[0])

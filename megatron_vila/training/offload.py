@@ -25,17 +25,18 @@ from megatron_vila.checkpoint.optimizer_shards import take_main_weights
 from megatron_vila.host_memory import page_locked
 
 CHUNK_ELEMENTS = 2**23
-"""Elements that are updated at once: 96 MiB of state each in a slot, of which the device holds ``SLOTS``."""
+"""Elements of a chunk, which is updated at once. Its state takes up to 96 MiB in one of ``SLOTS`` slots on the device."""
 
 SLOTS = 3
-"""One on its way in, one in use, one on its way out."""
+"""Chunks on the device: one on its way in, one in use, one on its way out."""
 
 
 def offload_state(optimizer: DistributedOptimizer, fraction: float) -> None:
     """Give ``optimizer`` its state, the share ``fraction`` of it on the host.
 
-    ``optimizer`` has made no step, and its configuration has it put the gradients of its shards beside the 16-bit weights
-    (``use_precision_aware_optimizer_no_fp8_or_ds_fp8``). No collectives. Raises ``HostMemoryError``.
+    ``optimizer`` must not have made a step, and must be configured to put the gradients of its shards beside the 16-bit weights
+    (``use_precision_aware_optimizer_no_fp8_or_ds_fp8``). No collectives. Raises ``HostMemoryError`` if the host does not
+    page-lock as much.
     """
     inner = optimizer.optimizer
     if inner is not None:  # a rank without anything to train
@@ -45,10 +46,10 @@ def offload_state(optimizer: DistributedOptimizer, fraction: float) -> None:
 class StreamedAdam(torch.optim.Optimizer):
     """AdamW on float32 main weights, with ``fraction`` of all state in host memory.
 
-    The parameters are flat shards of the model's weights; ``state`` has their ``exp_avg`` and ``exp_avg_sq`` and, for 16-bit
-    ones, the main weights as ``master_param``: views of one buffer for all that is alike. The gradient of a shard is its
-    ``decoupled_grad``. ``grad_scale`` multiplies the gradients of the next step. ``fraction`` counts elements; the parameter that
-    crosses it goes to the host as a whole.
+    The parameters are flat shards of the model's weights. ``state`` has their ``exp_avg`` and ``exp_avg_sq`` and, for 16-bit
+    ones, the main weights as ``master_param``; they are views of one buffer for all shards of a group, dtype and place. The
+    gradient of a shard is its ``decoupled_grad``. ``grad_scale`` multiplies the gradients of the next step. ``fraction`` counts
+    elements; the parameter that crosses it goes to the host as a whole.
     """
 
     def __init__(self, groups: list[dict[str, Any]], fraction: float) -> None:
@@ -65,7 +66,7 @@ class StreamedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update all weights of this rank; returns nothing. The state on the host is at rest when it returns."""
+        """Update all weights of this rank; returns nothing. No copy to the host is under way when it returns."""
         for group in self.param_groups:
             group["step"] += 1
         # The chunks on the device are updated while the next ones come from the host. A rank with any state has some on the host.
@@ -201,7 +202,7 @@ class _Chunk:
 
 
 def _alike(groups: list[dict[str, Any]], fraction: float) -> Iterator[tuple[dict[str, Any], list[torch.Tensor], bool]]:
-    """Shards of one group, dtype and place each, with their group and whether the place is the host."""
+    """Lists of shards of the same group, dtype and place, each with the group and whether the place is the host."""
     wanted, taken = fraction * sum(shard.numel() for group in groups for shard in group["params"]), 0
     for group in groups:
         alike: dict[tuple[torch.dtype, bool], list[torch.Tensor]] = defaultdict(list)
@@ -214,6 +215,6 @@ def _alike(groups: list[dict[str, Any]], fraction: float) -> Iterator[tuple[dict
 
 
 def _copy_rows(target_RE: torch.Tensor, source_RE: torch.Tensor) -> None:
-    """Row by row: only contiguous memory is copied without the CPU's help."""
+    """Copy row by row, because only contiguous memory is copied without the CPU's help."""
     for target_E, source_E in zip(target_RE, source_RE, strict=True):
         target_E.copy_(source_E, non_blocking=True)

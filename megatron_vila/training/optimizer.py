@@ -143,7 +143,7 @@ def learning_rates(optimizer: DistributedOptimizer, optim: OptimConfig) -> dict[
 def apply_step(optimizer: DistributedOptimizer, loss_is_finite: bool = True) -> tuple[bool, float]:
     """Clip the gradients and step, unless a gradient, or the loss on any rank, is not finite.
 
-    Returns (updated, gradient norm), the same on every rank. Not updated: no weight and no optimizer state has changed
+    Returns (updated, gradient norm), the same on every rank. If it is not updated, no weight and no optimizer state has changed
     anywhere, and the norm is inf or nan. The norm is that of the whole model before clipping, summed in float64.
     Collectives: one sum over all ranks, then Megatron's all-gather of the new weights over dp x cp.
     """
@@ -170,7 +170,7 @@ def apply_step(optimizer: DistributedOptimizer, loss_is_finite: bool = True) -> 
 
 def _scale_gradients(optimizer: DistributedOptimizer, factor: float) -> None:
     if isinstance(optimizer.optimizer, StreamedAdam):
-        # It scales what it casts to float32: 16-bit gradients are not rounded once more.
+        # It scales the gradients after it has cast them to float32, so 16-bit gradients are not rounded once more.
         optimizer.optimizer.grad_scale = factor
         return
     gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
@@ -194,7 +194,8 @@ def _rates_per_part(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
 
 
 def _prefer_fused_adam(inner: torch.optim.Optimizer) -> None:
-    """Without Transformer Engine: torch's default on CUDA would keep temporaries as large as the parameters."""
+    """Use torch's fused Adam on CUDA if Megatron, without Transformer Engine, took torch's: by default that keeps temporaries as
+    large as the parameters."""
     if isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:
             if any(parameter.is_cuda for parameter in group["params"]):

@@ -15,16 +15,16 @@ process at once."""
 
 
 def asking() -> tuple[signal.Signals, ...]:
-    """``ASKING``, without SIGHUP where nohup has this process ignore it."""
+    """``ASKING``, without SIGHUP if this process ignores it, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in ASKING if number != signal.SIGHUP or not ignored)
 
 
 class StopRequest:
-    """Notes the first of ``asking()`` that this process gets, from ``install`` on; nothing else happens to the process.
+    """Notes the first of the signals ``asking()`` that this process gets after ``install``; they do nothing else to the process.
 
-    As a context manager it gives the signals back to whom they belonged, unless they were noted before. Python handles signals
-    in the main thread: installed in another one it stays without effect.
+    As a context manager it restores the earlier handlers at the end, unless ``install`` was called before the ``with`` block.
+    Python handles signals in the main thread only: in another one ``install`` has no effect.
     """
 
     def __init__(self) -> None:
@@ -38,11 +38,11 @@ class StopRequest:
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in asking()}
-            # A launcher may block them up to here: one that came during the imports arrives now.
+            # A launcher may have blocked the signals up to here: one that was sent during the imports arrives now.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
     def ignore_further(self) -> None:
-        """All is done: a signal that a launcher sends to the last processes must not change how this one ends."""
+        """Ignore the signals from now on: what a launcher sends to the last processes must not change how this one ends."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,8 +1,8 @@
 """Totals of a run from its ``metrics.jsonl``, and of several runs that make up a recipe (the stages of the quickstart).
 
-Reading the file, and not counting along, makes the totals of a run that was stopped and resumed the same as of one that
-was not. The file lies open to editors, full disks and crashes: lines that are no record are left out with one line on the
-screen.
+Totals are read from the file instead of being counted during the run, so a run that was stopped and resumed has the same totals
+as one that was not. Editors, full disks and crashes can damage the file: lines that are not records are left out, and a line of
+the log says so.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _TOTALS = ("steps", "tokens", "frames", "train_s")
 
 
 def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step records of a run's folder and what its tasks gave (``roles.py``), in order; both empty if there is no file yet.
+    """The step records of a run's folder and the results of its tasks (``roles.py``), in order; both empty without a file.
 
-    A record takes the place of earlier ones of its step and of later steps: those are of a run that was set back. What several
-    tasks gave after a step is one record.
+    A record replaces earlier ones of the same and of later steps, which come from a run that was set back. The results of
+    several tasks after one step are one record.
     """
     path = Path(folder) / METRICS_FILE
     steps: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line of a ``metrics.jsonl`` that is a record, with what it says. Raises ``OSError`` where there is no file to read.
+    """Each line of a ``metrics.jsonl`` that is a record, and the record. Raises ``OSError`` if there is no file to read.
 
     A record has a whole number ``step``, nothing but numbers and nulls, and what ``summarize`` and ``plots.py`` need.
     """
@@ -149,7 +149,7 @@ def combine(folders: Sequence[str | Path], wall_s: float) -> dict[str, Any]:
 
 
 def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    """Over the time of the steps; a run that went on without GPUs, or on others, has steps without one."""
+    """Mean over the time of the steps with an MFU. A run that continued without GPUs, or on unknown ones, has steps without."""
     known = [r for r in steps if r["mfu"] is not None]
     seconds = sum(r["step_s"] for r in known)
     return sum(r["mfu"] * r["step_s"] for r in known) / seconds if seconds else None

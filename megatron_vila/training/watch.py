@@ -1,8 +1,8 @@
-"""Where each rank of a run is, so that the one that does not come is named instead of a raw trace after a silence.
+"""Keeps where each rank of a run is, so that a run that hangs ends with the names of the ranks that are missing.
 
 Each rank notes its step and phase; a thread writes them to the store that all ranks share, with a count that shows that the
-process lives. When a collective times out (``train.timeout_minutes``), or this rank stands in one phase for longer than that,
-the ranks that are behind or no longer respond are the answer.
+process lives. When a collective times out (``train.timeout_minutes``), or this rank stays in one phase for longer than that,
+the ranks that are behind or no longer respond are named.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from megatron_vila.training.lock import release_all
 from megatron_vila.training.roles import Watcher
 
 _ROOM_S = 5.0
-"""a collective that times out in the main thread comes first"""
+"""what the thread waits beyond the timeout, so that a collective that times out in the main thread comes first"""
 _PEER_FAILED_S = 20.0
-"""what a rank has to end in after another one failed: a launcher gives it 30 s before it kills it, and it leaves a file"""
+"""how long a rank may take to end after another one failed: a launcher kills it after 30 s, and it has to write its file"""
 _NAMED = 8
 
 
@@ -55,8 +55,8 @@ class Seen:
 
 
 class Watch(Watcher):
-    """One rank's view of all ranks, from their meeting (``processes.meet``) to the end of the process. A context manager; a lone
-    rank's only says where it is.
+    """One rank's view of all ranks, from their meeting (``processes.meet``) to the end of the process. A context manager; for a
+    lone rank it only keeps where the rank is.
 
     ``at`` costs no communication. The thread ends the process if another rank failed and this one does not get out of a
     collective, or if it stands still for ``timeout_minutes`` while others are missing.
@@ -71,7 +71,8 @@ class Watch(Watcher):
         self._rank, self._world = processes.rank_and_world()
         self._done = threading.Event()
         self._store = processes.shared_store()
-        # For a rank that waits while its thread writes. Made now: connecting to a store that has ended takes a whole timeout.
+        # A second connection, for ``part``, which waits while the thread writes. Made now, because connecting to a store that has
+        # ended takes a whole timeout.
         self._parting = processes.shared_store()
         self._here: list[Seen] = []
         """ranks that responded when ``_describe_stall`` last looked"""
@@ -84,7 +85,7 @@ class Watch(Watcher):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Raises ``StallError`` in the place of a timeout if ranks are missing.
 
-        A rank that lost its connections is seen alive until the cause is known: others must not take it for the missing one.
+        A rank that lost its connections responds until the cause is known, so that others do not take it for the missing one.
         """
         stall = None
         if error is not None:
@@ -103,9 +104,11 @@ class Watch(Watcher):
         self._place, self._since = Place(step, earlier, phase), time.monotonic()
 
     def part(self) -> None:
-        """Wait until all ranks have come to their end: a launcher waits forever for one that stands still after its last
-        collective, unless another one fails. Raises ``RuntimeError`` after ``timeout_minutes``, which the watch turns into who
-        is missing."""
+        """Wait until all ranks have come to their end.
+
+        Otherwise a launcher would wait forever for a rank that hangs after its last collective. Raises ``RuntimeError`` after
+        ``timeout_minutes``, which ``__exit__`` turns into a ``StallError`` with the missing ranks.
+        """
         if self._parting is None:
             return
         keys = [f"megatron_vila/ended/{rank}" for rank in range(self._world)]
@@ -115,10 +118,10 @@ class Watch(Watcher):
         except RuntimeError as error:
             if failures.is_late(error):
                 raise
-            # The process that keeps the store ends as the last rank or after it.
+            # Else the store has ended, whose process ends as the last rank or after it: no rank is missing.
 
     def _describe_stall(self, store: dist.Store) -> str | None:
-        """Who did not come, as a message; None if all ranks respond and are where this one is. Takes some intervals."""
+        """A message that names the missing ranks; None if all respond and are where this one is. Takes some intervals."""
         first = within(10.0, lambda: self._read(store))
         for _ in range(3):
             time.sleep(self.interval_s)
@@ -135,7 +138,7 @@ class Watch(Watcher):
         behind = [seen for seen in second if seen.place == last < front]
         gone = "it is stopped, or its node is gone"
         lines = [f"rank {seen.rank} ({seen.process}) does not respond: it was at {seen.place}; {gone}" for seen in silent]
-        if not lines:  # else these wait as well
+        if not lines:  # if some do not respond, those behind may only wait for them
             lines = [f"rank {seen.rank} ({seen.process}) is still at {seen.place}" for seen in behind]
         return self._message(lines) if lines else None
 
@@ -162,7 +165,7 @@ class Watch(Watcher):
             if peer_failed_at is not None and now - peer_failed_at > _PEER_FAILED_S:
                 self._end(PeerError("another rank has failed"))
             if now - self._since > self._timeout_s + _ROOM_S and (stall := self._describe_stall(store)):
-                # One that responds and is ahead waits as well, and names this one if nobody else is missing.
+                # A rank that responds and is ahead waits as well, and names this one if no other is missing.
                 if not any(seen.place > self._place for seen in self._here):
                     self._end(StallError(stall))
                 self._since = time.monotonic()

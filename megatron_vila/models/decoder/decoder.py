@@ -121,7 +121,7 @@ class _Block:
 def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams, value_needed: bool = True) -> torch.Tensor:
     """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h)).
 
-    Where the output serves as the root of a backward pass only, its value is not needed: the MLP need not compute its part.
+    If the output is only the root of a backward pass, its value is not needed, and the MLP does not compute its part.
     """
     attention = layer.self_attention
     hidden_t1H, normed_t1H = layer.input_layernorm.with_stream(hidden_t1H)

@@ -1,7 +1,7 @@
 """SwiGLU and the matrix products around it: as separate kernels, or on Hopper inside QuACK's products (``quack-kernels``).
 
-QuACK forms SwiGLU and its gradient from what the product has in registers, so gate and up need no trip through memory of
-their own. It works on gate and up of a column side by side: its [T, 2F] holds gate 0, up 0, gate 1, up 1, and so on. Weights
+QuACK forms SwiGLU and its gradient from what the product has in registers, so no kernel of their own goes through memory.
+It works on gate and up of a column side by side: its [T, 2F] holds gate 0, up 0, gate 1, up 1, and so on. Weights
 and their gradients keep Megatron's order, all gates before all ups; QuACK reads and writes them through a layout. Its kernels
 are compiled at first use (seconds each) and kept on disk.
 

@@ -1,7 +1,8 @@
 """The SwiGLU MLP of a decoder layer: a backward pass of its own, and tiles of tokens whose inner values exist one at a time.
 
-Written out, the backward pass needs no product of the down projection (whose value nobody reads when a layer runs again for its
-gradients), keeps gate and up only, and adds weight gradients straight into Megatron's buffers.
+The backward pass is written out here, not left to autograd. So it does not run the down projection again, whose value is not
+needed when a layer runs again for its gradients; it keeps gate and up only; and it adds weight gradients straight into Megatron's
+buffers.
 
 Legend: t tokens of this rank (S/(cp*tp)), T tokens of a tile over all tp ranks, H hidden size, F width of the MLP of this
 tensor-parallel rank.
@@ -35,8 +36,8 @@ class TiledMLP(MLP):
     """Megatron-Core's MLP (gate, up and down projection without bias), in tiles above ``tile_tokens`` tokens (0: never).
 
     In tiles it keeps its input only, and the backward pass of a tile forms gate and up once more. Under sequence parallelism each
-    tile is gathered and scattered over the tensor-parallel group on its own. ``swiglu_inside``: products with SwiGLU inside where
-    there are such (``gated.products_for``).
+    tile is gathered and scattered over the tensor-parallel group on its own. ``swiglu_inside`` asks for matrix products that form
+    SwiGLU themselves, if there are any for this device (``gated.products_for``).
     """
 
     def __init__(self, *args, tile_tokens: int, swiglu_inside: bool, **kwargs) -> None:
@@ -57,7 +58,7 @@ class TiledMLP(MLP):
     def forward(self, hidden_t1H: torch.Tensor, *, value_needed: bool = True) -> tuple[torch.Tensor, None]:
         """[t, 1, H] to [t, 1, H], and Megatron's bias, which is None.
 
-        Without ``value_needed``, as where a layer runs for its gradients alone, the output is zeros and costs nothing.
+        Without ``value_needed``, if a layer runs for its gradients alone, the output is zeros and costs nothing.
         """
         tile = self.tile_tokens if 0 < self.tile_tokens < hidden_t1H.shape[0] else hidden_t1H.shape[0]
         if any(hasattr(linear, "lora_a") for linear in (self.linear_fc1, self.linear_fc2)):

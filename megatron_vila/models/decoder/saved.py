@@ -1,7 +1,7 @@
 """Tensors saved between forward and backward pass, on the device or, up to a budget, in page-locked host memory.
 
-What is saved first is needed last, so the first tensors go to the host and the rest stay. Copies run on a stream of their own:
-out while the next layers compute, back while the block of layers behind them is in its backward pass.
+What is saved first is needed last, so the first tensors go to the host and the rest stay on the device. Copies run on a stream
+of their own: to the host while the next layers compute, and back while a later block of layers is in its backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Saved:
         """Start to bring the tensor back to the device."""
 
     def take(self) -> torch.Tensor:
-        """The tensor on its device; only once, it is not held any longer."""
+        """The tensor on its device. Can be called once: the tensor is not held any longer."""
         return self._here.pop()
 
 
@@ -44,7 +44,7 @@ class HostStore:
         return Saved(x) if buffer is None else _SavedOnHost(x, buffer, self)
 
     def _acquire(self, size: int) -> torch.Tensor | None:
-        """A buffer of ``size`` bytes or more; None without room for it.
+        """A buffer of ``size`` bytes or more; None if the budget has no room for it.
 
         A free buffer is used if it is at most twice as large. If the budget has no room for a new one, any larger buffer is used
         before others are given up, because page-locking takes seconds. Raises ``HostMemoryError`` if the host does not page-lock
@@ -66,7 +66,7 @@ class HostStore:
         return buffer
 
     def _make_room(self, size: int) -> None:
-        """Give up buffers, the first that became free first, until one of ``size`` bytes fits into the budget."""
+        """Give up free buffers until one of ``size`` bytes fits into the budget; the one that became free first goes first."""
         if self.stream is not None:
             # A copy from one of them may still be on its way.
             self.stream.synchronize()

@@ -1,4 +1,4 @@
-"""Weight gradients that our own backward passes form: summed where they belong, without a second pass over them.
+"""Weight gradients of our own backward passes, summed straight into Megatron's buffers, without a second pass over them.
 
 Under Megatron's DDP a weight carries ``main_grad``, a slice of the gradient buffer. A product is added to it by the matrix
 product itself (``beta = 1``), as Transformer Engine and Apex do for Megatron's linear layers.
@@ -64,6 +64,9 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) ->
 
 
 def nothing(weight: torch.Tensor) -> torch.Tensor:
-    """A gradient that adds nothing and takes no memory. With it DDP's hook runs as for any gradient (it must, and on the thread
-    of the backward pass), and the gradient that a tied embedding gives the same weight still counts."""
+    """A gradient that adds nothing and takes no memory.
+
+    Returned to autograd, it makes DDP's hook run as for any gradient (it must, and on the thread of the backward pass), and a
+    gradient of the same weight as a tied embedding is still added.
+    """
     return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)

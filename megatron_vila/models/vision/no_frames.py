@@ -1,4 +1,4 @@
-"""What tower and projector give on ranks without frames."""
+"""What tower and projector return on ranks without frames."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def siglip_config(config: VisionConfig) -> SiglipVisionConfig:
 def scale_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """Bytes of pictures, uint8 of any shape, as float32 from -1 to 1 (SigLIP: mean = deviation = 0.5), on their device.
 
-    Two operations that round alike on every device, so that a byte is the same number everywhere. Floats are scaled already and
-    come back as they are. Raises ``TypeError`` for other whole numbers.
+    It takes two operations that round alike on every device, so that a byte becomes the same number everywhere. Floats must be
+    scaled already, and are returned as they are. Raises ``TypeError`` for other integer dtypes.
     """
     if pixels.is_floating_point():
         return pixels
@@ -162,9 +162,12 @@ def encode_frames(tower: VisionTower, projector: nn.Module, pixels_F3HW: torch.T
 
 
 class FrameEncoder:
-    """``encode_frames`` for one micro-batch after the other. If asked to, it encodes the next one's frames under the layers
-    of the current one, on a CUDA stream of its own, to use the GPU where the layers leave it idle. Autograd runs their
-    backward pass on the same stream. On a CPU it is the same work in the same order."""
+    """``encode_frames`` for one micro-batch after the other.
+
+    After ``start``, the frames of the next micro-batch are encoded while the layers of the current one run, on a CUDA stream of
+    their own, which uses the GPU where the layers leave it idle. Autograd runs their backward pass on the same stream. On a CPU
+    it is the same work in the same order.
+    """
 
     def __init__(self, tower: VisionTower, projector: nn.Module) -> None:
         self._tower, self._projector = tower, projector
@@ -173,7 +176,7 @@ class FrameEncoder:
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None  # pixels and their tokens
 
     def __call__(self, pixels_F3HW: torch.Tensor) -> torch.Tensor:
-        """Projected tokens [F, T, D]: those made ahead, if they were made from these very pixels."""
+        """Projected tokens [F, T, D]; those that ``start`` has made, if it was given this very tensor."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] is not pixels_F3HW:
             tokens_FTD = encode_frames(self._tower, self._projector, pixels_F3HW)
@@ -187,8 +190,10 @@ class FrameEncoder:
         return tokens_FTD
 
     def start(self, pixels_F3HW: torch.Tensor) -> None:
-        """Encode the frames of the next call, unless the tower keeps its activations: those of two micro-batches would be in
-        memory at once. Called once the layers of the current micro-batch are queued."""
+        """Encode the frames of the next call. Called once the layers of the current micro-batch are queued.
+
+        Does nothing if the tower keeps its activations, because those of two micro-batches would be in memory at once.
+        """
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._tower.used_parameters())
         if learns and not self._tower.config.recompute:
             return
