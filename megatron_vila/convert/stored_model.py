@@ -126,7 +126,7 @@ class StoredModel:
         for key in sorted(stored.keys() - wanted.keys()):
             linear, _, leaf = key.rpartition(".")
             if not (leaf in FACTORS and linear in linears):
-                problems.append(f"{key} {list(stored[key])} belongs to no part of the model of its configuration")
+                problems.append(f"{key} {list(stored[key])} belongs to no part of the model that its info.json describes")
         if problems:
             raise ConversionError(f"{self.folder} does not fit its configuration", problems)
 

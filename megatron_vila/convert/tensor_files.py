@@ -48,7 +48,8 @@ class SourceTensor(Protocol):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def read(self) -> torch.Tensor: ...
+    def read(self) -> torch.Tensor:
+        """The tensor, [``shape``] of ``dtype``."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class MemoryTensor(TensorInfo):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> MemoryTensor:
+        """``tensor`` with its dtype and shape."""
         return cls(tensor.dtype, tuple(tensor.shape), tensor)
 
     def read(self) -> torch.Tensor:

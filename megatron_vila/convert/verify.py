@@ -56,6 +56,7 @@ class Report:
 
     @property
     def equal(self) -> bool:
+        """Whether no difference was found."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -80,6 +81,7 @@ class FileReport:
 
     @property
     def whole(self) -> bool:
+        """Whether no damage was found."""
         return not self.problems
 
     def __str__(self) -> str:

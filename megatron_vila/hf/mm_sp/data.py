@@ -102,7 +102,7 @@ class ShardCollator:
         problems: list[str] = []
         documents = [self._document(sample, f"sample {i}", problems) for i, sample in enumerate(samples)]
         if not samples:
-            problems.append("the batch has no samples")
+            problems.append("the batch has no samples; give at least one")
         if len({document.has_labels for document in documents}) > 1:
             problems.append(
                 "some samples have labels and some have none; give all of them labels (-100 where nothing is learned)"
@@ -139,18 +139,18 @@ class ShardCollator:
             hint = "; give a picture as a video of one frame" if key == "pixel_values" else ""
             problems.append(f"{name} has {key}, which MM-SP cannot shard (it knows {', '.join(KEYS)}){hint}")
         if "input_ids" not in sample:
-            problems.append(f"{name} has no input_ids")
+            problems.append(f"{name} has no input_ids; give its token ids")
             return _Document(np.zeros(0, np.int64), np.zeros(0, np.int64), False, ())
         ids = _flat(sample["input_ids"])
         labels = _flat(sample["labels"]) if sample.get("labels") is not None else np.full(len(ids), IGNORE)
         mask = _flat(sample["attention_mask"]) if sample.get("attention_mask") is not None else np.ones(len(ids))
         for key, values in (("labels", labels), ("attention_mask", mask)):
             if len(values) != len(ids):
-                problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids")
+                problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids; give one for each of them")
                 return _Document(ids, ids, True, ())
         ids, labels = ids[mask != 0], labels[mask != 0]
         if not len(ids):
-            problems.append(f"{name} has no token (or attention_mask takes out all of them)")
+            problems.append(f"{name} has no token, or attention_mask takes out all of them; leave the sample out")
         videos = sample.get("pixel_values_videos")
         videos = () if videos is None else tuple(videos)
         problems += self._video_problems(ids, videos, name)
@@ -159,7 +159,7 @@ class ShardCollator:
 
     def _video_problems(self, ids: np.ndarray, videos: Sequence[Any], name: str) -> list[str]:
         if self.video is None:
-            return [f"{name} has pixel_values_videos but the model takes text only"] if videos else []
+            return [f"{name} has pixel_values_videos but the model takes text only; leave them out"] if videos else []
         places = np.flatnonzero(ids == self.video.token_id)
         counts = _frame_tokens(videos, self.video)
         if len(places) != sum(counts):

@@ -24,9 +24,11 @@ class FusedHead:
         self._labels_n: torch.Tensor | None = None
 
     def install(self) -> None:
+        """Replace the layer's ``forward``."""
         self._layer.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
+        """Give the layer its own ``forward`` back."""
         del self._layer.forward
         self.expect(None)
 

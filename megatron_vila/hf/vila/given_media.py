@@ -69,7 +69,7 @@ def of_each_conversation(media: Any, is_one: Callable[[Any], bool], several: boo
     if not several:
         return [[media] if is_one(media) else list(media)]
     if not isinstance(media, list | tuple) or len(media) != count:
-        raise ValueError(f"give a list of media for each of the {count} conversations")
+        raise ValueError(f"media are not given by conversation; give a list of them for each of the {count} conversations")
     return [list(own) for own in media]
 
 

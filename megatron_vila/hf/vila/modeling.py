@@ -131,7 +131,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             inputs_embeds = self._embed(input_ids, pixel_values, is_prefill=past == 0)
         elif input_ids is not None or inputs_embeds is None:
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("both or neither of input_ids and inputs_embeds are given; give either input_ids or inputs_embeds")
         elif pixel_values is not None:
             raise ValueError(
                 "pixel_values need input_ids, which hold their places; leave them out if inputs_embeds hold their features"

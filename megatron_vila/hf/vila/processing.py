@@ -58,6 +58,7 @@ class ChatText(str):
 
     @classmethod
     def of(cls, signed: str, shown: str) -> ChatText:
+        """The text ``shown``, whose text with signs is ``signed``."""
         made = cls(shown)
         made.signed = signed
         return made
