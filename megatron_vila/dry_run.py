@@ -71,25 +71,25 @@ def dry_run(config: Config, world_size: int, machine: Machine, show: Sequence[st
 
 
 def describe_sample(dataset: VilaDataset, name: str, index: int, decode: bool) -> str:
-    """Sample ``index`` of data.``name`` as the model sees it, with what was done to make it fit; or why it cannot be used, and in
-    training the one that takes its place. Pixels are read where ``decode`` says so.
+    """Sample ``index`` of data.``name`` as the model sees it, with what was done to make it fit; or why it cannot be used, and of
+    training data the next one that can. Pixels are read where ``decode`` says so.
 
-    Raises ``ConfigError`` if there is no such sample, ``NoUsableSampleError`` if there is no good one in its place.
+    Raises ``ConfigError`` if there is no such sample, ``NoUsableSampleError`` if no sample can be used.
     """
     require_sample(dataset, index, f"--show {index}", name)
     problem = problem_of(dataset, index, decode)
     lines = [f"number {index}:"]
     if problem is not None:
-        fate = "an evaluation leaves it out" if name == "eval" else "a run takes the next good sample in its place"
+        fate = "an evaluation" if name == "eval" else "a run"
         kind = problem.kind.replace("_", " ")
-        lines = [f"number {index} cannot be used ({kind}): {problem.reason}", f"({fate})"]
-    choice = dataset.choose(index, {index: problem.reason} if problem else None)
+        lines = [f"number {index} cannot be used ({kind}): {problem.reason}", f"({fate} leaves it out)"]
+    sample = dataset.first_usable(index, {index: problem.reason} if problem else None)
     if problem is not None and name == "eval":
         return "\n".join(lines)
-    if choice.index != index:
-        lines.append(f"number {choice.index}, in its place:")
-    lines += [f"({line})" for line in left_out(choice, dataset.seq_length)]
-    return "\n".join([*lines, describe(choice.document, dataset.encoder.tokenizer)])
+    if sample.index != index:
+        lines.append(f"number {sample.index}, the next that can be used:")
+    lines += [f"({line})" for line in left_out(sample, dataset.seq_length)]
+    return "\n".join([*lines, describe(sample.document, dataset.encoder.tokenizer)])
 
 
 def describe_start(config: Config) -> str:

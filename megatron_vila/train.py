@@ -163,10 +163,11 @@ def _train(config: Config, stop: StopRequest, watch: Watch, reporter: Reporter, 
             from megatron_vila.training.start import make_trainer
 
             trainer = make_trainer(config, stop, lock, watch)
-        if trainer.topology.block_cpu.rank() == 0:
-            # Each replica names the broken samples that it meets.
-            level = logging.INFO if trainer.topology.rank == 0 else logging.WARNING
-            logging.getLogger("megatron_vila.data").setLevel(level)
+        if trainer.is_writer:
+            logging.getLogger("megatron_vila.data").setLevel(logging.INFO)
+        elif trainer.topology.block_cpu.rank() == 0:
+            # Each replica names the broken held-out samples that it meets; of those of training all ranks are told.
+            logging.getLogger("megatron_vila.data.held_out").setLevel(logging.WARNING)
         trainer.run()
         if trainer.is_writer:
             stopped, saved = bool(trainer.stopped_by), trainer.saved

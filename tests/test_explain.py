@@ -279,10 +279,10 @@ def test_a_sample_of_the_training_data_is_placed(capsys, data, tmp_path):
     assert [line[2:5] for line in lines] == [["0", "1", "4"], ["1-2", "2", "8"]]
 
 
-def test_a_broken_sample_is_explained_with_the_one_that_replaces_it(capsys, data):
+def test_in_the_place_of_a_broken_sample_the_next_good_one_is_explained(capsys, data):
     text = prose(explained(capsys, "tiny", "sample=0", *data))
     assert "Sample pictures[/b]: " in text
-    assert "sample 0 cannot be used (missing) and is replaced by sample 1: " in text
+    assert "sample 0 cannot be used (missing) and is left out; shown is sample 1: " in text
     assert "missing.mp4" in text.replace(" ", "")
 
 

@@ -35,13 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 from megatron_vila import accelerator, processes
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
+from megatron_vila.data.cards import Alone, Cards
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.lengths import length_table
 from megatron_vila.data.loader import RowLoader
-from megatron_vila.data.order import RowOrder
+from megatron_vila.data.order import SampleOrder
+from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.sources.open import open_records
+from megatron_vila.data.stream import Stream, StreamState
 from megatron_vila.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_vila.plan.flops import flop_prices
 from megatron_vila.plan.grid import GridShape
+from megatron_vila.plan.pictures import row_vision
 
 IN_A_FILE, GOOD_IN_A_FILE, TRAINED, STEPS = 100, 10, 2, 11
 """Damaged and good records of a file; every second file is trained on, for an epoch of so many steps."""
@@ -122,18 +126,31 @@ def _use(config: Config, counts: Counter) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     config.model.llm.vocab_size = len(tokenizer)
     dataset = VilaDataset(records, tokenizer, config.data, config.model, config.train.seq_length)
-    lengths = length_table(dataset, f"{config.train.output}-lengths.json", 2)
-    for order in (RowOrder(len(records), 0, False), RowOrder(len(records), 0, True, lengths, config.train.seq_length)):
-        with RowLoader(
-            dataset, order, GridShape(), 0, global_batch_size=1, agree=lambda reports: reports, image_size=28,
-            aspect="resize", workers=2, prefetch=4,
-        ) as loader:  # fmt: skip
-            for step in range(order.rows_of_epoch(0)):
-                loader.rows(step)
-            broken = len(loader.broken) - len(records.bad)
+    broken = set()
+    for packing in (False, True):
+        with _loader(config, dataset, packing) as loader:
+            seen = 0
+            while seen < len(records):
+                seen += loader.next_step().plan.counts["drawn"]
+            broken |= set(loader.broken) - set(records.bad)
     counts["bad"] += len(records.bad)
-    counts["broken"] += broken
-    counts["used"] += len(records) - GOOD_IN_A_FILE - len(records.bad) - broken
+    counts["broken"] += len(broken)
+    counts["used"] += len(records) - GOOD_IN_A_FILE - len(records.bad) - len(broken)
+
+
+def _loader(config: Config, dataset: VilaDataset, packing: bool) -> RowLoader:
+    length = config.train.seq_length
+    stream = Stream(
+        SampleOrder([len(dataset)], 0, shuffle=packing),
+        Cards(len(dataset)),
+        flop_prices(config.model, config.optim, pictures=True),
+        rows=1,
+        packing=packing,
+        seq_length=length,
+        vision_capacity=row_vision(dataset.pictures, length),
+    )
+    decoder = RowDecoder(dataset.probe, dataset.failures, image_size=28, aspect="resize", workers=2)
+    return RowLoader(dataset, stream, StreamState(), GridShape(), 0, decoder, exchange=Alone(), workers=2, prefetch=4)
 
 
 def _train(config: Config, counts: Counter) -> None:

@@ -79,8 +79,12 @@ RULES = (
     Rule(("tokenizer.chat_template", "tokenizer.separators"), "the text around the turns is another one from the next step on"),
     Rule(("model.attention", "train.precision", "train.deterministic"), "coming steps differ by rounding"),
     Rule(
-        ("train.seed", "train.global_batch_size", "data.train", "data.shuffle", "data.packing"),
+        ("train.seed", "data.train", "data.weights", "data.shuffle"),
         "the order of coming samples is not that of the saved run: some come again, others are left out",
+    ),
+    Rule(
+        ("train.global_batch_size", "data.packing"),
+        "coming steps hold other rows; the samples go on where the saved run stood, none comes again or is left out",
     ),
     Rule(("data.eval",), "results on held-out samples are not comparable with earlier ones"),
     Rule(("data.*", "train.seq_length"), "coming samples are made in another way than those before"),

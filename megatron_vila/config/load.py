@@ -243,7 +243,7 @@ def _type_name(wanted: Any) -> str:
     if isinstance(wanted, types.UnionType):
         return " or ".join(_type_name(option) for option in typing.get_args(wanted))
     if typing.get_origin(wanted) is list:
-        return {int: "a list of whole numbers", str: "a list of text"}[typing.get_args(wanted)[0]]
+        return {int: "a list of whole numbers", float: "a list of numbers", str: "a list of text"}[typing.get_args(wanted)[0]]
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[wanted]
 
 

@@ -150,6 +150,11 @@ class DataConfig:
         "training samples: JSON or JSONL files, folders with Energon's or VILA's WebDataset shards, addresses of such folders "
         "(s3://, https:// ...), or one of Energon's metadataset YAML files",
     )
+    weights: list[float] = key(
+        [],
+        "share of each entry of data.train in the samples of a run, in any unit; each entry has epochs of its own then; empty: "
+        "every sample once an epoch",
+    )
     eval: list[str] = key([], "held-out samples, named as in data.train; empty: no evaluation")
     media_dir: str = key(
         "", "folder of the image and video paths; empty: paths are relative to each JSON file's folder"

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_vila.config.schema import Config
-from megatron_vila.data import loader
+from megatron_vila.data import held_out
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.loader import EmptyRow, LoadedRow, RowLoader
+from megatron_vila.data.held_out import HeldOutLoader, LeftOut
 from megatron_vila.data.media import is_there
-from megatron_vila.data.order import RowOrder
+from megatron_vila.data.row_decoder import RowDecoder
+from megatron_vila.data.rows import LoadedRow
 from megatron_vila.data.sources.open import open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
@@ -91,23 +92,23 @@ def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report
     yield report
     with _loader(dataset, threads, prefetch=4 * threads, decode=True) as rows:
         for index in range(len(dataset)):
-            (row,) = rows.outcomes(index)
+            row = rows.sample(index)
             _add(report, row, dataset, index)
             yield report
 
 
 def problem_of(dataset: VilaDataset, index: int, decode: bool) -> Problem | None:
     """Why sample ``index`` cannot be used; None if it can. Its pixels are read where ``decode`` says so."""
-    log = logging.getLogger(loader.__name__)
+    log = logging.getLogger(held_out.__name__)
     level = log.level
     # The caller tells it.
     log.setLevel(logging.ERROR)
     try:
         with _loader(dataset, threads=1, prefetch=0, decode=decode) as rows:
-            (row,) = rows.outcomes(index)
+            row = rows.sample(index)
     finally:
         log.setLevel(level)
-    return next((_problem(dataset, index, left.kind, left.reason) for left in row.left_out), None)
+    return _problem(dataset, index, row.kind, row.reason) if isinstance(row, LeftOut) else None
 
 
 def _nothing_good(files: Sequence[str], error: BadRecordsError) -> Report:
@@ -130,28 +131,18 @@ def _dataset(config: Config, records: Source) -> VilaDataset:
     return VilaDataset(records, tokenizer, config.data, config.model, length)
 
 
-def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> RowLoader:
-    return RowLoader(
-        dataset,
-        RowOrder(len(dataset), seed=0, shuffle=False),
-        GridShape(),
-        rank=0,
-        global_batch_size=1,
-        agree=lambda reports: reports,
-        image_size=PIXELS,
-        aspect=dataset.data.image_aspect,
-        workers=threads,
-        prefetch=prefetch,
-        replace_bad=False,
-        decode=decode,
+def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> HeldOutLoader:
+    aspect = dataset.data.image_aspect
+    decoder = RowDecoder(dataset.probe, dataset.failures, image_size=PIXELS, aspect=aspect, workers=threads)
+    return HeldOutLoader(
+        dataset, GridShape(), 0, decoder, agree=lambda reports: reports, prefetch=prefetch, decode=decode
     )
 
 
-def _add(report: Report, row: LoadedRow | EmptyRow, dataset: VilaDataset, index: int) -> None:
+def _add(report: Report, row: LoadedRow | LeftOut, dataset: VilaDataset, index: int) -> None:
     report.checked += 1
-    for left in row.left_out:
-        report.problems.append(_problem(dataset, index, left.kind, left.reason))
-    if isinstance(row, EmptyRow):
+    if isinstance(row, LeftOut):
+        report.problems.append(_problem(dataset, index, row.kind, row.reason))
         return
     report.frames += sum(unit.frames for unit in row.row.units)
     report.truncated += row.stats.truncated

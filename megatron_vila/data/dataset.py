@@ -1,9 +1,7 @@
 """Samples as documents: everything about a sample but its pixels.
 
 A document is made from metadata alone (text, the frame table of a video), so every rank of a model-parallel block makes the same
-one without talking to the others. A sample that cannot be used is replaced by the next good one in the order of the records:
-a pure function of the index and of which samples are bad, whenever and wherever that was found out. Whatever one sample raises
-makes that sample broken and nothing else.
+one without talking to the others. Whatever one sample raises makes that sample broken and nothing else.
 """
 
 from __future__ import annotations
@@ -35,11 +33,7 @@ from megatron_vila.plan.row import IGNORE, Document, references
 
 
 class NoUsableSampleError(UserError, RuntimeError):
-    """Every sample that could stand at a place of a row is broken or too long; ``found`` as in ``Choice``."""
-
-    def __init__(self, message: str, found: dict[int, str]) -> None:
-        super().__init__(message)
-        self.found = found
+    """Every sample is broken or too long."""
 
 
 class TooLongError(UserError):
@@ -51,18 +45,11 @@ class BrokenSampleError(UserError):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The sample that stands at a place of a row.
-
-    ``index`` is the record in ``document``; ``replaced`` says why it is not the one asked for ("", "broken" or "too_long");
-    ``found`` maps the broken records met on the way, beyond those already known, to what is wrong with them; ``dropped_frames``
-    counts the frames taken out to make the sample fit.
-    """
+class Sample:
+    """The ``document`` of record ``index``; ``dropped_frames`` counts the frames taken out to make it fit."""
 
     index: int
     document: Document
-    replaced: str
-    found: dict[int, str]
     dropped_frames: int
 
     @property
@@ -99,57 +86,37 @@ class VilaDataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    def document(self, index: int) -> Document:
-        """The document of record ``index``, or of the one that replaces it. Reads no pixel."""
-        return self.choose(index).document
+    def first_usable(self, index: int, broken: Mapping[int, str] | None = None) -> Sample:
+        """The first sample from ``index`` on that can be used, going round at the end. It is to be shown: training leaves out
+        those that cannot be used. ``broken`` maps records that are known to fail to the reason.
 
-    def choose(
-        self,
-        index: int,
-        broken: Mapping[int, str] | None = None,
-        limit: int | None = None,
-        lengths: np.ndarray | None = None,
-    ) -> Choice:
-        """The first usable record from ``index`` on, going round at the end.
-
-        ``broken`` maps records that are known to fail to the reason. A packed row passes ``limit``, the tokens that it has
-        room for, with ``lengths``, the table it was packed by, which spares making documents that will not fit.
-
-        Raises ``NoUsableSampleError`` if there is none, ``MachineError`` where the machine is at its end, ``ChangedFileError``
-        where a file of records is not what it was.
+        Raises ``NoUsableSampleError`` if there is none, and as ``build``.
         """
-        broken, found, too_long, replaced = broken or {}, {}, 0, ""
+        problems, too_long = {**self.records.bad, **(broken or {})}, 0
         for candidate in ((index + step) % len(self) for step in range(len(self))):
-            if candidate in broken or candidate in self.records.bad:
-                replaced = replaced or "broken"
-                continue
-            if lengths is not None and lengths[candidate] > limit:
+            if candidate in problems:
                 continue
             try:
-                document, dropped_frames = self.build(candidate)
+                return self.build(candidate)
             except BrokenSampleError as error:
-                found[candidate] = str(error)
-                replaced = replaced or "broken"
+                problems[candidate] = str(error)
             except TooLongError:
                 too_long += 1
-                replaced = replaced or "too_long"
-            else:
-                if limit is None or len(document) <= limit:
-                    return Choice(candidate, document, replaced, found, dropped_frames)
-        problems = [*{**self.records.bad, **broken, **found}.values()]
         raise NoUsableSampleError(
             f"none of the {len(self)} samples can be used: {len(problems)} are broken, {too_long} do not fit "
-            f"train.seq_length={self.seq_length}" + "".join(f"\n  {reason}" for reason in problems[:3]),
-            found,
+            f"train.seq_length={self.seq_length}" + "".join(f"\n  {reason}" for reason in list(problems.values())[:3])
         )
 
-    def build(self, index: int) -> tuple[Document, int]:
-        """The document of record ``index`` itself and the number of frames left out to make it fit.
+    def build(self, index: int) -> Sample:
+        """Sample ``index``. Reads no pixel.
 
-        Raises ``BrokenSampleError`` or ``TooLongError`` that say why it cannot be used, ``MachineError``, ``ChangedFileError``.
+        Raises ``BrokenSampleError`` or ``TooLongError`` that say why it cannot be used, ``MachineError`` where the machine is at
+        its end, ``ChangedFileError`` where a file of records is not what it was.
         """
+        if index in self.records.bad:
+            raise BrokenSampleError(self.records.bad[index])
         try:
-            return self._build(self.records.record(index))
+            return Sample(index, *self._build(self.records.record(index)))
         except (TooLongError, MachineError, ChangedFileError):
             raise
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Whose fault an error is: that of a sample, which is then broken and replaced, or the machine's, which ends the run."""
+"""Whose fault an error is: that of a sample, which is then broken and left out, or the machine's, which ends the run."""
 
 from __future__ import annotations
 

@@ -114,11 +114,11 @@ def _sample_of_the_data(config: Config, index: int) -> tuple[Document, str]:
 
     dataset = open_dataset(config, "train")
     require_sample(dataset, index, f"sample={index}", "train")
-    problem, choice, notes = problem_of(dataset, index, decode=False), dataset.choose(index), []
+    problem, sample, notes = problem_of(dataset, index, decode=False), dataset.first_usable(index), []
     if problem is not None:
         kind = problem.kind.replace("_", " ")
-        notes.append(f"sample {index} cannot be used ({kind}) and is replaced by sample {choice.index}: {problem.reason}")
-    return choice.document, "; ".join([*notes, *left_out(choice, config.train.seq_length)])
+        notes.append(f"sample {index} cannot be used ({kind}) and is left out; shown is sample {sample.index}: {problem.reason}")
+    return sample.document, "; ".join([*notes, *left_out(sample, config.train.seq_length)])
 
 
 if __name__ == "__main__":

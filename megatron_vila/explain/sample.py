@@ -22,7 +22,7 @@ from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, reference
 from megatron_vila.plan.row_plan import RowPlan
 
 if TYPE_CHECKING:
-    from megatron_vila.data.dataset import Choice
+    from megatron_vila.data.dataset import Sample
 
 SETS = ("train", "eval")
 
@@ -63,9 +63,9 @@ def parse_sample(text: str, asked: str, config: Config) -> tuple[str, int]:
     return name, int(index)
 
 
-def left_out(choice: Choice, seq_length: int) -> list[str]:
+def left_out(sample: Sample, seq_length: int) -> list[str]:
     """What was done to make a sample fit ``seq_length`` tokens, in words; empty if nothing was."""
-    frames = choice.dropped_frames
+    frames = sample.dropped_frames
     return [f"{frames} frames are left out, evenly, to fit train.seq_length={seq_length}"] if frames else []
 
 

@@ -29,7 +29,7 @@ class ParallelTopology:
     """This rank's place in the grid and its groups.
 
     ``block_cpu`` is a gloo group over the block (tp x cp x pp) that shares one sample: the loader agrees on broken files
-    there without touching the device.
+    there without touching the device. ``world_cpu`` is one over all ranks of the run, which share the stream of samples.
     """
 
     grid: GridShape
@@ -43,6 +43,7 @@ class ParallelTopology:
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     block_cpu: dist.ProcessGroup
+    world_cpu: dist.ProcessGroup
     collection: ProcessGroupCollection
 
     @classmethod
@@ -64,6 +65,7 @@ class ParallelTopology:
         )
         rank = dist.get_rank()
         block_cpu, _ = dist.new_subgroups_by_enumeration(grid.groups("block"), timeout, backend="gloo")
+        world_cpu = block_cpu if grid.dp == 1 else dist.new_group(timeout=timeout, backend="gloo")
         cp = parallel_state.get_context_parallel_group()
         ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
         tp_cp = parallel_state.get_tensor_and_context_parallel_group()
@@ -80,6 +82,7 @@ class ParallelTopology:
             dp=parallel_state.get_data_parallel_group(),
             dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
             block_cpu=block_cpu,
+            world_cpu=world_cpu,
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
 

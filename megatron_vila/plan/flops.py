@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_vila.config.schema import ModelConfig, OptimConfig, ProjectorConfig
 from megatron_vila.plan.geometry import POOL_SIDE, patches_per_square
@@ -66,8 +67,33 @@ def model_flops(
     ``document_lengths`` are the LLM tokens of each document without padding, visual tokens included;
     ``supervised_tokens`` the labels of all of them; ``units`` their pictures. ``optim`` says which parts train.
     """
+    price = flop_prices(model, optim, pictures=len(units) > 0)
+    return Flops(
+        llm=sum(document_lengths) * price.token + supervised_tokens * price.label,
+        attention=sum(length**2 for length in document_lengths) * price.pair,
+        vision=sum(unit.squares for unit in units) * price.square + sum(unit.tokens for unit in units) * price.visual_token,
+    )
+
+
+class FlopPrices(NamedTuple):
+    """Model FLOPs of forward and backward for one of each."""
+
+    token: int
+    """LLM token, in the weights of the decoder layers"""
+    label: int
+    """supervised token, in the output layer"""
+    pair: int
+    """square of a document's tokens, in attention"""
+    square: int
+    """picture as the tower takes it"""
+    visual_token: int
+    """token that the projector makes"""
+
+
+def flop_prices(model: ModelConfig, optim: OptimConfig, pictures: bool) -> FlopPrices:
+    """What ``model_flops`` multiplies with: ``pictures`` says whether a gradient flows through the decoder to what makes them."""
     train_vision, train_projector, train_llm = (p.trainable for p in (optim.vision, optim.projector, optim.llm))
-    below = len(units) > 0 and (train_vision or train_projector)
+    below = pictures and (train_vision or train_projector)
     gradient_in_llm = train_llm or below
     llm, lora = model.llm, model.lora
     frozen = train_llm and lora.rank > 0
@@ -75,18 +101,16 @@ def model_flops(
     layer = sum(outputs * inputs for outputs, inputs in linear_shapes(llm).values())
     products = llm.num_layers * layer * _passes(gradient_in_llm, train_llm and not frozen)
     products += llm.num_layers * lora_layer_parameters(model) * _passes(gradient_in_llm, train_llm)
-    head = llm.vocab_size * llm.hidden_size * _passes(gradient_in_llm, table_learns)
     attention = llm.num_layers * (3 if gradient_in_llm else 1)
     if frozen and not below and not lora.also_train:
         products -= _products_without_gradient(model)
         attention -= 0 if "qkv" in lora.targets else 2
-    tokens = sum(document_lengths)
-    squares = sum(length**2 for length in document_lengths)
-    return Flops(
-        llm=2 * (tokens * products + supervised_tokens * head),
-        attention=2 * attention * llm.num_heads * head_dim(llm) * squares,
-        vision=sum(unit.squares for unit in units) * _tower_flops(model, train_vision)
-        + sum(unit.tokens for unit in units) * _projector_flops(model, train_vision, train_projector),
+    return FlopPrices(
+        token=2 * products,
+        label=2 * llm.vocab_size * llm.hidden_size * _passes(gradient_in_llm, table_learns),
+        pair=2 * attention * llm.num_heads * head_dim(llm),
+        square=_tower_flops(model, train_vision),
+        visual_token=_projector_flops(model, train_vision, train_projector),
     )
 
 

@@ -11,7 +11,7 @@ frames are taken (one of an image). What it must provide:
 * The ``frames`` of its units add up to ``frames``. A unit takes its frames where the one before stopped, in the order of the
   medium; the last may have fewer.
 * It is a pure function of its arguments and of the fields of its class, because every rank plans alone. The class is a dataclass
-  of numbers: its ``repr`` tells tables of lengths that were made with other settings apart (``data/lengths.py``).
+  of numbers.
 * ``needs_size`` tells whether the units depend on the size of the pictures. Only then does ``VilaDataset`` read that: from the
   header of a picture, and by decoding the first frame of a video. Plans that are made before any medium is known give no size,
   and are told as many units as a medium of any size may have.
@@ -91,6 +91,12 @@ def pictures_of(model: ModelConfig) -> Pictures:
 def places(units: Sequence[Unit], separators: int) -> int:
     """Tokens of a medium's units with ``separators`` tokens behind each."""
     return sum(unit.tokens for unit in units) + separators * len(units)
+
+
+def row_vision(pictures: Pictures, seq_length: int) -> int:
+    """Vision cost that a row of ``seq_length`` tokens has room for: that of as many frames of a video as fit it."""
+    (unit, *_) = pictures.units(1, True)
+    return max(1, seq_length // unit.tokens) * unit.cost
 
 
 def most_frames(pictures: Pictures, room: int, separators: int = 0, limit: int | None = None) -> int:

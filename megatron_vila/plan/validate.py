@@ -11,7 +11,7 @@ from datetime import datetime
 from megatron_vila.config.schema import Config, OptimConfig, TrainConfig
 from megatron_vila.config.text_rules import MEDIA_FORMATS, TEMPLATES
 from megatron_vila.errors import ConfigError
-from megatron_vila.plan.bounds import MOST_RANKS, size_problems, text_problems, value_of
+from megatron_vila.plan.bounds import LARGEST_NUMBER, MOST_RANKS, size_problems, text_problems, value_of
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.hardware import Machine
@@ -112,6 +112,7 @@ def number_problems(config: Config, world_size: int) -> list[str]:
     return [
         *shape_problems(config),
         *_layout_and_batch_problems(config, world_size),
+        *_blend_problems(config),
         *_optim_problems(config),
         *_lora_problems(config),
         *_policy_problems(config),
@@ -234,6 +235,21 @@ def _layout_and_batch_problems(config: Config, world_size: int) -> Iterable[str]
 def warmup_steps(optim: OptimConfig, train: TrainConfig) -> int:
     """Steps over which learning rates rise."""
     return optim.warmup_steps or round(optim.warmup_fraction * train.steps)
+
+
+def _blend_problems(config: Config) -> Iterable[str]:
+    weights, entries = config.data.weights, len(config.data.train)
+    if weights and len(weights) != entries:
+        yield (
+            f"data.weights={weights} has {len(weights)} numbers and data.train {entries} entries; give one weight for each "
+            "entry, or none"
+        )
+    for weight in weights:
+        if not 0 < weight <= LARGEST_NUMBER:
+            yield (
+                f"data.weights={weights}: {weight} is not the share of an entry; give a number above 0 and at most "
+                f"{LARGEST_NUMBER:.0e}, and leave an entry that is not wanted out of data.train"
+            )
 
 
 def _optim_problems(config: Config) -> Iterable[str]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.loader import EmptyRow, LoadedRow
+from megatron_vila.data.held_out import LeftOut
+from megatron_vila.data.rows import LoadedRow
 from megatron_vila.data.sources.source import Source
 from megatron_vila.training.feed import chance_level, evaluation_loader
 from megatron_vila.training.roles import TaskName
@@ -91,12 +92,12 @@ def evaluate(config: Config, forward: Pass, held_out: VilaDataset) -> dict[str, 
     states = torch.full((len(held_out),), _UNSEEN, dtype=torch.int64, device=device)
     with loader, torch.no_grad():
         for step in range(math.ceil(len(held_out) / topology.grid.dp)):
-            (row,) = loader.outcomes(step)
+            row = loader.sample(step)
             # In the last step some replicas begin the held-out samples again: these do not count.
             counted = row.number < len(held_out)
             if counted:
                 states[row.number] = _state(row, held_out.records)
-            if isinstance(row, EmptyRow):
+            if isinstance(row, LeftOut):
                 continue
             reports = forward.run([row], forward_only=True)
             if not topology.is_last_stage:
@@ -120,11 +121,10 @@ _UNSEEN, _TESTED, _TRUNCATED, _UNANSWERED, _TOO_LONG, _BROKEN = range(6)
 _VIDEO = 8  # added where the sample has a video
 
 
-def _state(row: LoadedRow | EmptyRow, records: Source) -> int:
+def _state(row: LoadedRow | LeftOut, records: Source) -> int:
     """What became of a held-out sample, as a number that ranks can exchange."""
-    if isinstance(row, EmptyRow):
-        (left,) = row.left_out
-        return (_BROKEN if left.kind == "broken" else _TOO_LONG) + _VIDEO * _has_video(records, left.index)
+    if isinstance(row, LeftOut):
+        return (_BROKEN if row.kind == "broken" else _TOO_LONG) + _VIDEO * _has_video(records, row.index)
     state = _TRUNCATED if row.stats.truncated else _TESTED
     if not row.row.supervised_tokens:
         state = _UNANSWERED

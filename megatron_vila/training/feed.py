@@ -3,53 +3,92 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_vila.config.schema import Config
+from megatron_vila.data.cards import Cards
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.lengths import length_table
+from megatron_vila.data.held_out import HeldOutLoader
 from megatron_vila.data.loader import RowLoader
-from megatron_vila.data.order import RowOrder
+from megatron_vila.data.order import SampleOrder
+from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.sources.source import Source, report_bad_records
+from megatron_vila.data.stream import Stream, StreamState
 from megatron_vila.errors import ConfigError
 from megatron_vila.host_memory import cores_of_rank, most_bytes, ranks_here
-from megatron_vila.parallel.agreement import gathered, on_rank_zero
+from megatron_vila.parallel.agreement import gathered
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
+from megatron_vila.plan.flops import flop_prices
+from megatron_vila.plan.pictures import row_vision
+from megatron_vila.training.run_data import RunData
 
 JUDGED_FROM = 500
 """Samples from which on the share of broken ones is judged by data.max_broken."""
 
 
-def training_loader(config: Config, topology: ParallelTopology, dataset: VilaDataset) -> tuple[RowLoader, int]:
-    """The training rows of this rank from ``dataset``, and the rows of an epoch. With packing, rank 0 measures the samples and
-    broadcasts their lengths to all ranks, or what is wrong, which all of them raise then (``UserError``).
+def training_loader(config: Config, topology: ParallelTopology, data: RunData, state: StreamState) -> RowLoader:
+    """The training rows of this rank from ``data``, going on from ``state``.
 
     Raises ``ConfigError`` if so many records are bad that the run would end by data.max_broken anyway."""
+    dataset = data.train
     bad, samples = len(dataset.records.bad), len(dataset)
     if samples >= JUDGED_FROM and bad > config.data.max_broken * samples:
         raise ConfigError(
             f"{report_bad_records(dataset.records.bad, samples)}\nthat is more than data.max_broken={config.data.max_broken} "
             "allows; mend them, or raise it"
         )
-    lengths = None
-    if config.data.packing:
-        # One rank measures for all: tables made by several could differ where their copies of the files do.
-        cache = str(Path(config.train.output) / "lengths.json")
-        lengths = on_rank_zero(lambda: length_table(dataset, cache, config.data.workers or cores_of_rank()))
-    order = RowOrder(len(dataset), config.train.seed, config.data.shuffle, lengths, config.train.seq_length)
-    return _loader(config, topology, dataset, order, config.train.global_batch_size), order.rows_of_epoch(0)
+    stream = Stream(
+        SampleOrder(data.blend.sizes, config.train.seed, config.data.shuffle, data.blend.weights),
+        Cards(samples),
+        flop_prices(config.model, config.optim, pictures=True),
+        rows=config.train.global_batch_size,
+        packing=config.data.packing,
+        seq_length=config.train.seq_length,
+        vision_capacity=row_vision(dataset.pictures, config.train.seq_length),
+    )
+    return RowLoader(
+        dataset,
+        stream,
+        state,
+        topology.grid,
+        topology.rank,
+        _decoder(config, dataset),
+        exchange=GroupExchange(topology.world_cpu),
+        workers=config.data.workers or cores_of_rank(),
+        prefetch=config.data.prefetch,
+    )
 
 
-def evaluation_loader(config: Config, topology: ParallelTopology, held_out: VilaDataset) -> RowLoader:
+def evaluation_loader(config: Config, topology: ParallelTopology, held_out: VilaDataset) -> HeldOutLoader:
     """The samples of ``held_out``, one per row in their order; a step is one row on each replica. A sample that cannot be used is
     left out."""
-    order = RowOrder(len(held_out), config.train.seed, shuffle=False)
-    return _loader(config, topology, held_out, order, topology.grid.dp, replace_bad=False)
+    return HeldOutLoader(
+        held_out,
+        topology.grid,
+        topology.rank,
+        _decoder(config, held_out),
+        agree=GroupExchange(topology.block_cpu).agree,
+        prefetch=config.data.prefetch,
+    )
+
+
+def _decoder(config: Config, dataset: VilaDataset) -> RowDecoder:
+    data = config.data
+    share = most_bytes() // ranks_here()
+    return RowDecoder(
+        dataset.probe,
+        dataset.failures,
+        image_size=config.model.vision.image_size,
+        aspect=data.image_aspect,
+        workers=data.workers or cores_of_rank(),
+        budget_bytes=int(data.host_memory_gib * GIB) or share // 4,
+        video_decoder=data.video_decoder,
+    )
 
 
 def chance_level(records: Source, indices: Iterable[int]) -> float:
@@ -62,42 +101,23 @@ def chance_level(records: Source, indices: Iterable[int]) -> float:
     return max(answers.values(), default=0) / max(answers.total(), 1)
 
 
-def agreement(group: dist.ProcessGroup) -> Callable[[list[str]], list[str]]:
-    """``agree`` of the loader over a CPU group: an all-reduce of the number of reports, and only if there are any an
-    all-gather of them."""
+class GroupExchange:
+    """The ``Exchange`` of the ranks of a CPU group."""
 
-    def agree(reports: list[str]) -> list[str]:
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.ranks = dist.get_rank(group), group.size()
+
+    def agree(self, reports: list[str]) -> list[str]:
+        """An all-reduce of the number of reports, and only if there are any an all-gather of them."""
         count = torch.tensor(len(reports))
-        dist.all_reduce(count, group=group)
+        dist.all_reduce(count, group=self._group)
         if not count:
             return []
-        return sorted({report for part in gathered(reports, group) for report in part})
+        return sorted({report for part in gathered(reports, self._group) for report in part})
 
-    return agree
-
-
-def _loader(
-    config: Config,
-    topology: ParallelTopology,
-    dataset: VilaDataset,
-    order: RowOrder,
-    batch: int,
-    replace_bad: bool = True,
-) -> RowLoader:
-    data = config.data
-    share = most_bytes() // ranks_here()
-    return RowLoader(
-        dataset,
-        order,
-        topology.grid,
-        topology.rank,
-        global_batch_size=batch,
-        agree=agreement(topology.block_cpu),
-        image_size=config.model.vision.image_size,
-        aspect=data.image_aspect,
-        workers=data.workers or cores_of_rank(),
-        prefetch=data.prefetch,
-        budget_bytes=int(data.host_memory_gib * GIB) or share // 4,
-        video_decoder=data.video_decoder,
-        replace_bad=replace_bad,
-    )
+    def gather(self, part: np.ndarray) -> np.ndarray:
+        own = torch.from_numpy(np.ascontiguousarray(part))
+        parts = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(parts, own, group=self._group)
+        return torch.stack(parts).numpy()

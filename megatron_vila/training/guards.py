@@ -9,8 +9,8 @@ from megatron_vila.config.schema import Config
 from megatron_vila.training.errors import NonFiniteError, NothingToLearnError, TooManyBrokenError
 from megatron_vila.training.optimizer import PARTS
 
-DATA_COUNTS = ("drawn", "replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out")
-"""Counts of ``RowStats`` that are summed over the run and reported."""
+DATA_COUNTS = ("drawn", "left_out_broken", "left_out_too_long", "truncated", "unsupervised")
+"""Counts of ``StepPlan`` that are summed over the run and reported."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,27 @@ class Outcome:
 
 
 class UpdateGuard:
-    """Judges steps that changed no weight. ``rows_per_epoch`` rows in succession without a label are a whole epoch with
-    nothing to learn."""
+    """Judges steps that changed no weight. ``epoch`` samples in succession without a label are a whole epoch with nothing to
+    learn."""
 
-    def __init__(self, config: Config, rows_per_epoch: int) -> None:
-        self._config, self._rows_per_epoch = config, rows_per_epoch
-        self._rows_without_labels, self._skips_in_a_row = 0, 0
+    def __init__(self, config: Config, epoch: int) -> None:
+        self._config, self._epoch = config, epoch
+        self._without_labels, self._skips_in_a_row = 0, 0
 
-    def judge(self, step: int, outcome: Outcome, skipped: int, say: Callable[[str], None]) -> None:
-        """Say so if ``step`` did not change the weights; ``skipped`` updates are skipped so far.
+    def judge(self, step: int, outcome: Outcome, drawn: int, skipped: int, say: Callable[[str], None]) -> None:
+        """Say so if ``step``, for which ``drawn`` samples were drawn, did not change the weights; ``skipped`` updates are skipped
+        so far.
 
         Raises ``NonFiniteError`` as ``train.on_nan`` says and ``NothingToLearnError`` after a whole epoch without a label.
         """
         train = self._config.train
-        self._rows_without_labels = 0 if outcome.supervised else self._rows_without_labels + train.global_batch_size
+        self._without_labels = 0 if outcome.supervised else self._without_labels + drawn
         self._skips_in_a_row = 0 if outcome.updated or not outcome.supervised else self._skips_in_a_row + 1
         if outcome.updated:
             return
         if not outcome.supervised:
             say(f"step {step} has no supervised token: nothing updated")
-            if self._rows_without_labels >= self._rows_per_epoch:
+            if self._without_labels >= self._epoch:
                 raise NothingToLearnError(
                     f"a whole epoch of data.train={self._config.data.train} held no supervised token; the samples need answers "
                     "(turns from gpt) that fit into train.seq_length"
@@ -71,7 +72,7 @@ class UpdateGuard:
 def too_many_broken(config: Config, counts: Mapping[str, int], step: int, at_least: int) -> TooManyBrokenError | None:
     """The error by ``data.max_broken``, None if not exceeded or fewer than ``at_least`` samples were drawn. What was trained
     is to be saved before it is raised."""
-    broken, drawn = counts["replaced_broken"] + counts["left_out"], counts["drawn"]
+    broken, drawn = counts["left_out_broken"], counts["drawn"]
     if drawn < at_least or broken <= config.data.max_broken * drawn:
         return None
     return TooManyBrokenError(

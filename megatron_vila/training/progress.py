@@ -52,8 +52,8 @@ def describe(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{record['peak_memory_gib']:.1f}GiB"),
         ("skipped", str(record["skipped"])),
     ]
-    if "replaced_broken" in record:
-        fields.append(("broken", str(record["replaced_broken"] + record["left_out"])))
+    if "left_out_broken" in record:
+        fields.append(("broken", str(record["left_out_broken"])))
     return fields
 
 

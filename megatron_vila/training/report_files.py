@@ -4,7 +4,7 @@ What is which:
 
 * must not be lost: ``checkpoints/``. A checkpoint that cannot be written ends the run with one message on every rank;
 * only reports: ``metrics.jsonl``, ``tensorboard/``, ``loss.png``, ``summary.json``, ``memory.json``, ``config.yaml``,
-  ``traces/``, ``lengths.json`` and the lines on the screen. What cannot be written is told in one line and tried again.
+  ``traces/`` and the lines on the screen. What cannot be written is told in one line and tried again.
 """
 
 from __future__ import annotations

@@ -57,8 +57,14 @@ class StepMetrics:
     """updates skipped so far"""
     loading: Mapping[str, float] = field(default_factory=dict)
     """what the rows of the step took to load (``loading.py``)"""
+    row_fill: float = 0.0
+    """tokens without padding over those that the rows have room for (``train.seq_length`` each)"""
+    padding: float = 0.0
+    """share of padding in the rows as they are trained on"""
+    predicted_spread: float = 0.0
+    """difference between the predicted costs of the most and the least expensive replica, over their mean"""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """what became of the samples so far, over all replicas: counts of ``RowStats`` by name"""
+    """what became of the samples so far, over all replicas: counts of ``StepPlan`` by name"""
 
 
 class TaskName(NamedTuple):

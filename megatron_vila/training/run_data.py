@@ -14,7 +14,7 @@ from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.media import is_there, name_of
 from megatron_vila.data.sources.holdings import holdings_warnings
-from megatron_vila.data.sources.open import PARTS, open_blend, open_records
+from megatron_vila.data.sources.open import PARTS, Blend, open_blend, open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError, some
@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """The samples of ``data.train``, then those of ``data.eval`` if it names files."""
+    """The samples of ``data.train``, then those of ``data.eval`` if it names files; ``blend`` says how the former are mixed."""
 
     opened: Sequence[VilaDataset]
+    blend: Blend
 
     @property
     def train(self) -> VilaDataset:
@@ -52,9 +53,9 @@ def open_run_data(config: Config, is_writer: bool) -> RunData:
     Collective over all ranks (one all-gather). Raises ``ConfigError`` where the files cannot be opened, ``PeerError`` on the
     other ranks then, and ``ConfigError`` on all of them if any rank finds other records in its files than rank 0.
     """
-    opened, problem = _open_all(config, is_writer)
+    opened, blend, problem = _open_all(config, is_writer)
     everywhere = gathered((problem, [dataset.records.digest for dataset in opened]))
-    if problem:
+    if problem or blend is None:
         raise ConfigError(problem)
     if any(problem for problem, _ in everywhere):
         raise PeerError("another rank cannot open its files of samples")
@@ -65,7 +66,7 @@ def open_run_data(config: Config, is_writer: bool) -> RunData:
             f"data.train={config.data.train} and data.eval={config.data.eval} are not the same files on all nodes: rank "
             f"{some(others)} found other records in them than rank 0; copy them anew"
         )
-    return RunData(opened)
+    return RunData(opened, blend)
 
 
 def open_dataset(config: Config, name: str) -> VilaDataset:
@@ -92,8 +93,9 @@ def held_out_gaps(held_out: Source) -> str:
     )
 
 
-def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
-    """The data sets, or why there are none."""
+def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], Blend | None, str]:
+    """The data sets and the blend of the first, or why there are none."""
+    blends: list[Blend] = []
     sources: list[Source] = []
     bad: list[str] = []
     problem: UserError | None = None
@@ -102,10 +104,8 @@ def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
         if not files:
             continue
         try:
-            blend = open_blend(config.data, files, part)
-            if blend.weights and name == "train":
-                raise RecordError(f"data.train={files}: a blend by weights is not read yet; use blend_epochized")
-            sources.append(blend.records)
+            blends.append(open_blend(config.data, files, part, config.data.weights if name == "train" else ()))
+            sources.append(blends[-1].records)
             bad += sources[-1].bad.values()
         except RecordError as error:
             problem = problem or error
@@ -116,9 +116,9 @@ def _open_all(config: Config, is_writer: bool) -> tuple[list[VilaDataset], str]:
         if problem is not None:
             raise problem
         tokenizer = _tokenizer(config)
-        return [_dataset(config, source, tokenizer) for source in sources], ""
+        return [_dataset(config, source, tokenizer) for source in sources], blends[0], ""
     except UserError as error:
-        return [], _explained(config, error)
+        return [], None, _explained(config, error)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:

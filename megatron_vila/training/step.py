@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vila.config.schema import LanguageConfig
-from megatron_vila.data.loader import LoadedRow
+from megatron_vila.data.rows import LoadedRow
 from megatron_vila.models.shard import RowShard
 from megatron_vila.models.vision.tower import FrameEncoder
 from megatron_vila.parallel.topology import ParallelTopology

@@ -33,7 +33,9 @@ from megatron_vila.config.load import dump_config
 from megatron_vila.config.schema import Config
 from megatron_vila.data.chat import describe
 from megatron_vila.data.dataset import NoUsableSampleError, VilaDataset
-from megatron_vila.data.loader import LoadedRow
+from megatron_vila.data.loader import LoadedStep
+from megatron_vila.data.rows import LoadedRow
+from megatron_vila.data.stream import StreamState
 from megatron_vila.data.tokenizer import tokenizer_warnings
 from megatron_vila.errors import CheckpointError
 from megatron_vila.models.decoder.gated import reason_for_apart
@@ -51,6 +53,7 @@ from megatron_vila.training.loading import loading_of
 from megatron_vila.training.lock import LockedError, RunLock
 from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, wrap_ddp
+from megatron_vila.training.place import carried_counts, kept_place, order_key, place_of
 from megatron_vila.training.profile import traced
 from megatron_vila.training.report_files import Reporting, replace_file
 from megatron_vila.training.roles import RunFacts, StepMetrics, Task, Watcher
@@ -94,6 +97,7 @@ class Trainer:
         self.model = wrap_ddp(model, config.optim)
         self.optimizer, self.scheduler = build_optimizer([self.model], config.optim, config.train, self.dtype)
         self.step, self.skipped, self.counts = 0, 0, dict.fromkeys(DATA_COUNTS, 0)
+        self.stream, self._kept_place = StreamState(), None
         self.settings = on_rank_zero(lambda: settings_of(config), "the settings that a checkpoint keeps")
         if found.checkpoint is not None:
             self._resume(found.checkpoint, found)
@@ -159,8 +163,13 @@ class Trainer:
         first.
         """
         train, saving = self.config.train, self.config.checkpoint
-        loader, rows_per_epoch = training_loader(self.config, self.topology, data.train)
-        first, guard = self.step + 1, UpdateGuard(self.config, rows_per_epoch)
+        self._order = order_key(self.config, data.blend)
+        if self.step:
+            self.stream, told = place_of(self._kept_place, self._order, self.counts["drawn"], len(data.train))
+            if told:
+                self._say(f"warning: {told}")
+        loader = training_loader(self.config, self.topology, data, self.stream)
+        first, guard = self.step + 1, UpdateGuard(self.config, loader.epoch)
         accelerator.reset_peak_memory()
         with loader:
             if self.step < train.steps:
@@ -168,22 +177,23 @@ class Trainer:
             while self.step < train.steps and not self.stopped_by:
                 started_s = time.perf_counter()
                 self._at("reading samples", self.step + 1)
-                rows = loader.rows(self.step)
+                loaded = loader.next_step()
                 self._at("in the forward and backward pass or the update", self.step + 1)
                 with traced(self.config.profile, self.step + 1, self.topology.rank, train.output):
-                    outcome = self._train_step(rows)
-                self.step, self.saved = self.step + 1, None
+                    outcome = self._train_step(loaded.rows)
+                self.step, self.saved, self.stream = self.step + 1, None, loaded.plan.after
                 self.skipped += not outcome.updated
                 self._at("adding up what was measured")
-                self.stopped_by, record = self._measure(rows, outcome, started_s)
-                del rows  # their pixels make room for those of later steps
+                self.stopped_by, record = self._measure(loaded, outcome, started_s)
+                plan = loaded.plan
+                del loaded  # its pixels make room for those of later steps
                 for watcher in self._watchers:
                     watcher.step(record)
                 if self.step == first:
                     # A full collection over a model and its compiled code halts one rank, and so all, for some half a second.
                     gc.collect()
                     gc.freeze()
-                guard.judge(self.step, outcome, self.skipped, self._message)
+                guard.judge(self.step, outcome, plan.counts["drawn"], self.skipped, self._message)
                 finished = self.step == train.steps
                 too_broken = self._too_broken(JUDGED_FROM)
                 if saving.save and (finished or self.stopped_by or too_broken or _due(self.step, saving.save_every)):
@@ -259,26 +269,27 @@ class Trainer:
         self.scheduler.step(1)
         return Outcome(loss, supervised, updated, norm, rates)
 
-    def _measure(self, rows: Sequence[LoadedRow], outcome: Outcome, started_s: float) -> tuple[int, StepMetrics]:
+    def _measure(self, loaded: LoadedStep, outcome: Outcome, started_s: float) -> tuple[int, StepMetrics]:
         """The signal that any rank was sent (0: none), and the step's record. A sum over dp and a maximum over all ranks."""
+        rows = loaded.rows
         flops = sum(
             model_flops(r.row.lengths, r.row.supervised_tokens, r.row.units, self.config.model, self.config.optim).total
             for r in rows
         )
-        counts = [sum(getattr(r.stats, name) for r in rows) for name in DATA_COUNTS]
         tokens, frames = sum(sum(r.row.lengths) for r in rows), sum(unit.frames for r in rows for unit in r.row.units)
-        sums = torch.tensor([tokens, frames, flops, *counts], dtype=torch.float64, device=self.device)
+        padded = sum(r.row.length for r in rows)
+        sums = torch.tensor([tokens, padded, frames, flops], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums, group=self.topology.dp)
-        wait_s, peak_gib = sum(r.stats.wait_s for r in rows), accelerator.peak_memory_bytes() / 2**30
+        wait_s, peak_gib = loaded.wait_s, accelerator.peak_memory_bytes() / 2**30
         lost = self.is_writer and bool(self._taken_by())
         largest = torch.tensor([self._stop.signal, lost, wait_s, peak_gib], dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        tokens, frames, flops, *counts = sums.tolist()
+        tokens, padded, frames, flops = sums.tolist()
         sent, lost, wait_s, peak_gib = largest.tolist()
         if lost:
             self._give_way()
-        for name, count in zip(DATA_COUNTS, counts, strict=True):
-            self.counts[name] += int(count)
+        for name in DATA_COUNTS:
+            self.counts[name] += loaded.plan.counts[name]
         return int(sent), StepMetrics(
             step=self.step,
             loss=outcome.loss,
@@ -293,6 +304,9 @@ class Trainer:
             peak_memory_gib=peak_gib,
             skipped=self.skipped,
             loading=loading_of([r.stats.work for r in rows], self.device),
+            row_fill=tokens / (self.config.train.global_batch_size * self.config.train.seq_length),
+            padding=1 - tokens / padded,
+            predicted_spread=loaded.spread,
             counts=dict(self.counts),
         )
 
@@ -305,7 +319,9 @@ class Trainer:
             raise CheckpointError(
                 f"cannot continue from {checkpoint}: no run of this package saved it; start one from it with checkpoint.load"
             )
-        self.step, self.skipped, self.counts = extra["step"], extra["skipped"], self.counts | extra["counts"]
+        self.step, self.skipped = extra["step"], extra["skipped"]
+        self.counts |= {name: n for name, n in carried_counts(extra["counts"]).items() if name in DATA_COUNTS}
+        self._kept_place = extra.get("stream")
         changed = on_all_ranks(
             lambda: changes(kept_settings(extra), self.settings), f"cannot continue from {checkpoint}"
         )
@@ -318,7 +334,13 @@ class Trainer:
             self._say(f"changed since the checkpoint: {line}")
 
     def _save(self) -> None:
-        extra = {"step": self.step, "skipped": self.skipped, "counts": self.counts, "settings": self.settings}
+        extra = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "counts": self.counts,
+            "settings": self.settings,
+            "stream": kept_place(self.stream, self._order),
+        }
         info = {
             "model": self.config.model.name,
             "layout": asdict(self.config.parallel) | {"dp": self.topology.grid.dp},
@@ -350,7 +372,7 @@ class Trainer:
             self._say(line)
         # Where no sample can be used, the loader says so on all ranks at once.
         with contextlib.suppress(NoUsableSampleError):
-            logger.info("first sample:\n%s", describe(dataset.document(0), dataset.encoder.tokenizer))
+            logger.info("first sample:\n%s", describe(dataset.first_usable(0).document, dataset.encoder.tokenizer))
 
     def _say(self, text: str) -> None:
         if self.is_writer:

@@ -1,7 +1,6 @@
-"""Documents from records: token counts, the over-long policy, replacement of bad samples, the order of rows, the length table."""
+"""Documents from records: token counts, the over-long policy, samples that cannot be used, the order of an epoch."""
 
 import contextlib
-import json
 import os
 import resource
 
@@ -14,11 +13,17 @@ from PIL import Image
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.data import dataset as dataset_module
 from megatron_vila.data.chat import describe
-from megatron_vila.data.dataset import NoUsableSampleError, TooLongError, VilaDataset, fit_frames, share_frames
+from megatron_vila.data.dataset import (
+    BrokenSampleError,
+    NoUsableSampleError,
+    TooLongError,
+    VilaDataset,
+    fit_frames,
+    share_frames,
+)
 from megatron_vila.data.failures import MachineError
 from megatron_vila.data.formats.read import parse_record
-from megatron_vila.data.lengths import length_table
-from megatron_vila.data.order import RowOrder, epoch_order, pack_greedily
+from megatron_vila.data.order import epoch_order
 from megatron_vila.data.placement import Turn
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.sources.source import ChangedFileError
@@ -64,7 +69,7 @@ TEXT = {"id": "text", "conversations": conversation()}
 
 
 def test_a_video_becomes_the_sampled_frames_each_followed_by_its_separators(media, tmp_path):
-    document = make(media, tmp_path, [video("long.mp4")], frame_separator_ids=[7, 9]).document(0)
+    document = make(media, tmp_path, [video("long.mp4")], frame_separator_ids=[7, 9]).build(0).document
     assert [i for f in document.frames for i in f.indices] == [0, 9, 18, 27, 36, 45, 54, 63]
     assert {(f.source, f.tokens, f.cost, f.is_video) for f in document.frames} == {
         (str(media / "long.mp4"), 4, 16, True)
@@ -75,16 +80,16 @@ def test_a_video_becomes_the_sampled_frames_each_followed_by_its_separators(medi
 
 
 def test_a_short_video_gives_all_its_frames_and_fps_limits_a_long_one(media, tmp_path):
-    assert len(make(media, tmp_path, [video("short.mp4")]).document(0).frames) == 3
-    assert len(make(media, tmp_path, [video("long.mp4")], fps=0.5).document(0).frames) == 4
-    first = make(media, tmp_path, [video("long.mp4")], num_frames=3, fps=2.0, fps_rule="first").document(0)
+    assert len(make(media, tmp_path, [video("short.mp4")]).build(0).document.frames) == 3
+    assert len(make(media, tmp_path, [video("long.mp4")], fps=0.5).build(0).document.frames) == 4
+    first = make(media, tmp_path, [video("long.mp4")], num_frames=3, fps=2.0, fps_rule="first").build(0).document
     assert [i for frame in first.frames for i in frame.indices] == [0, 4, 8]
 
 
 def test_images_and_text_alone_are_samples_too(media, tmp_path):
     records = [{"image": "red.png", "conversations": conversation("<image> What?")}, TEXT]
     dataset = make(media, tmp_path, records, image_separator_ids=[5])
-    image, text = dataset.document(0), dataset.document(1)
+    image, text = dataset.build(0).document, dataset.build(1).document
     assert [(f.indices, f.is_video) for f in image.frames] == [((0,), False)]
     assert image.token_ids[image.frame_starts[0] + 4] == 5
     assert text.frames == () and text.frame_starts.shape == (0,)
@@ -103,20 +108,22 @@ def test_the_documents_of_real_model_shapes_have_the_published_token_counts(medi
             projector=ProjectorConfig(type=kind),
             llm=LanguageConfig(vocab_size=1000),
         )
-        document = make(media, tmp_path, [video("long.mp4")], model=model, seq_length=10_000).document(0)
+        document = make(media, tmp_path, [video("long.mp4")], model=model, seq_length=10_000).build(0).document
         assert document.frames[0].tokens == expected
         assert document.frames[0].cost == (size // 14) ** 2
 
 
 @pytest.mark.parametrize("room", range(8))
 def test_an_over_long_video_keeps_as_many_frames_as_fit_spread_evenly(media, tmp_path, room):
-    whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).document(0)
+    whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).build(0).document
     seq_length = len(whole) - 8 * 5 + room * 5 + 4
-    choice = make(media, tmp_path, [video("long.mp4"), TEXT], seq_length=seq_length, frame_separator_ids=[7]).choose(0)
+    dataset = make(media, tmp_path, [video("long.mp4"), TEXT], seq_length=seq_length, frame_separator_ids=[7])
     if room == 0:
-        assert (choice.index, choice.replaced) == (1, "too_long")
+        with pytest.raises(TooLongError, match="room for 0 frames"):
+            dataset.build(0)
         return
-    assert (choice.index, choice.replaced, choice.dropped_frames) == (0, "", 8 - room)
+    choice = dataset.build(0)
+    assert (choice.index, choice.dropped_frames) == (0, 8 - room)
     assert len(choice.document.frames) == room
     assert seq_length - 5 < len(choice.document) <= seq_length
     gaps = np.diff([0, *(f.indices[0] for f in choice.document.frames[1:])])
@@ -127,11 +134,11 @@ def test_an_over_long_video_keeps_as_many_frames_as_fit_spread_evenly(media, tmp
 @pytest.mark.parametrize("room", range(1, 4))
 def test_an_over_long_video_of_pooled_frames_keeps_the_frames_of_the_units_that_fit(media, tmp_path, monkeypatch, room):
     monkeypatch.setattr(dataset_module, "pictures_of", lambda model: Pooled(3, 1, 5))
-    whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).document(0)
+    whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).build(0).document
     assert [frame.unit.frames for frame in whole.frames] == [3, 3, 2]
     assert np.diff(whole.frame_starts).tolist() == [6, 6] and (whole.token_ids == MEDIA_TOKEN).sum() == 15
     seq_length = len(whole) - 3 * 6 + room * 6 + 5
-    choice = make(media, tmp_path, [video("long.mp4"), TEXT], seq_length=seq_length, frame_separator_ids=[7]).choose(0)
+    choice = make(media, tmp_path, [video("long.mp4"), TEXT], seq_length=seq_length, frame_separator_ids=[7]).build(0)
     assert sum(frame.unit.frames for frame in choice.document.frames) == min(3 * room, 8)
     assert choice.dropped_frames == 8 - min(3 * room, 8) and len(choice.document) <= seq_length
     assert f"{min(3 * room, 8)} frames in {room} unit" in describe(choice.document, TOKENIZER)
@@ -146,17 +153,19 @@ def test_videos_of_pooled_frames_share_the_room_that_their_units_take():
         fit_frames([8, 2], 9, [places] * 2)
 
 
-def test_over_long_samples_are_replaced_where_the_policy_is_drop(media, tmp_path):
-    records = [video("long.mp4"), video("other.mp4"), video("short.mp4")]
-    length = len(make(media, tmp_path, records).document(2))
-    choice = make(media, tmp_path, records, seq_length=length, over_long="drop").choose(0)
-    assert (choice.index, choice.replaced, choice.dropped_frames) == (2, "too_long", 0)
+def test_over_long_samples_are_refused_where_the_policy_is_drop(media, tmp_path):
+    records = [video("long.mp4"), video("short.mp4")]
+    length = len(make(media, tmp_path, records).build(1).document)
+    dataset = make(media, tmp_path, records, seq_length=length, over_long="drop")
+    with pytest.raises(TooLongError, match="do not fit .* and data.over_long=drop"):
+        dataset.build(0)
+    assert dataset.build(1).dropped_frames == 0
 
 
 def test_text_that_is_too_long_is_never_cut(media, tmp_path):
-    records = [{"conversations": conversation("word " * 400)}, TEXT]
-    choice = make(media, tmp_path, records, seq_length=100).choose(0)
-    assert (choice.index, choice.replaced) == (1, "too_long")
+    dataset = make(media, tmp_path, [{"conversations": conversation("word " * 400)}, TEXT], seq_length=100)
+    with pytest.raises(TooLongError, match="text and images alone have [0-9]+ tokens, train.seq_length=100"):
+        dataset.build(0)
 
 
 @quick
@@ -189,47 +198,18 @@ def test_frames_are_shared_between_videos_in_proportion_and_fill_the_room(counts
         ({"image": "missing.png", "conversations": conversation()}, "No such file"),
     ],
 )
-def test_a_broken_sample_is_replaced_by_the_next_good_one_and_named(media, tmp_path, record, reason):
-    records = [TEXT, record, video("empty.mp4"), video("long.mp4")]
-    choice = make(media, tmp_path, records).choose(1)
-    assert (choice.index, choice.replaced, choice.document.sample_id) == (3, "broken", "long.mp4")
-    assert sorted(choice.found) == [1, 2]
-    assert reason in choice.found[1]
-    last = make(media, tmp_path, [TEXT, *records[1:3]]).choose(1)
-    assert last.index == 0, "after the last record comes the first"
-
-
-@few
-@given(bad=st.sets(st.integers(0, 5)), known=st.sets(st.integers(0, 5)), index=st.integers(0, 5))
-def test_the_replacement_does_not_depend_on_what_was_known_before(media, tmp_path_factory, bad, known, index):
-    records = [video("missing.mp4") if i in bad else {**TEXT, "id": i} for i in range(6)]
-    dataset = make(media, tmp_path_factory.mktemp("records"), records)
-    if len(bad) == 6:
-        with pytest.raises(NoUsableSampleError, match="none of the 6 samples can be used: 6 are broken"):
-            dataset.choose(index, dict.fromkeys(known & bad, "known"))
-        return
-    expected = next(i % 6 for i in range(index, index + 6) if i % 6 not in bad)
-    choice = dataset.choose(index, dict.fromkeys(known & bad, "known"))
-    assert choice.index == expected
-    assert choice.replaced == ("broken" if index in bad else "")
-
-
-def test_a_replacement_in_a_packed_row_must_fit_its_place(media, tmp_path):
-    records = [video("missing.mp4"), video("long.mp4"), video("short.mp4"), TEXT]
-    dataset = make(media, tmp_path, records)
-    lengths = np.array([len(dataset.document(i)) for i in range(4)])
-    assert lengths[0] == lengths[1] > lengths[2] > lengths[3]
-    for table in (None, lengths):
-        assert dataset.choose(0, {1: "known"}, int(lengths[0]), table).index == 2
-        assert dataset.choose(1, {1: "known"}, int(lengths[3]), table).index == 3
-        with pytest.raises(NoUsableSampleError):
-            dataset.choose(1, {1: "known"}, int(lengths[3]) - 1, table)
+def test_a_broken_sample_says_what_is_wrong_and_the_next_good_one_is_shown(media, tmp_path, record, reason):
+    dataset = make(media, tmp_path, [TEXT, record, video("empty.mp4"), video("long.mp4")])
+    with pytest.raises(BrokenSampleError, match=reason):
+        dataset.build(1)
+    assert dataset.first_usable(1).document.sample_id == "long.mp4"
+    assert dataset.first_usable(1, {3: "known"}).index == 0, "after the last record comes the first"
 
 
 def test_the_error_when_no_sample_is_left_tells_the_reasons(media, tmp_path):
     records = [video("missing.mp4"), {"conversations": conversation("word " * 400)}]
     with pytest.raises(NoUsableSampleError, match=r"1 are broken, 1 do not fit train.seq_length=64\n.*no such file"):
-        make(media, tmp_path, records, seq_length=64).document(0)
+        make(media, tmp_path, records, seq_length=64).first_usable(0)
 
 
 def test_whatever_a_template_raises_makes_one_sample_broken(media, tmp_path):
@@ -237,9 +217,10 @@ def test_whatever_a_template_raises_makes_one_sample_broken(media, tmp_path):
     tokenizer.chat_template = "{{ 1 % 0 if 'zero' in messages[0]['content'] else '' }}" + tokenizer.chat_template
     records = [{"id": f"zero {n}", "conversations": conversation("zero")} for n in range(2)] + [TEXT]
     files = JsonFiles([write_jsonl(tmp_path / "train.jsonl", records)])
-    choice = VilaDataset(files, tokenizer, DataConfig(), MODEL, 512).choose(0)
-    assert (choice.index, choice.replaced, sorted(choice.found)) == (2, "broken", [0, 1])
-    assert choice.found[0] == "the chat template raises ZeroDivisionError: integer modulo by zero"
+    dataset = VilaDataset(files, tokenizer, DataConfig(), MODEL, 512)
+    with pytest.raises(BrokenSampleError, match="^the chat template raises ZeroDivisionError: integer modulo by zero$"):
+        dataset.build(0)
+    assert dataset.first_usable(0).index == 2
 
 
 class WithNumbers(JsonFiles):
@@ -253,9 +234,10 @@ class WithNumbers(JsonFiles):
 def test_an_error_that_nobody_foresaw_makes_one_sample_broken_and_is_traced_once(media, tmp_path, caplog):
     records = [{"id": f"odd {n}", "conversations": conversation()} for n in range(2)] + [TEXT]
     files = WithNumbers([write_jsonl(tmp_path / "train.jsonl", records)])
-    choice = VilaDataset(files, TOKENIZER, DataConfig(), MODEL, 512).choose(0)
-    assert (choice.index, choice.replaced, sorted(choice.found)) == (2, "broken", [0, 1])
-    assert choice.found[0].startswith("TypeError: ")
+    dataset = VilaDataset(files, TOKENIZER, DataConfig(), MODEL, 512)
+    for index in range(2):
+        with pytest.raises(BrokenSampleError, match="^TypeError: "):
+            dataset.build(index)
     (told,) = [record for record in caplog.records if record.exc_info]
     assert told.getMessage() == "sample odd 0 fails in a way that nobody foresaw:"
 
@@ -265,12 +247,12 @@ def test_a_file_of_records_that_changes_is_no_fault_of_a_sample(media, tmp_path)
     path = tmp_path / "train.jsonl"
     path.write_bytes(path.read_bytes().replace(b"circle", b"square", 1))
     with pytest.raises(ChangedFileError, match="line 1: not what it was"):
-        dataset.choose(0)
-    assert dataset.choose(1).index == 1, "a record that is the same is used"
+        dataset.build(0)
+    assert dataset.build(1).index == 1, "a record that is the same is used"
 
 
 class Known:
-    """A source beside files: two texts, of which the length of one is known."""
+    """A source beside files: two texts."""
 
     bad, digest = {}, "known"
 
@@ -280,27 +262,21 @@ class Known:
     def record(self, index):
         return parse_record({"conversations": conversation()}, self.name(index), str(index), "")
 
-    def cost(self, index):
-        return (None, 1234)[index]
-
     def name(self, index):
         return f"known {index}"
 
 
-def test_a_source_of_another_kind_is_read_like_files_and_lengths_that_it_knows_are_not_measured(tmp_path):
+def test_a_source_of_another_kind_is_read_like_files():
     dataset = VilaDataset(Known(), TOKENIZER, DataConfig(), MODEL, 2000)
-    lengths = length_table(dataset, str(tmp_path / "lengths.json"), 1)
-    assert lengths.tolist() == [len(dataset.document(0)), 1234]
+    assert [dataset.build(index).document.sample_id for index in range(2)] == ["0", "1"]
 
 
-def test_bad_records_are_replaced_from_the_start_and_counted_as_broken(media, tmp_path):
-    path = write_jsonl(tmp_path / "train.jsonl", [{"id": "bad"}, TEXT, {"id": "bad too"}])
+def test_a_bad_record_is_a_broken_sample_from_the_start(media, tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"id": "bad"}, TEXT])
     dataset = VilaDataset(JsonFiles([path], skip_bad=True), TOKENIZER, DataConfig(), MODEL, 512)
-    assert [(dataset.choose(i).index, dataset.choose(i).replaced) for i in range(3)] == [
-        (1, "broken"), (1, ""), (1, "broken"),
-    ]  # fmt: skip
-    assert dataset.choose(0).found == {}, "known already"
-    assert length_table(dataset, str(tmp_path / "lengths.json"), 1).tolist() == [len(dataset.document(1))] * 3
+    with pytest.raises(BrokenSampleError, match="line 1"):
+        dataset.build(0)
+    assert dataset.first_usable(0).index == 1
 
 
 def test_too_many_open_files_are_no_fault_of_a_sample(media, tmp_path):
@@ -313,7 +289,7 @@ def test_too_many_open_files_are_no_fault_of_a_sample(media, tmp_path):
             while True:
                 held.append(open(os.devnull))  # noqa: SIM115
         with pytest.raises(MachineError, match="at sample .*line 1: OSError.*Too many open files"):
-            dataset.choose(0)
+            dataset.build(0)
     finally:
         for file in held:
             file.close()
@@ -322,15 +298,15 @@ def test_too_many_open_files_are_no_fault_of_a_sample(media, tmp_path):
 
 def test_a_sample_without_an_answer_is_not_supervised(media, tmp_path):
     dataset = make(media, tmp_path, [{"conversations": conversation()[:1]}, TEXT])
-    assert [dataset.choose(i).supervised for i in range(2)] == [False, True]
+    assert [dataset.build(i).supervised for i in range(2)] == [False, True]
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(media, tmp_path):
     small = ModelConfig(vision=MODEL.vision, projector=MODEL.projector, llm=LanguageConfig(vocab_size=20))
     with pytest.raises(ValueError, match=r"data.frame_separator_ids holds token id 25, but model.llm.vocab_size=20"):
         make(media, tmp_path, [TEXT], model=small, frame_separator_ids=[25])
-    with pytest.raises(NoUsableSampleError, match=r"sample text holds token id \d+, but model.llm.vocab_size=20"):
-        make(media, tmp_path, [TEXT], model=small).document(0)
+    with pytest.raises(BrokenSampleError, match=r"sample text holds token id \d+, but model.llm.vocab_size=20"):
+        make(media, tmp_path, [TEXT], model=small).build(0)
 
 
 @quick
@@ -349,71 +325,3 @@ def test_epochs_and_seeds_differ_and_the_order_is_the_same_for_ever():
     first = np.stack([epoch_order(8, seed, 0, True) for seed in range(4000)])
     counts = np.stack([(first == i).sum(axis=0) for i in range(8)])
     assert abs(counts - 500).max() < 120, "each sample comes at each place equally often"
-
-
-@quick
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
-def test_greedy_rows_hold_every_sample_once_and_no_sample_would_have_fitted_the_row_before(lengths, seq_length):
-    lengths = np.array(lengths)
-    starts = pack_greedily(lengths, seq_length)
-    rows = [lengths[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    assert np.concatenate(rows).tolist() == lengths.tolist()
-    assert all(0 < row.sum() <= seq_length for row in rows)
-    assert all(row.sum() + after[0] > seq_length for row, after in zip(rows, rows[1:], strict=False))
-
-
-def test_packing_refuses_a_sample_longer_than_a_row():
-    with pytest.raises(ValueError, match="a sample of 11 tokens cannot be packed into rows of train.seq_length=10"):
-        pack_greedily(np.array([3, 11]), 10)
-
-
-@quick
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.booleans(), st.booleans(), st.integers(0, 9))
-def test_rows_run_through_epoch_after_epoch_wherever_one_starts(lengths, packed, shuffle, start):
-    table = np.array(lengths) if packed else None
-    order = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else 0)
-    rows = [row for epoch in range(3) for row in epoch_rows(order, epoch)]
-    fresh = RowOrder(len(lengths), 3, shuffle, table, 20 if packed else 0)
-    got = [list(fresh.row(g)) for g in range(start, len(rows))]
-    assert got == rows[start:]
-    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
-    seen = [i for epoch in range(3) for i in np.concatenate(epoch_rows(order, epoch)).tolist()]
-    assert seen == [i for epoch in range(3) for i in epoch_order(len(lengths), 3, epoch, shuffle)]
-
-
-def epoch_rows(order, epoch):
-    first = sum(order.rows_of_epoch(e) for e in range(epoch))
-    assert order.locate(first) == (epoch, 0)
-    return [list(order.row(first + k)) for k in range(order.rows_of_epoch(epoch))]
-
-
-def test_the_length_table_is_made_once_and_made_anew_when_files_or_settings_change(media, tmp_path, caplog):
-    caplog.set_level("INFO")
-    cache = str(tmp_path / "run" / "lengths.json")
-    records = [video("long.mp4"), video("missing.mp4"), TEXT, {"image": "red.png", "conversations": conversation()}]
-
-    def table(**data):
-        caplog.clear()
-        dataset = make(media, tmp_path, records, **data)
-        lengths = length_table(dataset, cache, workers=2)
-        assert lengths.tolist() == [len(dataset.document(i)) for i in range(len(dataset))]
-        return "measuring" in caplog.text
-
-    (tmp_path / "run").mkdir()
-    os.mkfifo(cache)
-    assert table(), "first, with a pipe in its place that nobody writes to"
-    assert not table(), "the same again"
-    assert not table(workers=7, shuffle=False), "settings that do not matter"
-    assert table(num_frames=4)
-    assert table()
-    records[2] = {"conversations": conversation("Another question, longer than the one before?")}
-    assert table(), "another text"
-    write_video(media / "other.mp4", 24)
-    records[0] = video("other.mp4")
-    assert table()
-    write_video(media / "other.mp4", 5)
-    assert table(), "another video under the same name"
-    content = json.loads((tmp_path / "run" / "lengths.json").read_text())
-    (tmp_path / "run" / "lengths.json").write_text(json.dumps(content)[:40])
-    assert table(), "half a file"
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["lengths.json"]

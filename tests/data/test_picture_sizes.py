@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_vila.config.schema import DataConfig, ModelConfig
 from megatron_vila.data import dataset as dataset_module
-from megatron_vila.data.dataset import VilaDataset, fit_frames
+from megatron_vila.data.dataset import TooLongError, VilaDataset, fit_frames
 from megatron_vila.data.images import load_image, picture_size
 from megatron_vila.data.media import MediaError
 from megatron_vila.data.sources.json_files import JsonFiles
@@ -90,7 +90,7 @@ def test_a_picture_without_a_size_that_can_be_read_is_refused(folder, tmp_path):
 def test_units_follow_from_the_sizes_of_pictures_and_videos_through_dataset_and_row_plan(make):
     dataset = make()
     tiles = {"video": [3] * 4, "images": [6, 1], "folder": [2, 2], "both": [3] * 8}
-    documents = [dataset.document(index) for index in range(4)]
+    documents = [dataset.build(index).document for index in range(4)]
     for document in documents:
         expected = tiles[document.sample_id]
         assert [frame.unit for frame in document.frames] == [Unit(1, n, 3 * n, 16 * n) for n in expected]
@@ -103,16 +103,17 @@ def test_units_follow_from_the_sizes_of_pictures_and_videos_through_dataset_and_
 
 
 def test_a_long_video_is_cut_by_the_tokens_of_its_own_frames(make):
-    text = len(make().document(0)) - 4 * 9
+    text = len(make().build(0).document) - 4 * 9
     dataset = make(seq_length=text + 3 * 9 + 8)
-    choice = dataset.choose(0)
+    choice = dataset.build(0)
     assert (len(choice.document.frames), choice.dropped_frames) == (3, 1)
 
 
 def test_images_fit_by_the_tokens_of_their_own_size(make):
-    length = len(make().document(1))
-    assert make(seq_length=length).choose(1).index == 1
-    assert make(seq_length=length - 1).choose(1).replaced == "too_long"
+    length = len(make().build(1).document)
+    assert make(seq_length=length).build(1).index == 1
+    with pytest.raises(TooLongError):
+        make(seq_length=length - 1).build(1)
 
 
 def test_videos_of_several_sizes_share_the_room_by_the_tokens_of_each():
@@ -129,7 +130,7 @@ def test_no_size_is_read_where_nothing_depends_on_it(make, monkeypatch):
     monkeypatch.setattr(dataset_module, "picture_size", refused)
     monkeypatch.setattr(dataset_module, "shown_size", refused)
     dataset = make(Squares(Unit(1, 1, 4, 16)))
-    assert [len(dataset.document(index).frames) for index in range(4)] == [4, 2, 2, 8]
+    assert [len(dataset.build(index).document.frames) for index in range(4)] == [4, 2, 2, 8]
 
 
 def test_without_a_size_the_most_that_there_may_be_is_planned():

@@ -137,6 +137,6 @@ def test_the_counts_of_tokens_are_those_of_training(prepared):
     report, config = json.loads((prepared[0] / "report.json").read_text()), load_config("tiny")
     records = open_records(DataConfig(media_format="verbatim"), [str(prepared[0])])
     dataset = VilaDataset(records, load_tokenizer(prepared[3]), config.data, config.model, 2**20)
-    assert report["tokens"] == sum(len(dataset.document(index)) for index in range(4))
+    assert report["tokens"] == sum(len(dataset.build(index).document) for index in range(4))
     assert sum(report["tokens_of"].values()) == 4
     assert "Tokens of a sample" in (prepared[0] / "report.html").read_text()

@@ -11,8 +11,8 @@ from transformers import AutoProcessor
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.config.text_rules import MEDIA_FORMATS
 from megatron_vila.data.dataset import VilaDataset
-from megatron_vila.data.loader import RowLoader
-from megatron_vila.data.order import RowOrder
+from megatron_vila.data.held_out import HeldOutLoader
+from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.template import NAMED
 from megatron_vila.data.video import MediaError, decode_video_frames
@@ -73,14 +73,11 @@ def trained(tmp_path, media, record, tokenizer, **data):
     """Token ids (MEDIA_TOKEN where pictures are), pixels and frames of ``record`` as a training run loads it."""
     settings = DataConfig(**{**DATA, **data})
     files = JsonFiles([write_jsonl(tmp_path / "train.jsonl", [record])], str(media), settings.media_format)
-    loader = RowLoader(
-        VilaDataset(files, tokenizer, settings, MODEL, 600),
-        RowOrder(1, 0, shuffle=False),
-        GridShape(), 0, global_batch_size=1, agree=lambda reports: reports,
-        image_size=MODEL.vision.image_size, aspect=settings.image_aspect, workers=1, prefetch=0,
-    )  # fmt: skip
-    with loader:
-        (loaded,) = loader.rows(0)
+    dataset = VilaDataset(files, tokenizer, settings, MODEL, 600)
+    size = MODEL.vision.image_size
+    decoder = RowDecoder(dataset.probe, dataset.failures, image_size=size, aspect=settings.image_aspect)
+    with HeldOutLoader(dataset, GridShape(), 0, decoder, agree=sorted, prefetch=0) as loader:
+        loaded = loader.sample(0)
     return loaded.row.token_ids[: loaded.row.lengths[0]], scale_pixels(loaded.pixels), loaded.row.frames
 
 

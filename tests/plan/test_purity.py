@@ -51,6 +51,7 @@ document = row.Document(ids, numpy.full(len(ids), row.IGNORE), refs, each * nump
 packed = row.pack([document], shape.document_multiple, shape.row_multiple)
 assert frames.deal_frames([f.cost for f in refs], shape.encoders)[-1] == 8
 plan = row_plan.RowPlan.of(packed, shape)
+assert dealing.deal_rows([1, 2], 2) == [[0], [1]] and packing.pack_samples([4, 4], [0, 0], 2, 4, 1) == [[0], [1]]
 assert sum(len(plan.shard(rank).frames) for rank in range(shape.encoders)) == 8
 assert isinstance(plan.reshard, tokens.ReshardPlan)
 assert step_traffic.step_traffic(config, plan, machine) and step_traffic.step_flop_seconds(config, plan, machine.peak_flops) > 0

@@ -332,3 +332,20 @@ def test_nvlink_of_a_known_machine_may_join_several_nodes():
     assert warning == (
         "parallel.gpus_per_node=8, but the nodes planned for (a GB200) have 4 GPUs; set parallel.gpus_per_node=4"
     )
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("[1]", "has 1 numbers and data.train 2 entries"),
+        ("[1, 2, 3]", "has 3 numbers and data.train 2 entries"),
+        ("[0, 1]", "0 is not the share of an entry"),
+        ("[1, -2]", "-2 is not the share of an entry"),
+        ("[1, .nan]", "nan is not the share of an entry"),
+        ("[1, .inf]", "inf is not the share of an entry"),
+    ],
+)
+def test_weights_of_a_blend_that_are_no_shares_of_its_entries_are_refused(weights, words):
+    config = load_config("tiny", ["data.train=[a.json,b.json]", f"data.weights={weights}"])
+    with pytest.raises(ConfigError, match=words):
+        validate(config, 1)

@@ -121,7 +121,7 @@ def test_a_dry_run_shows_any_sample_of_either_set_as_the_model_sees_it(videos, t
     config = load_config("tiny", arguments)
     for name, index in (("train", 9), ("eval", 7)):
         dataset = open_dataset(config, name)
-        assert f"number {index}:\n{describe(dataset.document(index), dataset.encoder.tokenizer)}\n" in out, name
+        assert f"number {index}:\n{describe(dataset.build(index).document, dataset.encoder.tokenizer)}\n" in out, name
     assert out.count("number ") == 2
     for show, words in (
         ("24", "--show 24 is not in data.train, which has samples 0 to 23"),
@@ -194,12 +194,12 @@ def test_a_dry_run_shows_several_samples_and_says_of_broken_ones_what_is_wrong_w
     assert re.search(r"number 0 cannot be used \(broken\): .*00000.mp4: the file is empty", out)
     assert re.search(r"number 4 cannot be used \(broken\): .*00004.mp4: decoding frame ", out), "its pixels are read"
     assert re.search(r"number 2 cannot be used \(broken\): .*00002.mp4: ", out)
-    assert out.count("(a run takes the next good sample in its place)") == 2
+    assert out.count("(a run leaves it out)") == 2
     assert out.count("(an evaluation leaves it out)") == 1
-    assert "number 1, in its place:\n" in out and out.count("number 5") == 2 and "number 5:\n" in out
+    assert "number 1, the next that can be used:\n" in out and out.count("number 5") == 2 and "number 5:\n" in out
     assert "is broken and left out" not in out, "once is enough"
     status, out, _ = _dry_run([*overrides(broken, tmp_path / "run"), data[0]])
-    assert status == 0 and "number 0 cannot be used" in out and "number 1, in its place:\n" in out
+    assert status == 0 and "number 0 cannot be used" in out and "number 1, the next that can be used:\n" in out
 
 
 @pytest.fixture(scope="module")
@@ -216,17 +216,17 @@ def _broken_arguments(broken, output):
 
 
 @pytest.mark.parametrize("layout", [Layout(2, ulysses=2), Layout(2), Layout(4, tp=2, pp=2)], ids=str)
-def test_a_broken_video_is_replaced_on_every_rank_by_the_same_sample_counted_and_named_once(
+def test_a_broken_video_is_left_out_on_every_rank_counted_and_named_once(
     broken, broken_alone, tmp_path, layout
 ):
     """Under ulysses=2 only the second rank decodes the destroyed half of a video; two replicas each meet other videos."""
     status, said, err = _run(layout, _broken_arguments(broken, tmp_path))
     assert (status, err) == (0, "")
     for name in ("train_6_00000", "train_6_00002", "train_6_00004"):
-        assert said.count(f"sample {name} is broken and replaced") == 1, said
+        assert said.count(f"sample {name} is broken and left out") == 1, said
     wanted, summary = broken_alone
-    assert summary["replaced_broken"] == 3
-    assert json.loads((tmp_path / "summary.json").read_text())["replaced_broken"] == 3
+    assert (summary["left_out_broken"], summary["drawn"]) == (6, 14), "each of the three once an epoch"
+    assert json.loads((tmp_path / "summary.json").read_text())["left_out_broken"] == 6
     for step, single in zip(numbers(tmp_path), wanted, strict=True):
         assert step == pytest.approx(single, rel=1e-9)
 
@@ -255,8 +255,8 @@ def test_bad_records_are_told_in_one_report_and_left_out_or_end_the_run_as_the_s
     assert f"{path}, line 5, field 'conversations', turn 1:" in said and "... and 3 more" in said
     report = (tmp_path / "run/bad_records.txt").read_text().splitlines()
     assert len(report) == 13 and all(f"{path}, line {n}" in line for n, line in enumerate(report, start=5))
-    assert json.loads((tmp_path / "run/summary.json").read_text())["replaced_broken"] == 4
-    assert read_metrics(tmp_path / "run")[0][-1]["replaced_broken"] == 4
+    assert json.loads((tmp_path / "run/summary.json").read_text())["left_out_broken"] == 13
+    assert read_metrics(tmp_path / "run")[0][-1]["left_out_broken"] == 13
     status, said, err = pool.run(1, _main, 1, ["tiny", *arguments, "--dry-run"])[0]
     assert (status, err) == (0, "") and "13 of 17 records cannot be used:" in said
     arguments = overrides(videos, tmp_path / "stop", f"data.train=[{path}]", "data.bad_records=stop")
@@ -273,16 +273,16 @@ def test_too_many_broken_samples_end_the_run_when_all_is_saved(videos, tmp_path)
         videos, run, f"data.train=[{path}]", f"data.eval=[{path}]", "data.shuffle=false", "train.global_batch_size=6",
         "optim.schedule=constant",
     )  # fmt: skip
-    # At the end: 6 of 12, counted over both replicas and over a resume.
+    # At the end: 9 of 21, counted over both replicas and over a resume.
     assert _run(Layout(2), [*arguments, "train.steps=1", "data.max_broken=0.5"])[0] == 0
-    words = ("6 of the 12 samples drawn in 2 steps were broken (50.0 %)", "data.max_broken=0.4", "check")
+    words = ("9 of the 21 samples drawn in 2 steps were broken (42.9 %)", "data.max_broken=0.4", "check")
     _refused(Layout(2), [*arguments, "train.steps=2", "data.max_broken=0.4"], *words)
     assert latest_checkpoint(run).name == "step-00000002" and (run / "summary.json").exists()
-    # On the way: from the 500th sample on, which is in the 14th step, as a packed row holds all six.
+    # On the way: from the 500th sample on, which the first packed step draws into its window.
     packed = [*arguments, f"train.output={tmp_path / 'packed'}", "data.packing=true", "train.seq_length=512", "train.steps=20"]
-    _refused(Layout(2), [*packed, "data.max_broken=0.4"], "252 of the 504 samples drawn in 14 steps were broken")
-    assert latest_checkpoint(tmp_path / "packed").name == "step-00000014"
-    assert _run(Layout(2), [*packed, "data.max_broken=1", "train.steps=15"])[0] == 0
+    _refused(Layout(2), [*packed, "data.max_broken=0.4"], "samples drawn in 1 steps were broken (49.9 %)")
+    assert latest_checkpoint(tmp_path / "packed").name == "step-00000001"
+    assert _run(Layout(2), [*packed, "data.max_broken=1", "train.steps=2"])[0] == 0
     # At the start: what is bad by its form is known before the first step.
     path = write_jsonl(tmp_path / "bad.jsonl", [*[records[0]] * 470, *[{"id": n} for n in range(30)]])
     words = ("30 of 500 records cannot be used", "more than data.max_broken=0.05 allows")
@@ -291,7 +291,7 @@ def test_too_many_broken_samples_end_the_run_when_all_is_saved(videos, tmp_path)
 
 def _lengths(settings):
     dataset = open_dataset(load_config("tiny", settings), "train")
-    return [len(dataset.document(index)) for index in range(len(dataset))]
+    return [len(dataset.build(index).document) for index in range(len(dataset))]
 
 
 def test_samples_longer_than_the_context_lose_frames_evenly_or_are_dropped_and_are_counted(videos, tmp_path):
@@ -303,12 +303,13 @@ def test_samples_longer_than_the_context_lose_frames_evenly_or_are_dropped_and_a
     layout = Layout(2, ulysses=2)
     assert _run(layout, overrides(videos, tmp_path / "cut", *more, train=["3", "6"]))[0] == 0
     summary = json.loads((tmp_path / "cut/summary.json").read_text())
-    assert (summary["truncated"], summary["replaced_too_long"]) == (over_long, 0)
+    assert (summary["truncated"], summary["left_out_too_long"]) == (over_long, 0)
     assert summary["frames"] == 8 * 3 + 8 * 6 - over_long
     more += ("data.over_long=drop",)
     assert _run(layout, overrides(videos, tmp_path / "drop", *more, train=["3", "6"]))[0] == 0
     summary = json.loads((tmp_path / "drop/summary.json").read_text())
-    assert (summary["truncated"], summary["replaced_too_long"]) == (0, over_long)
+    assert summary["truncated"] == 0 and summary["left_out_too_long"] >= over_long
+    assert summary["drawn"] == 16 + summary["left_out_too_long"], "others come in their place"
     _refused(layout, overrides(videos, tmp_path / "none", "train.seq_length=4"), "do not fit train.seq_length=4")
 
 

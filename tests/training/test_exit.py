@@ -20,7 +20,7 @@ from megatron_vila.training.trainer import Trainer
 from tests.data.material import conversation, write_jsonl
 from tests.ranks import pool
 from tests.training.real_run import Layout, overrides
-from tests.training.test_bad_input import _main, _refused, _run
+from tests.training.test_bad_input import _main, _run
 
 
 def _signal_at(output: Path, step: int, number: int) -> None:
@@ -128,15 +128,6 @@ def test_a_fault_of_the_program_keeps_its_traceback_which_is_shown_once(videos, 
     if where == "rank 1":
         assert "a bug" in ranks[1][2] and not ranks[0][2] and "megatron_vila: rank 1 " in last
         assert "This is a consequence" in files["rank-0.txt"] and "The failure that counts: rank 1 (" in files["rank-0.txt"]
-
-
-def test_a_length_table_that_cannot_be_made_ends_all_ranks(videos, tmp_path):
-    """Rank 0 measures for all: a video whose length is asked for and a folder in the place of the table's."""
-    arguments = overrides(videos, tmp_path / "run", "data.packing=true", "train.steps=1")
-    (tmp_path / "run/lengths.json").mkdir(parents=True)
-    status, said, err = _run(Layout(2), arguments)
-    assert (status, err) == (0, "") and "cannot be written" in said
-    _refused(Layout(2), [*arguments, "train.seq_length=4", "data.over_long=drop"], "train.seq_length=4")
 
 
 def test_a_finished_run_says_where_it_is_saved_what_became_of_its_samples_and_what_can_come_next(videos, tmp_path):

@@ -38,7 +38,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("resumed_after", [2, None], ids=["resumed", "straight on"])
-def test_samples_that_do_not_work_are_replaced_and_counted_also_over_a_resume(world, tmp_path, resumed_after):
+def test_samples_that_do_not_work_are_left_out_and_counted_also_over_a_resume(world, tmp_path, resumed_after):
     recipe, pictures = Recipe(seed=88), Pictures()
     imported = world.random("qwen2")
     more = ("checkpoint.save_every=2", "checkpoint.keep=0", "data.max_broken=1")
@@ -52,12 +52,12 @@ def test_samples_that_do_not_work_are_replaced_and_counted_also_over_a_resume(wo
     same_steps(tmp_path / "run", [truth.step() for _ in range(recipe.steps)])
     same_weights(weights_of(tmp_path / "run", tmp_path / "out"), truth)
     counts, early = rows.count(0, 10), rows.count(0, 4)
-    assert counts["left_out"] == 0 and all(early[name] for name in counts if name != "left_out")
+    assert all(early.values())
     assert {name: summary[name] for name in counts} == counts
 
 
-def test_a_sample_that_nothing_can_replace_is_left_out_of_its_packed_row(world, tmp_path):
-    """Its frames are counted and cannot be decoded; all other samples are longer."""
+def test_a_sample_whose_frames_cannot_be_decoded_is_left_out_of_its_packed_row_and_the_step_is_packed_anew(world, tmp_path):
+    """Its frames are counted, so that only decoding finds out."""
     records = [
         files.record("wreck", "<video>?", "b", video="wreck.mp4"),
         files.record("one", "<image>Is this the one that I saw?", "Yes", image="turned.jpg"),
@@ -74,7 +74,7 @@ def test_a_sample_that_nothing_can_replace_is_left_out_of_its_packed_row(world, 
     truth = Run(model.Vila(model.QWEN2).load(imported.with_suffix(".hf")), recipe, rows)
     same_steps(tmp_path / "run", [truth.step() for _ in range(recipe.steps)])
     counts = rows.count(0, 10)
-    assert counts["left_out"] and {name: summary[name] for name in counts} == counts
+    assert counts["left_out_broken"] and {name: summary[name] for name in counts} == counts
 
 
 @pytest.mark.parametrize("resumed_after", [3, None], ids=["resumed", "straight on"])
@@ -95,7 +95,7 @@ def test_a_skipped_update_changes_nothing_and_the_schedule_goes_on(world, tmp_pa
     if resumed_after:
         cut_back(tmp_path / "run", resumed_after)
         (summary,) = pool.run(1, trained, imported / "config.yaml", settings)
-    truth = Run(poisoned, recipe, Rows(records, world.folder, pictures, LONGEST, recipe.seed))
+    truth = Run(poisoned, recipe, Rows(records, world.folder, pictures, LONGEST, recipe.seed, rows=recipe.rows))
     wanted = [truth.step() for _ in range(recipe.steps)]
     assert [step["skipped"] for step in wanted] == [0, 0, 1, 1, 1, 1]
     same_steps(tmp_path / "run", wanted)

@@ -101,7 +101,7 @@ def test_a_run_from_imported_weights_is_that_of_stock_modules(world, tmp_path, n
     imported, files_of_it = world.random(shape), world.write("plain", RECORDS)
     settings = world.settings(recipe, pictures, files_of_it, tmp_path / "run", *more)
     summary, *_ = pool.run(processes, trained, imported / "config.yaml", settings)
-    rows = Rows(RECORDS, world.folder, pictures, LONGEST, recipe.seed, packed="data.packing=true" in more)
+    rows = Rows(RECORDS, world.folder, pictures, LONGEST, recipe.seed, "data.packing=true" in more, recipe.rows)
     truth = Run(model.Vila(SHAPES[shape]).load(imported.with_suffix(".hf")), recipe, rows)
     wanted = [truth.step() for _ in range(recipe.steps)]
     same_steps(tmp_path / "run", wanted)

@@ -60,8 +60,8 @@ FAULTS = [
     Fault(
         "samples that were drawn before a resume are forgotten",
         "megatron_vila/training/trainer.py",
-        'self.counts | extra["counts"]',
-        'extra["counts"] | self.counts',
+        "self.counts |= {name: n for",
+        "dict.fromkeys(self.counts, 0) | {name: n for",
         ("tests/training/test_bad_input.py", "-k", "too_many_broken"),
     ),
     Fault(

@@ -4,6 +4,7 @@ from .fault import EVENTS, LEGACY, LLAMA, QWEN2, RING, TRUTH, Fault
 
 PACKED = (TRUTH, "-k", "packed and not ring")
 ODD = (EVENTS, "-k", "not_work and straight")
+LOADER = "tests/data/test_loader.py"
 
 FAULTS = [
     Fault(
@@ -88,24 +89,87 @@ FAULTS = [
     ),
     Fault(
         "truncated samples are not counted",
-        "megatron_vila/data/loader.py",
-        "c.dropped_frames > 0 for c",
-        "False for c",
+        "megatron_vila/data/stream.py",
+        '"truncated": int((self.cards.cut[used] > 0).sum())',
+        '"truncated": 0',
         ODD,
     ),
     Fault(
-        "a broken sample is replaced by the one before",
-        "megatron_vila/data/dataset.py",
-        "(index + step) % len(self)",
-        "(index - step) % len(self)",
+        "a sample that takes the place of a broken one comes again",
+        "megatron_vila/data/stream.py",
+        "following, total = following + len(coming), total + int(sizes.sum())",
+        "following, total = following + int(good.sum()), total + int(sizes.sum())",
         ODD,
     ),
     Fault(
-        "a sample without a replacement is not counted",
-        "megatron_vila/data/loader.py",
-        "left_out=len(attempt.left_out),",
-        "left_out=0,",
+        "a sample that was found undecodable is not counted",
+        "megatron_vila/data/stream.py",
+        '{"left_out_broken": int((~usable).sum()), "left_out_too_long": 0}',
+        '{"left_out_broken": 0, "left_out_too_long": 0}',
         (EVENTS, "-k", "left_out"),
+    ),
+    Fault(
+        "a sample that was found undecodable is tried again",
+        "megatron_vila/data/stream.py",
+        "after=StreamState(following, waiting[~taken], undecodable),",
+        "after=StreamState(following, waiting[~taken], state.undecodable),",
+        (LOADER, "-k", "left_out"),
+    ),
+    Fault(
+        "only the samples that this rank found broken are left out",
+        "megatron_vila/data/loader.py",
+        "            found[report[0]] = report[1]\n",
+        "            found |= {r: report[1] for row in made for r in row.broken if r == report[0]}\n",
+        (LOADER, "-k", "one_rank_cannot_see"),
+    ),
+    Fault(
+        "a step that was planned before a sample was found broken is kept",
+        "megatron_vila/data/loader.py",
+        "            self._give_up_ahead()\n",
+        "",
+        (LOADER, "-k", "layout"),
+    ),
+    Fault(
+        "the window of a resumed run is empty",
+        "megatron_vila/data/stream.py",
+        "return cls(following, np.array(waiting, dtype=np.int64), np.array(undecodable, dtype=np.int64))",
+        "return cls(following, undecodable=np.array(undecodable, dtype=np.int64))",
+        (LOADER, "-k", "resumed_after_any_step"),
+    ),
+    Fault(
+        "the packer forgets how long samples wait",
+        "megatron_vila/plan/packing.py",
+        "        opener = taken.find(0, opener)\n",
+        "        opener = taken.rfind(0)\n",
+        ("tests/plan/test_packing.py",),
+    ),
+    Fault(
+        "vision cost has no part in packing",
+        "megatron_vila/plan/packing.py",
+        "vision[place] <= vision_room or not vision[place]",
+        "True",
+        ("tests/plan/test_packing.py",),
+    ),
+    Fault(
+        "rows are dealt to the replicas in turn",
+        "megatron_vila/plan/dealing.py",
+        "    return sorted(sorted(hand) for hand in hands)\n",
+        "    return [list(range(hand, len(costs), replicas)) for hand in range(replicas)]\n",
+        ("tests/plan/test_packing.py",),
+    ),
+    Fault(
+        "all samples of a blend come from sources of the same weight",
+        "megatron_vila/data/order.py",
+        "due = (numbers + 0.5) / self._weights[of]",
+        "due = numbers + 0.5",
+        ("tests/data/test_order.py",),
+    ),
+    Fault(
+        "cards of other ranks are mixed up",
+        "megatron_vila/data/cards.py",
+        "gathered.transpose(1, 0, 2).reshape(",
+        "gathered.reshape(",
+        (LOADER, "-k", "every_row_goes_to_one_replica"),
     ),
     Fault("separators are left out", "megatron_vila/data/chat.py", "append(separators[frame.is_video])", "pass", QWEN2),
     Fault(
@@ -173,17 +237,17 @@ FAULTS = [
         QWEN2,
     ),
     Fault(
-        "the first row of an epoch is left out",
-        "megatron_vila/data/loader.py",
-        "return step * self._global_batch_size +",
-        "return 1 + step * self._global_batch_size +",
+        "the first sample of an epoch is left out",
+        "megatron_vila/data/stream.py",
+        "    following: int = 0\n",
+        "    following: int = 1\n",
         QWEN2,
     ),
     Fault(
         "each replica reads the rows of the first",
         "megatron_vila/data/loader.py",
-        "micro_batch * dp_size + dp_rank",
-        "micro_batch * dp_size",
+        "hands[self._replica]",
+        "hands[0]",
         RING,
     ),
     Fault(
@@ -230,9 +294,9 @@ FAULTS = [
     ),
     Fault(
         "a packed row is cut one token early",
-        "megatron_vila/data/order.py",
-        'used + seq_length, side="right"',
-        'used + seq_length - 16, side="right"',
+        "megatron_vila/plan/packing.py",
+        "[opener], capacity - tokens[opener],",
+        "[opener], capacity - 16 - tokens[opener],",
         PACKED,
     ),
 ]

@@ -180,16 +180,16 @@ FAULTS = [
     Fault(
         "a broken held-out sample counts as one that was tested",
         EVALUATE,
-        "return (_BROKEN if left.kind",
-        "return (_TESTED if left.kind",
+        "return (_BROKEN if row.kind",
+        "return (_TESTED if row.kind",
         EVALUATION,
     ),
     Fault(
-        "a held-out sample that does not fit is judged by its replacement",
-        "megatron_vila/training/feed.py",
-        "topology.grid.dp, replace_bad=False)",
-        "topology.grid.dp, replace_bad=True)",
-        EVALUATION,
+        "a replica is given the held-out samples of the first",
+        "megatron_vila/data/held_out.py",
+        "return step * self._grid.dp + self._grid.coordinates(self._rank).dp",
+        "return step * self._grid.dp",
+        ("tests/training/test_evaluate.py",),
     ),
     Fault(
         "held-out samples that nobody could test have a part in chance",

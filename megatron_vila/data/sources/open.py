@@ -60,12 +60,17 @@ FORMATS = (
 """The first format that is at a path reads it. JSON is last: it takes every other path, and says what is wrong with it."""
 
 
-def open_blend(data: DataConfig, paths: Sequence[str], part: str = PARTS["train"]) -> Blend:
+def open_blend(
+    data: DataConfig, paths: Sequence[str], part: str = PARTS["train"], weights: Sequence[float] = ()
+) -> Blend:
     """The records of ``paths`` and how they are mixed, by the settings of a run.
 
-    Paths that stand side by side are one source; a metadataset with weights stands alone. Raises ``RecordError`` for a path that
-    cannot be read.
+    With ``weights``, one a path, each path has the share of its weight, which the weights of a metadataset divide further.
+    Without, paths are one source, and a metadataset with weights stands alone. Raises ``RecordError`` for a path that cannot be
+    read.
     """
+    if weights:
+        return _open_weighted(data, paths, part, weights)
     leaves: list[Leaf] = []
     for path in paths:
         found = read_metadataset(path, part) if path.endswith(ENDINGS) else [Leaf(path, part)]
@@ -79,6 +84,19 @@ def open_blend(data: DataConfig, paths: Sequence[str], part: str = PARTS["train"
         return Blend(records, (len(records),), ())
     sources = [_open_leaf(data, leaf) for leaf in leaves]
     return Blend(_joined(sources), tuple(map(len, sources)), tuple(leaf.weight or 0.0 for leaf in leaves))
+
+
+def _open_weighted(data: DataConfig, paths: Sequence[str], part: str, weights: Sequence[float]) -> Blend:
+    shares: list[tuple[Source, float]] = []
+    for path, weight in zip(paths, weights, strict=True):
+        leaves = read_metadataset(path, part) if path.endswith(ENDINGS) else [Leaf(path, part)]
+        if leaves[0].weight is None:
+            shares.append((_open_leaves(data, leaves), weight))
+        else:
+            total = sum(leaf.weight or 0.0 for leaf in leaves)
+            shares += [(_open_leaf(data, leaf), weight * (leaf.weight or 0.0) / total) for leaf in leaves]
+    sources = [source for source, _ in shares]
+    return Blend(_joined(sources), tuple(map(len, sources)), tuple(weight for _, weight in shares))
 
 
 def open_records(data: DataConfig, paths: Sequence[str], part: str = PARTS["train"]) -> Source:

@@ -80,12 +80,11 @@ def sample_of(dataset: VilaDataset, painter: Painter, set_name: str, index: int,
         place=visible(place),
     )
     try:
-        if index in dataset.records.bad:
-            raise BrokenSampleError(dataset.records.bad[index])
-        document, dropped = dataset.build(index)
+        made = dataset.build(index)
     except (BrokenSampleError, TooLongError) as error:
         problem = problem_of(dataset, index, decode=False)
         return replace(known, kind=problem.kind if problem else "broken", reason=visible(str(error)))
+    document, dropped = made.document, made.dropped_frames
     runs = media_runs(document)
     media = list(_media_of(runs, dataset.records.record(index).media))
     units = [some_units(run.frames, limits.pictures) for run in runs]

@@ -1,4 +1,4 @@
-"""Which samples stand in which row: order, replacement, packing, and the counts that a run reports."""
+"""Which samples stand in which row: order, what is left out, packing, and the counts that a run reports."""
 
 from __future__ import annotations
 
@@ -10,62 +10,92 @@ from tests.training.independent.samples import Outline, Pictures, Sample, outlin
 
 
 class Rows:
-    """The rows of a run over ``records``: ``self(g)`` gives the samples of row g.
+    """The rows of a run over ``records``, ``rows`` of them a step: ``self(g)`` gives the samples of row g.
 
-    With ``packed`` the samples of an epoch fill rows of at most ``longest`` tokens, in order.
+    With ``packed`` the samples that wait, four steps of them, fill rows of at most ``longest`` tokens.
     """
 
     def __init__(
-        self, records: Sequence[dict[str, Any]], folder: Path, pictures: Pictures, longest: int, seed: int, packed: bool = False
+        self,
+        records: Sequence[dict[str, Any]],
+        folder: Path,
+        pictures: Pictures,
+        longest: int,
+        seed: int,
+        packed: bool = False,
+        rows: int = 2,
     ) -> None:
-        self.seed, self.longest, self.packed = seed, longest, packed
+        self.seed, self.longest, self.packed, self.rows = seed, longest, packed, rows
         self.outlines = [_tried(outline, record, folder, pictures, longest) for record in records]
         self.samples = [_tried(sample_of, o, pictures) if isinstance(o, Outline) else o for o in self.outlines]
+        self.drawn, self.waiting, self.wrecks = 0, [], set()
+        self.steps: list[list[list[int]]] = []
+        self.counts: list[dict[str, int]] = []
 
     def __call__(self, number: int) -> list[Sample]:
-        return [self.samples[place] for _, place in self._row(number) if place is not None]
+        step, row = divmod(number, self.rows)
+        while len(self.steps) <= step:
+            self._step()
+        return [self.samples[place] for place in self.steps[step][row]]
 
     def count(self, first: int, end: int) -> dict[str, int]:
-        """What became of the samples of these rows."""
-        counts = dict.fromkeys(("drawn", "replaced_broken", "replaced_too_long", "truncated", "unsupervised", "left_out"), 0)
-        for slot, place in (pair for number in range(first, end) for pair in self._row(number)):
-            counts["drawn"] += 1
-            if place is None:
-                counts["left_out"] += 1
-                continue
-            counts["replaced_too_long" if self.samples[slot] is None else "replaced_broken"] += place != slot
+        """What became of the samples of the steps with these rows."""
+        self(end - 1)
+        steps = self.counts[first // self.rows : end // self.rows]
+        return {name: sum(counts[name] for counts in steps) for name in steps[0]}
+
+    def _step(self) -> None:
+        while True:
+            counts = dict.fromkeys(("drawn", "left_out_broken", "left_out_too_long", "truncated", "unsupervised"), 0)
+            drawn, waiting = self.drawn, [place for place in self.waiting if place not in self.wrecks]
+            counts["left_out_broken"] = len(self.waiting) - len(waiting)
+            # Enough waits for four steps, or for one where a row holds one sample.
+            while self._size(waiting) < (4 * self.rows * self.longest if self.packed else self.rows):
+                epoch, place = divmod(drawn, len(self.samples))
+                place, drawn = order_of(len(self.samples), self.seed, epoch)[place], drawn + 1
+                if self.outlines[place] is None:
+                    counts["left_out_too_long"] += 1
+                elif place in self.wrecks or not isinstance(self.outlines[place], Outline):
+                    counts["left_out_broken"] += 1
+                else:
+                    waiting.append(place)
+            rows = self._pack(list(waiting)) if self.packed else [[place] for place in waiting[: self.rows]]
+            used = [place for row in rows for place in row]
+            # Pictures are looked at last: what turns out to be a wreck is taken out, and the step is made again.
+            wrecks = {place for place in used if not isinstance(self.samples[place], Sample)}
+            if not wrecks:
+                break
+            self.wrecks |= wrecks
+        for place in used:
+            waiting.remove(place)
             counts["truncated"] += self.outlines[place].truncated
             counts["unsupervised"] += not self.samples[place].learned
-        return counts
+        counts["drawn"] = drawn - self.drawn
+        self.drawn, self.waiting = drawn, waiting
+        self.steps.append(rows)
+        self.counts.append(counts)
 
-    def _row(self, number: int) -> list[tuple[int, int | None]]:
-        """For each slot the sample that stands there: its own, or the next one that can be used, which in a row of several
-        must not be longer; None: nothing can."""
-        slots = self._slots(number)
-        pairs = []
-        for slot in slots:
-            room = len(self.outlines[slot].ids) if len(slots) > 1 else self.longest
-            around = [*range(slot, len(self.samples)), *range(slot)]
-            fits = (k for k in around if isinstance(self.samples[k], Sample) and len(self.samples[k].ids) <= room)
-            pairs.append((slot, next(fits, None)))
-        return pairs
+    def _size(self, places: Sequence[int]) -> int:
+        return sum(len(self.outlines[place].ids) for place in places) if self.packed else len(places)
 
-    def _slots(self, number: int) -> list[int]:
-        if not self.packed:
-            epoch, place = divmod(number, len(self.samples))
-            return [order_of(len(self.samples), self.seed, epoch)[place]]
-        epoch = 0
-        while number >= len(rows := self._packed(epoch)):
-            number, epoch = number - len(rows), epoch + 1
-        return rows[number]
-
-    def _packed(self, epoch: int) -> list[list[int]]:
-        rows: list[list[int]] = [[]]
-        for slot in order_of(len(self.samples), self.seed, epoch):
-            used = sum(len(self.outlines[other].ids) for other in rows[-1])
-            if rows[-1] and used + len(self.outlines[slot].ids) > self.longest:
-                rows.append([])
-            rows[-1].append(slot)
+    def _pack(self, waiting: list[int]) -> list[list[int]]:
+        """Each row opens with the oldest and takes the longest that fits, of the oldest step's worth before the others."""
+        order = list(enumerate(waiting))
+        newest = len(order)
+        while newest and self._size(waiting[newest - 1 :]) <= 3 * self.rows * self.longest:
+            newest -= 1
+        rows = []
+        for _ in range(self.rows):
+            row = [order.pop(0)]
+            for young in (False, True):
+                while True:
+                    room = self.longest - self._size([place for _, place in row])
+                    fits = [o for o in order if (o[0] >= newest) == young and self._size([o[1]]) <= room]
+                    if not fits:
+                        break
+                    row.append(max(fits, key=lambda o: (self._size([o[1]]), -o[0])))
+                    order.remove(row[-1])
+            rows.append([place for _, place in sorted(row)])
         return rows
 
 
