@@ -1,6 +1,6 @@
 """Exact-match accuracy on held-out samples by one sharded forward pass each: is every token of the answers the arg-max?
 
-A held-out sample that cannot be used has no stand-in: it is left out of every number, and said to be.
+A held-out sample that cannot be used is left out of every number, and a line of the log says how many were.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVALUATION = TaskName("evaluation", "eval")
 
 
 class HeldOut:
-    """The task (``roles.Task``) of a run with ``data.eval``: after the last step and every ``train.eval_every`` steps."""
+    """The evaluation (a ``roles.Task``) of a run with ``data.eval``, after the last step and every ``train.eval_every`` steps."""
 
     name = EVALUATION
 
@@ -76,10 +76,10 @@ class HeldOut:
 def evaluate(config: Config, forward: Pass, held_out: VilaDataset) -> dict[str, float]:
     """Numbers of the samples of ``held_out``, equal on all ranks.
 
-    ``samples`` were tested, of which ``videos`` with frames of a video and ``truncated`` with fewer of them than
-    asked for; ``accuracy``, ``loss`` (mean per supervised token) and ``chance`` are of these samples alone and missing if there
-    are none. ``left_out_broken``, ``left_out_too_long`` and ``left_out_unanswered`` samples count in nothing,
-    ``left_out_videos`` of them have a video.
+    ``samples`` is the number of samples that were tested, ``videos`` that of samples with a video among them, and ``truncated``
+    that of samples with fewer frames than asked for. ``accuracy``, ``chance`` (both 0 to 1) and ``loss`` (mean per supervised
+    token) are those of the tested samples, and are missing if there are none. ``left_out_broken``, ``left_out_too_long`` and
+    ``left_out_unanswered`` count the samples that were not tested; ``left_out_videos`` of these have a video.
 
     Teacher-forced, like the needle test of LongVILA section 4.3: no token is generated. Collective over all ranks: the
     model's own, sums over dp and cp, a broadcast over pp.

@@ -28,11 +28,11 @@ from megatron_vila.plan.pictures import row_vision
 from megatron_vila.training.run_data import RunData
 
 JUDGED_FROM = 500
-"""Samples from which on the share of broken ones is judged by data.max_broken."""
+"""Number of samples from which the share of broken ones is compared with data.max_broken."""
 
 
 def training_loader(config: Config, topology: ParallelTopology, data: RunData, state: StreamState) -> RowLoader:
-    """The training rows of this rank from ``data``, going on from ``state``.
+    """The training rows of this rank from ``data``, continued from ``state``.
 
     Raises ``ConfigError`` if so many records are bad that the run would end by data.max_broken anyway."""
     dataset = data.train
@@ -65,8 +65,10 @@ def training_loader(config: Config, topology: ParallelTopology, data: RunData, s
 
 
 def evaluation_loader(config: Config, topology: ParallelTopology, held_out: VilaDataset) -> HeldOutLoader:
-    """The samples of ``held_out``, one per row in their order; a step is one row on each replica. A sample that cannot be used is
-    left out."""
+    """The samples of ``held_out`` in their order, one for each row; a step is one row on each replica.
+
+    A sample that cannot be used is left out.
+    """
     return HeldOutLoader(
         held_out,
         topology.grid,
@@ -92,8 +94,10 @@ def _decoder(config: Config, dataset: VilaDataset) -> RowDecoder:
 
 
 def chance_level(records: Source, indices: Iterable[int]) -> float:
-    """Accuracy of always giving the most frequent answers of the records ``indices``; all answers of a record, taken together,
-    count as one, and records without an answer do not count."""
+    """Accuracy, 0 to 1, of always giving the most frequent answers of the records ``indices``.
+
+    All answers of a record together count as one, and records without an answer do not count.
+    """
     answers = Counter(
         tuple(turn.text for turn in records.record(index).turns if turn.role == "assistant") for index in indices
     )

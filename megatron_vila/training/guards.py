@@ -1,4 +1,4 @@
-"""Where a run ends because going on would be wrong or pointless; decided from numbers that are equal on all ranks."""
+"""When a run ends because it would be wrong or pointless to continue, decided from numbers that are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA_COUNTS = ("drawn", "left_out_broken", "left_out_too_long", "truncated", "un
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to; equal on all ranks. ``lr`` are the rates that it used."""
+    """The result of a step, equal on all ranks. ``lr`` has the learning rates that it used."""
 
     loss: float
     supervised: int
@@ -25,16 +25,16 @@ class Outcome:
 
 
 class UpdateGuard:
-    """Judges steps that changed no weight. ``epoch`` samples in succession without a label are a whole epoch with nothing to
-    learn."""
+    """Judges steps that changed no weight. An epoch has ``epoch`` samples; if as many in succession have no label, there is
+    nothing to learn."""
 
     def __init__(self, config: Config, epoch: int) -> None:
         self._config, self._epoch = config, epoch
         self._without_labels, self._skips_in_a_row = 0, 0
 
     def judge(self, step: int, outcome: Outcome, drawn: int, skipped: int, say: Callable[[str], None]) -> None:
-        """Say so if ``step``, for which ``drawn`` samples were drawn, did not change the weights; ``skipped`` updates are skipped
-        so far.
+        """Call ``say`` if ``step``, for which ``drawn`` samples were drawn, did not change the weights. ``skipped`` is the number
+        of updates skipped so far.
 
         Raises ``NonFiniteError`` as ``train.on_nan`` says and ``NothingToLearnError`` after a whole epoch without a label.
         """
@@ -70,8 +70,10 @@ class UpdateGuard:
 
 
 def too_many_broken(config: Config, counts: Mapping[str, int], step: int, at_least: int) -> TooManyBrokenError | None:
-    """The error by ``data.max_broken``, None if not exceeded or fewer than ``at_least`` samples were drawn. What was trained
-    is to be saved before it is raised."""
+    """The error for more broken samples than ``data.max_broken`` allows, else None; also if fewer than ``at_least`` were drawn.
+
+    The caller saves the run before it raises the error.
+    """
     broken, drawn = counts["left_out_broken"], counts["drawn"]
     if drawn < at_least or broken <= config.data.max_broken * drawn:
         return None

@@ -1,4 +1,4 @@
-"""What loading took in a step, what of it is the limit where a run waits for data, and which setting helps."""
+"""What loading took in a step, which part of it is the limit if a run waits for data, and which setting helps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_vila import accelerator
 from megatron_vila.data.pending_row import DecodeWork
 
 FRAMES = {"decoded_frames": "frames", "source_frames": "source_frames", "engine_frames": "engine_frames"}
-"""Names of a record, and of ``DecodeWork``: frames that were wanted, those read for them, and those of these that video engines
-decoded."""
+"""Names in a record and in ``DecodeWork``: frames that were wanted, frames that were read for them, and how many of the latter
+the GPU's video engines decoded."""
 
 SECONDS = {"read_s": "read_s", "decode_s": "decode_s", "preprocess_s": "preprocess_s"}
-"""Seconds of the threads that decode."""
+"""Names in a record and in ``DecodeWork``: seconds of the threads that decode."""
 
 WORTH_A_WORD = 0.02
-"""Share of a step's time from which on waiting or copying is told."""
+"""Share of a step's time from which waiting or copying is reported."""
 
 _CURES = {
     "reading files": "prepared shards are smaller (tools/prepare_data.py); otherwise put the files on faster or nearer storage",
@@ -30,8 +30,8 @@ _CURES = {
 
 
 def loading_of(work: Sequence[DecodeWork], device: torch.device) -> dict[str, float]:
-    """What the rows of a step took on all ranks together, and ``copy_s``: seconds in which the thread that trains copied to the
-    device, on the slowest rank. A sum and a maximum over all ranks."""
+    """What the rows of a step took to load, summed over all ranks, and ``copy_s``: the seconds in which training copied
+    to the device, on the slowest rank. A sum and a maximum over all ranks."""
     total = sum(work, DecodeWork())
     sums = torch.tensor(
         [getattr(total, name) for name in (*FRAMES.values(), *SECONDS.values())], dtype=torch.float64, device=device
@@ -52,7 +52,7 @@ def averaged(window: Sequence[Mapping[str, float]], seconds: float) -> dict[str,
 
 
 def limit(record: Mapping[str, float]) -> tuple[str, str] | None:
-    """What holds a run up, by a record of its steps: a name, and a line that says which setting helps. None if nothing does."""
+    """What slows a run down, by a record of its steps: a name, and a line that says which setting helps. None if nothing does."""
     step_s, wait_s = record["step_s"], record["data_wait_s"]
     if "read_s" not in record:
         return None

@@ -17,7 +17,7 @@ _OLD_COUNTS = {"replaced_broken": "left_out_broken", "left_out": "left_out_broke
 
 
 def order_key(config: Config, blend: Blend) -> str:
-    """Tells orders of samples apart: two runs with the same key draw the same samples in the same order."""
+    """A key of the order of samples: two runs with the same key draw the same samples in the same order."""
     settings = [blend.records.digest, blend.sizes, blend.weights, config.train.seed, config.data.shuffle]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
@@ -30,8 +30,8 @@ def kept_place(state: StreamState, key: str) -> dict[str, Any]:
 def place_of(kept: Any, key: str, drawn: int, samples: int) -> tuple[StreamState, str]:
     """Where a run that continues from a checkpoint stands in the order with ``key``, of ``samples`` records.
 
-    ``kept`` is None if the checkpoint keeps no place, which those of earlier versions do not. The text says why this is not where
-    the saved run stood; it is empty if it is.
+    ``kept`` is None if the checkpoint keeps no place, as those of earlier versions. The text says why the run does not continue
+    at the place of the saved run; it is empty if the run does.
 
     Raises ``CheckpointError`` if ``kept`` is not what a run has saved.
     """

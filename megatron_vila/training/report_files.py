@@ -1,10 +1,10 @@
 """Files that only report on a run. Writing them never ends the run and never hides another error.
 
-What is which:
+There are two kinds of files:
 
 * must not be lost: ``checkpoints/``. A checkpoint that cannot be written ends the run with one message on every rank;
 * only reports: ``metrics.jsonl``, ``tensorboard/``, ``loss.png``, ``summary.json``, ``memory.json``, ``config.yaml``,
-  ``traces/`` and the lines on the screen. What cannot be written is told in one line and tried again.
+  ``traces/`` and the lines on the screen. If one cannot be written, one line says so, and it is tried again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WAITING_BYTES = 64 * 2**20
-"""most that waits in memory for a disk that is full; the oldest records go first"""
+"""most bytes of records that wait in memory while a disk is full; the oldest are dropped first"""
 
 
 class Reporting:
-    """Runs what writes a report: a failure becomes one line, until that report works again."""
+    """Runs actions that write a report. A failure is logged in one line, and not again before that report has worked."""
 
     def __init__(self) -> None:
         self._failing: set[str] = set()
@@ -40,7 +40,7 @@ class Reporting:
         except Exception as error:
             if what not in self._failing:
                 self._failing.add(what)
-                # logging swallows what happens to its own stream
+                # logging ignores errors of its own stream, so this line cannot fail
                 logger.error("%s cannot be written (%s); the run continues without it", what, reason_of(error))
             return None
         if what in self._failing:
@@ -71,7 +71,7 @@ class AppendFile:
         self._waiting_bytes = 0
 
     def write(self, record: bytes) -> None:
-        """Append ``record`` and all that wait. Raises ``OSError``; what is in the file then is whole."""
+        """Append the records that wait, and ``record``. Raises ``OSError``, after which the file holds only whole records."""
         self._waiting.append(record)
         self._waiting_bytes += len(record)
         while self._waiting_bytes > WAITING_BYTES:
@@ -79,7 +79,7 @@ class AppendFile:
         self._write_waiting()
 
     def close(self) -> None:
-        """Try once more what waits, and close. Raises ``OSError`` if that fails; the file is closed all the same."""
+        """Try once more to write the records that wait, and close the file; it is closed even if that raises ``OSError``."""
         try:
             if self._waiting:
                 self._write_waiting()

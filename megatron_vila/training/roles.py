@@ -25,7 +25,7 @@ class RunFacts:
     """step of the checkpoint that the run continues from, 0 for a new run"""
     ranks: int
     peak: float | None
-    """FLOP/s of a rank's GPU by its data sheet, None where they are not known"""
+    """peak FLOP/s of a rank's GPU by its data sheet, None if it is not known"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TaskName(NamedTuple):
 
 
 class Watcher:
-    """Is told what a run does; calls no collective and decides nothing. Each method may be left as it is."""
+    """Is told what a run does; calls no collective and decides nothing. A subclass overrides the methods that it needs."""
 
     def start(self, facts: RunFacts) -> None:
         """The steps begin."""
@@ -110,7 +110,7 @@ class Task(Protocol):
         """What a user should know at the start. Called on rank 0 alone; an error there ends all ranks."""
 
     def is_due(self, step: int, is_last: bool) -> bool:
-        """Whether to run after ``step``, which ``is_last`` or not."""
+        """Whether to run after ``step``; ``is_last`` says that it is the last one of the run."""
 
     def run(self, forward: Pass, data: RunData) -> dict[str, float]:
         """Numbers by name, equal on all ranks. May use every collective of ``forward``'s topology."""

@@ -1,4 +1,4 @@
-"""The data sets of a run, opened once for all that read them, and what is told of their records at the start."""
+"""The data sets of a run, opened once for all that read them, and what is logged about their records at the start."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class RunData:
 
 
 def open_run_data(config: Config, is_writer: bool) -> RunData:
-    """Open the files of a run, on every rank; the writer tells which records are bad, in one report, and keeps the whole of it in
+    """Open the files of a run, on every rank. The writer logs in one report which records are bad, and lists all of them in
     ``bad_records.txt`` in the output folder.
 
-    Collective over all ranks (one all-gather). Raises ``ConfigError`` where the files cannot be opened, ``PeerError`` on the
-    other ranks then, and ``ConfigError`` on all of them if any rank finds other records in its files than rank 0.
+    Collective over all ranks (one all-gather). A rank that cannot open the files raises ``ConfigError``, and the others then
+    ``PeerError``. All raise ``ConfigError`` if any rank finds other records in its files than rank 0.
     """
     opened, blend, problem = _open_all(config, is_writer)
     everywhere = gathered((problem, [dataset.records.digest for dataset in opened]))

@@ -52,7 +52,7 @@ class Pass:
         )
 
     def _forward_step(self, rows: Iterator[tuple[LoadedRow, LoadedRow | None]], _: torch.nn.Module):
-        """Megatron's step function: a row through this stage. The next row's frames are encoded under its layers."""
+        """Megatron's step function: a row through this stage. While its layers run, the next row's frames are encoded."""
         loaded, following = next(rows)
         shard = RowShard.of(loaded.plan, self.topology, self._llm, self._dtype, self.device)
         made_NH = None if self._frames is None else self._frames(loaded.pixels).flatten(0, 1)
@@ -68,8 +68,9 @@ class Pass:
 class RowReport(NamedTuple):
     """What came of a row on a rank of the last pipeline stage.
 
-    ``loss_sum`` [] and ``supervised`` tokens of its CP rank; ``correct_n`` bool [n] tells for each supervised token held here
-    whether it was predicted, ``documents_n`` int64 [n] (host) its document, of ``documents`` in the row.
+    ``loss_sum`` [] and the number ``supervised`` of tokens are those of its CP rank. ``correct_n`` bool [n] says for each
+    supervised token held here whether it was predicted, ``documents_n`` int64 [n] (host) to which of the row's ``documents`` it
+    belongs.
     """
 
     loss_sum: torch.Tensor
@@ -87,9 +88,9 @@ def _loss(plan: ShardPlan, correct_n: torch.Tensor, loss_sum: torch.Tensor) -> t
 
 
 def mean_loss(reports: Sequence[RowReport], topology: ParallelTopology, device: torch.device) -> tuple[float, int]:
-    """Mean loss per supervised token of the global batch and their number, on every rank.
+    """Mean loss per supervised token of the global batch, and the number of these tokens, on every rank; (0.0, 0) without any.
 
-    All-reduce over dp x cp on the last pipeline stage, then a broadcast over the pipeline group. Zero tokens: (0.0, 0).
+    All-reduce over dp x cp on the last pipeline stage, then a broadcast over the pipeline group.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for report in reports:
@@ -103,7 +104,9 @@ def mean_loss(reports: Sequence[RowReport], topology: ParallelTopology, device: 
 
 
 def exact_matches(reports: Sequence[RowReport], topology: ParallelTopology, device: torch.device) -> list[bool | None]:
-    """For each document of the reports' rows, in order: was every supervised token predicted (arg-max)? None without any.
+    """Whether every supervised token of a document was predicted (arg-max), for each document of the reports' rows in order.
+
+    None for a document without supervised tokens.
 
     Called on the last pipeline stage. All-reduce over cp, then over tp under sequence parallelism.
     """

@@ -70,9 +70,9 @@ class Trainer:
     The order of construction matters: groups, seeds, model, weights of ``checkpoint.load``, DDP and optimizer (which copies
     16-bit weights), then the state of a resumed run.
 
-    ``tasks`` are what the run does beside training and ``watchers`` what is told of it (``roles.py``); ``start.py`` chooses them.
-    ``stop`` notes signals from its installation on; without one the run notes those that come while it runs. ``lock`` is the
-    writer's lock of the folder, for runs of processes.
+    ``tasks`` are what the run does beside training, and ``watchers`` are told what it does (``roles.py``); ``start.py`` chooses
+    both. ``stop`` notes signals from its installation on; without it, the run notes those that come during ``run``. ``lock`` is
+    the lock of the output folder that the writer's process holds; with it, the run ends if another one takes the folder over.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Trainer:
             for line in on_all_ranks(lambda: other_text(kept_settings(loaded), self.settings), failed):
                 self._say(f"warning: other than for the weights of {config.checkpoint.load}: {line}")
         origin = found.checkpoint or config.checkpoint.load
-        # An export needs the files that the weights once came with.
+        # An export needs the JSON files of the Hugging Face folder from which the weights were imported.
         self.hugging_face = read_info(origin).get("hugging_face") if origin and self.is_writer else None
         self.forward = Pass(self.model, self.topology, config.model.llm)
         self._tasks, self._watchers = tasks, watchers
@@ -157,10 +157,10 @@ class Trainer:
             return summary if self.is_writer else {}
 
     def _loop(self, data: RunData) -> dict[str, float]:
-        """All steps that are left; returns what the tasks say after the last, nothing if a signal ended the loop.
+        """Run all steps that are left. Returns what the tasks leave in the summary after the last one, {} after a signal.
 
-        A task can fail, as an evaluation by what is wrong with held-out files: a checkpoint that is due at the same step is saved
-        first.
+        A checkpoint is saved before the tasks of the same step, because a task can fail, such as an evaluation whose files are
+        damaged.
         """
         train, saving = self.config.train, self.config.checkpoint
         self._order = order_key(self.config, data.blend)
@@ -190,7 +190,8 @@ class Trainer:
                 for watcher in self._watchers:
                     watcher.step(record)
                 if self.step == first:
-                    # A full collection over a model and its compiled code halts one rank, and so all, for some half a second.
+                    # Later garbage collections leave out the model and its compiled code: going through them takes a rank about
+                    # half a second, for which all ranks wait.
                     gc.collect()
                     gc.freeze()
                 guard.judge(self.step, outcome, plan.counts["drawn"], self.skipped, self._message)
@@ -365,7 +366,7 @@ class Trainer:
         Reporting().attempt(str(path), lambda: replace_file(path, lambda temporary: temporary.write_text(text)))
 
     def _describe_run(self, dataset: VilaDataset) -> None:
-        """Warn of what the user may not have meant, and show the first sample as the model sees it."""
+        """Warn about settings that the user may not have meant, and show the first sample as the model sees it."""
         for warning in tokenizer_warnings(self.config, dataset.encoder.tokenizer):
             self._say(f"warning: {warning}")
         for line in slower_parts(self.config, attention_kernel(self.model.module.llm.decoder), self.dtype, self.device):
@@ -380,7 +381,7 @@ class Trainer:
 
 
 def slower_parts(config: Config, kernel: str, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """What runs on a GPU in the place of a faster part, and why: ``kernel`` for attention, SwiGLU outside of its products."""
+    """A line for each part that a faster one exists for, which cannot run here, and why: attention by ``kernel``, and SwiGLU."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return []
     model, lines = config.model, []
