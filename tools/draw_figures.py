@@ -2,8 +2,9 @@
 
 Example: python tools/draw_figures.py docs/images
 
-Writes process-grid.png (who shares a group with whom) and two-stage-sharding.png (one packed row: frames to encoders, visual
-tokens to owners). Legend: S tokens of the row. Lengths in the pictures are inches.
+Writes process-grid.png (who shares a group with whom), two-stage-sharding.png (one packed row: frames to encoders, visual
+tokens to owners) and data-path.png (from files to the rows of each replica). Legend: S tokens of the row. Lengths in the pictures
+are inches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
@@ -28,11 +29,23 @@ from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, Row, pack, references
 from megatron_vila.plan.row_plan import RowPlan
 from megatron_vila.plan.tokens import ReshardPlan, local_positions, owners
+from tools.figures.canvas import (
+    CELL,
+    DPI,
+    FAINT,
+    INK,
+    LEFT,
+    LINE,
+    RANK_COLORS,
+    TEXT_TOKEN,
+    arrow,
+    canvas,
+    heading,
+    label,
+)
+from tools.figures.data_path import draw_data_path
 
-INK, FAINT, LINE, TEXT_TOKEN = "#1f2933", "#616e7c", "#cbd2d9", "#e4e7eb"
 GROUP_COLORS = {"tp": "#c2410c", "ulysses": "#1d4ed8", "ring": "#047857", "dp": "#7e22ce"}
-RANK_COLORS = ("#2563eb", "#ea8a0b", "#0f9d76", "#a855c7")
-WIDTH, DPI = 9.0, 200
 
 
 def main() -> None:
@@ -65,25 +78,25 @@ def draw_process_grid() -> Figure:
     """32 ranks on four nodes of eight: tp=2, ulysses=4, ring=2, dp=2; the groups of rank 0."""
     grid = GridShape.of(32, tp=2, ulysses=4, ring=2)
     sizes = f"tp {grid.tp} × ulysses {grid.ulysses} × ring {grid.ring} × dp {grid.dp}"
-    figure, axes = _canvas(5.6, f"{grid.world_size} ranks = {sizes}, and the groups of rank 0")
+    figure, axes = canvas(5.6, f"{grid.world_size} ranks = {sizes}, and the groups of rank 0")
     for rank in range(grid.world_size):
         x, y = _center(grid, rank)
         _box(axes, x, y, 0, facecolor="#f5f7fa", edgecolor=LINE, linewidth=1)
-        _label(axes, x, y, str(rank), size=11, align="center")
+        label(axes, x, y, str(rank), size=11, align="center")
     for dp in range(grid.dp):
         block = grid.group("block", grid.rank(dp=dp))
         y = np.mean([_center(grid, rank)[1] for rank in block])
-        _label(axes, 0.03, y, f"replica {dp}", size=10.5, align="center", bold=True, rotation=90)
-        _label(axes, 0.25, y, f"{len(block)} ranks, one row", FAINT, align="center", rotation=90)
+        label(axes, 0.03, y, f"replica {dp}", size=10.5, align="center", bold=True, rotation=90)
+        label(axes, 0.25, y, f"{len(block)} ranks, one row", FAINT, align="center", rotation=90)
         for ring in range(grid.ring):
             _draw_node(axes, grid, [rank for rank in block if grid.coordinates(rank).ring == ring])
     _draw_groups_of_rank_0(axes, grid)
     for number, (kind, what) in enumerate(SHARES.items()):
         y = 0.86 - number * 0.26
         axes.plot([0.75, 1.08], [y, y], color=GROUP_COLORS[kind], linewidth=3)
-        _label(axes, 1.2, y, kind, GROUP_COLORS[kind], size=10, bold=True)
-        _label(axes, 2.05, y, f"ranks {', '.join(map(str, grid.group(kind, 0)))}", size=10)
-        _label(axes, 3.65, y, what, FAINT, size=10)
+        label(axes, 1.2, y, kind, GROUP_COLORS[kind], size=10, bold=True)
+        label(axes, 2.05, y, f"ranks {', '.join(map(str, grid.group(kind, 0)))}", size=10)
+        label(axes, 3.65, y, what, FAINT, size=10)
     return figure
 
 
@@ -101,14 +114,14 @@ def _draw_node(axes: Axes, grid: GridShape, ranks: list[int]) -> None:
     width, height = max(xs) - min(xs) + CELL_W * 1.24, max(ys) - min(ys) + CELL_H * 1.36
     style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": "none", "edgecolor": FAINT, "linewidth": 1.2}
     axes.add_patch(FancyBboxPatch((left, bottom), width, height, **style))
-    _label(axes, left + 0.06, bottom + height + 0.14, f"node {ranks[0] // len(ranks)}", FAINT)
+    label(axes, left + 0.06, bottom + height + 0.14, f"node {ranks[0] // len(ranks)}", FAINT)
 
 
 def _draw_groups_of_rank_0(axes: Axes, grid: GridShape) -> None:
     centers = {kind: [_center(grid, rank) for rank in grid.group(kind, 0)] for kind in GROUP_COLORS}
     x, y = _center(grid, 0)
     _box(axes, x, y, 0, facecolor="#fde68a", edgecolor=INK, linewidth=1.4, zorder=3)
-    _label(axes, x, y, "0", size=11, align="center", bold=True, zorder=4)
+    label(axes, x, y, "0", size=11, align="center", bold=True, zorder=4)
     for kind, grow in (("ulysses", 0.02), ("tp", 0.09)):
         xs, ys = zip(*centers[kind], strict=True)
         middle = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
@@ -117,7 +130,17 @@ def _draw_groups_of_rank_0(axes: Axes, grid: GridShape) -> None:
     for kind, bend in (("ring", -0.12), ("dp", 0.2)):
         (xa, ya), (xb, yb) = centers[kind]
         start, end = ((xa, ya + 0.26), (xb, yb + 0.26)) if kind == "ring" else ((xa - 0.4, ya), (xb - 0.36, yb))
-        _arrow(axes, start, end, GROUP_COLORS[kind], "<|-|>", head=13, width=2.4, connectionstyle=f"arc3,rad={bend}", zorder=6)
+        arrow(
+            axes,
+            start,
+            end,
+            GROUP_COLORS[kind],
+            "<|-|>",
+            head=13,
+            width=2.4,
+            connectionstyle=f"arc3,rad={bend}",
+            zorder=6,
+        )
 
 
 def _box(axes: Axes, x: float, y: float, grow: float, width: float = 0.0, height: float = 0.0, **style) -> None:
@@ -130,7 +153,7 @@ def _box(axes: Axes, x: float, y: float, grow: float, width: float = 0.0, height
 # ---------------------------------------------------------------------------------------------------------------------
 # two-stage sharding
 
-LEFT, ROW_Y, FRAME_Y, CELL = 0.85, 3.32, 4.28, 0.3
+ROW_Y, FRAME_Y = 3.32, 4.28
 STRIP_Y, STRIP_STEP = 1.68, 0.42
 VIDEOS = ("video A", "video B")
 
@@ -145,7 +168,7 @@ def draw_two_stage_sharding() -> Figure:
     maker_S = np.full(row.length, -1)
     maker_S[row.token_ids == MEDIA_TOKEN] = plan.maker
     title = f"One packed row of {row.length} tokens, {len(row.frames)} frames, on {grid.encoders} ranks (ulysses 2 × ring 2)"
-    figure, axes = _canvas(5.9, title)
+    figure, axes = canvas(5.9, title)
     unit = 7.95 / row.length
     _draw_frames(axes, row, plan, unit)
     _draw_row(axes, grid, row, maker_S, unit)
@@ -164,19 +187,19 @@ def _document(name: str, before: int, frames: int, after: int, tokens: int = 4) 
 def _draw_frames(axes: Axes, row: Row, plan: ReshardPlan, unit: float) -> None:
     """Pictures above their places in the row, colored by the rank that encodes them."""
     what = "each rank decodes, encodes and projects a contiguous range of frames of equal cost"
-    _heading(axes, FRAME_Y + 0.86, "Stage 1", what)
+    heading(axes, FRAME_Y + 0.86, "Stage 1", what)
     encoder = frame_owner(plan.boundaries)
     centers = LEFT + (row.frame_starts + row.frames[0].tokens / 2) * unit
     size = row.frames[0].tokens * unit * 0.84
     for index, (x, rank) in enumerate(zip(centers, encoder, strict=True)):
         color = RANK_COLORS[rank]
         axes.add_patch(Rectangle((x - size / 2, FRAME_Y), size, size, facecolor=color))
-        _label(axes, x, FRAME_Y + size / 2, str(index), "white", align="center", bold=True)
-        _arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), color, "-|>", head=8, width=1.3)
+        label(axes, x, FRAME_Y + size / 2, str(index), "white", align="center", bold=True)
+        arrow(axes, (x, FRAME_Y - 0.03), (x, ROW_Y + CELL + 0.27), color, "-|>", head=8, width=1.3)
     documents = np.searchsorted(row.cu_seqlens, row.frame_starts, side="right")
     for rank, document in sorted(set(zip(encoder.tolist(), documents.tolist(), strict=True))):
         middle = centers[(encoder == rank) & (documents == document)].mean()
-        _label(axes, middle, FRAME_Y + 0.5, f"rank {rank}", RANK_COLORS[rank], align="center", bold=True)
+        label(axes, middle, FRAME_Y + 0.5, f"rank {rank}", RANK_COLORS[rank], align="center", bold=True)
 
 
 def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: float) -> None:
@@ -189,27 +212,27 @@ def _draw_row(axes: Axes, grid: GridShape, row: Row, maker_S: np.ndarray, unit: 
             Rectangle((LEFT + start * unit, ROW_Y), *size, fill=False, edgecolor=INK, linewidth=1.4, zorder=5)
         )
         middle = LEFT + (start + stop) / 2 * unit
-        _label(axes, middle, ROW_Y + CELL + 0.13, f"{name}: one document, {stop - start} tokens", align="center")
-    _label(axes, LEFT - 0.08, ROW_Y + CELL / 2, "packed row", align="right")
-    _label(axes, LEFT - 0.08, ROW_Y - 0.17, "owner", align="right")
+        label(axes, middle, ROW_Y + CELL + 0.13, f"{name}: one document, {stop - start} tokens", align="center")
+    label(axes, LEFT - 0.08, ROW_Y + CELL / 2, "packed row", align="right")
+    label(axes, LEFT - 0.08, ROW_Y - 0.17, "owner", align="right")
     for first, size in _chunks(row, grid):
         rank = int(owners(row.cu_seqlens, grid.cp, grid.tp, np.array([first]))[0][0])
         x, width, color = LEFT + first * unit, size * unit, RANK_COLORS[rank]
         corner = x + 0.012, ROW_Y - 0.28
         axes.add_patch(Rectangle(corner, width - 0.024, 0.22, facecolor="white", edgecolor=color, linewidth=1.6))
-        _label(axes, x + width / 2, ROW_Y - 0.175, str(rank), color, size=9, align="center", bold=True)
+        label(axes, x + width / 2, ROW_Y - 0.175, str(rank), color, size=9, align="center", bold=True)
     y = ROW_Y - 0.5
     what = "fill: rank that made the token     frame: rank that owns its place (zigzag chunks of each document)"
-    _label(axes, LEFT, y, what, FAINT)
-    for x, label, padding in ((LEFT + 6.45, "text", False), (LEFT + 7.15, "padding", True)):
+    label(axes, LEFT, y, what, FAINT)
+    for x, name, padding in ((LEFT + 6.45, "text", False), (LEFT + 7.15, "padding", True)):
         _token(axes, x, y - 0.08, 0.16, 0.16, maker=-1, padding=padding)
-        _label(axes, x + 0.22, y, label, FAINT)
+        label(axes, x + 0.22, y, name, FAINT)
 
 
 def _draw_owners(axes: Axes, grid: GridShape, row: Row, plan: ReshardPlan, maker_S: np.ndarray, unit: float) -> None:
     """What each rank holds in the LLM, in its local order."""
     what = "one all-to-all sends each visual token straight to the rank that owns its place"
-    _heading(axes, STRIP_Y + 0.6, "Stage 2", what)
+    heading(axes, STRIP_Y + 0.6, "Stage 2", what)
     for rank, color in enumerate(RANK_COLORS):
         positions = local_positions(row.cu_seqlens, grid.cp, rank)
         y, end = STRIP_Y - rank * STRIP_STEP, len(positions) * unit
@@ -220,11 +243,11 @@ def _draw_owners(axes: Axes, grid: GridShape, row: Row, plan: ReshardPlan, maker
             x = LEFT + slot * unit
             axes.plot([x, x], [y, y + CELL], color=color, linewidth=2.4, solid_capstyle="butt", zorder=5)
         owned, own = int(plan.traffic[:, rank].sum()), int(plan.traffic[rank, rank])
-        _label(axes, LEFT - 0.08, y + CELL / 2, f"rank {rank}", color, size=10, align="right", bold=True)
+        label(axes, LEFT - 0.08, y + CELL / 2, f"rank {rank}", color, size=10, align="right", bold=True)
         result = f"{len(positions)} tokens, {owned} visual: {own} made here, {owned - own} received"
-        _label(axes, LEFT + end + 0.12, y + CELL / 2, result)
+        label(axes, LEFT + end + 0.12, y + CELL / 2, result)
     moved = f"{plan.moved} of {int(plan.traffic.sum())} visual tokens change rank."
-    _label(axes, LEFT, -0.02, f"{moved} Each travels once; no rank holds the embeddings of the whole row.", size=10)
+    label(axes, LEFT, -0.02, f"{moved} Each travels once; no rank holds the embeddings of the whole row.", size=10)
 
 
 def _token(axes: Axes, x: float, y: float, width: float, height: float, maker: int, padding: bool) -> None:
@@ -248,47 +271,11 @@ def _chunks(row: Row, grid: GridShape) -> list[tuple[int, int]]:
     return chunks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# shared
-
-
-def _canvas(height: float, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 0.94))
-    axes.set_xlim(-0.1, WIDTH - 0.1)
-    axes.set_ylim(-0.1, height * 0.94 - 0.1)
-    axes.axis("off")
-    axes.set_title(title, fontsize=12.5, color=INK, loc="left", x=0.012, pad=4, weight="bold")
-    return figure, axes
-
-
-def _heading(axes: Axes, y: float, name: str, text: str) -> None:
-    _label(axes, -0.02, y, name, size=11, bold=True)
-    _label(axes, LEFT, y, text, size=10)
-
-
-def _label(
-    axes: Axes,
-    x: float,
-    y: float,
-    text: str,
-    color: str = INK,
-    size: float = 9.5,
-    align: str = "left",
-    bold: bool = False,
-    **style,
-) -> None:
-    weight = "bold" if bold else "normal"
-    axes.text(x, y, text, fontsize=size, color=color, ha=align, va="center", weight=weight, **style)
-
-
-def _arrow(axes: Axes, start, end, color: str, kind: str, head: float, width: float, **style) -> None:
-    axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle=kind, mutation_scale=head, color=color, linewidth=width, **style)
-    )
-
-
-PICTURES = {"process-grid": draw_process_grid, "two-stage-sharding": draw_two_stage_sharding}
+PICTURES = {
+    "process-grid": draw_process_grid,
+    "two-stage-sharding": draw_two_stage_sharding,
+    "data-path": draw_data_path,
+}
 
 if __name__ == "__main__":
     main()

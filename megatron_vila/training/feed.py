@@ -16,6 +16,7 @@ from megatron_vila.data.held_out import HeldOutLoader
 from megatron_vila.data.loader import RowLoader
 from megatron_vila.data.order import SampleOrder
 from megatron_vila.data.row_decoder import RowDecoder
+from megatron_vila.data.sources.open import Blend
 from megatron_vila.data.sources.source import Source, report_bad_records
 from megatron_vila.data.stream import Stream, StreamState
 from megatron_vila.errors import ConfigError
@@ -42,18 +43,9 @@ def training_loader(config: Config, topology: ParallelTopology, data: RunData, s
             f"{report_bad_records(dataset.records.bad, samples)}\nthat is more than data.max_broken={config.data.max_broken} "
             "allows; mend them, or raise it"
         )
-    stream = Stream(
-        SampleOrder(data.blend.sizes, config.train.seed, config.data.shuffle, data.blend.weights),
-        Cards(samples),
-        flop_prices(config.model, config.optim, pictures=True),
-        rows=config.train.global_batch_size,
-        packing=config.data.packing,
-        seq_length=config.train.seq_length,
-        vision_capacity=row_vision(dataset.pictures, config.train.seq_length),
-    )
     return RowLoader(
         dataset,
-        stream,
+        open_stream(config, dataset, data.blend),
         state,
         topology.grid,
         topology.rank,
@@ -61,6 +53,19 @@ def training_loader(config: Config, topology: ParallelTopology, data: RunData, s
         exchange=GroupExchange(topology.world_cpu),
         workers=config.data.workers or cores_of_rank(),
         prefetch=config.data.prefetch,
+    )
+
+
+def open_stream(config: Config, dataset: VilaDataset, blend: Blend) -> Stream:
+    """What plans the steps of a run over the samples of ``dataset``, mixed by ``blend``."""
+    return Stream(
+        SampleOrder(blend.sizes, config.train.seed, config.data.shuffle, blend.weights),
+        Cards(len(dataset)),
+        flop_prices(config.model, config.optim, pictures=True),
+        rows=config.train.global_batch_size,
+        packing=config.data.packing,
+        seq_length=config.train.seq_length,
+        vision_capacity=row_vision(dataset.pictures, config.train.seq_length),
     )
 
 

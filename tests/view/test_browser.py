@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and 
 def driver(shown_set, tmp_path_factory):
     """One browser for all tests of this file, with the page of the small set."""
     page = tmp_path_factory.mktemp("browser") / "page.html"
-    assert show(shown_set, page, "data.packing=true") == 0
+    assert show(shown_set, page, "data.packing=true", "train.global_batch_size=2", "--first", "8", "--rows", "2") == 0
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,900"):
@@ -69,7 +69,7 @@ def test_a_script_that_came_in_all_the_same_would_be_refused(driver):
 
 def test_the_legend_names_every_kind_of_token(driver):
     legend = driver.find_element(By.CLASS_NAME, "legend").text
-    for words in ("trained", "control token", "visual tokens", "several tokens"):
+    for words in ("trained", "control token", "visual tokens", "several tokens", "padding of a row", "room left"):
         assert words in legend
 
 
@@ -111,6 +111,16 @@ def test_a_picture_is_enlarged_and_closed_again(driver):
     assert dialog.is_displayed() and "frame 0" in dialog.find_element(By.TAG_NAME, "p").text
     dialog.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
+
+
+def test_a_row_is_drawn_in_the_proportions_of_its_samples(driver):
+    bar = driver.find_element(By.CLASS_NAME, "bar")
+    parts = bar.find_elements(By.CLASS_NAME, "part")
+    tokens = [float(part.value_of_css_property("flex-grow")) for part in parts]
+    widths = [part.rect["width"] for part in parts]
+    assert len(parts) > 1
+    for width, part in zip(widths, tokens, strict=True):
+        assert abs(width / sum(widths) - part / sum(tokens)) < 0.01
 
 
 def test_nothing_moves_while_the_page_loads(driver):

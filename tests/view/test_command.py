@@ -4,7 +4,13 @@ import re
 
 import pytest
 
+from megatron_vila.config.load import load_config
+from megatron_vila.data.cards import Alone, CardMaker
+from megatron_vila.data.sources.open import open_blend
+from megatron_vila.data.stream import StreamState
 from megatron_vila.explain.view.command import main
+from megatron_vila.training.feed import open_stream
+from megatron_vila.training.run_data import open_dataset
 from tests.view.material import (
     ARABIC,
     DESTROYED,
@@ -147,3 +153,36 @@ def test_a_run_without_a_set_and_a_page_that_cannot_be_written_are_told(shown_se
     with pytest.raises(SystemExit):
         main([*settings(shown_set), "--first", "-1", "--out", str(tmp_path / "page.html")])
     assert "whole number" in capsys.readouterr().err
+
+
+def test_the_first_rows_are_those_that_a_run_trains_on(shown_set, tmp_path):
+    out = tmp_path / "page.html"
+    packed = [
+        *(["data.packing=true", "train.seq_length=200", "parallel.ulysses=2", "data.shuffle=false"]),
+        "train.global_batch_size=2",
+    ]
+    assert show(shown_set, out, *packed, "--samples", str(PLAIN), "--rows", "3", "--pictures", "0") == 0
+    (rows,) = re.findall('<section class="rows".*?</section>', out.read_text(), re.DOTALL)
+    assert re.findall("<h3>(.*?)</h3>", rows) == ["step 0, row 0", "step 0, row 1", "step 1, row 0"]
+    config = load_config("tiny", settings(shown_set, *packed)[1:])
+    dataset = open_dataset(config, "train")
+    stream = open_stream(config, dataset, open_blend(config.data, config.data.train))
+    cards = CardMaker(dataset, stream.cards, Alone(), 1)
+    cards.share(stream.order.records(0, 40))
+    cards.close()
+    steps = [stream.plan(StreamState())]
+    steps.append(stream.plan(steps[0].after))
+    expected = [list(row) for step in steps for row in step.rows][:3]
+    bars = re.findall('<div class="bar".*?</div>', rows, re.DOTALL)
+    assert [[int(index) for index in re.findall("train ([0-9]+), ", bar)] for bar in bars] == expected
+    assert max(map(len, expected)) > 1 and not {GONE, RECORD, LONG} & {index for row in expected for index in row}
+    # each document is padded to a multiple of 4 (2 * ulysses)
+    for tokens, padding in re.findall(r"<td>([0-9]+)</td><td>[0-9]+</td><td>[0-9]+</td><td>([0-9]+)</td></tr>", rows):
+        assert (int(tokens) + int(padding)) % 4 == 0 and int(padding) < 4
+    assert f'href="#train-{PLAIN}"' in rows and f'href="#train-{SILENT}"' not in rows
+
+
+def test_a_set_without_a_usable_sample_is_shown_and_its_rows_are_told_to_be_none(shown_set, tmp_path):
+    out = tmp_path / "page.html"
+    assert show(shown_set, out, "train.seq_length=5", "--first", "1", "--rows", "1") == 0
+    assert "none of the 8 samples can be used" in out.read_text() and "cannot be used: too long" in out.read_text()

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,9 @@ from megatron_vila.explain.text import count, size
 from megatron_vila.plan.bounds import value_of
 
 if TYPE_CHECKING:
+    from megatron_vila.data.dataset import VilaDataset
     from megatron_vila.explain.view.page import Page
+    from megatron_vila.explain.view.rows import Row
 
 FIRST = 8
 """Samples that are shown unless the command line says which."""
@@ -40,6 +42,7 @@ SHAPING = (
     "data.fps_rule",
     "train.seq_length",
     "data.over_long",
+    "data.packing",
     "data.media_format",
     "data.tokenizer",
     "data.template",
@@ -107,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole,
         metavar="N",
         help=f"the first N samples of data.train ({FIRST} where nothing else is asked for)",
+    )
+    parser.add_argument(
+        "--rows", type=_whole, default=0, metavar="N", help="show how the first N rows of the run are packed (none)"
     )
     parser.add_argument(
         "--pictures",
@@ -186,26 +192,50 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
     from megatron_vila.training.run_data import open_dataset
 
     asked = [parse_sample(text, f"--samples {text}", config) for text in options.samples]
-    opened = {name: open_dataset(config, name) for name in dict.fromkeys(name for name, _ in asked)}
+    first = options.first if options.first is not None or asked else FIRST
+    names = dict.fromkeys([*(name for name, _ in asked), *(["train"] if first or options.rows else [])])
+    opened = {name: open_dataset(config, name) for name in names}
     for text, (name, index) in zip(options.samples, asked, strict=True):
         require_sample(opened[name], index, f"--samples {text}", name)
-    first = options.first if options.first is not None or asked else FIRST
     if first:
-        dataset = opened.setdefault("train", open_dataset(config, "train"))
-        asked += [("train", index) for index in range(min(first, len(dataset)))]
+        asked += [("train", index) for index in range(min(first, len(opened["train"])))]
     limits = Limits(options.pictures, options.tokens)
     with contextlib.ExitStack() as stack:
         painters = {name: stack.enter_context(Painter(config, opened[name], cores_of_rank())) for name in opened}
         samples = [sample_of(opened[name], painters[name], name, index, limits) for name, index in dict.fromkeys(asked)]
-    encoders = [dataset.encoder.tokenizer for dataset in opened.values()]
-    warnings = [*tokenizer_warnings(config, encoders[0])] if encoders else []
-    for dataset in opened.values():
-        warnings += holdings_warnings(config, dataset.records.holdings)
-    title = " · ".join(
+    rows, note = _rows(config, opened["train"], options.rows) if options.rows else ((), "")
+    warnings = [
+        warning for dataset in opened.values() for warning in holdings_warnings(config, dataset.records.holdings)
+    ]
+    for dataset in list(opened.values())[:1]:
+        warnings = [*tokenizer_warnings(config, dataset.encoder.tokenizer), *warnings]
+    return Page(
+        _title(config, opened), _settings(config), warnings, samples, config.model.vision.image_size, rows, note
+    )
+
+
+def _rows(config: Config, dataset: VilaDataset, count: int) -> tuple[Sequence[Row], str]:
+    """The first rows of the run and what is to be said of them."""
+    from megatron_vila.data.dataset import NoUsableSampleError
+    from megatron_vila.explain.view.rows import first_rows
+
+    how = "samples are packed" if config.data.packing else "data.packing=false: one sample a row"
+    note = (
+        f"As a new run plans them: {how}, {config.train.global_batch_size} rows a step, padding for tp={config.parallel.tp}, "
+        f"ulysses={config.parallel.ulysses}, ring={config.parallel.ring}. No pixel was read for this: a sample that cannot be "
+        "decoded will be left out, and the rows close up."
+    )
+    try:
+        return first_rows(config, dataset, count), note
+    except NoUsableSampleError as error:
+        return (), str(error)
+
+
+def _title(config: Config, opened: Mapping[str, VilaDataset]) -> str:
+    return " · ".join(
         f"data.{name}: {count(len(dataset), 'sample')} of {', '.join(getattr(config.data, name))}"
         for name, dataset in opened.items()
     )
-    return Page(title, _settings(config), warnings, samples, config.model.vision.image_size)
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:

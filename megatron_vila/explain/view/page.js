@@ -16,7 +16,7 @@
         ["token", named(id)],
         ["place", place],
         ["kind", trained ? `${kind}, trained: the model learns to write it` : `${kind}, not trained`],
-        ["label", label ? `${named(label)} (what this place must predict)` : "none: this place predicts nothing"],
+        ["label", label ? `${named(label)}, to be predicted here` : "none: nothing to predict here"],
       ];
     });
   }

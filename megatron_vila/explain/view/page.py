@@ -15,7 +15,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from megatron_vila.explain.text import number
 from megatron_vila.explain.view.pictures import SMALL_SIDE
+from megatron_vila.explain.view.rows import Row
 from megatron_vila.explain.view.samples import Sample
 
 FOLDER = Path(__file__).parent
@@ -32,13 +34,21 @@ COUNT_NAMES = {
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows: ``settings`` are names and values, ``side`` is that of a picture in pixels."""
+    """What a page shows: ``settings`` are names and values, ``side`` is that of a picture in pixels,
+    ``rows_note`` stands above ``rows``."""
 
     title: str
     settings: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     samples: Sequence[Sample]
     side: int
+    rows: Sequence[Row] = ()
+    rows_note: str = ""
+
+    @property
+    def longest_row(self) -> int:
+        """tokens of the longest row with its padding and the room that is left in it"""
+        return max((row.tokens + max(row.padding, row.room) for row in self.rows), default=0)
 
 
 def render(page: Page) -> str:
@@ -52,9 +62,11 @@ def render(page: Page) -> str:
     )
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     pieces = {id_: piece for sample in page.samples if sample.strip for id_, piece in sample.strip.pieces.items()}
+    environment.filters["number"] = number
     return environment.get_template("page.html.jinja").render(
         **vars(page),
-        rows=(),
+        longest_row=page.longest_row,
+        shown={sample.anchor for sample in page.samples},
         pieces=pieces,
         count_names=COUNT_NAMES,
         small_side=SMALL_SIDE,
