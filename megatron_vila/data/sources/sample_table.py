@@ -73,14 +73,18 @@ def kept_table(
     earlier one.
     """
     identity = digest_of([folder, *reading, *state, _FORMAT])
-    return kept(
-        kept_folder("shards"),
-        f"{digest_of([folder, *reading])}.table",
+    where, name = kept_folder("shards"), f"{digest_of([folder, *reading])}.table"
+    table = kept(
+        where,
+        name,
         lambda file: _read(file, identity),
         make,
         lambda stream, table: _write(stream, table, identity),
         WAIT_S,
     )
+    # The process that made the table lets go of its own copy of it.
+    mapped = None if where is None or isinstance(table.places, np.memmap) else _read(where / name, identity)
+    return mapped or table
 
 
 def _write(stream: BinaryIO, table: SampleTable, identity: str) -> None:
