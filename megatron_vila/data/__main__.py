@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_vila.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="read all samples and report what cannot be used")
-    command.add_argument("files", nargs="*", help="JSON or JSONL files (default: data.train and data.eval of --config)")
+    command.add_argument("files", nargs="*", help="files of records, folders of shards (default: those of --config)")
     command.add_argument("--config", help=f"YAML file or preset whose settings hold (default: {USUAL})")
     command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings that win, as data.num_frames=64")
     command.add_argument("--media-dir", help="data.media_dir")

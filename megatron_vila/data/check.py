@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from megatron_vila.config.schema import Config
 from megatron_vila.data import held_out
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.fields import RecordError
 from megatron_vila.data.held_out import HeldOutLoader, LeftOut
 from megatron_vila.data.media import is_there
 from megatron_vila.data.row_decoder import RowDecoder
@@ -156,7 +157,10 @@ def _problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Proble
     if index in dataset.records.bad:
         return _bad_record(reason)
     if kind == "broken":
-        media = dataset.records.record(index).media
+        try:
+            media = dataset.records.record(index).media
+        except RecordError as error:
+            return _bad_record(str(error))
         paths = [path for medium in media for path in medium.pictures or (medium.path,)]
         kind = "broken" if all(map(is_there, paths)) else "missing"
     return Problem(dataset.records.name(index), dataset.name(index), kind, reason)

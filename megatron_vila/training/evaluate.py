@@ -15,7 +15,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.held_out import LeftOut
 from megatron_vila.data.rows import LoadedRow
-from megatron_vila.data.sources.source import Source
+from megatron_vila.data.sources.source import Source, media_of
 from megatron_vila.training.feed import chance_level, evaluation_loader
 from megatron_vila.training.roles import TaskName
 from megatron_vila.training.run_data import RunData, held_out_gaps
@@ -132,7 +132,7 @@ def _state(row: LoadedRow | LeftOut, records: Source) -> int:
 
 
 def _has_video(records: Source, index: int) -> bool:
-    return index not in records.bad and any(medium.is_video for medium in records.record(index).media)
+    return any(medium.is_video for medium in media_of(records, index))
 
 
 def _results(sums: list[float], states: list[int], records: Source) -> dict[str, float]:

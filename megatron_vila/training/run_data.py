@@ -15,7 +15,7 @@ from megatron_vila.data.fields import RecordError
 from megatron_vila.data.media import is_there, name_of
 from megatron_vila.data.sources.holdings import holdings_warnings
 from megatron_vila.data.sources.open import PARTS, Blend, open_blend, open_records
-from megatron_vila.data.sources.source import BadRecordsError, Source, report_bad_records
+from megatron_vila.data.sources.source import BadRecordsError, Source, media_of, report_bad_records
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError, some
 from megatron_vila.parallel.agreement import gathered
@@ -79,8 +79,7 @@ def open_dataset(config: Config, name: str) -> VilaDataset:
 
 def held_out_gaps(held_out: Source) -> str:
     """A line about files that the records of ``data.eval`` name and that are not there; empty if all are."""
-    good = (held_out.record(index) for index in range(len(held_out)) if index not in held_out.bad)
-    media = [medium for record in good for medium in record.media]
+    media = [medium for index in range(len(held_out)) for medium in media_of(held_out, index)]
     paths = dict.fromkeys(path for medium in media for path in medium.pictures or (medium.path,))
     missing = [path for path in paths if not is_there(path)]
     if not missing:

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 
 import pytest
 
 from megatron_vila.data.__main__ import main
 from tests.data.material import byte_level_tokenizer, conversation, destroy_frames, write_jsonl, write_video
+from tests.data.shard_files import write_shards
 
 SMALL = ["--config", "tiny", "--set", "data.num_frames=4", "model.llm.vocab_size=1000"]
 
@@ -143,3 +145,35 @@ def test_the_tokenizer_of_another_model_is_refused_where_a_model_is_named(folder
     assert main(["check", path, *own, "--config", "longvila-7b-stage5"]) == 2
     assert "it is that of another model" in capsys.readouterr().err
     assert main(["check", path, *own]) == 0
+
+
+def test_samples_of_shards_are_checked_one_by_one_and_told_by_shard_and_key(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    good = (folder / "good.mp4").read_bytes()
+    samples = {
+        "good": {"json": video("0.mp4"), "0.mp4": good},
+        "damaged": {"json": video("0.mp4"), "0.mp4": destroy_frames(write_video(tmp_path / "a.mp4", 8), 0, 7).read_bytes()},
+        "empty": {"json": video("0.mp4"), "0.mp4": b""},
+        "missing": {"json": video("0.mp4")},
+        "none": {"0.mp4": good},
+        "latin": {"json": b'{"id": "\xe9"}'},
+        "cut": {"json": video("0.mp4"), "0.mp4": good},
+    }
+    write_shards(tmp_path / "set", [list(samples.items())])
+    tar = tmp_path / "set/000000.tar"
+    os.truncate(tar, tar.read_bytes().index(b"cut.0.mp4") + 700)
+    status = main(["check", str(tmp_path / "set"), *SMALL, "--threads", "1", "--json", str(tmp_path / "report.json")])
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert (status, found["samples"], found["usable"]) == (1, 7, 1)
+    assert found["counts"] == {"bad_record": 4, "missing": 0, "broken": 2, "too_long": 0}
+    reasons = [f"{problem['place']} {problem['reason']}" for problem in found["problems"]]
+    for key, words in (
+        ("damaged", "frame 0 of 8"),
+        ("empty", "the file is empty"),
+        ("missing", "no part of the sample is called"),
+        ("none", "has no part json"),
+        ("latin", "not UTF-8"),
+        ("cut", "cut off"),
+    ):
+        assert any(f"{tar}, sample {key}" in reason and words in reason for reason in reasons), (key, reasons)
+    capsys.readouterr()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from megatron_vila.data.fields import RecordError
+from megatron_vila.data.fields import Media, RecordError
 from megatron_vila.data.records import Record
 from megatron_vila.data.sources.holdings import Holdings
 from megatron_vila.errors import UserError
@@ -55,6 +55,14 @@ class BadRecordsError(RecordError):
 
 class ChangedFileError(UserError, RuntimeError):
     """A file of records is no longer what it was when the run began; the text names it and the cure."""
+
+
+def media_of(source: Source, index: int) -> tuple[Media, ...]:
+    """The media of record ``index``; none of one that cannot be read, which a source may find out only then."""
+    try:
+        return source.record(index).media
+    except RecordError:
+        return ()
 
 
 def report_bad_records(bad: Mapping[int, str], records: int) -> str:
