@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -120,6 +121,21 @@ def test_a_sample_names_its_media_by_their_parts_and_its_text_is_that_of_the_sou
     assert words["conversations"] == turns(r"What does \<image> mean in a sentence like this?", " A <video>. ")
     clip = json.loads(found["000000004"]["json"])
     assert clip["video"] == ["0.mp4"] and "start" not in clip  # it is cut out
+
+
+def test_a_video_that_is_taken_as_it_is_keeps_the_clip_of_its_record(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    video = write(tmp_path / "noise.mp4", frames=12, rate=4, pictures=noise)
+    clips = {"video": ["noise.mp4", "noise.mp4"], "start": [1.0, None], "end": [2.0, None]}
+    record = clips | {"conversations": turns("<video><video>")}
+    (tmp_path / "train.json").write_text(json.dumps([record]))
+    coarse = replace(OPTIONS, crf=51, poor="original")
+    (step,) = run(Task((str(tmp_path / "train.json"),), str(tmp_path / "out"), coarse))
+    (parts,) = samples(tmp_path / "out").values()
+    content = json.loads(parts["json"])
+    assert (content["video"], content["start"], content["end"]) == (["0.mp4", "1.mp4"], [1.0, None], [2.0, None])
+    assert parts["0.mp4"] == parts["1.mp4"] == Path(video).read_bytes()
+    assert step.tally.media == {"original": 2} and "dB in the worst frame" in step.tally.poor[0].reason
 
 
 def test_bad_samples_are_left_out_with_place_and_reason(whole):

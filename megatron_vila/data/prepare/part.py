@@ -33,6 +33,10 @@ JUDGED_FROM = 100
 """Samples from which on the share of bad ones is judged."""
 
 
+CountTokens = Callable[[Record, tuple[Outcome, ...]], int | None]
+"""Tokens of a record whose media became something; None where its text cannot be rendered."""
+
+
 class TooManyBadError(UserError):
     """More samples than allowed are bad."""
 
@@ -56,7 +60,7 @@ def prepare_part(
     *,
     processes: int,
     max_bad: float,
-    count_tokens: Callable[[Record, tuple[Outcome, ...]], int] | None,
+    count_tokens: CountTokens | None,
     on_sample: Callable[[], None],
 ) -> list[Step]:
     """Do what is left of ``part`` and return all its steps. ``on_sample`` is called after each record, those done before too.
@@ -178,24 +182,24 @@ class _Writer:
         self._seen = sum(step.tally.samples + len(step.tally.bad) for step in steps)
         self._bad = sum(len(step.tally.bad) for step in steps)
 
-    def add(self, sample: Sample, count_tokens: Callable[[Record, tuple[Outcome, ...]], int] | None) -> None:
-        members, tokens, reason = [], None, sample.reason
+    def add(self, sample: Sample, count_tokens: CountTokens | None) -> None:
+        members, reason = [], sample.reason
         if sample.record is not None and not reason:
             try:
                 members = members_of(sample.number, sample.record, sample.outcomes)
-                tokens = count_tokens(sample.record, sample.outcomes) if count_tokens else None
             except (UserError, ValueError) as error:
                 reason = str(error)
         self._seen += 1
         if reason:
             self._bad += 1
             self._tally.bad.append(self._note(sample, reason))
-        else:
+        elif sample.record is not None:
             if self._shard is not None and self._shard.bytes + size_of(members) > self._shard_bytes:
                 self.finish(sample.number, last=False)
             if self._shard is None:
                 self._shard = Shard(self._output.shard(self._part, len(self._steps)))
             self._shard.add(members)
+            tokens = count_tokens(sample.record, sample.outcomes) if count_tokens else None
             self._tally.count(sample.outcomes, tokens)
             if any(outcome.poor for outcome in sample.outcomes):
                 worst = min(outcome.psnr for outcome in sample.outcomes if outcome.poor and outcome.psnr is not None)

@@ -58,12 +58,12 @@ class Pool:
 
     def _in_process(self, work: Callable[..., Any], arguments: tuple) -> Any:
         for _ in range(2):  # the system may have ended it for want of memory while others were large
+            if self._closed:
+                break
             worker = getattr(self._mine, "worker", None)
             if worker is None:
                 worker = self._mine.worker = _Worker()
                 self._workers.append(worker)
-            if self._closed:
-                break
             try:
                 return worker.call(work, arguments)
             except (EOFError, ConnectionError):

@@ -20,7 +20,7 @@ from megatron_vila.config.schema import Config, DataConfig
 from megatron_vila.data.containers.open import open_sets
 from megatron_vila.data.prepare.finish import UnfinishedError, all_steps, finish, require_energon
 from megatron_vila.data.prepare.options import Options, Outcome
-from megatron_vila.data.prepare.part import prepare_part
+from megatron_vila.data.prepare.part import CountTokens, prepare_part
 from megatron_vila.data.prepare.pool import Pool
 from megatron_vila.data.prepare.state import Output, Plan, open_output
 from megatron_vila.data.prepare.tally import Tally, total
@@ -167,7 +167,7 @@ def disk_errors(out: str) -> Iterator[None]:
         ) from error
 
 
-def _token_counter(config: Config | None) -> Callable[[Record, tuple[Outcome, ...]], int] | None:
+def _token_counter(config: Config | None) -> CountTokens | None:
     """Counts the tokens of a sample with all frames that are kept, ``data.num_frames`` at most; None without a tokenizer."""
     if config is None or not config.data.tokenizer:
         return None
@@ -181,8 +181,11 @@ def _token_counter(config: Config | None) -> Callable[[Record, tuple[Outcome, ..
     pictures = pictures_of(config.model)
     separators = {True: len(config.data.frame_separator_ids), False: len(config.data.image_separator_ids)}
 
-    def count(record: Record, outcomes: tuple[Outcome, ...]) -> int:
-        tokens = sum(len(segment.token_ids) for segment in encoder.encode(record.turns))
+    def count(record: Record, outcomes: tuple[Outcome, ...]) -> int | None:
+        try:
+            tokens = sum(len(segment.token_ids) for segment in encoder.encode(record.turns))
+        except UserError:
+            return None  # another tokenizer may take it
         for medium, outcome in zip(record.media, outcomes, strict=True):
             frames = min(outcome.frames, config.data.num_frames) if medium.is_video else 1
             units = pictures.units(frames, medium.is_video, (outcome.width, outcome.height))
