@@ -173,6 +173,16 @@ def test_odd_sizes_become_even_and_small_videos_are_not_blown_up(tmp_path, prepa
     assert encoded_size(40_000, 400, 384) == (16_384, 164)
 
 
+def test_colors_stay_what_they_are(tmp_path, prepare):
+    corners = np.array([[[230, 30, 30], [30, 220, 40]], [[40, 40, 230], [230, 220, 30]]], dtype=np.uint8)
+    picture = np.asarray(Image.fromarray(corners).resize((64, 64), Image.Resampling.BICUBIC))
+    source = write(tmp_path / "colors.mp4", frames=3, rate=2, pictures=[picture] * 3)
+    file, outcome = prepare(source)
+    before, after = (np.asarray(decode_video_frames(path, [1])[0], float) for path in (source, file))
+    assert np.abs(after - before).mean() < 2
+    assert outcome.psnr > 35
+
+
 def test_the_same_source_gives_the_same_bytes(sources, tmp_path):
     contents = set()
     for place in ("one", "two"):

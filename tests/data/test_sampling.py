@@ -130,6 +130,20 @@ def test_the_first_frames_of_a_variable_rate_are_those_shown_at_the_asked_times(
     assert set(found.tolist()) == expected and len(found) == 22  # 10.5 s and 11.5 s show what 10 s and 11 s show
 
 
+@pytest.mark.parametrize(
+    ("rate", "per_second"), [(24, 12288), (25, 12800), (30, 15360), (Fraction(30000, 1001), 30000), (60, 90000)]
+)
+def test_what_is_shown_at_a_moment_does_not_hang_on_the_rounding_of_floats(rate, per_second):
+    """A frame that begins at the very moment is shown then; of the frames that are taken alone, the same are taken."""
+    video = timed([float(Fraction(i) / rate) for i in range(2000)], per_second)
+    for fps in (2, 3, 5):
+        count = math.floor(2000 / rate * fps)
+        taken = sample_frame_indices(video, count, fps, "first")
+        assert taken.tolist() == [math.floor(Fraction(n, fps) * rate) for n in range(count)]
+        kept = timed(video.seconds[taken], per_second)
+        assert sample_frame_indices(kept, count, fps, "first").tolist() == list(range(count))
+
+
 def test_a_video_thinned_out_in_time_stays_even_in_time():
     seconds = scroll_then_still()
     thin = thin_out(np.arange(390), 10, seconds)
