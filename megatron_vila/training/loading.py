@@ -30,8 +30,8 @@ _CURES = {
 
 
 def loading_of(work: Sequence[DecodeWork], device: torch.device) -> dict[str, float]:
-    """What the rows of a step took to load, summed over all ranks, and ``copy_s``: the seconds in which training copied
-    to the device, on the slowest rank. A sum and a maximum over all ranks."""
+    """What the rows of a step took to load, summed over all ranks, and ``copy_s``: the seconds in which the training thread
+    copied to the device, on the slowest rank. A sum and a maximum over all ranks."""
     total = sum(work, DecodeWork())
     sums = torch.tensor(
         [getattr(total, name) for name in (*FRAMES.values(), *SECONDS.values())], dtype=torch.float64, device=device
@@ -64,9 +64,9 @@ def limit(record: Mapping[str, float]) -> tuple[str, str] | None:
         }
         most = max(spent, key=lambda name: spent[name])
         shares = ", ".join(f"{name} {100 * s / max(sum(spent.values()), 1e-9):.0f}%" for name, s in spent.items())
-        line = f"{wait_s:.2f} s of each step of {step_s:.2f} s go by waiting for data, which takes its threads: {shares}"
+        line = f"{wait_s:.2f} s of each step of {step_s:.2f} s are spent waiting for data; time of the loading threads: {shares}"
         return most, f"{line}. {_CURES[most][0].upper()}{_CURES[most][1:]}"
     if record["copy_s"] > WORTH_A_WORD * step_s:
-        line = f"{record['copy_s']:.2f} s of each step of {step_s:.2f} s go by copying to the device"
-        return "copying", f"{line}: more ranks for a row (parallel.ulysses, parallel.ring) leave each of them fewer frames"
+        line = f"{record['copy_s']:.2f} s of each step of {step_s:.2f} s are spent copying to the device"
+        return "copying", f"{line}; with more ranks for a row (parallel.ulysses, parallel.ring) each of them has fewer frames"
     return None

@@ -134,7 +134,7 @@ class RunLock:
             if not self._create(mine):
                 continue  # another start was faster
             # A lock that the first listing did not show (another number, or an outdated view of the folder): both starts give up
-            # theirs and try again after a random pause.
+            # their locks and try again after a random pause.
             if set(self._locks()) - {mine} - set(found):
                 mine.unlink()
                 time.sleep(random.uniform(0.0, 0.3))

@@ -230,7 +230,7 @@ def test_records_say_what_loading_took(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "takes its threads: reading files 4%, decoding 87%, scaling pictures 9%. Prepare the data"),
+        ({}, "time of the loading threads: reading files 4%, decoding 87%, scaling pictures 9%. Prepare the data"),
         ({"read_s": 9.0}, "Prepared shards are smaller"),
         ({"preprocess_s": 9.0}, "at the size that the model takes"),
     ],
