@@ -11,6 +11,7 @@ such records are kept.
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
 import logging
@@ -201,6 +202,33 @@ def make_seeds(folder: Path) -> list[dict]:
         {"id": "images", "images": ["clip/1.jpg", "clip/3.jpg"], "conversations": plain},
         {"id": "system", "system": "Be brief.", "video_path": "a.mp4", "conversations": plain},
         {"id": "turn", "conversations": [{"from": "system", "value": "Be brief."}, *plain]},
+        *_other_shapes((folder / "clip/0.jpg").read_bytes()),
+    ]
+
+
+def _other_shapes(picture: bytes) -> list[dict]:
+    """Records in other forms than LLaVA's; ``picture`` is the content of a picture."""
+    address = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+    words, answer = {"type": "text", "text": "What is shown?"}, {"role": "assistant", "content": "Noise, only noise."}
+    parts = [
+        {"type": "image", "image": "clip/0.jpg", "max_pixels": 50176},
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "video", "video": "a.mp4", "fps": 1.0, "video_end": 2.0},
+        words,
+    ]
+    asked = {"role": "user", "content": "<image>\nWhat is shown?"}
+    sentences, info = ["Be brief.", "Noise, only noise."], {"image_name": "clip/1.jpg", "matched_text_index": 1}
+    rounds = [{"user": "What is shown?", "assistant": "Noise, only noise."}] * 2
+    return [
+        {"id": "messages", "messages": [{"role": "system", "content": "Be brief."}, asked, answer], "images": ["clip/2.jpg"]},
+        {"id": "parts", "messages": [{"role": "user", "content": parts}, answer]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, words]}, answer], "images": [address]},
+        {"query": "What is shown?", "response": "Noise.", "history": [["What?", "Noise."]], "videos": ["a.mp4"]},
+        {"text": "Noise, <image> only noise.", "image": "clip/3.jpg"},
+        {"caption": "Noise, only noise.", "video": "a.mp4"},
+        {"text_list": sentences, "image_info": [info], "similarity_matrix": [[0.1, 0.2]]},
+        {"texts": [None, "Noise.", None], "images": ["clip/0.jpg", None, address]},
+        {"texts": rounds, "images": ["clip/1.jpg"]},
     ]
 
 
@@ -240,6 +268,7 @@ VALUES = [
     *RAW,
 ]  # fmt: skip
 NAMES = ["video", "Videos", "image", "frames", "start", "video_end", "fps", "audio", "clip", "id", "from", "value", "\0"]
+NAMES += ["role", "content", "type", "text", "texts", "messages", "tools", "loss", "image_url", "matched_text_index"]
 
 
 def _damage(record: dict, random: np.random.Generator) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vila.config.text_rules import DEFAULT, TextRules
 from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
+from megatron_vila.data.media import name_of
 from megatron_vila.data.placement import DOCUMENT, MARKED, RESERVED, Turn
 from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
 from megatron_vila.data.template import ChatTemplate, ChatTemplateError, RenderError
@@ -281,7 +282,7 @@ def media_runs(document: Document) -> list[MediaRun]:
 
 
 def _label(run: MediaRun) -> str:
-    units, source = [frame.unit for frame in run.frames], run.frames[0].source
+    units, source = [frame.unit for frame in run.frames], name_of(run.frames[0].source)
     name = f"{sum(unit.frames for unit in units)} {in_units(units)} of {source}" if run.frames[0].is_video else source
     return f"{name}, {tokens_each(units)} tokens each"
 

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from megatron_vila.config.schema import Config
+from megatron_vila.data.media import name_of
 from megatron_vila.errors import ConfigError
 from megatron_vila.explain.text import count, number, ranges, size, table
 from megatron_vila.plan import traffic
@@ -91,7 +92,7 @@ def _media(out: Console, row: Row) -> None:
         frames = list(run)
         decoded = f"{frames[0].indices[0]} .. {frames[-1].indices[-1]}" if is_video else "the picture"
         tokens = tokens_each([frame.unit for frame in frames])
-        rows.append([source, ranges(range(first, first + len(frames))), decoded, tokens])
+        rows.append([name_of(source), ranges(range(first, first + len(frames))), decoded, tokens])
         first += len(frames)
     if rows:
         table(out, "Media", ["file", "frames of the row", "decoded", "tokens each"], rows)

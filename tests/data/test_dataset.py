@@ -1,5 +1,6 @@
 """Documents from records: token counts, the over-long policy, samples that cannot be used, the order of an epoch."""
 
+import base64
 import contextlib
 import os
 import resource
@@ -13,6 +14,7 @@ from PIL import Image
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vila.data import dataset as dataset_module
 from megatron_vila.data.chat import describe
+from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import (
     BrokenSampleError,
     NoUsableSampleError,
@@ -27,7 +29,7 @@ from megatron_vila.data.order import epoch_order
 from megatron_vila.data.placement import Turn
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.sources.source import ChangedFileError
-from megatron_vila.plan.row import MEDIA_TOKEN
+from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN
 from tests.data.material import byte_level_tokenizer, conversation, cut_off, write_jsonl, write_video
 from tests.samples import Pooled
 
@@ -93,6 +95,36 @@ def test_images_and_text_alone_are_samples_too(media, tmp_path):
     assert [(f.indices, f.is_video) for f in image.frames] == [((0,), False)]
     assert image.token_ids[image.frame_starts[0] + 4] == 5
     assert text.frames == () and text.frame_starts.shape == (0,)
+
+
+def test_media_that_a_record_carries_are_used_like_files(media, tmp_path):
+    def address(kind, name):
+        return f"data:{kind};base64," + base64.b64encode((media / name).read_bytes()).decode()
+
+    asked = [{"role": "user", "content": "<image><video>What?"}, {"role": "assistant", "content": "A."}]
+    named = {"id": "x", "messages": asked, "images": ["red.png"], "videos": ["short.mp4"]}
+    carried = named | {"images": [address("image/png", "red.png")], "videos": [address("video/mp4", "short.mp4")]}
+    broken = carried | {"id": "broken", "images": [address("image/png", "text.mp4")]}
+    dataset = make(media, tmp_path, [named, carried, broken])
+    files, contents = dataset.document(0), dataset.document(1)
+    assert contents.token_ids.tolist() == files.token_ids.tolist()
+    assert [frame.indices for frame in contents.frames] == [frame.indices for frame in files.frames]
+    assert all(isinstance(frame.source, bytes) for frame in contents.frames)
+    assert "bytes in memory" in describe(contents, TOKENIZER) and len(describe(contents, TOKENIZER)) < 1000
+    assert [problem_of(dataset, index, decode=True) for index in (0, 1)] == [None, None]
+    problem = problem_of(dataset, 2, decode=True)
+    assert problem.kind == "broken" and "2000 bytes in memory" in problem.reason
+    assert problem.place.endswith("train.jsonl, line 3")
+
+
+def test_documents_and_conversations_stand_in_one_file(media, tmp_path):
+    records = [{"text": "Two <image> words.", "image": "red.png"}, video("short.mp4"), {"text": "word " * 600}]
+    dataset = make(media, tmp_path, records, image_separator_ids=[7])
+    text = dataset.document(0)
+    assert (text.labels != IGNORE).sum() == len(text) - 4 - 1 - 1, "not the picture, its separator and the first word"
+    assert text.token_ids[-1] == TOKENIZER.eos_token_id
+    with pytest.raises(TooLongError, match="text and images alone"):
+        dataset.build(2)
 
 
 def test_the_documents_of_real_model_shapes_have_the_published_token_counts(media, tmp_path):

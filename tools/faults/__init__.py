@@ -1,6 +1,6 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import guards, house, inputs, models, parallel, runs, steps, weights
+from . import formats, guards, house, inputs, models, parallel, runs, steps, weights
 
 FAULTS = [
     *parallel.FAULTS,
@@ -11,4 +11,5 @@ FAULTS = [
     *steps.FAULTS,
     *guards.FAULTS,
     *house.FAULTS,
+    *formats.FAULTS,
 ]
