@@ -106,7 +106,7 @@ def test_media_that_a_record_carries_are_used_like_files(media, tmp_path):
     carried = named | {"images": [address("image/png", "red.png")], "videos": [address("video/mp4", "short.mp4")]}
     broken = carried | {"id": "broken", "images": [address("image/png", "text.mp4")]}
     dataset = make(media, tmp_path, [named, carried, broken])
-    files, contents = dataset.document(0), dataset.document(1)
+    files, contents = (dataset.build(index).document for index in (0, 1))
     assert contents.token_ids.tolist() == files.token_ids.tolist()
     assert [frame.indices for frame in contents.frames] == [frame.indices for frame in files.frames]
     assert all(isinstance(frame.source, bytes) for frame in contents.frames)
@@ -120,7 +120,7 @@ def test_media_that_a_record_carries_are_used_like_files(media, tmp_path):
 def test_documents_and_conversations_stand_in_one_file(media, tmp_path):
     records = [{"text": "Two <image> words.", "image": "red.png"}, video("short.mp4"), {"text": "word " * 600}]
     dataset = make(media, tmp_path, records, image_separator_ids=[7])
-    text = dataset.document(0)
+    text = dataset.build(0).document
     assert (text.labels != IGNORE).sum() == len(text) - 4 - 1 - 1, "not the picture, its separator and the first word"
     assert text.token_ids[-1] == TOKENIZER.eos_token_id
     with pytest.raises(TooLongError, match="text and images alone"):
