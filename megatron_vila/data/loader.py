@@ -140,6 +140,7 @@ class RowLoader:
             if not reports:
                 break
             found |= self._learn(reports, made)
+            made = []  # what was decoded makes room
             self._give_up_ahead()
             step = self._planned(partial(self._plan, found))
         with self._lock:
