@@ -1,6 +1,6 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import formats, guards, house, inputs, models, parallel, runs, steps, weights
+from . import formats, guards, house, inputs, models, parallel, prepare, runs, steps, weights
 
 FAULTS = [
     *parallel.FAULTS,
@@ -12,4 +12,5 @@ FAULTS = [
     *guards.FAULTS,
     *house.FAULTS,
     *formats.FAULTS,
+    *prepare.FAULTS,
 ]
