@@ -1,5 +1,6 @@
 """Records of a source become shards: in their order, whole or not at all, the same bytes whatever happens on the way."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -198,21 +199,29 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(source, whole, tmp_path)
     out = tmp_path / "out"
     for records in (1, 5, 20, 45):
         told, tell = os.pipe()
-        process = multiprocessing.get_context("fork").Process(target=run_and_tell, args=(task(source, out), tell))
+        process = multiprocessing.get_context("fork").Process(target=run_until, args=(task(source, out), records, tell))
         process.start()
         os.close(tell)
-        assert all(os.read(told, 1) for _ in range(records))
+        assert os.read(told, 1)
         process.kill()
         process.join()
         os.close(told)
-    assert len(shards(out)) < len(shards(whole[0]))
+    assert list(out.glob(".*.part")) and 0 < len(shards(out)) < len(shards(whole[0]))
     run(task(source, out))
     assert shards(out) == shards(whole[0])
     assert not list(out.glob(".*.part"))
 
 
-def run_and_tell(task, pipe):
-    run(task, on_sample=lambda: (os.write(pipe, b"x"), time.sleep(0.01)))
+def run_until(task, records, pipe):
+    """Do so many records, say so and wait for the end."""
+    seen = itertools.count(1)
+
+    def on_sample():
+        if next(seen) == records:
+            os.write(pipe, b"x")
+            time.sleep(600)
+
+    run(task, on_sample=on_sample)
 
 
 def test_a_shard_whose_end_was_not_written_down_is_made_again(source, whole, tmp_path):
