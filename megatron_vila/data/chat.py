@@ -240,7 +240,7 @@ def assemble(
     labels = np.full(length, IGNORE, dtype=np.int64)
     labels[:-1] = np.where(wanted[1:], token_ids[1:], IGNORE)
     frames = tuple(frame for medium in pictures for frame in medium)
-    return Document(token_ids, labels, frames, np.array(starts, dtype=np.int64), sample_id)
+    return Document(token_ids, labels, frames, np.array(starts, dtype=np.int64), sample_id, tuple(map(len, pictures)))
 
 
 def describe(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -267,18 +267,13 @@ class MediaRun(NamedTuple):
 
 
 def media_runs(document: Document) -> list[MediaRun]:
-    """The media of a document in their order. Frames of one file are one run while they ascend and only separators part them."""
-    starts = document.frame_starts.tolist()
-    ends = [start + frame.tokens for start, frame in zip(starts, document.frames, strict=True)]
-    gaps = [after - end for end, after in zip(ends, starts[1:], strict=False)]
-    same = [
-        a.is_video and b.is_video and a.source == b.source and a.indices[-1] < b.indices[0]
-        for a, b in itertools.pairwise(document.frames)
-    ]
-    separators = min(itertools.compress(gaps, same), default=0)
-    inside = [together and gap == separators for together, gap in zip(same, gaps, strict=True)]
-    cuts = [0, *(place + 1 for place, is_inside in enumerate(inside) if not is_inside), len(starts)]
-    return [MediaRun(starts[a], ends[b - 1], document.frames[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+    """The media of an assembled document, in their order."""
+    starts, runs, first = document.frame_starts.tolist(), [], 0
+    for units in document.media:
+        frames = document.frames[first : first + units]
+        first += units
+        runs.append(MediaRun(starts[first - units], starts[first - 1] + frames[-1].tokens, frames))
+    return runs
 
 
 def _label(run: MediaRun) -> str:

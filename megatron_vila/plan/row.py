@@ -93,6 +93,7 @@ class Document:
     frames: tuple[FrameRef, ...]
     frame_starts: np.ndarray
     sample_id: str
+    media: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -70,10 +70,16 @@ def test_a_sample_without_an_answer_is_told(page):
     assert "learns nothing</span>" in page[1][f"train-{SILENT}"]
 
 
-def test_two_clips_of_one_file_are_two_videos(page):
+def test_two_clips_of_one_file_are_two_videos(page, shown_set, tmp_path):
     article = page[1][f"train-{TWICE}"]
     assert article.count('<section class="medium"') == 2
     assert "clip from 0 s to 1 s" in article and "clip from 2 s to 3 s" in article
+    # without text between them too
+    assert (
+        show(shown_set, tmp_path / "page.html", "data.media_format=vila", "--samples", str(TWICE), "--pictures", "1")
+        == 0
+    )
+    assert (tmp_path / "page.html").read_text().count('<section class="medium"') == 2
 
 
 def test_html_in_a_text_stays_text(page):
@@ -142,6 +148,15 @@ def test_a_wrong_command_line_is_told_and_leaves_no_page(shown_set, tmp_path, ca
     assert show(shown_set, tmp_path / "page.html", *arguments) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_without_anything_is_refused(shown_set, tmp_path, capsys):
+    assert show(shown_set, tmp_path / "page.html", "--first", "0") == 2
+    assert "nothing to show" in capsys.readouterr().err
+    assert main([str(shown_set / "samples.jsonl"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert show(shown_set, tmp_path, "--first", "1") == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 def test_a_run_without_a_set_and_a_page_that_cannot_be_written_are_told(shown_set, tmp_path, capsys):

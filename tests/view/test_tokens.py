@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_vila.data.chat import ChatEncoder, assemble, media_runs
+from megatron_vila.data.chat import ChatEncoder, assemble, describe, media_runs
 from megatron_vila.data.placement import Turn
 from megatron_vila.explain.view.tokens import Block, Gap, Stretch, strip_of, visible, written
 from megatron_vila.plan.pictures import Unit
@@ -117,9 +117,11 @@ def test_what_would_not_be_seen_has_a_sign():
     visible("half \ud83d").encode()
 
 
-def test_a_file_that_comes_twice_is_two_media_where_text_stands_between():
+def test_a_file_that_comes_twice_is_two_media():
     turns = [Turn("user", "<video> then <video>"), Turn("assistant", "A cat.")]
     apart = document(turns, frames("a.mp4", range(3)), frames("a.mp4", range(4, 7)), separators=[198])
     assert [len(run.frames) for run in media_runs(apart)] == [3, 3]
-    again = document([Turn("user", "<video><video>"), turns[1]], frames("a.mp4", range(3)), frames("a.mp4", range(3)))
-    assert [len(run.frames) for run in media_runs(again)] == [3, 3]
+    assert " then " in describe(apart, TOKENIZER)
+    side_by_side = document([Turn("user", "<video><video>"), turns[1]], frames("a.mp4", [0, 1]), frames("a.mp4", [2]))
+    first, second = media_runs(side_by_side)
+    assert (first.end - first.first, second.first, second.end - second.first) == (2 * 4, first.end, 4)

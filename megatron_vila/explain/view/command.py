@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vila.busy import counted
 from megatron_vila.config.load import load_config, preset_names
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import ConfigError, UserError, entry_point
@@ -64,6 +65,8 @@ python tools/view_data.py --config run.yaml samples.json data.num_frames=64 --ou
 def main(arguments: Sequence[str]) -> int:
     """Write the page that ``arguments`` ask for; returns the exit status (2: bad input)."""
     options = _parser().parse_intermixed_args(arguments)
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder; name a file, e.g. {options.out / 'page.html'}")
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     # Imported late: --help needs no torch, and Megatron-Core must be prepared for this machine first.
     from megatron_vila import accelerator
@@ -159,6 +162,10 @@ def _config(options: argparse.Namespace) -> Config:
     # Bad records are shown, with what is wrong with them.
     config.data.bad_records = "skip"
     check_data(config)
+    if not config.data.tokenizer:
+        raise ConfigError(
+            "data.tokenizer is empty; give --tokenizer, the folder of a Hugging Face tokenizer with a chat template"
+        )
     if run is None:
         # Whose model it is was not said: that of the tokenizer.
         config.model.llm.vocab_size = 1 + max(load_tokenizer(config.data.tokenizer).get_vocab().values())
@@ -193,6 +200,8 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
 
     asked = [parse_sample(text, f"--samples {text}", config) for text in options.samples]
     first = options.first if options.first is not None or asked else FIRST
+    if not (asked or first or options.rows):
+        raise ConfigError("command line: nothing to show; ask for samples (--samples, --first) or rows (--rows)")
     names = dict.fromkeys([*(name for name, _ in asked), *(["train"] if first or options.rows else [])])
     opened = {name: open_dataset(config, name) for name in names}
     for text, (name, index) in zip(options.samples, asked, strict=True):
@@ -202,7 +211,11 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
     limits = Limits(options.pictures, options.tokens)
     with contextlib.ExitStack() as stack:
         painters = {name: stack.enter_context(Painter(config, opened[name], cores_of_rank())) for name in opened}
-        samples = [sample_of(opened[name], painters[name], name, index, limits) for name, index in dict.fromkeys(asked)]
+        chosen, samples = dict.fromkeys(asked), []
+        on_sample = stack.enter_context(counted("samples", len(chosen)))
+        for name, index in chosen:
+            samples.append(sample_of(opened[name], painters[name], name, index, limits))
+            on_sample()
     rows, note = _rows(config, opened["train"], options.rows) if options.rows else ((), "")
     warnings = [
         warning for dataset in opened.values() for warning in holdings_warnings(config, dataset.records.holdings)

@@ -86,7 +86,7 @@ def sample_of(dataset: VilaDataset, painter: Painter, set_name: str, index: int,
         return replace(known, kind=problem.kind if problem else "broken", reason=visible(str(error)))
     document, dropped = made.document, made.dropped_frames
     runs = media_runs(document)
-    media = list(_media_of(runs, dataset.records.record(index).media))
+    media = dataset.records.record(index).media
     units = [some_units(run.frames, limits.pictures) for run in runs]
     squares, fault = painter.squares(document, units, [medium.fps for medium in media])
     return replace(
@@ -98,17 +98,6 @@ def sample_of(dataset: VilaDataset, painter: Painter, set_name: str, index: int,
         media=tuple(_medium(dataset, *each) for each in zip(media, runs, squares, strict=True)),
         strip=strip_of(document, dataset.encoder.tokenizer, limits.tokens),
     )
-
-
-def _media_of(runs: Sequence[MediaRun], media: Sequence[Media]) -> Iterator[Media]:
-    """The medium of each run. Clips of one file that follow each other without a break are one run."""
-    place = 0
-    for run in runs:
-        first = run.frames[0]
-        while (media[place].path, media[place].is_video) != (first.source, first.is_video):
-            place += 1
-        yield media[place]
-        place += 1
 
 
 def _cuts(dataset: VilaDataset, document: Document, dropped: int) -> Iterator[str]:
