@@ -96,7 +96,7 @@ def test_the_frames_of_a_video_made_of_pictures_are_decoded(tmp_path, folder, vi
         tmp_path, folder, [record, {**record, "id": "clip", "video": "a.mp4", "start": 1, "end": 2}], num_frames=4
     )
     with data.loader(batch=2, shuffle=False) as loader:
-        first, second = loader.rows(0)
+        first, second = loader.next_step().rows
     assert read_stamps(first.pixels) == [i for f in first.row.frames for i in f.indices] == [0, 4, 7, 11]
     assert all(frame.is_video for frame in first.row.frames), "separators are those of video frames"
     assert read_stamps(second.pixels) == [8, 11, 13, 16]
@@ -108,6 +108,6 @@ def test_a_picture_that_is_missing_makes_its_sample_broken(tmp_path, folder):
         {"id": "good", "video": "clip", **TALK},
     ]
     with Data(tmp_path, folder, records).loader(batch=1, shuffle=False) as loader:
-        (row,) = loader.rows(0)
+        (row,) = loader.next_step().rows
     assert row.row.sample_ids == ("good",) and np.isfinite(row.pixels).all()
     assert loader.broken == {0: f"{folder}/clip/gone.png: no such file"}

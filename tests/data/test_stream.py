@@ -58,8 +58,10 @@ class World:
             found = set()
             plan = stream.plan(state)
             while wrecks := {record for row in plan.rows for record in row} & self.wrecks:
+                assert not wrecks & set(state.undecodable.tolist()) and not wrecks & found, "what is known is not tried again"
                 found |= wrecks
                 plan = stream.plan(state, found)
+            assert set(plan.after.undecodable.tolist()) == set(state.undecodable.tolist()) | found
             yield plan
             state = plan.after
 

@@ -11,8 +11,9 @@ import pytest
 from megatron_vila.checkpoint.save_load import latest_checkpoint
 from megatron_vila.training.summary import read_metrics
 from tests.endure.attack import HANG_S, KINDS, SETTINGS, TIMEOUT_MINUTES, Attack, Calm, small_disk
+from tests.endure.elastic import Elastic, Samples
 from tests.endure.forks import Zygote
-from tests.training.real_run import overrides
+from tests.training.real_run import Layout, overrides
 
 SHORT = f"train.timeout_minutes={TIMEOUT_MINUTES}"
 PATIENT = "train.timeout_minutes=30"
@@ -129,3 +130,9 @@ def test_after_attacks_of_every_kind_nothing_hangs_no_saved_step_is_lost_and_all
         attack.finish()
     assert not attack.score.faults(), attack.score.table()
     assert attack.score.runs_finished and attack.score.steps
+
+
+def test_a_run_that_is_killed_and_goes_on_under_another_layout_takes_each_sample_once_and_in_the_same_order(zygote, tmp_path):
+    """A few kills of ``tools/elastic_resume.py``."""
+    run = Elastic(zygote, Samples.write(tmp_path / "data"), tmp_path, 7, packing=True, weights=(0.3, 0.7))
+    run.check(run.calm(), run.attacked(2, 3, (Layout(), Layout(2), Layout(2, tp=2))))

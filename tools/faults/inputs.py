@@ -106,14 +106,14 @@ FAULTS = [
         "megatron_vila/data/stream.py",
         '{"left_out_broken": int((~usable).sum()), "left_out_too_long": 0}',
         '{"left_out_broken": 0, "left_out_too_long": 0}',
-        (EVENTS, "-k", "left_out"),
+        ("tests/data/test_stream.py",),
     ),
     Fault(
         "a sample that was found undecodable is tried again",
         "megatron_vila/data/stream.py",
         "after=StreamState(following, waiting[~taken], undecodable),",
         "after=StreamState(following, waiting[~taken], state.undecodable),",
-        (LOADER, "-k", "left_out"),
+        ("tests/data/test_stream.py",),
     ),
     Fault(
         "only the samples that this rank found broken are left out",

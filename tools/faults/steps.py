@@ -157,6 +157,13 @@ FAULTS = [
         RESUMED,
     ),
     Fault(
+        "a resume begins the samples again",
+        "megatron_vila/training/place.py",
+        'return StreamState.from_json(kept, samples), ""',
+        'return StreamState(), ""',
+        RESUMED,
+    ),
+    Fault(
         "Adam begins to count again after a resume",
         CHECKPOINT,
         'set_step(optimizer, saved["adam_step"])',

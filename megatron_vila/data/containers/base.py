@@ -24,9 +24,6 @@ class Container:
     def __init__(self, files: list[str]) -> None:
         self.digest = digest_of((os.path.basename(path), *_state(path)) for path in files)
 
-    def cost(self, index: int) -> int | None:
-        return None
-
 
 def rules_of(data: DataConfig, folder: str) -> RecordRules:
     """How the records of a container in ``folder`` are read by the settings of a run."""

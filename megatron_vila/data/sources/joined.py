@@ -34,10 +34,6 @@ class Joined:
         source, place = self._place(index)
         return source.record(place)
 
-    def cost(self, index: int) -> int | None:
-        source, place = self._place(index)
-        return source.cost(place)
-
     def name(self, index: int) -> str:
         source, place = self._place(index)
         return source.name(place)
@@ -68,9 +64,6 @@ class Part:
 
     def record(self, index: int) -> Record:
         return self._source.record(self._place(index))
-
-    def cost(self, index: int) -> int | None:
-        return self._source.cost(self._place(index))
 
     def name(self, index: int) -> str:
         return self._source.name(self._place(index))

@@ -85,9 +85,6 @@ class JsonFiles:
         where, default_id = name_of_record(path, number), f"{os.path.basename(path)}#{number}"
         return read_record(text, where, default_id, self._rules[file])
 
-    def cost(self, index: int) -> int | None:
-        return None
-
     def name(self, index: int) -> str:
         file, (_, _, number, _) = self._place(index)
         return name_of_record(self.paths[file], number)

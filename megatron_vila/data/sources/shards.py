@@ -94,9 +94,6 @@ class Shards:
                 f"{path}, sample {key}: {error}; the shard is damaged, or it is not the one that was indexed: make the index anew"
             ) from error
 
-    def cost(self, index: int) -> int | None:
-        return None
-
     def name(self, index: int) -> str:
         return f"{self.folder.place(self._table.shards[self._place(index)[0]])}, sample {self._table.key(index)}"
 

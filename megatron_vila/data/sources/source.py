@@ -38,9 +38,6 @@ class Source(Protocol):
     def record(self, index: int) -> Record:
         """Record ``index``. Raises ``RecordError`` for a bad one, ``ChangedFileError`` if the source is not what it was."""
 
-    def cost(self, index: int) -> int | None:
-        """Tokens of the sample that record ``index`` makes, without padding, if the source knows them; else they are measured."""
-
     def name(self, index: int) -> str:
         """The place of record ``index``, for messages; good and bad records have one."""
 
