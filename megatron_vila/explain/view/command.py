@@ -92,7 +92,8 @@ def _contents(page: Page) -> str:
     bad = sum(bool(sample.kind) for sample in page.samples)
     pictures = sum(len(medium.squares) for sample in page.samples for medium in sample.media)
     unusable = f", {bad} of them cannot be used" if bad else ""
-    return f"{count(len(page.samples), 'sample')}{unusable}, {count(pictures, 'picture')}"
+    rows = f", {count(len(page.rows), 'row')}" if page.rows else ""
+    return f"{count(len(page.samples), 'sample')}{unusable}, {count(pictures, 'picture')}{rows}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,7 +213,7 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
     with contextlib.ExitStack() as stack:
         painters = {name: stack.enter_context(Painter(config, opened[name], cores_of_rank())) for name in opened}
         chosen, samples = dict.fromkeys(asked), []
-        on_sample = stack.enter_context(counted("samples", len(chosen)))
+        on_sample = stack.enter_context(counted("samples", len(chosen))) if chosen else lambda: None
         for name, index in chosen:
             samples.append(sample_of(opened[name], painters[name], name, index, limits))
             on_sample()
