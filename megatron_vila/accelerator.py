@@ -82,6 +82,11 @@ def machine() -> Machine:
     return Machine(f"a GPU ({name})", device_memory_bytes(), peak_flops(name), host_bytes, is_here=True)
 
 
+def free_device_bytes() -> int:
+    """Memory of this process's GPU that nobody has taken, 0 on a CPU."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
 def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
     """``tensor`` on ``target``. What lies on the host is copied to page-locked memory (PyTorch keeps it for the next one), from
     where a GPU takes it in the order of its stream, without the host waiting for that."""

@@ -54,6 +54,12 @@ def cores_of_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here())
 
 
+def decoding_threads() -> int:
+    """Threads that decode on a rank: its cores but for those of the thread that trains and of autograd's, where it has enough."""
+    cores = cores_of_rank()
+    return cores - 2 if cores >= 8 else max(1, cores - 1) if cores >= 4 else cores
+
+
 def page_locked(size: int, setting: str) -> torch.Tensor:
     """``size`` bytes of zeros in host memory, page-locked where there is CUDA for as long as the returned tensor itself lives.
 

@@ -210,10 +210,11 @@ class DataConfig:
         "sample longer than train.seq_length: truncate (fewer frames, evenly) or drop; both are counted",
     )
     shuffle: bool = key(True, "shuffle the samples of each epoch by (train.seed, epoch)")
-    workers: int = key(0, "threads that decode on a rank; 0: one for each core that the node has for the rank")
+    workers: int = key(0, "threads that decode on a rank; 0: its cores of the node, less one or two where there are many")
     video_decoder: str = key(
         "auto",
-        "what decodes videos: cpu (cores), nvdec (the GPU's video engines what they can, cores the rest), auto (both share it)",
+        "what decodes videos: cpu (cores), nvdec (the GPU's video engines what they can, cores the rest), auto (cores, with "
+        "engines while rows are late)",
     )
     prefetch: int = key(4, "rows decoded ahead on a rank, as far as host_memory_gib has room for their pixels")
     host_memory_gib: float = key(

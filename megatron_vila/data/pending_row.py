@@ -61,7 +61,10 @@ class DecodedRow:
 
 class PendingRow:
     """The ``parts`` (units of each document, which is called as in ``names``) of a row, in work once ``budget`` has room; then
-    ``start`` is called. Keep no reference to it after ``result``: pixels count until nothing refers to them."""
+    ``start`` is called, and ``asked`` when its result is needed, with whether it is late.
+
+    Keep no reference to it after ``result``: pixels count until nothing refers to them.
+    """
 
     def __init__(
         self,
@@ -72,11 +75,13 @@ class PendingRow:
         budget: HostBudget,
         failures: FailureReasons,
         start: Callable[[PendingRow], None],
+        asked: Callable[[bool], None],
     ) -> None:
         self.turn, self.parts = turn, parts
         self._shape = (sum(ref.unit.squares for part in parts for ref in part), 3, image_size, image_size)
         self.size = int(np.prod(self._shape))
-        self._names, self._budget, self._failures, self._start = names, budget, failures, start
+        self._names, self._budget, self._failures = names, budget, failures
+        self._start, self._asked = start, asked
         self._pixels: torch.Tensor | None = None
         self._future: Future[DecodedRow] = Future()
         self._lock = threading.Lock()
@@ -87,6 +92,7 @@ class PendingRow:
     def result(self) -> DecodedRow:
         """Wait for the row. Raises ``HostBudgetError`` if it does not fit, beside rows of lower turns that are still referred to,
         ``MachineError`` where the machine is at its end, ``SquaresError``, and ``ClosedError`` if it was given up."""
+        self._asked(not self._future.done())
         before = self._budget.need(self)
         if before is not None:
             self._end(HostBudgetError(self._too_large(before)))

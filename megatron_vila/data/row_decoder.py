@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from megatron_vila import accelerator
 from megatron_vila.data.decode_pool import DecodePool, Help, Job
 from megatron_vila.data.failures import FailureReasons
 from megatron_vila.data.host_budget import HostBudget
@@ -26,8 +27,8 @@ from megatron_vila.data.media import MediaSource, name_of
 from megatron_vila.data.pending_row import ClosedError, DecodeWork, PendingRow, SquaresError
 from megatron_vila.data.row_tasks import Probe, Task, cut, part_of
 from megatron_vila.data.video import VideoReader
+from megatron_vila.data.video_engines import MEMORY_BYTES, Need, VideoEngines, engines_of
 from megatron_vila.data.video_engines import THREADS as ENGINE_THREADS
-from megatron_vila.data.video_engines import VideoEngines, engines_of
 from megatron_vila.plan.row import Document
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class RowDecoder:
     * ``probe`` gives the frame table of a video; ``failures`` puts errors into words.
     * ``workers`` threads on cores.
     * ``budget_bytes``: most pixels of the rows that are begun and not yet freed by whoever took them; None: no limit.
-    * ``video_decoder``: cpu, nvdec (video engines do what they can, cores the rest) or auto (cores and engines share it).
+    * ``video_decoder``: cpu, nvdec (video engines do what they can, cores the rest) or auto (engines help while rows are late).
 
     Raises ``SettingError`` for nvdec where there is none.
     """
@@ -64,9 +65,11 @@ class RowDecoder:
         self._unsuited: set[MediaSource] = set()
         engine_threads = ENGINE_THREADS if self._engines is not None else 0
         self._pool = DecodePool(self._workers, engine_threads, cores_do_all=video_decoder != "nvdec")
+        self._need = Need() if self._engines is not None and video_decoder == "auto" else None
+        self._pool.use_engines(self._engines is not None and self._need is None)
         self._budget = HostBudget(budget_bytes)
         self._rows: weakref.WeakSet[PendingRow] = weakref.WeakSet()
-        self._closed = False
+        self._closed = self._has_used_engines = False
 
     def close(self) -> None:
         """Give up all rows that are not done; those in work end at their next picture."""
@@ -81,13 +84,23 @@ class RowDecoder:
         Rows of a lower ``turn`` go first. Call it in the order in which the rows are needed.
         """
         names, parts = [document.sample_id for document in documents], part_of(documents, local)
-        row = PendingRow(turn, names, parts, self._image_size, self._budget, self._failures, self._start)
+        row = PendingRow(turn, names, parts, self._image_size, self._budget, self._failures, self._start, self._asked)
         self._rows.add(row)
         if self._closed:
             row.cancel()
         else:
             self._budget.add(row)
         return row
+
+    def _asked(self, late: bool) -> None:
+        if self._need is None or not self._need.note(late):
+            return
+        if self._need.is_there and accelerator.free_device_bytes() < MEMORY_BYTES and not self._has_used_engines:
+            self._need = None
+            logger.info("videos are decoded on the host alone: the GPU has too little free memory for its video engines")
+            return
+        self._has_used_engines = True
+        self._pool.use_engines(self._need.is_there)
 
     def _start(self, row: PendingRow) -> None:
         self._pool.submit([Job(row.turn, -1, lambda _: row.work_at(lambda: self._plan(row)))])

@@ -24,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 from megatron_vila import accelerator
 from megatron_vila.data.media import MediaSource, open_video
 from megatron_vila.errors import SettingError
+from megatron_vila.plan.budgets import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,12 @@ CODECS = ("h264", "hevc", "vp9", "av1")
 
 THREADS = 8
 """Threads that keep the engines of a GPU busy: an H200 has seven."""
+
+MEMORY_BYTES = 6 * GIB
+"""Memory of the GPU that must be free before engines are begun to be used: with 1080p they took 2.7 GiB."""
+
+UNJUDGED_ROWS = 16
+"""First rows of a run, which are waited for because nothing is decoded ahead yet."""
 
 _BLOCKING_SYNC = 4  # CU_CTX_SCHED_BLOCKING_SYNC: a thread that waits for the GPU leaves its core to others
 
@@ -57,6 +64,27 @@ def engines_of(video_decoder: str) -> VideoEngines | None:
             ) from error
         logger.info("videos are decoded on the host alone: %s", error)
         return None
+
+
+class Need:
+    """Whether engines are needed, by whether rows were late: one that had to be waited for when it was needed is.
+
+    Engines slow the layers down and take memory, so cores do what they can do in time.
+    """
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self._rows, self._late = 0, 0
+
+    def note(self, late: bool) -> bool:
+        """Count a row; whether ``is_there`` has changed by it."""
+        self._rows += 1
+        if self._rows <= UNJUDGED_ROWS:
+            return False
+        self._late = min(8, self._late + 1) if late else max(0, self._late - 1)
+        before = self.is_there
+        self.is_there = self._late >= 2 or (before and self._late > 0)
+        return self.is_there != before
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from megatron_vila.data.sources.open import Blend
 from megatron_vila.data.sources.source import Source, report_bad_records
 from megatron_vila.data.stream import Stream, StreamState
 from megatron_vila.errors import ConfigError
-from megatron_vila.host_memory import cores_of_rank, most_bytes, ranks_here
+from megatron_vila.host_memory import cores_of_rank, decoding_threads, most_bytes, ranks_here
 from megatron_vila.parallel.agreement import gathered
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.budgets import GIB
@@ -92,7 +92,7 @@ def _decoder(config: Config, dataset: VilaDataset) -> RowDecoder:
         dataset.failures,
         image_size=config.model.vision.image_size,
         aspect=data.image_aspect,
-        workers=data.workers or cores_of_rank(),
+        workers=data.workers or decoding_threads(),
         budget_bytes=int(data.host_memory_gib * GIB) or share // 4,
         video_decoder=data.video_decoder,
     )

@@ -1,6 +1,7 @@
 """The benchmark of loading."""
 
 import csv
+from pathlib import Path
 
 from benchmarks import data, recording
 from megatron_vila.data.video import decode_video_frames
@@ -23,3 +24,10 @@ def test_a_made_up_recording_is_the_same_each_time(tmp_path, monkeypatch):
     one, two = (recording.write_recording(tmp_path / name, 1) for name in ("one.mp4", "two.mp4"))
     assert decode_video_frames(one, [0, 17, 29])[1].tobytes() == decode_video_frames(two, [0, 17, 29])[1].tobytes()
     assert decode_video_frames(one, [0])[0].tobytes() != decode_video_frames(one, [17])[0].tobytes()
+
+
+def test_the_published_table_has_every_column_and_names_hardware_versions_and_command():
+    with (Path(__file__).parents[2] / "docs/benchmarks/data.csv").open() as table:
+        for row in csv.DictReader(table):
+            assert tuple(row) == data.COLUMNS
+            assert row["hardware"] and "torch 2" in row["versions"] and row["command"].startswith("python -m benchmarks.data ")

@@ -18,6 +18,7 @@ from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.pending_row import ClosedError, HostBudgetError
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.video import VideoReader, probe_video
+from megatron_vila.data.video_engines import UNJUDGED_ROWS, Need
 from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import Document, FrameRef
 from tests.data.stamped import write
@@ -237,6 +238,37 @@ def test_idle_threads_are_lent_once_and_only_if_nothing_waits():
     pool.close()
 
 
+def test_engines_stand_still_until_they_are_to_be_used_and_cores_stand_aside_then():
+    names = []
+
+    def jobs():
+        return [Job(0, place, lambda _: names.append(threading.current_thread().name), for_engine=True) for place in range(9)]
+
+    def done(count):
+        while len(names) < count:
+            pass
+        return set(names)
+
+    pool = DecodePool(3, engines=4)
+    pool.submit(jobs())
+    assert done(9) <= {"decode-0", "decode-1", "decode-2"}
+    names.clear()
+    pool.use_engines(True)
+    pool.submit(jobs())
+    assert not done(9) & {"decode-1", "decode-2"}
+    pool.close()
+
+
+def test_engines_are_needed_while_rows_are_late():
+    need = Need()
+    assert not any(need.note(late=True) for _ in range(UNJUDGED_ROWS))
+    assert [need.note(late) for late in (True, False, True, True, True, False, False, False)] == [
+        *(False, False, False, True, False, False, False),
+        True,
+    ]
+    assert not need.is_there
+
+
 def test_engines_take_only_what_they_can_do_and_cores_leave_it_to_them_if_asked():
     found = {}
 
@@ -244,6 +276,7 @@ def test_engines_take_only_what_they_can_do_and_cores_leave_it_to_them_if_asked(
         return Job(0, place, lambda chosen: found.setdefault(place, chosen.on_engine), for_engine=for_engine)
 
     pool = DecodePool(2, engines=2, cores_do_all=False)
+    pool.use_engines(True)
     pool.submit(job(place, place % 2 == 0) for place in range(20))
     while len(found) < 20:
         pass
