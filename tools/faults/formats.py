@@ -72,8 +72,8 @@ FAULTS = [
     Fault(
         "notes beside a caption are taken for its record",
         "megatron_vila/data/formats/read.py",
-        'if name != "url"}',
-        "}",
+        "if caption is None or content.keys() & FIELDS - set(document.WRITTEN):",
+        "if caption is None or content:",
         CONTAINERS,
     ),
     Fault(

@@ -89,13 +89,10 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str, medi
 
 def with_caption(content: dict[str, Any], caption: str | None) -> dict[str, Any]:
     """The record of a medium from the JSON and the caption that stand beside it. The caption is the text where the JSON holds no
-    more than notes, such as the ``url`` that a downloader leaves."""
-    if content.keys() & FIELDS - set(document.WRITTEN):
+    more than notes, as a downloader leaves them."""
+    if caption is None or content.keys() & FIELDS - set(document.WRITTEN):
         return content
-    notes = {name: value for name, value in content.items() if name != "url"}
-    if caption is None:
-        return notes
-    return {name: value for name, value in notes.items() if name not in document.WRITTEN} | {"text": caption}
+    return {name: value for name, value in content.items() if name not in document.WRITTEN} | {"text": caption}
 
 
 def names_media(content: Mapping[str, Any]) -> bool:
