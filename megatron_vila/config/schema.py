@@ -147,7 +147,7 @@ class DataConfig:
 
     train: list[str] = key(
         [],
-        "training samples: JSON or JSONL files, folders with Energon's or VILA's WebDataset shards, addresses of such folders "
+        "training samples: JSON or JSONL files, WebDataset shards (tar files, Energon's or VILA's folders), addresses of such folders "
         "(s3://, https:// ...), or one of Energon's metadataset YAML files",
     )
     weights: list[float] = key(
@@ -195,7 +195,9 @@ class DataConfig:
         "saves and ends; 1: never",
     )
     ignore_fields: list[str] = key(
-        [], "fields of a record, and parts of a sample in a shard, that are not looked at, though they look like media"
+        [],
+        "fields of records and their turns, and parts of samples in shards, that are not looked at though they look like media or "
+        "change what is learned",
     )
     cache_dir: str = key(
         "",
