@@ -147,7 +147,8 @@ class DataConfig:
 
     train: list[str] = key(
         [],
-        "training samples: JSON or JSONL files, WebDataset shards (tar files, Energon's or VILA's folders), addresses of such folders "
+        "training samples: JSON or JSONL files, WebDataset shards (tar files, Energon's or VILA's folders), addresses of such "
+        "folders "
         "(s3://, https:// ...), or one of Energon's metadataset YAML files",
     )
     weights: list[float] = key(
@@ -196,8 +197,8 @@ class DataConfig:
     )
     ignore_fields: list[str] = key(
         [],
-        "fields of records and their turns, and parts of samples in shards, that are not looked at though they look like media or "
-        "change what is learned",
+        "fields of records and their turns, and parts of samples in shards, that are not looked at though they look like "
+        "media or change what is learned",
     )
     cache_dir: str = key(
         "",
