@@ -49,6 +49,8 @@ def describe(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     fields += [
         ("data wait", f"{record['data_wait_s']:.3f}s"),
         *([("source frames/s", _rate(record["source_frames_per_s"]))] if record.get("source_frames_per_s") else []),
+        *([("rows full", f"{100 * record['row_fill']:.1f}%")] if record.get("row_fill") else []),
+        *([("spread", f"{100 * record['predicted_spread']:.1f}%")] if record.get("predicted_spread") else []),
         ("memory", f"{record['peak_memory_gib']:.1f}GiB"),
         ("skipped", str(record["skipped"])),
     ]
