@@ -1,6 +1,6 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import formats, guards, house, inputs, models, parallel, prepare, runs, steps, weights
+from . import formats, guards, house, inputs, models, parallel, prepare, runs, steps, view, weights
 
 FAULTS = [
     *parallel.FAULTS,
@@ -13,4 +13,5 @@ FAULTS = [
     *house.FAULTS,
     *formats.FAULTS,
     *prepare.FAULTS,
+    *view.FAULTS,
 ]
