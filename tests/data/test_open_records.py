@@ -32,7 +32,8 @@ def test_paths_of_several_kinds_are_read_one_after_the_other(tmp_path):
     tar.write_bytes(tar.read_bytes()[:1600])
     lines = write_jsonl(tmp_path / "c.jsonl", [sample(5), {"id": "bad"}])
     records = open_records(DataConfig(), [str(tmp_path / "a"), lines, str(tmp_path / "b")])
-    assert (len(records), sorted(records.bad)) == (6, [3, 5])
+    assert (len(records), sorted(records.bad)) == (6, [3, 5]) and not records.is_self_contained
+    assert open_records(DataConfig(), [str(tmp_path / "a")] * 2).is_self_contained
     assert [records.record(n).sample_id for n in (0, 1, 2, 4)] == ["s0", "s1", "s5", "s9"]
     assert records.name(3) == f"{lines}, line 2" and records.name(5).endswith("b/000000.tar, sample bad")
     assert records.digest != open_records(DataConfig(), [lines, str(tmp_path / "a"), str(tmp_path / "b")]).digest

@@ -217,7 +217,7 @@ def test_a_shard_that_changes_is_told_and_old_pieces_are_not_mixed_with_new_ones
 
 def test_an_address_that_cannot_be_read_is_refused_by_name_and_cure(data, files, tmp_path):
     for address, words in (
-        (f"{files.url}/nowhere", r"nowhere/\.nv-meta/\.info\.json: names no shards"),
+        (f"{files.url}/nowhere", r"nowhere/\.nv-meta/\.info\.json: there is no such file"),
         ("nosuch://bucket/set", "nosuch://bucket/set: not an address that can be read: Protocol not known"),
         ("hdfs://bucket/set", "hdfs://bucket/set: .*(not installed|cannot be read|not an address)"),
     ):

@@ -20,6 +20,7 @@ class Container:
 
     bad: Mapping[int, str] = {}
     holdings: Mapping[str, Holdings] = {}
+    is_self_contained = False
 
     def __init__(self, files: list[str]) -> None:
         self.digest = digest_of((os.path.basename(path), *_state(path)) for path in files)

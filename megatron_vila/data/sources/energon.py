@@ -56,6 +56,8 @@ def _shard_counts(folder: Folder) -> dict[str, int]:
         if info is not None:
             break
     path = folder.place(f"{META}/.info.json")
+    if info is None:
+        raise RecordError(f"{path}: there is no such file; {_PREPARE}, or name another folder")
     counts = info.get("shard_counts") if isinstance(info, dict) else None
     if not isinstance(counts, dict) or not counts or not all(isinstance(count, int) for count in counts.values()):
         raise RecordError(f"{path}: names no shards (shard_counts); {_PREPARE}")

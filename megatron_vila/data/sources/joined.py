@@ -25,6 +25,7 @@ class Joined:
             for index, reason in source.bad.items()
         }
         self.digest = digest_of([source.digest for source in sources])
+        self.is_self_contained = all(source.is_self_contained for source in sources)
         self.holdings: Mapping[str, Holdings] = {name: held for s in sources for name, held in s.holdings.items()}
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Part:
         self._source, self._first, self._end = source, first, end
         self.bad = {index - first: reason for index, reason in source.bad.items() if first <= index < end}
         self.digest = digest_of([source.digest, first, end])
-        self.holdings = source.holdings
+        self.holdings, self.is_self_contained = source.holdings, source.is_self_contained
 
     def __len__(self) -> int:
         return self._end - self._first

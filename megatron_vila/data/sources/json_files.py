@@ -31,6 +31,8 @@ class JsonFiles:
     they are not skipped or where no record is good.
     """
 
+    is_self_contained = False
+
     def __init__(
         self,
         paths: Sequence[str],

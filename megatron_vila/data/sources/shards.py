@@ -35,6 +35,8 @@ class Shards:
     sample is good.
     """
 
+    is_self_contained = True
+
     def __init__(
         self,
         folder: Folder,

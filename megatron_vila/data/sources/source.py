@@ -33,6 +33,10 @@ class Source(Protocol):
     def holdings(self) -> Mapping[str, Holdings]:
         """What prepared sets among the records hold, by their folders."""
 
+    @property
+    def is_self_contained(self) -> bool:
+        """Whether media lie in the files of the set itself, so that none can be missing alone."""
+
     def __len__(self) -> int: ...
 
     def record(self, index: int) -> Record:
