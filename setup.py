@@ -17,6 +17,7 @@ REQUIRED = [
     "safetensors>=0.8",
     "sentencepiece>=0.2",
     "jinja2>=3.1",
+    "markupsafe>=3",
     "av>=18",
     "pillow>=11.3",
     "numpy>=2",

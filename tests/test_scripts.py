@@ -24,6 +24,7 @@ from megatron_vila.plan.validate import validate
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [*sorted(ROOT.glob("examples/*.sh")), ROOT / "tests/run.sh", ROOT / ".ci/check", ROOT / ".ci/run"]
+PACKAGED = (".py", ".yaml", ".typed", ".jinja", ".css", ".js")
 MODELS = ["longvila-1.5b", "longvila-7b", "llama3-longvila-8b"]
 DATA = {"DATA": "/data/a.json,/data/b.json", "TOKENIZER": "/models/tokenizer"}
 
@@ -352,7 +353,7 @@ def test_a_built_package_is_the_package_with_its_presets_and_types_and_nothing_e
         check=True,
         capture_output=True,
     )
-    ours = {p.relative_to(ROOT) for p in (ROOT / "megatron_vila").rglob("*") if p.suffix in (".py", ".yaml", ".typed")}
+    ours = {p.relative_to(ROOT) for p in (ROOT / "megatron_vila").rglob("*") if p.suffix in PACKAGED}
     assert len([path for path in ours if path.suffix == ".yaml"]) > 10
     assert {p.relative_to(tmp_path / "built") for p in (tmp_path / "built").rglob("*") if p.is_file()} == ours
 
