@@ -5,9 +5,11 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import ColorRange, VideoReformatter
 from PIL import Image
 
 from megatron_vila.data import row_decoder, row_tasks
@@ -15,10 +17,12 @@ from megatron_vila.data.decode_pool import DecodePool, Job
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.groups import slices
 from megatron_vila.data.images import load_image, preprocess
+from megatron_vila.data.media import open_video
 from megatron_vila.data.pending_row import ClosedError, HostBudgetError
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.video import VideoReader, probe_video
-from megatron_vila.data.video_engines import UNJUDGED_ROWS, Need
+from megatron_vila.data.video_engines import UNJUDGED_ROWS, Need, VideoEngineError, as_decoded
+from megatron_vila.errors import SettingError
 from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import Document, FrameRef
 from tests.data.stamped import write
@@ -290,3 +294,44 @@ def test_engines_take_only_what_they_can_do_and_cores_leave_it_to_them_if_asked(
         pass
     pool.close()
     assert found == {0: False}
+
+
+class Refusing:
+    """In the place of video engines, which need a GPU: opens a video and gives up at its third frame."""
+
+    def open_video(self, source):
+        return open_video(source)
+
+    def fetch(self, frame, size, reformatter):
+        if frame.pts > 2 * frame.duration:
+            raise VideoEngineError("enough")
+        return as_decoded(reformatter.reformat(frame, format="nv12"), reformatter)
+
+
+def test_what_an_engine_begins_and_gives_up_is_done_by_a_core_with_the_same_pixels(folder, cut_small, monkeypatch):
+    monkeypatch.setattr(row_decoder, "engines_of", lambda name: Refusing())
+    rows = decoder(workers=1, video_decoder="nvdec")
+    row = rows.submit(0, [video(folder, "gops.mp4", range(20))], range(20)).result()
+    assert torch.equal(row.pixels, by_one_thread(folder, "gops.mp4", range(20)))
+    assert row.undecodable == {} and str(folder / "gops.mp4") in rows._unsuited
+    rows.close()
+
+
+@pytest.mark.parametrize("range_", [ColorRange.MPEG, ColorRange.JPEG])
+def test_frames_as_engines_give_them_become_the_pictures_of_a_core(folder, range_):
+    with av.open(str(folder / "gops.mp4")) as container:
+        frame = next(container.decode(video=0))
+    frame.color_range = range_
+    as_nv12 = VideoReformatter().reformat(frame, format="nv12")
+    by_engine, by_core = (
+        VideoReformatter().reformat(each, format="rgb24").to_ndarray()
+        for each in (as_decoded(as_nv12, VideoReformatter()), frame)
+    )
+    assert np.array_equal(by_engine, by_core)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be video engines")
+def test_a_machine_without_video_engines_refuses_them_and_does_without_where_it_may():
+    with pytest.raises(SettingError, match=r"data\.video_decoder=nvdec: .* use auto or cpu"):
+        decoder(video_decoder="nvdec")
+    decoder(video_decoder="auto").close()
