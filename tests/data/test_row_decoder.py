@@ -17,7 +17,7 @@ from megatron_vila.data.decode_pool import DecodePool, Job
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.groups import slices
 from megatron_vila.data.images import load_image, preprocess
-from megatron_vila.data.media import open_video
+from megatron_vila.data.media import MediaError, open_video
 from megatron_vila.data.pending_row import ClosedError, HostBudgetError
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.video import VideoReader, probe_video
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
     pictures = [noise[i : i + 64] for i in range(FRAMES)]
     for name, how in AWKWARD.items():
         write(folder / name, FRAMES, pictures=pictures, **how)
-    for suffix in ("ts", "vob"):
+    for suffix in ("ts", "vob", "mkv"):
         halves = [write(folder / f"{n}.{suffix}", 30, gop=12, pictures=pictures[30 * n :]) for n in range(2)]
         (folder / f"joined.{suffix}").write_bytes(b"".join(Path(half).read_bytes() for half in halves))
     data = bytearray((folder / "gops.mp4").read_bytes())
@@ -93,7 +93,7 @@ def cut_small(monkeypatch):
     monkeypatch.setattr(row_decoder, "LARGE_TASK", 1)
 
 
-@pytest.mark.parametrize("name", [*AWKWARD, "joined.ts", "joined.vob"])
+@pytest.mark.parametrize("name", [*AWKWARD, "joined.ts", "joined.vob", "joined.mkv"])
 def test_frames_decoded_apart_by_many_threads_are_those_of_one_thread_to_the_bit(folder, cut_small, name):
     total = probe_video(folder / name).num_frames
     for indices in (range(total), range(0, total, 7), [11, 12, 13, 23, 24, total - 1], [total // 2]):
@@ -134,6 +134,19 @@ def test_the_reason_of_a_broken_sample_is_the_first_whoever_finds_it(folder, cut
     assert set(found[0]) == {0, 2} and "decoding frame" in found[0][0] and "no such file" in found[0][2]
 
 
+def test_of_two_failures_of_a_document_the_first_counts_and_what_comes_before_it_is_still_tried(folder):
+    rows = decoder(budget_bytes=5 * ROW)
+    first = rows.submit(0, [pictures(folder, 5)], range(5))
+    row = rows.submit(1, [pictures(folder, 5)], range(5))  # has not begun
+    for number in (5, 2, 7):
+        row.fault(0, number, MediaError("v.mp4", f"at {number}"))
+    tasks = [row_tasks.Task(place, number, (), 0) for place, number in ((0, 1), (0, 3), (1, 3))]
+    assert [row.wants(task) for task in tasks] == [True, False, True]
+    first.cancel()
+    assert row.result().undecodable == {0: "v.mp4: at 2"}
+    rows.close()
+
+
 def test_a_machine_at_its_end_ends_the_row(folder):
     def no_files(source):
         raise OSError(24, "Too many open files")
@@ -151,6 +164,7 @@ def test_slices_cost_the_frames_on_the_way_and_hold_each_wanted_frame_once(folde
     assert [(part.first, part.last, part.frames) for part in apart] == [(0, 2, 4), (2, 3, 2), (3, 4, 7), (4, 5, 12)]
     assert [(part.first, part.last) for part in slices(info, wanted, 10)] == [(0, 4), (4, 5)]
     assert [part.frames for part in slices(probe_video(folder / "counted.avi"), [5, 50], 1)] == [51]
+    assert [part.frames for part in slices(probe_video(folder / "joined.mkv"), [5, 50], 1)] == [51]
     assert list(slices(info, [], 1)) == []
 
 
@@ -286,6 +300,14 @@ def test_engines_take_only_what_they_can_do_and_cores_leave_it_to_them_if_asked(
         pass
     pool.close()
     assert found == {place: place % 2 == 0 for place in range(20)}
+    # Cores leave jobs to engines that are not in use yet, too.
+    found.clear()
+    pool = DecodePool(1, engines=1, cores_do_all=False)
+    pool.submit([job(0, True), job(1, False)])
+    while 1 not in found:
+        pass
+    assert 0 not in found
+    pool.close()
     # Without engines cores do all.
     found.clear()
     pool = DecodePool(1, engines=0, cores_do_all=False)
