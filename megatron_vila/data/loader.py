@@ -171,6 +171,8 @@ class RowLoader:
     def _make(self, step: _Dealt) -> list[MadeRow]:
         """The rows of this replica in ``step``, while those after it are begun."""
         with self._lock:
+            for key in self._current.difference(step.keys) & self._jobs.keys():
+                self._maker.give_up(self._jobs.pop(key))  # of the step as it was planned before: its pixels make room
             self._current = set(step.keys)
             first = (self._first_ahead - 1) * len(step.mine)
             jobs = [self._begin(first + place, step.plan, number) for place, number in enumerate(step.mine)]
