@@ -48,6 +48,7 @@ MOST: dict[str, float] = {
     "memory.block_layers": 1024,
     "memory.mlp_tile": 2**28,
     "memory.offload_gib": 65536,
+    "data.cache_gib": 2**20,
     "data.fps": 1000,
     "data.host_memory_gib": 65536,
     "data.num_frames": 10**6,

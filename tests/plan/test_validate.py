@@ -195,7 +195,7 @@ def test_every_number_of_the_schema_has_a_bound_or_a_rule_of_its_own():
         f"{s}.{leaf}" for table in (AT_LEAST_ONE, AT_LEAST_ZERO, ABOVE_ZERO) for s, ls in table.items() for leaf in ls
     }
     own_rule = {"model.vision.select_layer", "model.llm.head_dim"}
-    own_rule |= {"optim.beta1", "optim.beta2", "optim.offload_fraction", "data.max_broken"}
+    own_rule |= {"optim.beta1", "optim.beta2", "optim.offload_fraction", "data.max_broken", "data.cache_gib"}
     own_rule |= {f"optim.{part}.lr" for part in ("vision", "projector", "llm")}
     numbers = {k.name for k in config_keys() if k.type in (int, float, int | None, float | None)}
     assert numbers == bounded | own_rule
