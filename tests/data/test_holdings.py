@@ -53,10 +53,10 @@ def test_settings_that_want_more_are_told_by_folder_setting_and_cure(config, tmp
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "not JSON"),
+        (b"{", "not JSON.*--finish"),
         (b"[]", r"have format \[\], and format 1 is read here"),
         (b'{"format": 2}', "the shards have format 2, and format 1 is read here"),
-        (b'{"format": 1, "fps": "two"}', "field 'fps': must be a number, 0 or more, found 'two'"),
+        (b'{"format": 1, "fps": "two"}', "field 'fps': must be a number, 0 or more, found 'two'; .*--finish"),
         (b'{"format": 1, "short_side": -1}', "field 'short_side': must be a number"),
         (b'{"format": 1, "media_format": "other"}', "field 'media_format': must be vila or verbatim, found 'other'"),
     ],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vila.data.prepare.command import main
 from megatron_vila.data.prepare.finish import UnfinishedError, all_steps
 from megatron_vila.data.prepare.options import Options
 from megatron_vila.data.prepare.part import TooManyBadError
@@ -276,6 +277,26 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(source, tmp_path):
     with pytest.raises(SettingError, match="60 parts for 51 records"):
         run(task(source, tmp_path / "out", parts=60))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "s3://bucket/set"], "--out s3://bucket/set must be a folder of this machine"),
+        (["--media-dir", "s3://bucket/media"], "--media-dir s3://bucket/media must be a folder"),
+        (["--max-bad", "nan"], "--max-bad nan is out of range; use 0 to 1"),
+        (["--max-bad", "50"], "--max-bad 50 is out of range; use 0 to 1"),
+        (["--shard-mib", "0"], "--shard-mib 0 is out of range"),
+        (["--ray", "0"], "--ray 0 must be a number of parts"),
+        (["--processes", "-1"], "--processes -1 must be 0"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_by_its_name_before_the_work(
+    tmp_path, monkeypatch, capsys, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train.json", "--out", "out", *arguments]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_work_on_one_part(source, tmp_path):

@@ -121,7 +121,11 @@ def test_the_last_part_makes_the_index_and_finish_does_it_too(prepared, tmp_path
     assert "1 of 2 parts are not finished: 0; run them (--part NUMBER/2), then --finish" in capsys.readouterr().err
     assert main([*arguments, "--part", "0/2"]) == 1
     assert (tmp_path / "out" / ".nv-meta" / "index.sqlite").is_file()
+    index = tmp_path / "out" / ".nv-meta" / "index.sqlite"
+    index.write_bytes(b"damaged")
+    (tmp_path / "out" / "megatron_vila.json").write_text("damaged")
     assert main([*arguments, "--finish"]) == 1
+    assert index.read_bytes().startswith(b"SQLite") and len(open_records(DataConfig(), [str(tmp_path / "out")])) == 4
     assert main([*arguments, "--part", "2/2"]) == 2
     assert "--part 2/2 must be I/N" in capsys.readouterr().err
 
@@ -129,7 +133,8 @@ def test_the_last_part_makes_the_index_and_finish_does_it_too(prepared, tmp_path
 def test_nothing_usable_ends_with_2_and_a_report(tmp_path, capsys):
     (tmp_path / "train.json").write_text(json.dumps([{"video": "gone.mp4", "conversations": turns("<video>")}]))
     assert main([str(tmp_path / "train.json"), "--out", str(tmp_path / "out"), "--processes", "0"]) == 2
-    assert "none of 1 samples can be used" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "none of 1 samples can be used" in told and f"remove {tmp_path / 'out'} and start anew" in told
     assert "gone.mp4" in (tmp_path / "out" / "report.html").read_text()
 
 

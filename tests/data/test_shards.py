@@ -208,6 +208,16 @@ def test_samples_beyond_the_end_of_a_cut_shard_are_bad_and_counted_at_the_start(
         Shards.of_energon(replace(DATA, bad_records="stop"), str(tmp_path))
 
 
+def test_a_shard_that_is_no_regular_file_is_refused_at_the_start(tmp_path):
+    for number, make in enumerate((os.mkdir, os.mkfifo)):
+        folder = tmp_path / str(number)
+        write_shards(folder, [numbered(0, 3)])
+        (folder / "000000.tar").unlink()
+        make(folder / "000000.tar")
+        with pytest.raises(RecordError, match="000000.tar: not a regular file; put the shard back"):
+            Shards.of_energon(DATA, str(folder))
+
+
 def test_an_index_of_other_shards_is_told_at_each_sample(tmp_path):
     write_shards(tmp_path, [numbered(0, 3)])
     write_tar(tmp_path / "000000.tar", numbered(1, 3))

@@ -130,6 +130,8 @@ def _part(options: argparse.Namespace) -> tuple[int | None, int]:
         from megatron_vila.data.prepare.state import parts_of
 
         return None, parts_of(Path(options.out))
+    if options.ray is not None and options.ray < 1:
+        raise SettingError(f"--ray {options.ray} must be a number of parts, 1 or more")
     if options.part is None:
         return None, options.ray or 1
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", options.part)
@@ -147,6 +149,15 @@ def _task(options: argparse.Namespace, parts: int):
     given = {each.name: getattr(options, each.name) for each in fields(Options) if hasattr(options, each.name)}
     if options.short_side is None:
         given["short_side"] = config.model.vision.image_size
+    for name, value in (("--out", options.out), ("--media-dir", options.media_dir)):
+        if "://" in value:
+            raise SettingError(f"{name} {value} must be a folder of this machine; for another storage, copy the folder")
+    if not 0 <= options.max_bad <= 1:
+        raise SettingError(f"--max-bad {options.max_bad:g} is out of range; use 0 to 1")
+    if not 1 <= options.shard_mib <= 2**20:
+        raise SettingError(f"--shard-mib {options.shard_mib} is out of range; use 1 to {2**20}")
+    if options.processes is not None and options.processes < 0:
+        raise SettingError(f"--processes {options.processes} must be 0 (none beside this one) or more")
     chosen = Options(**given, shard_bytes=options.shard_mib << 20, parts=parts)
     return Task(
         # Absolute: tasks on other machines may stand elsewhere.

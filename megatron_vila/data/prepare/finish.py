@@ -50,8 +50,11 @@ def all_steps(output: Output, plan: Plan) -> list[Step]:
     return [step for steps in parts for step in steps]
 
 
-def finish(output: Output, plan: Plan, processes: int) -> Tally:
-    """Write what belongs to all shards together; doing it again changes nothing. Raises ``UserError``."""
+def finish(output: Output, plan: Plan, processes: int, anew: bool = False) -> Tally:
+    """Write what belongs to all shards together; doing it again changes nothing. ``anew``: make an index that is there again.
+
+    Raises ``UserError``.
+    """
     with output.alone("the index"):
         steps = all_steps(output, plan)
         tally = total(step.tally for step in steps)
@@ -59,8 +62,11 @@ def finish(output: Output, plan: Plan, processes: int) -> Tally:
         if not shards:
             write_report(output.folder, plan, tally, shards, 0)
             raise UserError(
-                f"none of {plan.records:,} samples can be used; {output.folder}/report.html names the reasons"
+                f"none of {plan.records:,} samples can be used; {output.folder}/report.html names the reasons. Mend them, remove "
+                f"{output.folder} and start anew"
             )
+        if anew:
+            (output.folder / FILE).unlink(missing_ok=True)
         if not (output.folder / FILE).exists():
             _index(output.folder, processes)
         write_report(output.folder, plan, tally, shards, sum(step.size for step in steps))

@@ -76,7 +76,7 @@ def only_finish(task: Task) -> Tally:
     require_energon()
     with disk_errors(task.out):
         _, plan, output = begin(task)
-        return _finish(task, output, plan)
+        return _finish(task, output, plan, anew=True)
 
 
 def begin(task: Task) -> tuple[Source, Plan, Output]:
@@ -110,9 +110,9 @@ def do_parts(
             )
 
 
-def _finish(task: Task, output: Output, plan: Plan) -> Tally:
+def _finish(task: Task, output: Output, plan: Plan, anew: bool = False) -> Tally:
     with busy("the index of the shards"):
-        return finish(output, plan, task.processes)
+        return finish(output, plan, task.processes, anew)
 
 
 def _open(task: Task) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -76,6 +77,10 @@ class LocalFolder:
             raise RecordError(
                 f"{self.place(name)}: cannot be read: {error.strerror}; put it back, or prepare the folder again"
             ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(
+                f"{self.place(name)}: not a regular file; put the shard back, or prepare the folder again"
+            )
         return status.st_size, str(status.st_mtime_ns)
 
     def states(self, names: Sequence[str]) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.data.fields import RecordError, shown
 
 FILE = "megatron_vila.json"
+CURE = "start the command that prepared the set once more with --finish, which writes this file anew"
 FORMAT = 1
 """The format of shards that is written and read."""
 
@@ -36,7 +37,7 @@ def holdings_of(content: bytes, path: str) -> Holdings:
     try:
         told = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not JSON: {error}") from error
+        raise RecordError(f"{path}: not JSON: {error}; {CURE}") from error
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         found = shown(told.get("format")) if isinstance(told, dict) else shown(told)
         raise RecordError(
@@ -46,10 +47,10 @@ def holdings_of(content: bytes, path: str) -> Holdings:
     known = {field.name: told[field.name] for field in fields(Holdings) if told.get(field.name) is not None}
     for name, value in known.items():
         if name in _NONE and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31):
-            raise RecordError(f"{path}, field '{name}': must be a number, 0 or more, found {shown(value)}")
+            raise RecordError(f"{path}, field '{name}': must be a number, 0 or more, found {shown(value)}; {CURE}")
     if known.get("media_format", "verbatim") not in ("vila", "verbatim"):
         raise RecordError(
-            f"{path}, field 'media_format': must be vila or verbatim, found {shown(known['media_format'])}"
+            f"{path}, field 'media_format': must be vila or verbatim, found {shown(known['media_format'])}; {CURE}"
         )
     return Holdings(**known)
 
