@@ -120,7 +120,7 @@ def test_a_metadataset_of_the_first_version_and_one_beside_a_file_are_read(sets)
         ({"path": "a", "subset": {"range": [0, 9]}}, "records 0 to 9 of 4 are no part of them; change 'subset'"),
         ({"path": "mix.yaml"}, "metadatasets name each other more than 16 deep"),
         ({"path": "gone.yaml"}, "gone.yaml: cannot be read: No such file"),
-        ({"path": "gone"}, "gone: the name must end in .json"),
+        ({"path": "gone"}, "gone: there is no such file or folder"),
         ("text", "splits.train: must be an object"),
     ],
 )

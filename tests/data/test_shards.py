@@ -255,6 +255,8 @@ def test_parts_of_a_split_are_read_for_training_and_for_evaluation(tmp_path):
         open_records(DATA, [str(tmp_path)], "test")
     index_shards(tmp_path, names, {"all": names})
     assert len(open_records(DATA, [str(tmp_path)], "val")) == 4
+    with pytest.raises(RecordError, match="no shard is in the part 'other'; parts with shards are all"):
+        open_records(DATA, [str(tmp_path)], "other")
     content = (
         (tmp_path / ".nv-meta/split.yaml").read_text().replace("exclude: []", "exclude: [000000.tar, 000001.tar/00001]")
     )

@@ -91,7 +91,8 @@ def _chosen(folder: Folder, counts: Mapping[str, int], part: str) -> tuple[list[
     left_out = set(_expanded(path, split.get("exclude") or []))
     found = {str(name): [s for s in _expanded(path, names or []) if s not in left_out] for name, names in parts.items()}
     filled = [name for name, names in found.items() if names]
-    if not found.get(part) and len(filled) == 1:
+    # Only the parts of a run: one that a metadataset names itself is meant.
+    if part in ("train", "val") and not found.get(part) and len(filled) == 1:
         part = filled[0]
     shards = found.get(part, [])
     if not shards:

@@ -44,6 +44,8 @@ def record_places(path: str) -> np.ndarray:
         find = _in_lines
     elif path.endswith(".json"):
         find = _in_list
+    elif not os.path.exists(path):
+        raise RecordError(f"{path}: there is no such file or folder; mend the path")
     else:
         raise RecordError(f"{path}: the name must end in .json (one list of records) or .jsonl (one record a line)")
     if os.path.exists(path) and not os.path.isfile(path):
