@@ -17,7 +17,14 @@ from megatron_vila.plan.bounds import value_of
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.hardware import UNNAMED, Machine, machine_of
 from megatron_vila.plan.memory import ranks_of_a_node, state_on_host
-from megatron_vila.plan.validate import number_problems, number_warnings, refuse, shape_problems, value_problems
+from megatron_vila.plan.validate import (
+    blend_problems,
+    number_problems,
+    number_warnings,
+    refuse,
+    shape_problems,
+    value_problems,
+)
 
 MARKS_OF_SHARDS = (".nv-meta", "wids-meta.json")
 """What a folder with shards holds: Energon's index, or that of VILA."""
@@ -52,7 +59,7 @@ def check_data(config: Config) -> None:
     problems = [p for p in value_problems(config) if p.startswith(_OF_SAMPLES)]
     if not problems:
         problems += [p for p in shape_problems(config) if p.startswith(_OF_SAMPLES)]
-    problems += data_file_problems(config.data)
+    problems += [*blend_problems(config), *data_file_problems(config.data)]
     if config.data.tokenizer:
         problems += tokenizer_problems(config.data.tokenizer, config.data.template)
     refuse(problems)

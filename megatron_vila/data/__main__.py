@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     config.data.media_dir = config.data.media_dir if options.media_dir is None else options.media_dir
     config.data.tokenizer = config.data.tokenizer if options.tokenizer is None else options.tokenizer
     if options.files:
-        config.data.train, config.data.eval = [], []
+        config.data.train, config.data.eval, config.data.weights = [], [], []
     if not options.config:
         config.model.llm.vocab_size = ANY_VOCABULARY
     check_data(config)

@@ -112,7 +112,7 @@ def number_problems(config: Config, world_size: int) -> list[str]:
     return [
         *shape_problems(config),
         *_layout_and_batch_problems(config, world_size),
-        *_blend_problems(config),
+        *blend_problems(config),
         *_optim_problems(config),
         *_lora_problems(config),
         *_policy_problems(config),
@@ -237,7 +237,8 @@ def warmup_steps(optim: OptimConfig, train: TrainConfig) -> int:
     return optim.warmup_steps or round(optim.warmup_fraction * train.steps)
 
 
-def _blend_problems(config: Config) -> Iterable[str]:
+def blend_problems(config: Config) -> Iterable[str]:
+    """What is wrong with data.weights."""
     weights, entries = config.data.weights, len(config.data.train)
     if weights and len(weights) != entries:
         yield (
