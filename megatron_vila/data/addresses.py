@@ -11,12 +11,14 @@ import os
 import re
 from typing import Any
 
+from megatron_vila.errors import UserError
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DATA = re.compile(r"data:(image|video|audio)/([^;,]*)")
 _FILE = "file://"
 
 
-class AddressError(ValueError):
+class AddressError(UserError, ValueError):
     """What a record says of a medium names none; the text says what is wrong."""
 
 

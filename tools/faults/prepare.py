@@ -1,6 +1,6 @@
 """Faults of the preparation of data: frames, times, shards, going on after a kill."""
 
-from tools.faults.fault import Fault
+from .fault import Fault
 
 MEDIA, SETS = ("tests/data/test_prepare_video.py",), ("tests/data/test_prepare.py",)
 
