@@ -14,6 +14,10 @@ direction, half of what is told for NVLink):
   400 Gbit/s in a compute tray, 72 GPUs of 18 trays joined by NVLink (user guide of DGX GB200, "Hardware").
 * Other GPUs: data sheets of GH200, H20, L40S and L40.
 
+Read on pages of NVIDIA itself: DGX B200, DGX GB200 (hardware), DGX BasePOD (H100, H200). Read in copies by others: the peaks of
+A100, H200, B200 and GB200 (one copy gives 2.25 PFLOP/s for the last), NVLink of A100, H100 and H200. Not confirmed: the network
+and host of the DGX A100, the peak of the H100, the 480 GB of a Grace.
+
 Memory is what PyTorch sees, which is less than is sold: 79.1 GiB of an A100 or H100 with 80 GB, 139.8 of the 141 GB of an H200,
 178.3 of the 180 GB of a B200, 184.3 of the 186 GB of a GB200.
 """
