@@ -9,16 +9,14 @@ Legend: N records of the run, m of them exchanged at a time, F = 7 numbers of a 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
 from megatron_vila.data.dataset import BrokenSampleError, Sample, TooLongError, VilaDataset
-from megatron_vila.errors import PeerError
+from megatron_vila.data.reports import broken_in, broken_report, error_report
 from megatron_vila.plan.row import IGNORE
 
 logger = logging.getLogger(__name__)
@@ -29,10 +27,6 @@ UNKNOWN, USABLE, BROKEN, TOO_LONG, _FAILED = range(5)
 FIELDS = ("state", "tokens", "labels", "cut", "squares", "visual_tokens", "vision")
 """Numbers of a card: LLM tokens without padding, supervised ones, frames left out to make it fit, pictures as the tower takes
 them, tokens that they become, and their cost in patches."""
-
-
-class LoaderError(PeerError):
-    """Loading failed on a rank of the run for another reason than a sample; raised on every rank of it."""
 
 
 class Exchange(Protocol):
@@ -120,10 +114,10 @@ class CardMaker:
             card = self._jobs.pop(record).result()
             if isinstance(card, Exception):
                 failure = failure or card
-                reports.append(json.dumps(["error", f"{type(card).__name__}: {card} (sample {self._dataset.name(record)})"]))
+                reports.append(error_report(card, f"sample {self._dataset.name(record)}"))
                 part[place, 0] = _FAILED
             elif isinstance(card, str):
-                reports.append(json.dumps(["broken", record, card]))
+                reports.append(broken_report(record, card))
                 part[place, 0] = BROKEN
             else:
                 part[place] = card
@@ -131,14 +125,9 @@ class CardMaker:
         # Rank r made the records r, r + ranks, ...: dealing them out again puts them into their order.
         cards = gathered.transpose(1, 0, 2).reshape(-1, len(FIELDS))[: len(missing)]
         if np.isin(cards[:, 0], (BROKEN, _FAILED)).any():
-            self._learn(self._exchange.agree(reports), failure)
+            for broken, reason in broken_in(self._exchange.agree(reports), "reading a sample", failure):
+                self.tell_broken(broken, reason)
         self._cards.put(missing, cards)
-
-    def _learn(self, reports: Sequence[str], own_failure: Exception | None) -> None:
-        for kind, *report in map(json.loads, reports):
-            if kind == "error":
-                raise LoaderError(f"reading a sample failed on a rank: {report[0]}") from own_failure
-            self.tell_broken(*report)
 
     def tell_broken(self, record: int, reason: str) -> None:
         """Keep that ``record`` is broken; the log names it once."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_vila.config.schema import Config
 from megatron_vila.data import held_out
+from megatron_vila.data.cards import Alone
 from megatron_vila.data.dataset import VilaDataset
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.held_out import HeldOutLoader, LeftOut
@@ -135,9 +136,7 @@ def _dataset(config: Config, records: Source) -> VilaDataset:
 def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> HeldOutLoader:
     aspect = dataset.data.image_aspect
     decoder = RowDecoder(dataset.probe, dataset.failures, image_size=PIXELS, aspect=aspect, workers=threads)
-    return HeldOutLoader(
-        dataset, GridShape(), 0, decoder, agree=lambda reports: reports, prefetch=prefetch, decode=decode
-    )
+    return HeldOutLoader(dataset, GridShape(), 0, decoder, agree=Alone().agree, prefetch=prefetch, decode=decode)
 
 
 def _add(report: Report, row: LoadedRow | LeftOut, dataset: VilaDataset, index: int) -> None:

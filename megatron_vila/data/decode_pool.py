@@ -61,7 +61,7 @@ class DecodePool:
         self._idle, self._lent, self._closed = 0, 0, False
         self._engines_on = False
         cores_take = (0, 1) if cores_do_all or not engines else (0,)
-        # A thread of an engine is at work on a core for about half of its time.
+        # Assumed: a thread of an engine is at work on a core for half of its time.
         aside = min(engines // 2, max(1, workers) - 1)
         takes = [_Takes(cores_take)] * (max(1, workers) - aside) + [_Takes(cores_take, stands_aside=True)] * aside
         takes += [_Takes((1,), on_engine=True)] * engines

@@ -6,14 +6,13 @@ out.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from megatron_vila.data.cards import LoaderError
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.reports import broken_in
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.rows import LoadedRow, MadeRow, RowMaker
 from megatron_vila.plan.grid import GridShape
@@ -83,10 +82,7 @@ class HeldOutLoader:
             self._maker.give_up(self._jobs.pop(old))
         number = self._number(step)
         index, made = number % len(self._dataset), self._jobs.pop(step).result().decoded()
-        for kind, *report in map(json.loads, self._agree(made.reports())):
-            if kind == "error":
-                raise LoaderError(f"loading a sample failed on a rank: {report[0]}") from made.error
-            reason = report[1]
+        for _, reason in broken_in(self._agree(made.reports()), "loading a sample", made.error):
             if index not in self._told and index not in self._dataset.records.bad:
                 logger.warning("sample %s is broken and left out: %s", self._dataset.name(index), reason)
             self._told.add(index)

@@ -54,13 +54,14 @@ class HostBudget:
         if not self._take_back(row):
             return None
         with self._lock:
+            self._count_freed()
             before = sum(size for turn, size in self._held.values() if turn < row.turn)
             fits = self.limit is None or before + row.size <= self.limit
             memory = self._memory(row) if fits else None
-        if memory is None:
-            return before
-        row.begin(memory)
-        return None
+        if memory is not None:
+            row.begin(memory)
+        self._go_on()  # for what was freed in the meantime
+        return before if memory is None else None
 
     def _take_back(self, row: Waiting) -> bool:
         with self._lock:

@@ -8,7 +8,6 @@ they found out early counts only when its sample comes.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -17,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_vila.data.cards import CardMaker, Exchange, LoaderError
+from megatron_vila.data.cards import CardMaker, Exchange
 from megatron_vila.data.dataset import NoUsableSampleError, VilaDataset
+from megatron_vila.data.reports import broken_in
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.rows import LoadedRow, MadeRow, RowMaker
 from megatron_vila.data.stream import CardsMissingError, StepPlan, Stream, StreamState
@@ -182,12 +182,10 @@ class RowLoader:
     def _learn(self, reports: Sequence[str], made: Sequence[MadeRow]) -> dict[int, str]:
         """The samples of a step that some rank found to be broken."""
         found = {}
-        for kind, *report in map(json.loads, reports):
-            if kind == "error":
-                own_errors = (row.error for row in made if row.error is not None)
-                raise LoaderError(f"loading a row failed on a rank: {report[0]}") from next(own_errors, None)
-            found[report[0]] = report[1]
-            self._cards.tell_broken(*report)
+        own_error = next((row.error for row in made if row.error is not None), None)
+        for record, reason in broken_in(reports, "loading a row", own_error):
+            found[record] = reason
+            self._cards.tell_broken(record, reason)
         return found
 
     def _name_unanswered(self, plan: StepPlan) -> None:

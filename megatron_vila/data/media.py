@@ -279,7 +279,7 @@ def open_video(
     """The video ``source``, open in FFmpeg, which can open nothing else from it, and its video stream.
 
     The stream is the first one that is no cover picture; the others are not read. It decodes in the calling thread alone, or in
-    ``threads`` of FFmpeg's own, or on ``device``; either way then a damaged frame is an error, since only a single thread always
+    ``threads`` of FFmpeg's own, or on ``device``; then damage that FFmpeg sees is an error, since only a single thread always
     mends it in the same way. Raises ``MediaError``.
     """
     file = open_media(source)

@@ -71,6 +71,7 @@ class PendingRow:
         turn: int,
         names: Sequence[str],
         parts: Sequence[Sequence[FrameRef]],
+        *,
         image_size: int,
         budget: HostBudget,
         failures: FailureReasons,

@@ -2,7 +2,8 @@
 
 A row becomes tasks of similar work (``data/row_tasks.py``). One pool does those of all rows (``data/decode_pool.py``), on cores
 and on the GPU's video engines. However a row is cut and whoever decodes it, its pixels are the same to the bit, and so is what
-is said of a sample that cannot be decoded. The pixels of all rows together stay within a budget (``data/host_budget.py``).
+is said of a sample that cannot be decoded, except that engines do not see all damage (``data/video_engines.py``). The pixels of
+all rows together stay within a budget (``data/host_budget.py``).
 
 Legend: F squares that this rank decodes (frames, or tiles of frames), T of them of one frame, H = W side of a picture in pixels.
 """
@@ -84,7 +85,16 @@ class RowDecoder:
         Rows of a lower ``turn`` go first. Call it in the order in which the rows are needed.
         """
         names, parts = [document.sample_id for document in documents], part_of(documents, local)
-        row = PendingRow(turn, names, parts, self._image_size, self._budget, self._failures, self._start, self._asked)
+        row = PendingRow(
+            turn,
+            names,
+            parts,
+            image_size=self._image_size,
+            budget=self._budget,
+            failures=self._failures,
+            start=self._start,
+            asked=self._asked,
+        )
         self._rows.add(row)
         if self._closed:
             row.cancel()
@@ -151,9 +161,14 @@ class RowDecoder:
         assert task.info is not None
         with VideoReader(task.info, task.indices, threads=threads, engines=engines) as reader:
             done = self._put_all(row, task, map(reader.frame, task.indices))
-            shaping_s = done.decode_s + done.preprocess_s - reader.read_s - reader.decode_s
-            by_engine = reader.packets if engines is not None else 0
-            return DecodeWork(done.frames, reader.packets, by_engine, reader.read_s, reader.decode_s, shaping_s)
+            return DecodeWork(
+                frames=done.frames,
+                source_frames=reader.packets,
+                engine_frames=reader.packets if engines is not None else 0,
+                read_s=reader.read_s,
+                decode_s=reader.decode_s,
+                preprocess_s=done.decode_s + done.preprocess_s - reader.read_s - reader.decode_s,
+            )
 
     def _put_all(self, row: PendingRow, task: Task, pictures: Iterable[Image.Image]) -> DecodeWork:
         """Preprocess picture by picture, so that a thread holds no more than one of full size."""
@@ -167,4 +182,5 @@ class RowDecoder:
             marks.append(time.perf_counter())
         spans = np.diff(marks)
         frames = len(task.squares)
-        return DecodeWork(frames, frames, 0, 0.0, float(spans[::2].sum()), float(spans[1::2].sum()))
+        decode_s, preprocess_s = float(spans[::2].sum()), float(spans[1::2].sum())
+        return DecodeWork(frames=frames, source_frames=frames, decode_s=decode_s, preprocess_s=preprocess_s)

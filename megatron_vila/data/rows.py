@@ -7,7 +7,6 @@ Legend: F squares that this rank decodes (frames, or tiles of frames), H = W sid
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ import torch
 
 from megatron_vila.data.dataset import BrokenSampleError, Sample, TooLongError, VilaDataset
 from megatron_vila.data.pending_row import DecodedRow, DecodeWork, PendingRow
+from megatron_vila.data.reports import broken_report, error_report
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import Row, pack
@@ -87,10 +87,9 @@ class MadeRow:
     def reports(self) -> list[str]:
         """What the other ranks must know, as text."""
         if self.error is not None:
-            told = f"{type(self.error).__name__}: {self.error}"
             samples = ", ".join(sample.document.sample_id for sample in self.samples)
-            return [json.dumps(["error", f"{told} (samples of the row: {samples})" if samples else told])]
-        return [json.dumps(["broken", index, reason]) for index, reason in self.broken.items()]
+            return [error_report(self.error, f"samples of the row: {samples}" if samples else "")]
+        return [broken_report(index, reason) for index, reason in self.broken.items()]
 
     def loaded(self, number: int) -> LoadedRow | None:
         """The row as number ``number``; None if no sample is left. Only once it is ``decoded`` without ``error``."""

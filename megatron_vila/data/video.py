@@ -63,7 +63,8 @@ class VideoReader:
 
     ``wanted`` names all frames that will be asked for: of the others, those that no frame refers to are not decoded. Without it
     every frame on the way is. ``threads`` above 1 have FFmpeg decode several frames at once, ``engines`` the GPU's video engines;
-    both raise where a frame is damaged or the video is none that they can do, though a reader without them may give it.
+    both raise where the video is none that they can do, and threads where a frame is damaged, though a reader without them may
+    give it. Engines give frames that are damaged inside.
 
     What was done so far: ``packets`` read, ``frames_decoded``, ``seeks``, ``read_s`` and ``decode_s`` seconds in either.
     """

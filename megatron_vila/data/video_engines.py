@@ -1,9 +1,9 @@
 """The video engines of a GPU (NVDEC), through the FFmpeg that PyAV brings along: nothing else is installed for them.
 
 FFmpeg reads the file and the headers of its frames as it does for a decoder on the host, so frames have the same numbers and come
-out in the same order; the engine does what lies below. H.264, HEVC, VP9 and AV1 say what a decoder gives to the bit. It is
-fetched as it is and turned into RGB by the same code, so pictures are equal too. An engine does not tell that a frame is damaged
-inside.
+out in the same order; the engine does what lies below. H.264, HEVC and VP9 say what a decoder gives to the bit. It is fetched as
+it is and turned into RGB by the same code, so pictures are equal too. An engine does not tell that a frame is damaged inside,
+which on the host makes a sample broken.
 
 The engines work in a CUDA context of their own: in the one that trains, FFmpeg would queue its copies behind the layers.
 """
@@ -28,7 +28,7 @@ from megatron_vila.plan.budgets import GIB
 
 logger = logging.getLogger(__name__)
 
-CODECS = ("h264", "hevc", "vp9", "av1")
+CODECS = ("h264", "hevc", "vp9")
 """What the engines are used for."""
 
 THREADS = 8

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_vila import accelerator
 from megatron_vila.data.pending_row import DecodeWork
 
 FRAMES = {"decoded_frames": "frames", "source_frames": "source_frames", "engine_frames": "engine_frames"}
@@ -29,17 +28,15 @@ _CURES = {
 }
 
 
-def loading_of(work: Sequence[DecodeWork], device: torch.device) -> dict[str, float]:
+def loading_of(work: Sequence[DecodeWork], copy_s: float, device: torch.device) -> dict[str, float]:
     """What the rows of a step took to load, summed over all ranks, and ``copy_s``: the seconds in which the training thread
-    copied to the device, on the slowest rank. A sum and a maximum over all ranks."""
+    copied to the device, on the slowest rank. A sum over all ranks."""
     total = sum(work, DecodeWork())
     sums = torch.tensor(
         [getattr(total, name) for name in (*FRAMES.values(), *SECONDS.values())], dtype=torch.float64, device=device
     )
-    copied = torch.tensor(accelerator.take_copy_seconds(), dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    dist.all_reduce(copied, op=dist.ReduceOp.MAX)
-    return dict(zip((*FRAMES, *SECONDS), sums.tolist(), strict=True)) | {"copy_s": copied.item()}
+    return dict(zip((*FRAMES, *SECONDS), sums.tolist(), strict=True)) | {"copy_s": copy_s}
 
 
 def averaged(window: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:

@@ -271,7 +271,7 @@ class Trainer:
         return Outcome(loss, supervised, updated, norm, rates)
 
     def _measure(self, loaded: LoadedStep, outcome: Outcome, started_s: float) -> tuple[int, StepMetrics]:
-        """The signal that any rank was sent (0: none), and the step's record. A sum over dp and a maximum over all ranks."""
+        """The signal that any rank was sent (0: none), and the step's record. Sums over dp and all ranks, a maximum over all."""
         rows = loaded.rows
         flops = sum(
             model_flops(r.row.lengths, r.row.supervised_tokens, r.row.units, self.config.model, self.config.optim).total
@@ -283,10 +283,11 @@ class Trainer:
         dist.all_reduce(sums, group=self.topology.dp)
         wait_s, peak_gib = loaded.wait_s, accelerator.peak_memory_bytes() / 2**30
         lost = self.is_writer and bool(self._taken_by())
-        largest = torch.tensor([self._stop.signal, lost, wait_s, peak_gib], dtype=torch.float64, device=self.device)
+        own = [self._stop.signal, lost, wait_s, peak_gib, accelerator.take_copy_seconds()]
+        largest = torch.tensor(own, dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         tokens, padded, frames, flops = sums.tolist()
-        sent, lost, wait_s, peak_gib = largest.tolist()
+        sent, lost, wait_s, peak_gib, copy_s = largest.tolist()
         if lost:
             self._give_way()
         for name in DATA_COUNTS:
@@ -304,7 +305,7 @@ class Trainer:
             data_wait_s=wait_s,
             peak_memory_gib=peak_gib,
             skipped=self.skipped,
-            loading=loading_of([r.stats.work for r in rows], self.device),
+            loading=loading_of([r.stats.work for r in rows], copy_s, self.device),
             row_fill=tokens / (self.config.train.global_batch_size * self.config.train.seq_length),
             padding=1 - tokens / padded,
             predicted_spread=loaded.spread,

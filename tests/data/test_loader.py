@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vila.data import dataset
-from megatron_vila.data.cards import LoaderError
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.order import epoch_order
+from megatron_vila.data.reports import LoaderError
 from megatron_vila.data.stream import Stream, StreamState
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import MEDIA_TOKEN

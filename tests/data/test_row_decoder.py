@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_vila.data import row_decoder, row_tasks
 from megatron_vila.data.decode_pool import DecodePool, Job
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.groups import slices
+from megatron_vila.data.host_budget import HostBudget
 from megatron_vila.data.images import load_image, preprocess
 from megatron_vila.data.media import MediaError, open_video
 from megatron_vila.data.pending_row import ClosedError, HostBudgetError
@@ -190,6 +192,60 @@ def test_a_row_that_is_needed_again_does_not_wait_for_rows_behind_it(folder):
     assert len(again.result().pixels) == 7
     assert len(ahead.result().pixels) == 5
     rows.close()
+
+
+class Waits:
+    """A row of ``size`` bytes; when its turn is asked for, what ``frees`` holds is freed."""
+
+    def __init__(self, turn, size):
+        self._turn, self.size, self.memory, self.frees = turn, size, None, None
+
+    @property
+    def turn(self):
+        if self.frees is not None:
+            self.frees.memory = None
+        return self._turn
+
+    def begin(self, memory):
+        self.memory = memory
+
+
+def test_room_that_comes_while_a_row_is_looked_after_is_given_to_the_next_one():
+    budget = HostBudget(10)
+    large, needed, after = Waits(1, 10), Waits(0, 5), Waits(2, 5)
+    for row in (large, needed, after):
+        budget.add(row)
+    needed.frees = large
+    assert budget.need(needed) is None and needed.memory is not None
+    assert after.memory is not None
+
+
+def test_a_row_fits_where_another_thread_had_the_budget_when_room_came():
+    budget = HostBudget(10)
+    first, needed = Waits(0, 10), Waits(1, 10)
+    budget.add(first)
+    budget.add(needed)
+    has_it, freed = threading.Event(), threading.Event()
+
+    def hold():
+        with budget._lock:
+            has_it.set()
+            freed.wait()
+            budget._due = False
+            freed.clear()
+            while not budget._due:
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has_it.wait()
+    first.memory = None
+    freed.set()
+    while freed.is_set():
+        time.sleep(0.001)
+    assert budget.need(needed) is None
+    thread.join()
+    assert needed.memory is not None
 
 
 def test_a_row_larger_than_the_budget_is_refused_with_sample_frames_setting_and_cure(folder):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from megatron_vila.config.schema import DataConfig
-from megatron_vila.data.cards import LoaderError
 from megatron_vila.data.dataset import VilaDataset
+from megatron_vila.data.reports import LoaderError
 from megatron_vila.data.sources.shards import Shards
 from megatron_vila.plan.grid import GridShape
 from tests.data.loader_run import MODEL, SEQ_LENGTH, TOKENIZER, Data

@@ -118,8 +118,8 @@ FAULTS = [
     Fault(
         "only the samples that this rank found broken are left out",
         "megatron_vila/data/loader.py",
-        "            found[report[0]] = report[1]\n",
-        "            found |= {r: report[1] for row in made for r in row.broken if r == report[0]}\n",
+        "            found[record] = reason\n",
+        "            found |= {r: reason for row in made for r in row.broken if r == record}\n",
         (LOADER, "-k", "one_rank_cannot_see"),
     ),
     Fault(

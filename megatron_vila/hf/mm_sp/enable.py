@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from megatron_vila.accelerator import to_device
 from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model, refusal_of
 from megatron_vila.hf.mm_sp.data import ShardCollator, ShardedRow
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
@@ -157,12 +158,12 @@ class MMSP:
         """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens."""
         check_call(args, kwargs, ShardedRow)
         device = _device(model)
-        kwargs = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        kwargs = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         row: ShardedRow = kwargs["mm_sp_row"]
         indices = RowIndices.of(row.attention, device)
         kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
         if kwargs.get("labels") is not None:
-            selected_n = torch.from_numpy(row.selected).to(device, non_blocking=True)
+            selected_n = to_device(torch.from_numpy(row.selected), device)
             kwargs |= {"labels": kwargs["labels"][:, selected_n], "logits_to_keep": selected_n}
             self._head.expect(kwargs["labels"][0])
         return args, kwargs
