@@ -32,7 +32,14 @@ def main(arguments: Sequence[str]) -> int:
     command = commands.add_parser("check", help="read all samples and report what cannot be used")
     command.add_argument("files", nargs="*", help="files of records, folders of shards (default: those of --config)")
     command.add_argument("--config", help=f"YAML file or preset whose settings hold (default: {USUAL})")
-    command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings that win, as data.num_frames=64")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that win, as data.num_frames=64",
+    )
     command.add_argument("--media-dir", help="data.media_dir")
     command.add_argument("--tokenizer", help="data.tokenizer; without one nothing is said of tokens")
     command.add_argument("--threads", type=int, default=4, help="samples that are read at once")

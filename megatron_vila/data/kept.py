@@ -60,14 +60,15 @@ def kept(
 
 def _put(file: Path, write: Callable[[Any], None]) -> None:
     """Write ``file`` in one step, if the folder and the disk take it."""
-    with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
-            try:
-                write(stream)
-            except BaseException:
-                os.unlink(stream.name)
-                raise
-        os.replace(stream.name, file)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
+        try:
+            write(stream)
+            # A small file is written only now, and a full disk is noticed only then.
+            stream.flush()
+            os.replace(stream.name, file)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
 
 
 @contextlib.contextmanager

@@ -133,7 +133,8 @@ def test_settings_that_a_run_would_refuse_are_refused_all_at_once(folder, capsys
     assert "data.frame_separator_ids has the ids [1000] outside the embedding table" in capsys.readouterr().err
     assert main(["check", "--config", "tiny", "--set", "data.eval=[nowhere.json]"]) == 2
     assert "data.eval names 'nowhere.json', which does not exist" in capsys.readouterr().err
-    assert main(["check", "--config", "tiny", "--set", f"data.train=[{path},{path}]", "data.weights=[1]"]) == 2
+    twice = ["--set", f"data.train=[{path},{path}]", "--set", "data.weights=[1]"]
+    assert main(["check", "--config", "tiny", *twice]) == 2
     assert "data.weights=[1] has 1 numbers and data.train 2 entries" in capsys.readouterr().err
 
 

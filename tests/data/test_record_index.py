@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import threading
 import time
 
@@ -126,6 +127,18 @@ def test_folders_that_cannot_be_written_only_cost_the_time(tmp_path, cache, chec
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert same(index_of(path, RULES), index_of(path, RULES)) and len(checked) == 2
+
+
+def test_a_full_disk_only_costs_the_time_and_leaves_nothing_behind(tmp_path, cache, checked):
+    """A limit on the size of files ends a write as a full disk does; a small file stays in its buffer until it is closed."""
+    path = write_jsonl(tmp_path / "a.jsonl", samples(8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        found = index_of(path, RULES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(found.bad) == [2, 5] and list(cache.iterdir()) == []
 
 
 def test_processes_that_check_parts_find_what_one_finds(tmp_path, cache, checked, monkeypatch):

@@ -118,7 +118,7 @@ def test_fewer_pictures_are_spread_over_the_video_and_none_are_decoded_where_non
 def test_samples_of_both_sets_are_chosen_by_number(shown_set, tmp_path, capsys):
     out = tmp_path / "page.html"
     held_out = f"data.eval=[{shown_set / 'eval.jsonl'}]"
-    assert show(shown_set, out, held_out, "--samples", "5", "eval:0", "--first", "1", "--pictures", "1") == 0
+    assert show(shown_set, out, held_out, "--samples", "5", "--samples", "eval:0", "--first", "1", "--pictures", "1") == 0
     assert re.findall('<article id="([^"]+)"', out.read_text()) == ["train-5", "eval-0", "train-0"]
     assert "3 samples, 2 pictures" in capsys.readouterr().out
 

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--media-dir", default="", help="folder that paths of media start at (default: that of each source)"
     )
     parser.add_argument(
-        "--ignore-fields", nargs="+", default=[], metavar="NAME", help="fields that only look like media"
+        "--ignore-fields", nargs="+", action="extend", default=[], metavar="NAME", help="fields that only look like media"
     )
     parser.add_argument(
         "--config", default=DEFAULT, help=f"YAML file or preset of the model that will be trained (default: {DEFAULT})"

@@ -107,7 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="the run whose settings hold, where sets are named too")
     parser.add_argument("--out", type=Path, required=True, help="file to write, e.g. page.html")
     parser.add_argument(
-        "--samples", nargs="+", default=[], metavar="N", help="numbers of samples, e.g. 0 5; eval:3 is one of data.eval"
+        "--samples",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="N",
+        help="numbers of samples, e.g. 0 5; eval:3 is one of data.eval",
     )
     parser.add_argument(
         "--first",
