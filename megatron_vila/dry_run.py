@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vila.checkpoint.files import checked_info, read_state
+from megatron_vila.checkpoint.fit import KEEP_UPDATES, lost_updates, require_vocabulary
 from megatron_vila.checkpoint.folder import resolve_checkpoint, to_resume
 from megatron_vila.checkpoint.resume import changes, kept_settings, settings_of
 from megatron_vila.checkpoint.save_load import undecided
-from megatron_vila.checkpoint.tensors import KEEP_UPDATES, StoredTensors, lost_updates, require_vocabulary
+from megatron_vila.checkpoint.tensors import StoredTensors
 from megatron_vila.config.schema import Config
 from megatron_vila.convert.stored_model import misfits
 from megatron_vila.convert.weight_map import entries

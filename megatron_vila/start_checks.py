@@ -167,6 +167,8 @@ def _unreadable(path: str) -> str:
         return "which does not exist"
     except OSError as error:
         return f"which cannot be looked at ({error.strerror})"
+    except ValueError as error:  # a zero byte, or a sign that no name of a file holds
+        return f"which no file can be called ({error})"
     if stat.S_ISDIR(found.st_mode):
         if any(os.path.exists(os.path.join(path, mark)) for mark in MARKS_OF_SHARDS) or any(Path(path).rglob("*.tar")):
             return ""

@@ -12,8 +12,8 @@ from megatron_vila import launch, train
 from megatron_vila.errors import UserError, entry_point
 from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from tests.ranks import pool
+from tests.training.command_run import command_on_rank
 from tests.training.real_run import REPOSITORY, overrides
-from tests.training.test_bad_input import _main
 
 NOT_CURABLE = {
     # what another rank failed with, and what the machine is at the end of
@@ -97,7 +97,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_at_every_entry_point(videos,
 def _planted_in_the_trainer(rank, world, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_vila.training.trainer.Trainer.__init__", plant)
-        return _main(rank, world, arguments)
+        return command_on_rank(rank, world, arguments)
 
 
 def test_a_fault_of_the_program_in_the_making_of_the_trainer_keeps_its_traceback(videos, tmp_path):

@@ -9,7 +9,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import ConfigError
 from megatron_vila.plan.hardware import UNNAMED
-from megatron_vila.start_checks import check_start, tokenizer_problems
+from megatron_vila.start_checks import check_data, check_start, tokenizer_problems
 
 
 def checked(overrides: list[str]) -> list[str]:
@@ -38,6 +38,22 @@ def files_refused(overrides: list[str], *changes: str) -> list[str]:
 def test_a_missing_file_is_refused(data_folder, change, part):
     (message,) = files_refused(data_folder, change)
     assert part in message
+
+
+def test_a_zero_byte_in_a_path_is_refused_by_a_run_and_by_the_check_of_data(data_folder):
+    for name in ("data.train", "data.eval", "data.media_dir", "data.tokenizer", "checkpoint.load", "train.output"):
+        path = "zero \0.json"
+        config = load_config("tiny", data_folder)
+        group, key = name.split(".")
+        setattr(getattr(config, group), key, [path] if name in ("data.train", "data.eval") else path)
+        problem = f"{name}={path!r} holds a zero byte; remove it"
+        with pytest.raises(ConfigError) as caught:
+            check_start(config, 1, UNNAMED)
+        assert problem in str(caught.value)
+        if name.startswith("data."):
+            with pytest.raises(ConfigError) as caught:
+                check_data(config)
+            assert problem in str(caught.value)
 
 
 def test_an_empty_sample_file_and_a_folder_in_its_place_are_refused(data_folder, tmp_path):

@@ -44,6 +44,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vila.checkpoint import files
 from megatron_vila.checkpoint import folder as folders
+from megatron_vila.checkpoint.fit import require_tensors, require_vocabulary
 from megatron_vila.checkpoint.folder import latest_checkpoint, resolve_checkpoint
 from megatron_vila.checkpoint.io import require_plain
 from megatron_vila.checkpoint.optimizer_shards import (
@@ -60,8 +61,6 @@ from megatron_vila.checkpoint.tensors import (
     StoredTensor,
     StoredTensors,
     Target,
-    require_tensors,
-    require_vocabulary,
     write_metadata,
 )
 from megatron_vila.errors import CheckpointError, DamagedError

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
@@ -26,13 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vila.config.text_rules import DEFAULT, TextRules
 from megatron_vila.data.control_tokens import ControlTokenError, ControlTokens
 from megatron_vila.data.media import name_of
-from megatron_vila.data.placement import DOCUMENT, MARKED, RESERVED, Turn
+from megatron_vila.data.placement import DOCUMENT, MARKED, Turn, unreadable
 from megatron_vila.data.signs import MEDIUM, OTHER_TEXT, with_signs
 from megatron_vila.data.template import ChatTemplate, ChatTemplateError, RenderError
 from megatron_vila.plan.pictures import in_units, tokens_each
 from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, FrameRef
-
-_UNREADABLE = re.compile(f"{RESERVED.pattern}|[\ud800-\udfff\0]")
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,8 @@ class ChatEncoder:
         show each marker once.
         """
         for turn in turns:
-            if found := _UNREADABLE.search(turn.text):
-                raise RenderError(f"the text of a turn holds U+{ord(found[0]):04X}, which is not a character; remove it")
+            if problem := unreadable(turn.text):
+                raise RenderError(f"the text of a turn {problem}")
         turns = [turn._replace(text=with_signs(turn.text)) if turn.role in MARKED else turn for turn in turns]
         if not self.rules.parse_control_tokens:
             turns = [turn._replace(text=self._control.mark(turn.text)) for turn in turns]

@@ -37,6 +37,7 @@ _ESCAPED = re.compile(rf"\\({_WORD.pattern})")
 _HIDDEN = {IMAGE: "\ufdd0", VIDEO: "\ufdd1"}
 # White space is never given back, so a long run of it costs no more than its length.
 _PLACED = re.compile(rf"\A\s*+{MARKER.pattern}[ \t]*+(?:\r?\n|\Z)|(?:\A|\n)[ \t]*+{MARKER.pattern}\s*+\Z")
+_UNREADABLE = re.compile(f"{RESERVED.pattern}|[\ud800-\udfff\0]")
 
 
 class PlacementError(UserError, ValueError):
@@ -48,6 +49,14 @@ class Turn(NamedTuple):
 
     role: str
     text: str
+
+
+def unreadable(text: str) -> str:
+    """What is wrong with a text that no tokenizer can read, because it holds what is not a character; empty for any other."""
+    if text.isascii() and "\0" not in text:  # known without a look at each character
+        return ""
+    found = _UNREADABLE.search(text)
+    return f"holds U+{ord(found[0]):04X}, which is not a character; remove it" if found else ""
 
 
 def place_media(turns: Sequence[Turn], images: int, videos: int, rule: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:

@@ -100,6 +100,22 @@ def test_training_refuses_what_it_does_not_read_in_place_with_the_line_that_conv
         open_sets(VERBATIM, [text], "csv")
 
 
+def test_a_format_that_is_not_that_of_the_set_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": conversation()}])
+    for name in ("wids", "json", "energon", "tar"):
+        with pytest.raises(RecordError, match=f"a.jsonl: has the format jsonl, not --format {name}; leave --format out"):
+            open_sets(VERBATIM, [path], name)
+    assert len(open_sets(VERBATIM, [path], "jsonl")) == 1
+
+
+def test_the_format_chooses_among_those_of_a_folder(tmp_path):
+    folder = fill(tmp_path / "a", a_mp4=b"", a_txt="A.")
+    pack(tmp_path / "a/b.tar", {"1.txt": b"One.", "2.txt": b"Two."})
+    tar = open_sets(VERBATIM, [folder], "tar")
+    assert [document(tar, index) for index in range(len(tar))] == ["One.", "Two."]
+    assert open_sets(VERBATIM, [folder], "folder").name(0) == f"{folder}/a.mp4"
+
+
 def test_sets_of_all_kinds_are_read_one_after_the_other(tmp_path):
     lines = write_jsonl(tmp_path / "a.jsonl", [{"conversations": conversation()}, {"id": 1}])
     texts = fill(tmp_path / "b", a_txt="One.\n", c__b_txt="Two.")

@@ -284,6 +284,8 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(source, tmp_path):
     [
         (["--out", "s3://bucket/set"], "--out s3://bucket/set must be a folder of this machine"),
         (["--media-dir", "s3://bucket/media"], "--media-dir s3://bucket/media must be a folder"),
+        (["--out", ""], "--out is empty (''); name a folder"),
+        (["--out", "", "--finish"], "--out is empty (''); name a folder"),
         (["--max-bad", "nan"], "--max-bad nan is out of range; use 0 to 1"),
         (["--max-bad", "50"], "--max-bad 50 is out of range; use 0 to 1"),
         (["--shard-mib", "0"], "--shard-mib 0 is out of range"),
@@ -297,6 +299,11 @@ def test_an_option_that_cannot_be_is_refused_by_its_name_before_the_work(
     monkeypatch.chdir(tmp_path)
     assert main(["train.json", "--out", "out", *arguments]) == 2
     assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_empty_source_is_told_as_such(capsys):
+    assert main(["train.json", "", "--out", "out"]) == 2
+    assert "a source is empty (''); name a folder or a file" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_work_on_one_part(source, tmp_path):

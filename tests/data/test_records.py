@@ -113,6 +113,9 @@ GOOD = {"conversations": conversation()}
         ),
         ({"conversations": {"from": "human"}}, "line 2, field 'conversations': must be a list of turns"),
         ({"conversations": conversation("What? \ud83d")}, r"turn 1: \ud83d is half of a character"),
+        ({"conversations": conversation("zero \0")}, "field 'conversations': the text holds U+0000, which is not a character"),
+        ({"text": "zero \0"}, "field 'text': the text holds U+0000, which is not a character; remove it"),
+        ({"system": "\0", **GOOD}, "field 'conversations': the text holds U+0000"),
         ({"video": "a\0.mp4", **GOOD}, "field 'video': 'a\\x00.mp4' holds a zero byte"),
         ({"video": "\udc00.mp4", **GOOD}, r"field 'video': \udc00 is half of a character"),
         (

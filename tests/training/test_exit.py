@@ -19,8 +19,8 @@ from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
 from tests.data.material import conversation, write_jsonl
 from tests.ranks import pool
+from tests.training.command_run import command_on_rank, run_command
 from tests.training.real_run import Layout, overrides
-from tests.training.test_bad_input import _main, _run
 
 
 def _signal_at(output: Path, step: int, number: int) -> None:
@@ -33,7 +33,7 @@ def _main_with_signal(rank, world, arguments, output, number):
     """The command, of which the last rank is sent a signal after two steps."""
     if rank == world - 1:
         threading.Thread(target=_signal_at, args=(output, 2, number), daemon=True).start()
-    return _main(rank, world, arguments)
+    return command_on_rank(rank, world, arguments)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
@@ -81,7 +81,7 @@ def _failing_evaluation(rank, world, arguments):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_vila.training.evaluate.evaluate", fail)
-        return _main(rank, world, arguments)
+        return command_on_rank(rank, world, arguments)
 
 
 @pytest.mark.parametrize("steps", [2, 3], ids=["at the end", "in between"])
@@ -110,7 +110,7 @@ def _planted(rank, world, arguments, where, kind):
     step = Trainer._train_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", fail)
-        return _main(rank, world, arguments)
+        return command_on_rank(rank, world, arguments)
 
 
 @pytest.mark.parametrize("where", ["rank 1", "everywhere"])
@@ -136,7 +136,7 @@ def test_a_finished_run_says_where_it_is_saved_what_became_of_its_samples_and_wh
     records += [{"id": str(i), "conversations": conversation("a", "b")} for i in range(3)]
     path = write_jsonl(tmp_path / "data/samples.jsonl", records)
     arguments = overrides(videos, tmp_path / "my run", f"data.train=[{path}]", "train.steps=2", "data.shuffle=false")
-    status, said, err = _run(Layout(), arguments)
+    status, said, err = run_command(Layout(), arguments)
     assert (status, err) == (0, "")
     saved = tmp_path / "my run/checkpoints/step-00000002"
     closing = said[said.index("finished after step 2") :].splitlines()
@@ -147,10 +147,10 @@ def test_a_finished_run_says_where_it_is_saved_what_became_of_its_samples_and_wh
     assert commands["evaluate it"][-1] == "data.eval=[HELD_OUT.json]"
     assert commands["export it"][-2:] == [str(tmp_path / "my run"), "OUT"]
     further, other = commands["train it further"][4:], commands["start another run from it"][4:]
-    assert _run(Layout(), further)[0] == 0 and len(read_metrics(tmp_path / "my run")[0]) == 4
-    assert _run(Layout(), [*other, f"train.output={tmp_path / 'other'}"])[0] == 0
+    assert run_command(Layout(), further)[0] == 0 and len(read_metrics(tmp_path / "my run")[0]) == 4
+    assert run_command(Layout(), [*other, f"train.output={tmp_path / 'other'}"])[0] == 0
     # A run that continues from a checkpoint and saves none has none of the step at which it ends.
-    _, said, _ = _run(Layout(), [*further, "train.steps=5", "checkpoint.save=false"])
+    _, said, _ = run_command(Layout(), [*further, "train.steps=5", "checkpoint.save=false"])
     assert "finished after step 5: nothing is saved (checkpoint.save=false)" in said
 
 

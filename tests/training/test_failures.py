@@ -19,8 +19,8 @@ from megatron_vila.training.trainer import Trainer
 from megatron_vila.training.watch import Watch
 from tests import planted
 from tests.ranks import pool
+from tests.training.command_run import command_on_rank
 from tests.training.real_run import REPOSITORY, environment, overrides
-from tests.training.test_bad_input import _main
 
 
 def failure(rank, kind=CAUSE, time_s=100.0, text="KeyError: 'a bug'"):
@@ -183,7 +183,7 @@ def _fails_at_once(rank, world, arguments, error):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", fail)
-        return _main(rank, world, arguments)
+        return command_on_rank(rank, world, arguments)
 
 
 def test_a_lone_rank_leaves_its_file_and_another_start_keeps_it(videos, tmp_path):
@@ -200,7 +200,7 @@ def test_a_lone_rank_leaves_its_file_and_another_start_keeps_it(videos, tmp_path
 
 def test_a_start_that_is_refused_leaves_no_folder(videos, tmp_path):
     arguments = ["tiny", *overrides(videos, tmp_path / "run", "train.steps=0")]
-    assert pool.run(1, _main, 1, arguments)[0][0] == USER_ERROR
+    assert pool.run(1, command_on_rank, 1, arguments)[0][0] == USER_ERROR
     assert not (tmp_path / "run").exists()
 
 

@@ -16,8 +16,8 @@ from megatron_vila.training import lock as locks
 from megatron_vila.training.lock import LockedError, Owner, RunLock
 from megatron_vila.training.summary import read_metrics
 from tests.ranks import pool
+from tests.training.command_run import command_on_rank, refused
 from tests.training.real_run import Layout, overrides
-from tests.training.test_bad_input import _main, _refused
 
 
 def _files(folder):
@@ -202,7 +202,7 @@ def test_a_folder_that_takes_no_file_is_refused(tmp_path):
 
 def test_a_second_run_is_refused_on_all_ranks_and_leaves_the_first_alone(videos, tmp_path):
     with RunLock(tmp_path).hold():
-        _refused(Layout(2), overrides(videos, tmp_path), f"process {os.getpid()} of ", "is in use by")
+        refused(Layout(2), overrides(videos, tmp_path), f"process {os.getpid()} of ", "is in use by")
         assert _files(tmp_path) == [".lock-1"]
 
 
@@ -219,7 +219,7 @@ def _taken_over(rank, world, arguments, folder):
         threading.Thread(target=take, daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locks, "BEAT_S", 0.05)
-        return _main(rank, world, arguments)
+        return command_on_rank(rank, world, arguments)
 
 
 def test_a_run_whose_lock_was_taken_over_ends_without_saving(videos, tmp_path):

@@ -33,13 +33,16 @@ FORMATS = IN_PLACE | PREPARED
 _COMMAND = "python tools/prepare_data.py"
 
 
-def detect(path: str) -> str:
-    """The name of the format of what stands at ``path``. Raises ``RecordError`` that says what could stand there."""
+def detect(path: str, wanted: str = "") -> str:
+    """The name of the format of what stands at ``path``: of several in one folder that is ``wanted``, if it is among them.
+
+    Raises ``RecordError`` that says what could stand there.
+    """
     if not os.path.exists(path):
         raise RecordError(f"{path}: there is no such file or folder")
     ending = os.path.splitext(path)[1].lower()
     if os.path.isdir(path):
-        return _of_folder(path)
+        return _of_folder(path, wanted)
     if ending in (".json", ".jsonl", ".parquet", ".tar"):
         return ending[1:]
     if ending == ".txt":
@@ -68,7 +71,7 @@ def files_under(folder: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(place, name), folder)
 
 
-def _of_folder(path: str) -> str:
+def _of_folder(path: str, wanted: str) -> str:
     if os.path.isdir(os.path.join(path, ".nv-meta")):
         return "energon"
     if os.path.isfile(os.path.join(path, "wids-meta.json")):
@@ -85,6 +88,8 @@ def _of_folder(path: str) -> str:
         found.append("folder")
     if not found and ".txt" in endings:
         found.append("text_files")
+    if wanted in found:
+        return wanted
     if len(found) == 1:
         return found[0]
     if found:

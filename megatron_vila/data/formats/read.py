@@ -16,7 +16,7 @@ from megatron_vila.data.fields import RecordError, check_text, lists_media, show
 from megatron_vila.data.formats import conversation, document, question
 from megatron_vila.data.formats.draft import Draft
 from megatron_vila.data.formats.parts import name_their_files
-from megatron_vila.data.placement import IMAGE, PlacementError, place_media
+from megatron_vila.data.placement import IMAGE, PlacementError, place_media, unreadable
 from megatron_vila.data.records import Record, RecordRules
 
 
@@ -78,6 +78,8 @@ def parse_record(content: Any, where: str, default_id: str, media_dir: str, medi
         raise RecordError(f"{where}: a record must be a JSON object, found {type(content).__name__}")
     shape, field = _shape(content, where)
     draft = shape.read(content, field, where, media_dir)
+    if problem := next(filter(None, (unreadable(turn.text) for turn in draft.turns)), ""):
+        raise RecordError(f"{where}, field '{field}': the text {problem}")
     try:
         turns, markers = place_media(draft.turns, len(draft.images), len(draft.videos), media_format)
     except PlacementError as error:

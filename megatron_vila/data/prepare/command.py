@@ -24,6 +24,9 @@ DEFAULT = "models/longvila-7b"
 @entry_point
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
+    for name, values in (("--out", [options.out]), ("a source", options.sources)):
+        if "" in values:
+            raise SettingError(f"{name} is empty (''); name a folder{'' if name == '--out' else ' or a file'}")
     # Imported late: --help needs no torch.
     from megatron_vila.data.prepare.report import summary
     from megatron_vila.data.prepare.run import only_finish, prepare
