@@ -27,6 +27,8 @@ _OTHER_ENDINGS = frozenset(
     {".gif", ".avif", ".jfif", ".heic", ".heif", ".ppm", ".svg", ".vob", ".mts", ".m2v", ".asf"}
     | {".wav", ".mp3", ".flac", ".m4a", ".ogg"}
 )
+READABLE_PICTURES = PICTURE_ENDINGS | {".gif", ".avif", ".jfif", ".ppm"}
+"""What the reader of pictures takes and is no ending of a video, though no field is known by all of these."""
 MEDIA_ENDINGS = PICTURE_ENDINGS | VIDEO_ENDINGS | _OTHER_ENDINGS
 
 _NAMES = {

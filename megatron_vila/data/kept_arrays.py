@@ -25,7 +25,8 @@ def write_arrays(stream: BinaryIO, arrays: Mapping[str, np.ndarray], note: Mappi
     head = json.dumps({"note": note, "arrays": places, "bytes": offset}).encode()
     stream.write(head.ljust(_rounded(len(head) + 1) - 1) + b"\n")
     for array in arrays.values():
-        stream.write(np.ascontiguousarray(array).tobytes().ljust(_rounded(array.nbytes), b"\0"))
+        stream.write(np.ascontiguousarray(array).data)
+        stream.write(bytes(_rounded(array.nbytes) - array.nbytes))
 
 
 def read_arrays(

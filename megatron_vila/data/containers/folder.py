@@ -18,14 +18,12 @@ from typing import Any
 
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.containers.base import Container, rules_of, text_of
-from megatron_vila.data.fields import MEDIA_ENDINGS, PICTURE_ENDINGS, RecordError, shown
+from megatron_vila.data.fields import MEDIA_ENDINGS, READABLE_PICTURES, RecordError, shown
 from megatron_vila.data.formats.detect import METADATA, files_under
 from megatron_vila.data.formats.read import names_media, parse_json, record_of, with_caption
 from megatron_vila.data.records import Record
 
 _CAPTIONS = (".txt", ".json")
-# What the reader of pictures takes and no ending of a video.
-_PICTURES = PICTURE_ENDINGS | {".gif", ".avif", ".jfif", ".ppm"}
 
 
 def open_folder(data: DataConfig, path: str) -> Captioned | Tabled:
@@ -149,7 +147,7 @@ def _media(files: list[str], captioned: Mapping[str, Any] | Any) -> set[str]:
     found = set()
     for name in files:
         folder, ending = os.path.dirname(name), os.path.splitext(name)[1].lower()
-        if ending in _PICTURES and folder and folder in captioned:
+        if ending in READABLE_PICTURES and folder and folder in captioned:
             found.add(folder + os.sep)
         elif ending in MEDIA_ENDINGS:
             found.add(name)
@@ -170,5 +168,5 @@ def _with_medium(told: Any, medium: str, where: str) -> Any:
         return told  # which is told to be no record
     if names_media(told):
         raise RecordError(f"{where}: names media itself, and belongs to {medium}; leave one of the two out")
-    is_picture = os.path.splitext(medium)[1].lower() in _PICTURES
+    is_picture = os.path.splitext(medium)[1].lower() in READABLE_PICTURES
     return told | {"image" if is_picture else "video": medium.rstrip(os.sep)}

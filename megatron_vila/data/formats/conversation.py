@@ -36,12 +36,13 @@ def read_turns(content: Mapping[str, Any], field: str, where: str, media_dir: st
     said, in_parts = _said(content[field], here, media_dir)
     if field == "messages" and len(said) == 1 and said[0][0] == "assistant":
         said = [Turn(DOCUMENT, said[0].text)]  # so ms-swift writes text for pre-training
-    return conversation(content, said, in_parts, (field,), where, here, media_dir)
+    return conversation(content, said, in_parts=in_parts, spoken=(field,), where=where, here=here, media_dir=media_dir)
 
 
 def conversation(
     content: Mapping[str, Any],
     said: _Said,
+    *,
     in_parts: bool,
     spoken: tuple[str, ...],
     where: str,

@@ -21,7 +21,8 @@ def read_question(content: Mapping[str, Any], field: str, where: str, media_dir:
         asked += "\n" + _text(content, further, where)
     said = [*_history(content.get("history"), f"{where}, field 'history'"), (asked, _text(content, answer, where))]
     turns = [Turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return conversation(content, turns, False, (field, answer, further, "history"), where, f"{where}, field '{field}'", media_dir)
+    spoken, here = (field, answer, further, "history"), f"{where}, field '{field}'"
+    return conversation(content, turns, in_parts=False, spoken=spoken, where=where, here=here, media_dir=media_dir)
 
 
 def read_rounds(content: Mapping[str, Any], field: str, where: str, media_dir: str) -> Draft:
@@ -33,7 +34,7 @@ def read_rounds(content: Mapping[str, Any], field: str, where: str, media_dir: s
             raise RecordError(f"{place}: must be an object with 'user' and 'assistant', found {shown(round_)}")
         refuse_media(round_, place, ("user", "assistant"))
         turns += [Turn(role, _text(round_, role, place)) for role in ("user", "assistant")]
-    return conversation(content, turns, False, (field,), where, here, media_dir)
+    return conversation(content, turns, in_parts=False, spoken=(field,), where=where, here=here, media_dir=media_dir)
 
 
 def _text(content: Mapping[str, Any], field: str, where: str) -> str:

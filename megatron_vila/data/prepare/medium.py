@@ -96,8 +96,16 @@ def _prepare(medium: Media, options: Options, folder: Path, read: int) -> Outcom
         picture = prepare_picture(medium.path, options.picture_side, options.picture_quality)
         name = f"0.{picture.ending}"
         (folder / name).write_bytes(picture.content)
-        size = len(picture.content)
-        return Outcome("image", ((picture.ending, name),), 1, 0.0, read, size, picture.width, picture.height)
+        return Outcome(
+            kind="image",
+            files=((picture.ending, name),),
+            frames=1,
+            seconds=0.0,
+            read=read,
+            written=len(picture.content),
+            width=picture.width,
+            height=picture.height,
+        )
     kept = keep_frames(medium, options.fps)
     if not len(kept.pts):
         return _pictures(kept, options, folder, read)
@@ -123,16 +131,11 @@ def _prepare(medium: Media, options: Options, folder: Path, read: int) -> Outcom
 def _original(medium: Media, outcome: Outcome, folder: Path) -> Outcome:
     """The file of a video as it is, in place of one that was not rendered well enough."""
     (folder / outcome.files[0][1]).unlink()
-    name = (
-        medium.path.name
-        if isinstance(medium.path, Member)
-        else ""
-        if isinstance(medium.path, bytes)
-        else str(medium.path)
-    )
+    source = medium.path
+    name = source.name if isinstance(source, Member) else "" if isinstance(source, bytes) else str(source)
     ending = os.path.splitext(name)[1].lstrip(".").lower() or "mp4"
-    with open_media(medium.path) as source, open(folder / f"0.{ending}", "wb") as copy:
-        shutil.copyfileobj(source, copy, 2**20)
+    with open_media(source) as file, open(folder / f"0.{ending}", "wb") as copy:
+        shutil.copyfileobj(file, copy, 2**20)
     written = (folder / f"0.{ending}").stat().st_size
     return dataclasses.replace(outcome, kind="original", files=((ending, f"0.{ending}"),), written=written)
 
@@ -145,5 +148,13 @@ def _pictures(kept: KeptFrames, options: Options, folder: Path, read: int) -> Ou
         (folder / f"{place:06d}.jpg").write_bytes(frame.content)
         frames.append(frame._replace(content=b""))
     files = tuple(("jpg", f"{place:06d}.jpg") for place in range(len(frames)))
-    written = sum((folder / name).stat().st_size for _, name in files)
-    return Outcome("pictures", files, len(frames), 0.0, read, written, frames[0].width, frames[0].height)
+    return Outcome(
+        kind="pictures",
+        files=files,
+        frames=len(frames),
+        seconds=0.0,
+        read=read,
+        written=sum((folder / name).stat().st_size for _, name in files),
+        width=frames[0].width,
+        height=frames[0].height,
+    )

@@ -72,7 +72,8 @@ def versions() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one medium. ``kind`` is one of ``KINDS``; ``files`` are (ending, path of a staged file) in the order of the
+    """What became of one medium. ``kind`` is "video" (encoded anew), "original" (a video whose file was taken as it is),
+    "pictures" (a video of pictures without a rate) or "image"; ``files`` are (ending, path of a staged file) in the order of the
     medium's parts. ``frames`` and ``seconds`` say what is left of it, ``read`` and ``written`` the bytes before and after;
     ``width`` x ``height`` are its pixels now. ``psnr`` is that of the worst frame that was checked, in dB, None where pixels are
     those of the source. ``poor`` says that this is below ``Options.min_psnr``."""
@@ -87,7 +88,3 @@ class Outcome:
     height: int
     psnr: float | None = None
     poor: bool = False
-
-
-KINDS = ("video", "original", "pictures", "image")
-"""A video that was encoded anew, one whose file was taken as it is, one of pictures without a rate, and a picture."""

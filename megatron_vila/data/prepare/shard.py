@@ -32,7 +32,6 @@ class Shard:
         self._file = self._temporary.open("wb")
         # GNU's form has room for members of any size; headers hold nothing of the machine or of the time.
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
-        self.samples = 0
 
     @property
     def bytes(self) -> int:
@@ -49,7 +48,6 @@ class Shard:
                 with open(content, "rb") as file:
                     header.size = os.fstat(file.fileno()).st_size
                     self._tar.addfile(header, file)
-        self.samples += 1
 
     def finish(self) -> int:
         """Put the shard in place; returns its bytes."""

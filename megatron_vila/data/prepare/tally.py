@@ -21,7 +21,7 @@ class Note(NamedTuple):
 
 @dataclass
 class Tally:
-    """``media`` counts media by their kind (``options.KINDS``) and samples without media as ``text``; ``read`` and ``written``
+    """``media`` counts media by their kind (``Outcome.kind``) and samples without media as ``text``; ``read`` and ``written``
     are bytes of media before and after, ``seconds`` of video, ``frames`` of video kept. ``frames_of`` and ``tokens_of`` are
     histograms: they map b to the samples with 2**b to 2**(b + 1) - 1 frames or tokens (-1: none). ``bad`` samples are left out,
     of ``poor`` ones a video lost more to the encoder than was allowed."""

@@ -49,6 +49,22 @@ class Folder(Protocol):
         """
 
 
+class NoFileError(RecordError):
+    """There is no such file."""
+
+
+def small_file(path: str, most: int = LARGEST_SMALL_FILE) -> bytes:
+    """The content of a file of at most ``most`` bytes. Raises ``NoFileError``, ``RecordError``."""
+    try:
+        if os.path.getsize(path) > most:
+            raise RecordError(f"{path}: more than {most:,} bytes")
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        kind = NoFileError if isinstance(error, FileNotFoundError) else RecordError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from error
+
+
 class LocalFolder:
     """A folder of this machine's file system: a ``Folder``."""
 
@@ -59,16 +75,10 @@ class LocalFolder:
         return os.path.join(self.path, name)
 
     def content(self, name: str) -> bytes | None:
-        path = self.place(name)
         try:
-            if os.path.getsize(path) > LARGEST_SMALL_FILE:
-                raise RecordError(f"{path}: more than {LARGEST_SMALL_FILE:,} bytes")
-            with open(path, "rb") as stream:
-                return stream.read()
-        except FileNotFoundError:
+            return small_file(self.place(name))
+        except NoFileError:
             return None
-        except OSError as error:
-            raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
 
     def state(self, name: str) -> tuple[int, str]:
         try:

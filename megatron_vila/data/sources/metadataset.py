@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_vila.data.fields import RecordError, shown
+from megatron_vila.data.sources.folder import small_file
 
 ENDINGS = (".yaml", ".yml")
 
@@ -172,13 +173,9 @@ def _refuse_unknown(where: str, node: Mapping[Any, Any], known: Sequence[str]) -
 
 
 def _load(path: str) -> dict[str, Any]:
+    text = small_file(path, LARGEST_FILE)
     try:
-        if os.path.getsize(path) > LARGEST_FILE:
-            raise RecordError(f"{path}: more than {LARGEST_FILE:,} bytes")
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+        content = yaml.safe_load(text.decode())
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise RecordError(f"{path}: not YAML that can be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

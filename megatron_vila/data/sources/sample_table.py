@@ -50,11 +50,20 @@ class SampleTable:
     ) -> SampleTable:
         ends = np.cumsum(np.fromiter(map(len, keys), np.int64, len(keys)))
         joined = np.frombuffer(b"".join(keys), dtype=np.uint8)
+        sizes_S = np.asarray(sizes, np.int64)
         digest = hashlib.sha256()
-        for part in (places, np.asarray(sizes, np.int64), ends, joined):
-            digest.update(part.tobytes())
+        for part in (places, sizes_S, ends, joined):
+            digest.update(np.ascontiguousarray(part).data)
         digest.update(json.dumps([list(shards), sorted(bad)]).encode())
-        return cls(tuple(shards), places, np.asarray(sizes, np.int64), ends, joined, bad, digest.hexdigest())
+        return cls(
+            shards=tuple(shards),
+            places=places,
+            sizes=sizes_S,
+            key_ends=ends,
+            keys=joined,
+            bad=bad,
+            digest=digest.hexdigest(),
+        )
 
     def __len__(self) -> int:
         return len(self.places)

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_vila.data.clips import natural
 from megatron_vila.data.fields import (
     MEDIA_ENDINGS,
-    PICTURE_ENDINGS,
+    READABLE_PICTURES,
     VIDEO_ENDINGS,
     Media,
     RecordError,
@@ -34,8 +34,8 @@ LARGEST_TEXT = 2**26
 MOST_PARTS = 2**17
 """Most parts of a sample: the pictures of 18 hours at two a second."""
 
-# Eagle's shards call every picture .img; the others are formats that are read though no field is known by them.
-_PICTURES = PICTURE_ENDINGS | {".img", ".gif", ".avif", ".jfif", ".ppm"}
+# Eagle's shards call every picture .img.
+_PICTURES = READABLE_PICTURES | {".img"}
 _MEDIA = MEDIA_ENDINGS | _PICTURES
 _PICKLES = frozenset({".pkl", ".pickle", ".pyd", ".pth", ".pt"})
 

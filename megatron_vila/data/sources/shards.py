@@ -88,7 +88,8 @@ class Shards:
             raise RecordError(self.bad[index])
         try:
             with self.folder.opened(name, int(self._table.sizes[shard]), start, start + size) as (read, storage):
-                return read_sample(path, _with_head(read, start, size), start, size, key, self._rules, storage)
+                read = _with_head(read, start, size)
+                return read_sample(path, read, start, size, key=key, rules=self._rules, storage=storage)
         except ChangedFileError as error:
             raise type(error)(f"at sample {key}: {error}") from error
         except TarError as error:

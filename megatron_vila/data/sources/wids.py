@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_vila.data.fields import RecordError, shown
 from megatron_vila.data.formats.detect import files_under
+from megatron_vila.data.sources.folder import small_file
 from megatron_vila.data.sources.sample_table import SampleTable, kept_table
 from megatron_vila.data.sources.tar import TarError, members, split_name
 
@@ -61,13 +62,9 @@ def tar_table(path: str) -> SampleTable:
 
 
 def _listed(path: str) -> list[Shard]:
+    text = small_file(path, LARGEST_META)
     try:
-        if os.path.getsize(path) > LARGEST_META:
-            raise RecordError(f"{path}: more than {LARGEST_META:,} bytes")
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not JSON: {error}") from error
     listed = content.get("shardlist") if isinstance(content, dict) else None

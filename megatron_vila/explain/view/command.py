@@ -229,7 +229,13 @@ def _page(config: Config, options: argparse.Namespace) -> Page:
     for dataset in list(opened.values())[:1]:
         warnings = [*tokenizer_warnings(config, dataset.encoder.tokenizer), *warnings]
     return Page(
-        _title(config, opened), _settings(config), warnings, samples, config.model.vision.image_size, rows, note
+        title=_title(config, opened),
+        settings=_settings(config),
+        warnings=warnings,
+        samples=samples,
+        side=config.model.vision.image_size,
+        rows=rows,
+        rows_note=note,
     )
 
 
