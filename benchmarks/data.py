@@ -40,8 +40,8 @@ COLUMNS = (
     *("host_gib", "hardware", "versions", "command"),
 )
 ROOT = Path(__file__).resolve().parents[1]
-WARMUP = 4
-"""Steps that are not counted: code is compiled in them, and nothing is decoded ahead before the first."""
+WARMUP = 12
+"""Steps that are not counted: code is compiled in them, nothing is decoded ahead before the first, and video engines join in."""
 
 DECODERS = {"cores": "cpu", "engines": "nvdec", "both": "auto", "prepared": "auto"}
 IMAGE_SIZE = 384

@@ -37,7 +37,7 @@ THREADS = 8
 MEMORY_BYTES = 6 * GIB
 """Memory of the GPU that must be free before engines are begun to be used: with 1080p they took 2.7 GiB."""
 
-UNJUDGED_ROWS = 16
+UNJUDGED_ROWS = 8
 """First rows of a run, which are waited for because nothing is decoded ahead yet."""
 
 _BLOCKING_SYNC = 4  # CU_CTX_SCHED_BLOCKING_SYNC: a thread that waits for the GPU leaves its core to others
