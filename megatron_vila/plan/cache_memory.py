@@ -1,0 +1,160 @@
+"""How many tokens and frames the cache of inference has room for: what a rank keeps of each token, and what the model and its
+work on a chunk take beside it.
+
+A rank keeps the keys and values of the tokens of its ring part (the tokens are dealt evenly over the ring), for the key/value
+heads that its Ulysses rank needs. So ``tp`` and ``ulysses`` make the cache of a token smaller as long as there are key/value
+heads to deal out, and ``ring`` deals out the tokens.
+
+Legend: s tokens of a chunk on a CP rank, K key/value heads of a rank, D head size; H, q and F widths of the hidden states, of the
+queries and of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vila.config.schema import Config, LanguageConfig
+from megatron_vila.plan.budgets import GIB, frames_at_once
+from megatron_vila.plan.geometry import patches_per_square
+from megatron_vila.plan.grid import Layout
+from megatron_vila.plan.heads import HeadSplit
+from megatron_vila.plan.memory import SLACK_BYTES, stage_parameters
+from megatron_vila.plan.pictures import most_frames, pictures_of
+from megatron_vila.plan.sizes import head_dim
+
+CACHE_DTYPES = ("auto", "bf16", "fp8")
+"""Of kept keys and values: as the model computes (auto), bf16, or fp8 with a float32 scale for each token and head."""
+
+_SCALE_BYTES = 4
+
+
+def kv_heads_of_a_rank(llm: LanguageConfig, layout: Layout) -> int:
+    """Key/value heads of the rank that keeps the most of them."""
+    split = HeadSplit(llm.num_heads // layout.tp, llm.num_kv_heads // layout.tp, layout.ulysses)
+    return max(len(split.kv_range(rank)) for rank in range(layout.ulysses))
+
+
+def token_bytes(llm: LanguageConfig, layout: Layout, cache_dtype: str, element: int) -> int:
+    """Bytes of the cache of one token on a rank that keeps it, all layers; ``element`` are those of a number of the model."""
+    sizes = {"auto": head_dim(llm) * element, "bf16": head_dim(llm) * 2, "fp8": head_dim(llm) + _SCALE_BYTES}
+    return 2 * llm.num_layers * kv_heads_of_a_rank(llm, layout) * sizes[cache_dtype]
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes on the fullest rank: ``weights``, ``work`` on a chunk and its frames, ``slack`` as in ``plan/memory.py``, and
+    ``per_token`` for each token that it keeps of a sequence dealt over ``ring`` ranks."""
+
+    weights: int
+    work: int
+    slack: int
+    per_token: int
+    ring: int
+
+    def cache(self, tokens: int) -> int:
+        """Bytes for a sequence of ``tokens`` tokens."""
+        return -(-tokens // self.ring) * self.per_token
+
+    def tokens_in(self, room_bytes: int) -> int:
+        """Tokens of a sequence whose cache takes at most ``room_bytes`` on each rank."""
+        return max(0, room_bytes) // self.per_token * self.ring
+
+    def tokens_on(self, device_bytes: int) -> int:
+        """Tokens of a sequence on devices of ``device_bytes`` that hold nothing yet."""
+        return self.tokens_in(device_bytes - self.weights - self.work - self.slack)
+
+
+def cache_memory(config: Config, cache_dtype: str, chunk_tokens: int, element: int, device_bytes: int) -> CacheMemory:
+    """For the layout of ``config`` (pp = 1), chunks of ``chunk_tokens`` tokens over all ranks, and devices of ``device_bytes``
+    (0: on a CPU)."""
+    llm, layout = config.model.llm, Layout.of(config.parallel)
+    held, _ = stage_parameters(config)
+    per_token = token_bytes(llm, layout, cache_dtype, element)
+    if cache_dtype == "fp8":
+        # The keys and values of one layer at a time, as the kernels take them.
+        per_token += 2 * kv_heads_of_a_rank(llm, layout) * head_dim(llm) * element
+    return CacheMemory(
+        weights=held * element,
+        work=_work(config, layout, chunk_tokens, element, device_bytes),
+        slack=SLACK_BYTES if device_bytes else 0,
+        per_token=per_token,
+        ring=layout.ring,
+    )
+
+
+def _work(config: Config, layout: Layout, chunk_tokens: int, element: int, device_bytes: int) -> int:
+    """Most that is in use at once while a layer works on a chunk and the tower on the frames of the next one."""
+    llm, vision = config.model.llm, config.model.vision
+    s = -(-chunk_tokens // layout.cp)
+    q, kv = llm.num_heads * head_dim(llm), llm.num_kv_heads * head_dim(llm)
+    streams = 4 * llm.hidden_size * (1 if layout.tp == 1 else 2)  # residual, norm, what is added; whole and in tp slices
+    mlp = 3 * llm.ffn_hidden_size // layout.tp
+    exchanged = (2 if layout.ulysses > 1 else 1) * (q + 2 * kv) // layout.tp
+    # Queries of all ring ranks, their outputs and the merged ones in float32.
+    gathered = layout.ring * q // layout.tp * (element + 2 * 4)
+    tokens = s * ((streams + max(mlp, exchanged)) * element + gathered)
+    squares = frames_at_once(vision, False, element, device_bytes)
+    inner = 7 * vision.hidden_size + vision.ffn_hidden_size
+    # Embeddings of the chunk's own frames and of the next ones.
+    return tokens + squares * patches_per_square(vision) * inner * element + 2 * s * llm.hidden_size * element
+
+
+def frames_that_fit(config: Config, tokens: int, text_tokens: int, separators: int) -> int:
+    """Most frames of one video beside ``text_tokens`` tokens of text in a sequence of ``tokens``."""
+    return most_frames(pictures_of(config.model), max(0, tokens - text_tokens), separators)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The sequence that somebody asks for: its ``tokens``, of which ``text_tokens`` are neither visual tokens nor separators, and
+    the ``frames`` of its media; ``separators`` tokens stand behind each frame."""
+
+    tokens: int
+    text_tokens: int
+    frames: int
+    separators: int
+
+
+def cache_problem(
+    config: Config, wanted: Wanted, memory: CacheMemory, room_bytes: int, others: Sequence[CacheMemory] = ()
+) -> str:
+    """Why ``wanted`` does not fit ``room_bytes`` on each rank, how many frames would, and what else to do; empty if it fits.
+
+    ``room_bytes`` is what is left beside weights and work. ``others`` are the same memory with an fp8 cache, where that is a
+    cure.
+    """
+    needed = memory.cache(wanted.tokens)
+    if needed <= room_bytes:
+        return ""
+
+    def fitting(of: CacheMemory) -> int:
+        return frames_that_fit(config, of.tokens_in(room_bytes), wanted.text_tokens, wanted.separators)
+
+    what = f"{wanted.frames:,} frames ({wanted.tokens:,} tokens)" if wanted.frames else f"{wanted.tokens:,} tokens"
+    fit = f"{fitting(memory):,} frames" if wanted.frames else f"{memory.tokens_in(room_bytes):,} tokens"
+    cures = [f"ask with --frames {fitting(memory)}"] if wanted.frames and fitting(memory) else []
+    cures += [f"use --cache fp8 ({fitting(other):,} frames)" for other in others if wanted.frames]
+    ring = _ring_that_fits(memory, wanted.tokens, room_bytes)
+    cures.append(f"use more GPUs (--ring {ring})" if ring else "use more GPUs (--tp)")
+    return (
+        f"these {what} need {needed / GIB:.3g} GiB of cache on each rank, and {max(0, room_bytes) / GIB:.3g} GiB are free for it "
+        f"beside the model and its work; {fit} would fit: {', or '.join(cures)}"
+    )
+
+
+def _ring_that_fits(memory: CacheMemory, tokens: int, room_bytes: int) -> int:
+    """The next larger ring that keeps few enough tokens on a rank; 0 if a rank has no room for a single one."""
+    ring = memory.ring
+    while room_bytes >= memory.per_token and -(-tokens // ring) * memory.per_token > room_bytes:
+        ring *= 2
+    return ring if room_bytes >= memory.per_token else 0
+
+
+def layout_for(llm: LanguageConfig, world_size: int) -> Layout:
+    """The layout of inference on ``world_size`` ranks that nobody chose: as many Ulysses ranks as share the heads and keep fewer
+    key/value heads each, the others in the ring."""
+    fits = [u for u in range(1, world_size + 1) if world_size % u == 0 and llm.num_heads % u == 0 and u <= llm.num_kv_heads]
+    ulysses = max(fits)
+    return Layout(1, 1, ulysses, world_size // ulysses)
+
