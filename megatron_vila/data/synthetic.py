@@ -57,6 +57,7 @@ _QUESTIONS = (
     "Name the {kind} that flashed in the {medium}.",
 )
 _LONGEST_SCENE = 64
+_OF_NEEDLES = 2**32 - 1  # where a set of videos has their number of steps: its random numbers are other ones
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,35 @@ def write_synthetic_set(
     return written
 
 
+def write_needle_set(
+    out_dir: str | Path, frames: int, needles: int, *, kind: str = "colour", size: int = 56, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write what a needle test asks (``evaluation/needle.py``), of the same world, and return the two paths.
+
+    ``haystack.mp4`` is a video of ``frames`` frames, one a second, in which nothing flashes. ``needles.json`` has the pictures
+    (``needles/*.png``) with question and answer. The same arguments give the same files, with other random numbers than those of
+    ``write_synthetic_set``.
+
+    Raises ``SettingError`` for arguments that cannot be drawn.
+    """
+    if kind not in ANSWERS:
+        raise SettingError(f"kind={kind} must be one of {', '.join(ANSWERS)}")
+    if size < 16 or size % 2 or frames < 1 or needles < 1:
+        raise SettingError(f"frames={frames} and needles={needles} must be at least 1, size={size} an even number of at least 16")
+    out = Path(out_dir)
+    (out / "needles").mkdir(parents=True, exist_ok=True)
+    write_video(out / "haystack.mp4", render(frames, size, None, 1, np.random.default_rng([seed, _OF_NEEDLES, 0])), size, fps=1)
+    records, answers = [], ANSWERS[kind]
+    for index in range(needles):
+        rng, path = np.random.default_rng([seed, _OF_NEEDLES, 1, index]), f"needles/{index:05d}.png"
+        needle = _draw_needle(kind, answers[index % len(answers)], 1, rng)
+        Image.fromarray(next(render(1, size, needle, 1, rng))[0]).save(out / path)
+        question = str(rng.choice(_QUESTIONS)).format(kind=kind, medium="video")
+        records.append({"image": path, "question": question, "answer": answers[index % len(answers)]})
+    (out / "needles.json").write_text(json.dumps(records, indent=1) + "\n")
+    return out / "haystack.mp4", out / "needles.json"
+
+
 def corpus() -> list[str]:
     """Sentences with every word of the questions and answers, to train a tokenizer on."""
     texts = []
@@ -138,20 +168,22 @@ def corpus() -> list[str]:
     ]
 
 
-def render(steps: int, size: int, needle: Needle, hold: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Draw a video of ``steps * hold`` pictures, scene by scene: uint8 [T, H, W, 3]."""
+def render(steps: int, size: int, needle: Needle | None, hold: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Draw a video of ``steps * hold`` pictures, scene by scene: uint8 [T, H, W, 3]. Without a ``needle`` nothing flashes."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     u_HW, v_HW = np.meshgrid(axis, axis)
     grain = rng.normal(0, 4, (2 * size, 2 * size, 1)).astype(np.float32)
     half = rng.uniform(0.4, 0.7)
     center_u, center_v = rng.uniform(half - 0.95, 0.95 - half, 2)
-    mask_HW = symbol_mask(needle.symbol, (u_HW - center_u) / half, (v_HW - center_v) / half)
+    if needle is not None:
+        mask_HW = symbol_mask(needle.symbol, (u_HW - center_u) / half, (v_HW - center_v) / half)
     done = 0
     while done < steps * hold:
         count = min(int(rng.integers(_LONGEST_SCENE // 8, _LONGEST_SCENE)), steps * hold - done)
         clip_THWC = _scene(count, u_HW, v_HW, grain, rng)
-        first, last = max(needle.step * hold - done, 0), max((needle.step + 1) * hold - done, 0)
-        clip_THWC[first:last, mask_HW] = COLORS[needle.color]
+        if needle is not None:
+            first, last = max(needle.step * hold - done, 0), max((needle.step + 1) * hold - done, 0)
+            clip_THWC[first:last, mask_HW] = COLORS[needle.color]
         yield clip_THWC
         done += count
 
