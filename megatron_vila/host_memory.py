@@ -62,17 +62,20 @@ def decoding_threads() -> int:
 
 def page_locked(size: int, setting: str) -> torch.Tensor:
     """``size`` bytes of zeros in host memory, page-locked where there is CUDA for as long as the returned tensor itself lives.
+    They begin where a page does.
 
     torch's own allocator rounds sizes up to powers of two; this one takes what it is asked for, in huge pages where the system
     has them. Raises ``HostMemoryError`` that names ``setting`` (``name=value``).
     """
-    if not torch.cuda.is_available() or not size:
+    if not size:
         return torch.zeros(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A system without huge pages refuses.
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
     buffer = torch.frombuffer(pages, dtype=torch.uint8)
+    if not torch.cuda.is_available():
+        return buffer
     # Pages come into being when they are written to, here by all cores instead of the one that locks them.
     with all_threads():
         buffer.zero_()

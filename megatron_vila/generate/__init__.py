@@ -1,0 +1,1 @@
+"""Answers questions about long videos: prefill, a cache shared by all GPUs, decoding."""
