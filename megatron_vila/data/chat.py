@@ -96,6 +96,18 @@ class ChatEncoder:
         segments = [self._tokenize(text[a:b], wanted_C[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
         return (_joined(_unsupervised(self._start), segments[0]), *segments[1:])
 
+    def prompt(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
+        """Tokens of a conversation that ends with a human turn, and of what training shows before the answer to it; cut and
+        raising as ``encode``.
+
+        Nothing of it depends on the answer: a token that one answer shares with the text before it is the model's to write.
+        """
+        *before, last = self.encode([*turns, Turn("assistant", "a")])
+        *_, other = self.encode([*turns, Turn("assistant", "1")])
+        heads = [segment.token_ids[: _last_answer(segment)] for segment in (last, other)]
+        shared = len(os.path.commonprefix([head.tolist() for head in heads]))
+        return (*before, _unsupervised(last.token_ids[:shared]))
+
     def _document(self, text: str) -> tuple[Segment, ...]:
         if self.tokenizer.eos_token_id is None:
             raise RenderError("the tokenizer has no token that ends a text (eos_token), so a text cannot be trained as a whole")
@@ -183,6 +195,12 @@ class ChatEncoder:
 
 def _unsupervised(token_ids: np.ndarray) -> Segment:
     return Segment(token_ids, np.zeros(len(token_ids), dtype=bool))
+
+
+def _last_answer(segment: Segment) -> int:
+    """Where the last run of supervised tokens begins."""
+    begins = np.flatnonzero(segment.supervised & ~np.append(False, segment.supervised[:-1]))
+    return int(begins[-1])
 
 
 def _joined(first: Segment, second: Segment) -> Segment:

@@ -17,19 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vila.config.schema import DataConfig, ModelConfig
 from megatron_vila.config.text_rules import TextRules
 from megatron_vila.data.chat import ChatEncoder, RenderError, assemble
-from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.failures import FailureReasons, MachineError
 from megatron_vila.data.fields import Media
-from megatron_vila.data.images import picture_size
-from megatron_vila.data.media import MediaError, Member, errors_of, state_of
+from megatron_vila.data.frame_chooser import FrameChooser
 from megatron_vila.data.records import Record
 from megatron_vila.data.sampling import thin_out, uneven_seconds
 from megatron_vila.data.sources.source import ChangedFileError, Source
-from megatron_vila.data.video import probe_video, shown_size
-from megatron_vila.data.video_info import VideoInfo
 from megatron_vila.errors import SettingError, UserError
-from megatron_vila.plan.pictures import Size, pictures_of, places
-from megatron_vila.plan.row import IGNORE, Document, references
+from megatron_vila.plan.pictures import Size, places
+from megatron_vila.plan.row import IGNORE, Document
 
 
 class NoUsableSampleError(UserError, RuntimeError):
@@ -58,7 +54,7 @@ class Sample:
         return bool((self.document.labels != IGNORE).any())
 
 
-class VilaDataset:
+class VilaDataset(FrameChooser):
     """Documents of ``records``, tokenized by ``tokenizer`` for ``model``, of at most ``seq_length`` tokens. Safe for threads.
 
     Raises ``ChatTemplateError`` for a tokenizer without a usable chat template, ``SettingError`` for settings that do not fit.
@@ -72,13 +68,10 @@ class VilaDataset:
         model: ModelConfig,
         seq_length: int,
     ) -> None:
-        self.records, self.data, self.seq_length = records, data, seq_length
+        super().__init__(data, model)
+        self.records, self.seq_length = records, seq_length
         self.encoder = ChatEncoder(tokenizer, TextRules.of(data))
         self.vocab_size = model.llm.vocab_size
-        self.pictures = pictures_of(model)
-        self.probe: Callable[..., VideoInfo] = functools.lru_cache(maxsize=64)(probe_video)
-        self.shown_size = functools.lru_cache(maxsize=64)(shown_size)
-        self.list_folder = functools.lru_cache(maxsize=64)(picture_files)
         self.failures = FailureReasons()
         for name in ("frame_separator_ids", "image_separator_ids"):
             self._check_vocabulary(np.array(getattr(data, name), dtype=np.int64), f"data.{name}")
@@ -129,23 +122,12 @@ class VilaDataset:
         except (UserError, OSError):
             return self.records.name(index)
 
-    def choose_frames(self, medium: Media) -> tuple[np.ndarray, tuple[str | Member | bytes, ...]]:
-        """The frames to take of a medium if they all fit (int64, ascending), and the files of all its frames where each has its
-        own. Raises ``MediaError``."""
-        if medium.is_video:
-            return take_frames(medium, self.data, self.probe, self.list_folder)
-        with errors_of(medium.path, "cannot be read"):
-            size = state_of(medium.path)[0]
-        if not size:
-            raise MediaError(medium.path, "the file is empty (0 bytes)")
-        return np.zeros(1, dtype=np.int64), ()
-
     def _build(self, record: Record) -> tuple[Document, int]:
         """The document of a record and the number of frames left out to make it fit."""
         segments = self.encoder.encode(record.turns)
         chosen, files = zip(*map(self.choose_frames, record.media), strict=True) if record.media else ((), ())
         is_video = [medium.is_video for medium in record.media]
-        sizes = list(map(self._size, record.media, chosen, files))
+        sizes = list(map(self.size, record.media, chosen, files))
         room = self.seq_length - sum(len(s.token_ids) for s in segments)
         room -= sum(self._places(1, False, size) for size, video in zip(sizes, is_video, strict=True) if not video)
         counts = [len(indices) for indices, video in zip(chosen, is_video, strict=True) if video]
@@ -170,8 +152,8 @@ class VilaDataset:
             for medium, indices, names in zip(record.media, chosen, files, strict=True)
         ]
         pictures = [
-            references(m.path, indices, m.is_video, self.pictures.units(len(indices), m.is_video, size), names)
-            for m, indices, size, names in zip(record.media, taken, sizes, files, strict=True)
+            self.references(medium, indices, size, names)
+            for medium, indices, size, names in zip(record.media, taken, sizes, files, strict=True)
         ]
         document = assemble(
             segments, pictures, self.data.image_separator_ids, self.data.frame_separator_ids, record.sample_id
@@ -188,15 +170,6 @@ class VilaDataset:
         """Tokens that a medium with ``frames`` frames of ``size`` takes, separators included."""
         separators = self.data.frame_separator_ids if is_video else self.data.image_separator_ids
         return places(self.pictures.units(frames, is_video, size), len(separators))
-
-    def _size(self, medium: Media, indices: np.ndarray, files: Sequence[str | Member]) -> Size | None:
-        """Of the pictures of ``medium``: of its first frame, or of the first one taken where each has its own file. None where
-        nothing depends on it."""
-        if not self.pictures.needs_size:
-            return None
-        if medium.is_video and not files:
-            return self.shown_size(self.probe(medium.path))
-        return picture_size(files[indices[0]] if files else medium.path)
 
     def _thin_out(self, medium: Media, indices: np.ndarray, count: int, of_pictures: bool) -> np.ndarray:
         """At most ``count`` of the frames ``indices``: evenly in time where a rate is asked for, else evenly by number."""

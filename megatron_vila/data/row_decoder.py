@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_vila import accelerator
+from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.decode_pool import DecodePool, Help, Job
 from megatron_vila.data.failures import FailureReasons
 from megatron_vila.data.host_budget import HostBudget
@@ -30,6 +31,8 @@ from megatron_vila.data.row_tasks import Probe, Task, cut, part_of
 from megatron_vila.data.video import VideoReader
 from megatron_vila.data.video_engines import MEMORY_BYTES, Need, VideoEngines, engines_of
 from megatron_vila.data.video_engines import THREADS as ENGINE_THREADS
+from megatron_vila.host_memory import decoding_threads, most_bytes, ranks_here
+from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.row import Document
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,20 @@ class RowDecoder:
         self._budget = HostBudget(budget_bytes)
         self._rows: weakref.WeakSet[PendingRow] = weakref.WeakSet()
         self._closed = self._has_used_engines = False
+
+    @classmethod
+    def of(cls, data: DataConfig, image_size: int, probe: Probe, failures: FailureReasons) -> RowDecoder:
+        """With the threads and the host memory that ``data`` gives a rank."""
+        share = most_bytes() // ranks_here()
+        return cls(
+            probe,
+            failures,
+            image_size=image_size,
+            aspect=data.image_aspect,
+            workers=data.workers or decoding_threads(),
+            budget_bytes=int(data.host_memory_gib * GIB) or share // 4,
+            video_decoder=data.video_decoder,
+        )
 
     def close(self) -> None:
         """Give up all rows that are not done; those in work end at their next picture."""

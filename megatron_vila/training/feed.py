@@ -20,10 +20,9 @@ from megatron_vila.data.sources.open import Blend
 from megatron_vila.data.sources.source import Source, report_bad_records
 from megatron_vila.data.stream import Stream, StreamState
 from megatron_vila.errors import ConfigError
-from megatron_vila.host_memory import cores_of_rank, decoding_threads, most_bytes, ranks_here
+from megatron_vila.host_memory import cores_of_rank
 from megatron_vila.parallel.agreement import gathered
 from megatron_vila.parallel.topology import ParallelTopology
-from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.flops import flop_prices
 from megatron_vila.plan.pictures import row_vision
 from megatron_vila.training.run_data import RunData
@@ -85,17 +84,7 @@ def evaluation_loader(config: Config, topology: ParallelTopology, held_out: Vila
 
 
 def _decoder(config: Config, dataset: VilaDataset) -> RowDecoder:
-    data = config.data
-    share = most_bytes() // ranks_here()
-    return RowDecoder(
-        dataset.probe,
-        dataset.failures,
-        image_size=config.model.vision.image_size,
-        aspect=data.image_aspect,
-        workers=data.workers or decoding_threads(),
-        budget_bytes=int(data.host_memory_gib * GIB) or share // 4,
-        video_decoder=data.video_decoder,
-    )
+    return RowDecoder.of(config.data, config.model.vision.image_size, dataset.probe, dataset.failures)
 
 
 def chance_level(records: Source, indices: Iterable[int]) -> float:

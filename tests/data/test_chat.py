@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vila.config.text_rules import TextRules
 from megatron_vila.data.chat import ChatEncoder, ChatTemplateError, RenderError, assemble, describe
 from megatron_vila.data.placement import Turn
 from megatron_vila.plan.pictures import Unit
@@ -222,3 +223,32 @@ def test_where_white_space_ends_an_answer_it_is_learned_as_the_stop():
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     turns = [Turn("user", "Sure?"), Turn("assistant", "Yes."), Turn("user", "And now?")]
     assert answers(ChatEncoder(with_template(template)), turns) == ["Yes.\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [*((name, "") for name in TOKENIZERS), ("llama3", "llama_3"), ("vicuna", "vicuna_v1"), ("qwen2", "hermes-2")],
+)
+def test_a_prompt_is_what_training_shows_before_the_answer_whatever_that_is(name, rule):
+    encoder = ChatEncoder(TOKENIZERS[name], TextRules(template=rule))
+    for turns in (
+        [Turn("user", "<video>What is shown?")],
+        [Turn("system", "Be brief."), Turn("user", "<image>Ou est le chat?"), Turn("assistant", "Il dort."), Turn("user", "42?")],
+    ):
+        prompt = encoder.prompt(turns)
+        assert not any(segment.supervised.any() for segment in prompt)
+        for answer in ("Il dort.", "42", "a", "1\n2", "(c)"):
+            trained = encoder.encode([*turns, Turn("assistant", answer)])
+            assert len(prompt) == len(trained)
+            for mine, theirs in zip(prompt[:-1], trained[:-1], strict=True):
+                assert np.array_equal(mine.token_ids, theirs.token_ids)
+            length = len(prompt[-1].token_ids)
+            assert np.array_equal(prompt[-1].token_ids, trained[-1].token_ids[:length])
+            # What is left out of it is the answer's, or what the answer's first token may be joined with.
+            (first, *_) = np.flatnonzero(trained[-1].supervised[length:])
+            assert first <= 1
+
+
+def test_a_prompt_ends_with_the_header_of_the_answer():
+    (segment,) = ENCODERS["qwen2"].prompt([Turn("user", "Which color?")])
+    assert TOKENIZERS["qwen2"].decode(segment.token_ids).endswith("Which color?<|im_end|>\n<|im_start|>assistant\n")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_vila.config.schema import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_vila.data import dataset as dataset_module
+from megatron_vila.data import frame_chooser
 from megatron_vila.data.chat import describe
 from megatron_vila.data.check import problem_of
 from megatron_vila.data.dataset import (
@@ -165,7 +165,7 @@ def test_an_over_long_video_keeps_as_many_frames_as_fit_spread_evenly(media, tmp
 
 @pytest.mark.parametrize("room", range(1, 4))
 def test_an_over_long_video_of_pooled_frames_keeps_the_frames_of_the_units_that_fit(media, tmp_path, monkeypatch, room):
-    monkeypatch.setattr(dataset_module, "pictures_of", lambda model: Pooled(3, 1, 5))
+    monkeypatch.setattr(frame_chooser, "pictures_of", lambda model: Pooled(3, 1, 5))
     whole = make(media, tmp_path, [video("long.mp4"), TEXT], frame_separator_ids=[7]).build(0).document
     assert [frame.unit.frames for frame in whole.frames] == [3, 3, 2]
     assert np.diff(whole.frame_starts).tolist() == [6, 6] and (whole.token_ids == MEDIA_TOKEN).sum() == 15

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_vila.data import dataset
+from megatron_vila.data import frame_chooser
 from megatron_vila.data.dataset import NoUsableSampleError
 from megatron_vila.data.order import epoch_order
 from megatron_vila.data.reports import LoaderError
@@ -62,7 +62,7 @@ def test_each_rank_decodes_its_own_frames_and_all_ranks_hold_the_same_rows(tmp_p
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_units_of_several_frames_are_placed_dealt_and_decoded_as_wholes(tmp_path, folder, monkeypatch, ranks):
-    monkeypatch.setattr(dataset, "pictures_of", lambda model: Pooled(3, 1, 5))
+    monkeypatch.setattr(frame_chooser, "pictures_of", lambda model: Pooled(3, 1, 5))
     data = Data(tmp_path, folder, GOOD)
     rows_of_ranks = data.block(ranks, steps=4, shuffle=False)
     for rows, ((ids, frames, tokens, _), pixels) in zip(
@@ -77,7 +77,7 @@ def test_units_of_several_frames_are_placed_dealt_and_decoded_as_wholes(tmp_path
 
 
 def test_a_frame_that_becomes_another_number_of_squares_than_its_unit_has_tiles_ends_the_run(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(dataset, "pictures_of", lambda model: Pooled(3, 2, 5))
+    monkeypatch.setattr(frame_chooser, "pictures_of", lambda model: Pooled(3, 2, 5))
     told = "a frame became 1 squares, and its unit has 2 tiles"
     with Data(tmp_path, folder, GOOD).loader() as loader, pytest.raises(LoaderError, match=told):
         loader.next_step()
