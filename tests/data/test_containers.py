@@ -4,13 +4,14 @@ import csv
 import json
 import tarfile
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.containers.open import open_sets
 from megatron_vila.data.fields import Media, RecordError
-from megatron_vila.data.formats.detect import FORMATS, detect
+from megatron_vila.data.formats.detect import FORMATS, detect, files_under
 from megatron_vila.data.media import Member, open_media
 from megatron_vila.data.placement import Turn
 from megatron_vila.data.sources.open import open_records
@@ -76,6 +77,8 @@ def test_what_stands_under_a_path_is_told_by_what_is_there(tmp_path):
     [
         ({"a_mp4": b"", "b_tar": b""}, "holds files of several formats; name the files, or say with --format"),
         ({"a_json": "[]"}, "holds files of records; name each of them"),
+        ({"a_tar": b"", "sub__b_tar_gz": b""}, "a/sub/b.tar.gz: packed files are not read; unpack it"),
+        ({"a_mp4": b"", "a_txt": "", "more_ZIP": b""}, "a/more.ZIP: packed files are not read; unpack it"),
         ({"a_doc": ""}, "holds no samples in a format that is known:\n  json: a JSON file"),
     ],
 )
@@ -83,6 +86,15 @@ def test_a_folder_that_may_be_several_things_is_refused(tmp_path, files, said):
     with pytest.raises(RecordError) as error:
         detect(fill(tmp_path / "a", **files))
     assert said in str(error.value)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    for name in "ab":
+        pack(Path(fill(tmp_path / name, note_md="")) / f"{name}.TAR", {f"{name}.txt": b"x"})
+        for other in ("a", "b", "."):
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    assert list(files_under(str(tmp_path / "a"))) == ["a.TAR", "note.md", "to_b/b.TAR", "to_b/note.md"]
+    assert len(open_records(VERBATIM, [str(tmp_path / "a")])) == 2
 
 
 def test_training_refuses_what_it_does_not_read_in_place_with_the_line_that_converts_it(tmp_path):

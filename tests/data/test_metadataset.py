@@ -80,6 +80,13 @@ def test_parts_and_ranges_of_sets_are_those_of_energon(sets):
     assert ids(open_records(DATA, [path])) == [21, 22, 2] and ids(open_records(DATA, [path], "val")) == [4]
 
 
+def test_no_other_part_stands_for_one_that_a_metadataset_names(sets):
+    assert len(open_records(DATA, [metadataset(sets, {"path": "b"}, val={"path": "b"})], "val")) == 2
+    for node in ({"path": "b", "split_part": "val"}, {"blend": [{"path": "b"}], "split_part": "val"}):
+        with pytest.raises(RecordError, match="no shard is in the part 'val'; parts with shards are train"):
+            open_records(DATA, [metadataset(sets, {"path": "a"}, val=node)], "val")
+
+
 def test_a_metadataset_of_the_first_version_and_one_beside_a_file_are_read(sets):
     path = metadataset(sets, {"path": "b"})
     assert ids(open_records(DATA, [path, str(sets / "c.jsonl")])) == [10, 11, 20, 21, 22, 23, 24]

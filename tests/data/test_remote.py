@@ -4,7 +4,9 @@ import fcntl
 import itertools
 import os
 import shutil
+import socket
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +228,22 @@ def test_an_address_that_cannot_be_read_is_refused_by_name_and_cure(data, files,
     os.unlink(files.folder / "000001.tar")
     with pytest.raises(RecordError, match=r"/000001\.tar: there is no such file; prepare the folder again"):
         open_records(data, [files.url])
+
+
+def test_a_server_that_is_away_is_tried_again_and_not_told_as_a_missing_file(data):
+    def hang_up(server):
+        with suppress(OSError):
+            while True:
+                server.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/set"
+        threading.Thread(target=hang_up, args=(server,), daemon=True).start()
+        with pytest.raises(RecordError, match="/set/.*: cannot be read after 4 attempts: .*look at the network"):
+            open_records(data, [address])
+        server.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(RecordError, match="/set/.*: cannot be read after 4 attempts: .*look at the network"):
+        open_records(data, [address])
 
 
 def test_a_cache_without_room_for_the_pieces_in_use_is_refused():

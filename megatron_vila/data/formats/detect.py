@@ -30,6 +30,9 @@ PREPARED = {
 
 FORMATS = IN_PLACE | PREPARED
 
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+"""Endings of files that hold others in a form that is not read: shards and records in them would be overlooked."""
+
 _COMMAND = "python tools/prepare_data.py"
 
 
@@ -50,6 +53,7 @@ def detect(path: str, wanted: str = "") -> str:
             f"{path}: a text file is one document, or one on each line, and does not say which; say it: "
             f"`{command(path, 'text_files')}` or `{command(path, 'text_lines')}`"
         )
+    _refuse_packed(path)
     raise RecordError(f"{path}: none of the formats that are known:{_listed(FORMATS)}")
 
 
@@ -63,9 +67,16 @@ def command(path: str, format_name: str = "", media_dir: str = "", ignore_fields
 
 
 def files_under(folder: str) -> Iterator[str]:
-    """The files in ``folder`` and below it, by their paths from there, in order; names that begin with a dot do not count."""
-    for place, folders, files in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """The files in ``folder`` and below it, by their paths from there, in order; names that begin with a dot do not count.
+
+    Links to folders are followed, but for those that lead back to where they stand.
+    """
+    way: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}  # the folders above and at each place, without links
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        below = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
+        folders[:] = sorted(name for name, real in below.items() if not _leads_back(real, way[place]))
+        way |= {os.path.join(place, name): (*way[place], below[name]) for name in folders}
+        del way[place]
         for name in sorted(files):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(place, name), folder)
@@ -79,6 +90,8 @@ def _of_folder(path: str, wanted: str) -> str:
     if any(os.path.isfile(os.path.join(path, name)) for name in METADATA):
         return "folder"
     names = list(files_under(path))
+    for name in names:
+        _refuse_packed(os.path.join(path, name))
     endings = {os.path.splitext(name)[1].lower() for name in names}
     tables = {name.removesuffix(".parquet") for name in names if name.endswith(".parquet")}
     if tables <= {name.removesuffix(".tar") for name in names if name.endswith(".tar")}:
@@ -103,6 +116,16 @@ def _of_folder(path: str, wanted: str) -> str:
 
 def _listed(names: dict[str, str] | list[str]) -> str:
     return "".join(f"\n  {name}: {FORMATS[name]}" for name in names)
+
+
+def _leads_back(real: str, way: tuple[str, ...]) -> bool:
+    """Whether the folder ``real`` is one of ``way`` or holds one of them."""
+    return any(os.path.join(place, "").startswith(os.path.join(real, "")) for place in way)
+
+
+def _refuse_packed(path: str) -> None:
+    if path.lower().endswith(PACKED):
+        raise RecordError(f"{path}: packed files are not read; unpack it, or name other files or another folder")
 
 
 def _raise(error: OSError) -> None:

@@ -12,7 +12,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -36,16 +36,27 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
 
-def energon_table(folder: Folder, part: str) -> SampleTable:
-    """The samples of ``part`` (train, val, test ...) of an Energon folder, in the order of its shards.
+class SplitPart(NamedTuple):
+    """A part of a split: its ``name`` (train, val, test ...), and whether it is ``meant``, so that no other may stand for it."""
 
-    A folder whose shards are all in one other part is read whole. A sample that lies beyond the end of its shard is bad.
+    name: str
+    meant: bool = False
+
+
+TRAIN = SplitPart("train")
+
+
+def energon_table(folder: Folder, part: SplitPart) -> SampleTable:
+    """The samples of ``part`` of an Energon folder, in the order of its shards.
+
+    Unless the part is meant, a folder whose shards are all in one other part is read whole. A sample that lies beyond the end of
+    its shard is bad.
     Raises ``RecordError`` for a folder that is not whole, an index that is none, and shards that are missing.
     """
     info = _shard_counts(folder)
     shards, left_out = _chosen(folder, info, part)
     state = [folder.state(INDEX), info, shards, sorted(left_out), folder.quick_states(shards)]
-    return kept_table(folder.identity, ["energon", part], state, lambda: _make(folder, info, shards, left_out))
+    return kept_table(folder.identity, ["energon", part.name], state, lambda: _make(folder, info, shards, left_out))
 
 
 def _shard_counts(folder: Folder) -> dict[str, int]:
@@ -79,7 +90,7 @@ def _check_sample_type(folder: Folder) -> None:
         )
 
 
-def _chosen(folder: Folder, counts: Mapping[str, int], part: str) -> tuple[list[str], set[str]]:
+def _chosen(folder: Folder, counts: Mapping[str, int], part: SplitPart) -> tuple[list[str], set[str]]:
     """The shards of ``part``, and what is left out of them as ``shard/key``."""
     path = folder.place(f"{META}/split.yaml")
     split = _load(folder, f"{META}/split.yaml")
@@ -91,13 +102,11 @@ def _chosen(folder: Folder, counts: Mapping[str, int], part: str) -> tuple[list[
     left_out = set(_expanded(path, split.get("exclude") or []))
     found = {str(name): [s for s in _expanded(path, names or []) if s not in left_out] for name, names in parts.items()}
     filled = [name for name, names in found.items() if names]
-    # Only the parts of a run: one that a metadataset names itself is meant.
-    if part in ("train", "val") and not found.get(part) and len(filled) == 1:
-        part = filled[0]
-    shards = found.get(part, [])
+    name = filled[0] if not part.meant and not found.get(part.name) and len(filled) == 1 else part.name
+    shards = found.get(name, [])
     if not shards:
         raise RecordError(
-            f"{path}: no shard is in the part '{part}'; parts with shards are {', '.join(filled) or 'none'}"
+            f"{path}: no shard is in the part '{name}'; parts with shards are {', '.join(filled) or 'none'}"
         )
     if unknown := [name for name in shards if name not in counts]:
         raise RecordError(f"{path}: {shown(unknown[0])} is not among the shards of {META}/.info.json; {_PREPARE}")

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_vila.data.fields import RecordError, shown
+from megatron_vila.data.sources.energon import SplitPart
 from megatron_vila.data.sources.folder import small_file
 
 ENDINGS = (".yaml", ".yml")
@@ -37,19 +38,19 @@ Bound = int | float | None
 
 @dataclass(frozen=True)
 class Leaf:
-    """One set of samples: what stands at ``path``, its part ``part``, cut to ``ranges`` one after the other.
+    """One set of samples: what stands at ``path``, its ``part``, cut to ``ranges`` one after the other.
 
     ``weight`` is its share among all, ``repetitions`` is how often it is taken in an epoch; None where none are given.
     """
 
     path: str
-    part: str
+    part: SplitPart
     weight: float | None = None
     repetitions: int | None = None
     ranges: tuple[tuple[Bound, Bound], ...] = ()
 
 
-def read_metadataset(path: str, part: str, depth: int = 0) -> list[Leaf]:
+def read_metadataset(path: str, part: SplitPart, depth: int = 0) -> list[Leaf]:
     """The sets that the file ``path`` names for ``part``, those of nested files included.
 
     Raises ``RecordError`` that names the file, the place in it and the cure.
@@ -63,13 +64,13 @@ def read_metadataset(path: str, part: str, depth: int = 0) -> list[Leaf]:
             f"{path}: __class__ is {shown(kind)}; a metadataset of Energon (MetadatasetV2) is expected in a YAML file of samples"
         )
     splits = content.get("splits")
-    if not isinstance(splits, dict) or part not in splits:
+    if not isinstance(splits, dict) or part.name not in splits:
         known = ", ".join(map(str, splits)) if isinstance(splits, dict) else "none"
-        raise RecordError(f"{path}: splits has no part '{part}'; it has {known}")
-    return _leaves(path, f"splits.{part}", splits[part], part, depth)
+        raise RecordError(f"{path}: splits has no part '{part.name}'; it has {known}")
+    return _leaves(path, f"splits.{part.name}", splits[part.name], part, depth)
 
 
-def _leaves(path: str, place: str, node: Any, part: str, depth: int) -> list[Leaf]:
+def _leaves(path: str, place: str, node: Any, part: SplitPart, depth: int) -> list[Leaf]:
     where = f"{path}, {place}"
     if not isinstance(node, dict):
         raise RecordError(f"{where}: must be an object with 'path', 'blend' or 'blend_epochized', found {shown(node)}")
@@ -79,9 +80,10 @@ def _leaves(path: str, place: str, node: Any, part: str, depth: int) -> list[Lea
             f"{where}: needs one of 'path', 'blend' and 'blend_epochized', found {shown(', '.join(map(str, node)))}"
         )
     _refuse_unknown(where, node, (*_NODE, *lists, "weight", "repetitions"))
-    own = node.get("split_part") or part
-    if not isinstance(own, str):
-        raise RecordError(f"{where}.split_part: must be the name of a part, found {shown(own)}")
+    named = node.get("split_part") or part.name
+    if not isinstance(named, str):
+        raise RecordError(f"{where}.split_part: must be the name of a part, found {shown(named)}")
+    own = SplitPart(named, meant=part.meant or bool(node.get("split_part")))
     if lists:
         leaves = _mixed(path, f"{place}.{lists[0]}", node[lists[0]], own, _LISTS[lists[0]], depth)
     else:
@@ -92,7 +94,7 @@ def _leaves(path: str, place: str, node: Any, part: str, depth: int) -> list[Lea
     return leaves
 
 
-def _mixed(path: str, place: str, nodes: Any, part: str, by: str, depth: int) -> list[Leaf]:
+def _mixed(path: str, place: str, nodes: Any, part: SplitPart, by: str, depth: int) -> list[Leaf]:
     """The leaves of a list of nodes, which are mixed ``by`` weight or repetitions."""
     if not isinstance(nodes, list) or not nodes:
         raise RecordError(f"{path}, {place}: must be a list with at least one set; an empty blend gives no sample")
@@ -123,7 +125,7 @@ def _mixed(path: str, place: str, nodes: Any, part: str, by: str, depth: int) ->
     return found
 
 
-def _named(path: str, where: str, name: Any, part: str, depth: int) -> list[Leaf]:
+def _named(path: str, where: str, name: Any, part: SplitPart, depth: int) -> list[Leaf]:
     if not isinstance(name, str) or not name or "\0" in name:
         raise RecordError(f"{where}.path: must be a path, found {shown(name)}")
     found = name if "://" in name else os.path.join(os.path.dirname(path), name)

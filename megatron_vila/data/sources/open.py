@@ -12,6 +12,7 @@ from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.formats.detect import PREPARED, command, detect
 from megatron_vila.data.sources import energon, wids
+from megatron_vila.data.sources.energon import TRAIN, SplitPart
 from megatron_vila.data.sources.joined import Joined, Part
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.sources.metadataset import ENDINGS, Bound, Leaf, read_metadataset
@@ -38,7 +39,7 @@ class Format:
     settings of a run; its last argument is the part of a set of shards. Raises ``RecordError``."""
 
     is_at: Callable[[str], bool]
-    open: Callable[[DataConfig, Sequence[str], str], Source]
+    open: Callable[[DataConfig, Sequence[str], SplitPart], Source]
 
 
 FORMATS = (
@@ -73,7 +74,7 @@ def open_blend(
         return _open_weighted(data, paths, part, weights)
     leaves: list[Leaf] = []
     for path in paths:
-        found = read_metadataset(path, part) if path.endswith(ENDINGS) else [Leaf(path, part)]
+        found = _named(path, part)
         if len(paths) > 1 and any(leaf.weight is not None for leaf in found):
             raise RecordError(
                 f"{path}: gives weights, and other paths stand beside it; name it alone and the others in it"
@@ -86,10 +87,16 @@ def open_blend(
     return Blend(_joined(sources), tuple(map(len, sources)), tuple(leaf.weight or 0.0 for leaf in leaves))
 
 
+def _named(path: str, part: str) -> list[Leaf]:
+    """The sets at ``path``, of which ``part`` is read; another part stands only for that of a run."""
+    wanted = SplitPart(part, meant=part not in PARTS.values())
+    return read_metadataset(path, wanted) if path.endswith(ENDINGS) else [Leaf(path, wanted)]
+
+
 def _open_weighted(data: DataConfig, paths: Sequence[str], part: str, weights: Sequence[float]) -> Blend:
     shares: list[tuple[Source, float]] = []
     for path, weight in zip(paths, weights, strict=True):
-        leaves = read_metadataset(path, part) if path.endswith(ENDINGS) else [Leaf(path, part)]
+        leaves = _named(path, part)
         if leaves[0].weight is None:
             shares.append((_open_leaves(data, leaves), weight))
         else:
@@ -107,7 +114,7 @@ def open_records(data: DataConfig, paths: Sequence[str], part: str = PARTS["trai
 def _open_leaves(data: DataConfig, leaves: Sequence[Leaf]) -> Source:
     """One source of ``leaves``; plain paths of one format that stand side by side are opened together."""
     if not leaves:
-        return FORMATS[-1].open(data, [], "")  # which says what is expected
+        return FORMATS[-1].open(data, [], TRAIN)  # which says what is expected
 
     def kind(leaf: Leaf) -> object:
         plain = not leaf.ranges and leaf.repetitions in (None, 1)

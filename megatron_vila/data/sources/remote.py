@@ -249,11 +249,12 @@ def _file_system(path: str) -> tuple[Any, str]:
 def _hides_another(error: FileNotFoundError) -> bool:
     """Whether a missing file is only what fsspec makes of another failure, as it does for all of them over HTTP."""
     cause = error.__cause__
-    return (
-        isinstance(cause, Exception)
-        and not isinstance(cause, OSError)
-        and getattr(cause, "status", 404) not in (404, 410)
-    )
+    status = getattr(cause, "status", None)
+    if status is not None:
+        return status not in (404, 410)
+    # Connections that are refused or cut are errors of the system, or of the HTTP client alone.
+    fails = isinstance(cause, OSError) and not isinstance(cause, _LASTING)
+    return fails or type(cause).__module__.startswith("aiohttp")
 
 
 def _gone(place: str) -> str:

@@ -11,7 +11,7 @@ import os
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.records import Record, RecordRules
-from megatron_vila.data.sources.energon import energon_table
+from megatron_vila.data.sources.energon import TRAIN, SplitPart, energon_table
 from megatron_vila.data.sources.folder import Folder, LocalFolder
 from megatron_vila.data.sources.holdings import FILE, Holdings, holdings_of
 from megatron_vila.data.sources.remote import RemoteFolder, is_address
@@ -54,7 +54,7 @@ class Shards:
             raise BadRecordsError(report_bad_records(self.bad, len(self)), self.bad)
 
     @classmethod
-    def of_energon(cls, data: DataConfig, path: str, part: str = "train") -> Shards:
+    def of_energon(cls, data: DataConfig, path: str, part: SplitPart = TRAIN) -> Shards:
         """The samples of ``part`` of a folder that ``energon prepare`` has made, by the settings of a run."""
         folder: Folder = RemoteFolder(path, data) if is_address(path) else LocalFolder(path)
         return cls._of(data, folder, energon_table(folder, part))

@@ -56,7 +56,7 @@ def tar_table(path: str) -> SampleTable:
     """
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
     found = files_under(path) if os.path.isdir(path) else [os.path.basename(path)]
-    shards = [Shard(name, -1, -1) for name in found if name.endswith(".tar")]
+    shards = [Shard(name, -1, -1) for name in found if name.lower().endswith(".tar")]
     states = [_state(path, folder, shard) for shard in shards]
     return kept_table(os.path.realpath(folder), ["tar", *shards], [states], lambda: _make(folder, shards))
 
