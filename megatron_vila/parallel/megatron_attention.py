@@ -87,10 +87,16 @@ class MMSPAttention(nn.Module):
     def forward(self, qkv_s1KX: torch.Tensor, row: RowParams) -> torch.Tensor:
         """Megatron's product of query, key and value [s, 1, K, (H/K + 2) * D], for each key/value head its query heads, the key
         and the value, to [s, 1, H*D]. Collectives: those of ``Attention2D``."""
-        qkv_sKGD = qkv_s1KX.squeeze(1).unflatten(2, (-1, row.cos_SD.shape[1]))
+        q_sHD, k_sKD, v_sKD = self.rotated(qkv_s1KX, row.cos_SD, row.sin_SD)
+        return self.attention(q_sHD, k_sKD, v_sKD, row.indices, row.saved).flatten(1).unsqueeze(1)
+
+    def rotated(
+        self, qkv_s1KX: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [s, H, D] and k [s, K, D] turned by the angles of their positions, and v [s, K, D], from ``forward``'s product."""
+        qkv_sKGD = qkv_s1KX.squeeze(1).unflatten(2, (-1, cos_SD.shape[1]))
         ranks = (qkv_sKGD.shape[2] - 2) // self._per_group
         if ranks > 1:  # share a key/value head: Megatron gives each of them the query heads of all
             queries = qkv_sKGD.narrow(2, self._tp_rank % ranks * self._per_group, self._per_group)
             qkv_sKGD = torch.cat([queries, qkv_sKGD[:, :, -2:]], dim=2)
-        out_sHD = self.attention(*rotary_qkv(qkv_sKGD, row.cos_SD, row.sin_SD), row.indices, row.saved)
-        return out_sHD.flatten(1).unsqueeze(1)
+        return rotary_qkv(qkv_sKGD, cos_SD, sin_SD)

@@ -80,14 +80,23 @@ class RingLayout:
         Computed in the dtype of ``lse_hT`` and rounded once to that of ``out_ThD``.
         """
         index = slice(None) if part == ALL else self.halves[part]
-        lse_hn = lse_hT[:, index]
-        # Two functions: from a single one the compiler writes the outputs twice, as it still does if they are taken by index.
-        mine_hn, other_hn, total_hn = _weights(lse_hn, part_lse)
         if isinstance(index, slice):
-            _add_weighted(out_ThD[index], mine_hn, part_out, other_hn)
-        else:
-            _add_weighted_at(out_ThD, index, mine_hn, part_out, other_hn)
+            merge(out_ThD[index], lse_hT[:, index], part_out, part_lse)
+            return
+        mine_hn, other_hn, total_hn = _weights(lse_hT[:, index], part_lse)
+        _add_weighted_at(out_ThD, index, mine_hn, part_out, other_hn)
         lse_hT[:, index] = total_hn
+
+
+def merge(out_nhD: torch.Tensor, lse_hn: torch.Tensor, part_out, part_lse) -> None:
+    """Add the normalized output and log-sum-exp of attention to further keys to those of the same queries so far, in place.
+
+    Computed in the dtype of ``lse_hn`` and rounded once to that of ``out_nhD``.
+    """
+    # Two functions: from a single one the compiler writes the outputs twice, as it still does if they are taken by index.
+    mine_hn, other_hn, total_hn = _weights(lse_hn, part_lse)
+    _add_weighted(out_nhD, mine_hn, part_out, other_hn)
+    lse_hn.copy_(total_hn)
 
 
 @compiled_on_cuda

@@ -11,7 +11,7 @@ Legend: t tokens of this rank (S/(cp*tp)), H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 import torch
@@ -119,14 +119,24 @@ class _Block:
 
 
 def _run(layer: TransformerLayer, hidden_t1H: torch.Tensor, row: RowParams, value_needed: bool = True) -> torch.Tensor:
-    """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h)).
+    attention = layer.self_attention.core_attention
+    return run_layer(layer, hidden_t1H, lambda qkv_s1KX: attention(qkv_s1KX, row), value_needed)
 
-    If the output is only the root of a backward pass, its value is not needed, and the MLP does not compute its part.
+
+def run_layer(
+    layer: TransformerLayer,
+    hidden_t1H: torch.Tensor,
+    attend: Callable[[torch.Tensor], torch.Tensor],
+    value_needed: bool = True,
+) -> torch.Tensor:
+    """A pre-norm layer: h = x + attention(norm(x)), then h + mlp(norm(h)); [t, 1, H] to [t, 1, H].
+
+    ``attend`` gets the product of query, key and value as ``MMSPAttention.forward`` does. If the output is only the root of a
+    backward pass, its value is not needed, and the MLP does not compute its part. Collectives over tp, and those of ``attend``.
     """
-    attention = layer.self_attention
     hidden_t1H, normed_t1H = layer.input_layernorm.with_stream(hidden_t1H)
-    qkv_s1KX, _ = attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
-    return _after_attention(layer, attention.core_attention(qkv_s1KX, row), hidden_t1H, value_needed)
+    qkv_s1KX, _ = layer.self_attention.get_query_key_value_tensors(normed_t1H, split_qkv=False)
+    return _after_attention(layer, attend(qkv_s1KX), hidden_t1H, value_needed)
 
 
 def _without_attention(layer: TransformerLayer, hidden_t1H: torch.Tensor, saved: SavedAttention) -> torch.Tensor:

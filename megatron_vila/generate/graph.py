@@ -1,0 +1,17 @@
+"""A decoding step that is run again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class GraphedStep:
+    """``step``, called as it is. ``restore`` undoes what a trial of it changes."""
+
+    def __init__(self, step: Callable[[], torch.Tensor], device: torch.device, restore: Callable[[], None]) -> None:
+        self._step = step
+
+    def __call__(self) -> torch.Tensor:
+        return self._step()
