@@ -29,3 +29,18 @@ def require_replaceable(path: Path, temporary: Path) -> None:
             continue
         if wrong(mode):
             raise OSError(errno.EEXIST, "no plain file stands there; remove it", str(place))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """``write(temporary)``, then put the temporary file in the place of ``path``; a failure leaves the old file and no other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    require_replaceable(path, temporary)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from megatron_vila.evaluation.results import CellResult, Results, percent
-from megatron_vila.training.report_files import replace_file
+from megatron_vila.plain_files import replace_file
 
 _INK, _FAINT, _MARK = "#1f2933", "#7b8794", "#1d4ed8"
 # Dark red to yellow to green; red and green differ in lightness too, for eyes that do not tell them apart.

@@ -27,10 +27,11 @@ from typing import Any
 from rich.console import Console
 
 from megatron_vila.busy import LastingConsole
+from megatron_vila.plain_files import replace_file
 from megatron_vila.plan.flops import mfu
 from megatron_vila.training.loading import FRAMES, SECONDS, averaged, limit
 from megatron_vila.training.progress import progress_display
-from megatron_vila.training.report_files import AppendFile, Reporting, replace_file
+from megatron_vila.training.report_files import AppendFile, Reporting
 from megatron_vila.training.roles import RunFacts, StepMetrics, TaskName, Watcher
 from megatron_vila.training.summary import METRICS_FILE, SUMMARY_FILE, read_records, summarize, write_json
 

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_vila.training.report_files import replace_file
+from megatron_vila.plain_files import replace_file
 from megatron_vila.training.summary import read_metrics
 
 _INK, _FAINT, _GRID = "#1f2933", "#7b8794", "#e4e7eb"

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_vila.plain_files import require_replaceable
-
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -123,18 +121,3 @@ class AppendFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """``write(temporary)``, then put the temporary file in the place of ``path``; a failure leaves the old file and no other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    require_replaceable(path, temporary)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

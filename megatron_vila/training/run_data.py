@@ -19,7 +19,8 @@ from megatron_vila.data.sources.source import BadRecordsError, Source, media_of,
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings
 from megatron_vila.errors import ConfigError, PeerError, UserError, some
 from megatron_vila.parallel.agreement import gathered
-from megatron_vila.training.report_files import Reporting, replace_file
+from megatron_vila.plain_files import replace_file
+from megatron_vila.training.report_files import Reporting
 
 SHOWN_FILES = 4
 """most missing files that are named"""

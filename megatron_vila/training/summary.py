@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_vila.errors import UserError
-from megatron_vila.training.report_files import replace_file
+from megatron_vila.plain_files import replace_file
 
 logger = logging.getLogger(__name__)
 

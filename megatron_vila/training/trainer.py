@@ -44,6 +44,7 @@ from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.agreement import on_all_ranks, on_rank_zero
 from megatron_vila.parallel.kernels import faster_kernels
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plain_files import replace_file
 from megatron_vila.plan.flops import model_flops
 from megatron_vila.plan.sizes import head_dim
 from megatron_vila.training.errors import TooManyBrokenError
@@ -55,7 +56,7 @@ from megatron_vila.training.memory_report import write_memory_report
 from megatron_vila.training.optimizer import apply_step, build_optimizer, learning_rates, wrap_ddp
 from megatron_vila.training.place import carried_counts, kept_place, order_key, place_of
 from megatron_vila.training.profile import traced
-from megatron_vila.training.report_files import Reporting, replace_file
+from megatron_vila.training.report_files import Reporting
 from megatron_vila.training.roles import RunFacts, StepMetrics, Task, Watcher
 from megatron_vila.training.run_data import RunData, open_run_data
 from megatron_vila.training.step import Pass, mean_loss

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 
     accelerator.prepare()
     from megatron_vila.explain.view.page import render
-    from megatron_vila.training.report_files import replace_file
+    from megatron_vila.plain_files import replace_file
 
     config = _config(options)
     page = _page(config, options)
