@@ -36,7 +36,7 @@ class ConfigError(SettingError):
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be saved or loaded; the text says why, what is intact and what to do. Raised on every rank."""
+    """A checkpoint or snapshot cannot be saved or loaded; the text says why, what is intact and what to do. On every rank."""
 
     def worded(self, text: str) -> CheckpointError:
         """The same error with another text."""
@@ -46,7 +46,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """The files of a checkpoint are not what was written: the one reason for which a checkpoint is passed over and renamed."""
+    """The files of a checkpoint or snapshot are not what was written. Only for this is a checkpoint passed over and renamed."""
 
 
 class LaunchError(UserError, RuntimeError):

@@ -133,7 +133,7 @@ def write_rest(
             "files": {name: files[name].sums for name in sorted(files)},
         },
     }
-    content["sum"] = _sum_of(content)
+    content["sum"] = sum_of(content)
     write_bytes(folder / INFO, json.dumps(content, indent=2).encode() + b"\n")
 
 
@@ -157,7 +157,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     wrong = [name for name, size in files.items() if not _is_plain_name(name) or type(size) is not int or size < 0]
     if wrong:
         raise DamagedError(f"{INFO} names files that no checkpoint has: {some(list(map(repr, wrong)))}; none was opened")
-    if {"sum", "sums"} & info.keys() and info.pop("sum", None) != _sum_of(info):
+    if {"sum", "sums"} & info.keys() and info.pop("sum", None) != sum_of(info):
         raise DamagedError(f"{INFO} is damaged: it is not what was written")
     if is_summed(info):
         _require_sums(info)
@@ -278,7 +278,8 @@ def _sum_of_range(path: Path, begin: int, end: int) -> str:
     return found.hexdigest()
 
 
-def _sum_of(content: Mapping[str, Any]) -> str:
+def sum_of(content: Mapping[str, Any]) -> str:
+    """The checksum of values that JSON can hold, whatever the order of their names."""
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 

@@ -35,6 +35,8 @@ from megatron_vila.plan.row_plan import ShardPlan
 AHEAD = 3
 """Chunks whose frames are decoded ahead."""
 
+CACHE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64, "fp8": FP8}
+
 Progress = Callable[[int, int, int], None]
 """Gets tokens and frames that are read, and the tokens of all."""
 
@@ -281,7 +283,7 @@ class Engine:
 
 def cache_dtype_of(name: str, model_dtype: torch.dtype) -> torch.dtype:
     """Dtype of keys and values for a setting of the cache."""
-    kinds = {"auto": model_dtype, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64, "fp8": FP8}
+    kinds = {"auto": model_dtype} | CACHE_DTYPES
     if name not in kinds:
         raise SettingError(f"cache={name} is not a dtype of a cache; use {', '.join(kinds)}")
     return kinds[name]
