@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
+from megatron_vila import interrupts
 from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from megatron_vila.streams import tell
 
@@ -95,7 +96,9 @@ def exit_code(error: BaseException) -> int:
 
 
 def described(error: BaseException) -> str:
-    """What the screen shows of ``error``: the text of a ``UserError``, the traceback of anything else."""
+    """What the screen shows of ``error``: the text of a ``UserError``, a line for Ctrl-C, the traceback of anything else."""
+    if isinstance(error, KeyboardInterrupt):
+        return interrupts.TOLD
     cause = cause_of(error)
     if isinstance(cause, UserError):
         return f"megatron_vila: {cause}"
@@ -103,15 +106,15 @@ def described(error: BaseException) -> str:
 
 
 def entry_point(main: Callable[P, int]) -> Callable[P, int]:
-    """``main`` returns an exit code; an error that comes out of it is told and has its exit code too."""
+    """``main`` returns an exit code; an error that comes out of it is told and has its exit code too, and so has Ctrl-C."""
 
     @functools.wraps(main)
     def told(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            with interrupts.raised():
+                return main(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
-            if not isinstance(error, KeyboardInterrupt):
-                tell(described(error))
+            tell(described(error))
             return exit_code(error)
 
     return told

@@ -15,4 +15,5 @@ USER_ERROR = 2
 STOPPED = 75
 """stopped by a signal, nothing lost: the same command continues (sysexits' EX_TEMPFAIL)"""
 INTERRUPTED = 130
-"""ended at once by a second Ctrl-C, as a shell says it; steps since the last checkpoint are lost"""
+"""ended at once by Ctrl-C, as a shell says it. A run that has begun ends so at the second one; steps since the last checkpoint
+are lost"""

@@ -7,8 +7,8 @@ A thin layer over torchrun's agent, made to lead the task of a batch system, whi
 * One line says how a run failed, without torchrun's own report.
 * ``--dry-run`` starts no rank: this process checks the run for the whole world.
 
-The exit status is that of the ranks (``exit_codes.py``). A SIGTERM that comes before this file runs ends Python by itself (143):
-nothing has begun then.
+The exit status is that of the ranks (``exit_codes.py``). A SIGTERM that comes before ``main`` runs ends Python by itself (143), a
+Ctrl-C ends it with a line (130): nothing has begun then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
-from megatron_vila import parent
+from megatron_vila import interrupts, parent
 from megatron_vila.errors import entry_point
 from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 from megatron_vila.streams import flush_streams, tell
@@ -94,12 +94,12 @@ def hold_back_signals() -> None:
 
 def train_rank(arguments: list[str]) -> int:
     """One rank: the exit status of ``megatron_vila.train``, which lets SIGTERM through when it can act on it."""
-    # Ctrl-C ends a rank that is still importing.
+    # Ctrl-C ends a rank that is still importing. Not by an exception: torchrun's agent would take that for an end without a
+    # status, and wait for one.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        from megatron_vila import train
-    except KeyboardInterrupt:
-        os._exit(INTERRUPTED)
+    from megatron_vila import train
+
     status = train.main(arguments)
     if status not in (FINISHED, STOPPED):
         train.leave(status)  # torchrun's agent ends the other ranks
@@ -183,6 +183,8 @@ def _failed(failures: dict) -> int:
     """Says why the first rank failed, unless it did so itself; returns the exit status."""
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     code = failure.exitcode
+    if code == INTERRUPTED:
+        tell(f"{interrupts.TOLD}; what was saved before is intact")
     if code in (USER_ERROR, INTERRUPTED):
         return code
     how = f"ended with status {code}; its error stands above"

@@ -60,6 +60,12 @@ def ends_as_a_trainer(arguments: list[str]) -> int:
     return launch.train_rank(arguments)
 
 
+def is_interrupted_before_it_begins(arguments: list[str]) -> int:
+    """Ctrl-C while Python still starts the rank: the signal is blocked until the rank lets it through."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return ends_as_a_trainer(arguments)
+
+
 def prints_to_a_full_disk(arguments: list[str]) -> int:
     sys.stdout = open("/dev/full", "w")  # noqa: SIM115 (as at the end of a real rank)
     print("a line that stays in the buffer")

@@ -4,11 +4,15 @@ import ast
 import importlib
 import importlib.util
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_vila import launch, train
+from megatron_vila import interrupts, launch, train
 from megatron_vila.errors import UserError, entry_point
 from megatron_vila.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from tests.ranks import pool
@@ -113,7 +117,50 @@ def test_an_entry_point_tells_an_error_by_its_kind(capsys):
 
     assert main(UserError("no such file; name another")) == USER_ERROR
     assert capsys.readouterr().err == "megatron_vila: no such file; name another\n"
-    assert main(KeyboardInterrupt()) == INTERRUPTED and not capsys.readouterr().err
+    assert main(KeyboardInterrupt()) == INTERRUPTED and capsys.readouterr().err == "megatron_vila: interrupted\n"
     assert main(ValueError("of a library")) == FAILED and "Traceback" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(SystemExit(3))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "megatron_vila.launch"],
+        ["-m", "megatron_vila.train"],
+        ["-m", "megatron_vila.data"],
+        ["tools/view_data.py"],
+        ["tools/prepare_data.py"],
+    ],
+    ids=lambda command: command[-1],
+)
+def test_ctrl_c_while_a_command_still_imports_ends_it_with_one_line(tmp_path, command):
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "megatron_vila: interrupted\n")
+
+
+def test_another_program_that_imports_the_package_keeps_its_own_ctrl_c():
+    program = "import signal, megatron_vila; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "megatron_vila"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert done.stdout == "True\n"
+
+
+def test_ctrl_c_is_raised_within_a_command_and_ends_it_at_once_when_that_is_over():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    @entry_point
+    def main():
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 0
+
+    try:
+        interrupts.end_at_once()
+        ends = signal.getsignal(signal.SIGINT)
+        main()
+        assert seen == [signal.default_int_handler] and signal.getsignal(signal.SIGINT) is ends
+    finally:
+        signal.signal(signal.SIGINT, before)

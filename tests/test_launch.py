@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vila.checkpoint.save_load import latest_checkpoint
-from megatron_vila.exit_codes import FAILED, FINISHED, STOPPED, USER_ERROR
+from megatron_vila.exit_codes import FAILED, FINISHED, INTERRUPTED, STOPPED, USER_ERROR
 from megatron_vila.launch import main
 from tests.training.real_run import REPOSITORY, environment, numbers, overrides, write_videos
 
@@ -176,6 +176,12 @@ def test_a_signal_before_any_rank_has_started_reaches_all_of_them(launched):
     run = launched(imports_s=1)
     os.kill(run.pid, signal.SIGTERM)
     stopped_and_saved(run)
+
+
+def test_ctrl_c_before_a_rank_has_begun_ends_the_run_with_one_line(launched):
+    run = launched("is_interrupted_before_it_begins")
+    assert run.status() == INTERRUPTED
+    assert run.said() == "megatron_vila: interrupted; what was saved before is intact\n"
 
 
 def test_a_run_that_finishes_ends_with_0_and_without_a_word(launched):
