@@ -8,19 +8,19 @@ Legend: B questions of a batch, F frames, N visual tokens made here, H hidden si
 
 from __future__ import annotations
 
-import hashlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_vila import accelerator
 from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
+from megatron_vila.generate.frames import PictureSource
 from megatron_vila.generate.graph import GraphedStep
 from megatron_vila.generate.runner import Piece, Runner, TokenStep
 from megatron_vila.generate.sampling import Sampling, choose
@@ -29,8 +29,7 @@ from megatron_vila.parallel.cache import FP8, Span, SpanShape, Tails
 from megatron_vila.parallel.cached_attention import Observer
 from megatron_vila.parallel.topology import ParallelTopology
 from megatron_vila.plan.chunks import cut, part, prefix_tokens, tokens_of_chunk
-from megatron_vila.plan.row import IGNORE, Document, MediaName
-from megatron_vila.plan.row_plan import ShardPlan
+from megatron_vila.plan.row import IGNORE, Document
 
 AHEAD = 3
 """Chunks whose frames are decoded ahead."""
@@ -41,26 +40,10 @@ Progress = Callable[[int, int, int], None]
 """Gets tokens and frames that are read, and the tokens of all."""
 
 
-class PictureSource(Protocol):
-    """Decodes and encodes the frames of the chunks of a prompt, ahead of their need. Local to the rank."""
-
-    def identity(self, source: MediaName) -> str:
-        """Tells two files apart by their content."""
-
-    def start(self, number: int, plan: ShardPlan) -> None:
-        """Begin to decode this rank's frames of chunk ``number``."""
-
-    def encode(self, number: int, plan: ShardPlan) -> None:
-        """Begin to encode them, beside what the device is doing; called once the layers of the chunk before are queued."""
-
-    def tokens(self, number: int, plan: ShardPlan) -> torch.Tensor:
-        """Projected visual tokens [N, H] of this rank's frames, in their order."""
-
-
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """The beginning of prompts, read: ``document`` up to the end of its last frame, ``tokens`` long. ``key`` tells prefixes of
-    one model apart: token ids and the content of frames."""
+    one model apart (``frames.document_key``)."""
 
     document: Document
     span: Span
@@ -116,6 +99,7 @@ class Engine:
         self.device, self.dtype = self.runner.device, self.runner.dtype
         self.cache_dtype = cache_dtype_of(cache_dtype, self.dtype)
         self.chunk_tokens = tokens_of_chunk(chunk_tokens, topology.grid)
+        self._cuda = accelerator.cuda()
         self._prefixes: weakref.WeakValueDictionary[str, Prefix] = weakref.WeakValueDictionary()
 
     @property
@@ -133,12 +117,13 @@ class Engine:
         (chunk,) = cut(prompt, max(end, 1), stop=end) or (None,)
         return None if chunk is None else part(prompt, chunk), prompt.token_ids[end:]
 
-    def prefill(self, document: Document, pictures: PictureSource, progress: Progress | None = None) -> Prefix:
-        """Read ``document`` (of ``split``); at once if somebody still holds the same prefix.
+    def prefill(
+        self, document: Document, pictures: PictureSource, key: str, progress: Progress | None = None
+    ) -> Prefix:
+        """Read ``document`` (of ``split``), which ``key`` identifies; at once if somebody still holds the prefix of this key.
 
         Frames are decoded and encoded under the layers of the chunk before. Collective, as ``Runner.read``.
         """
-        key = _key(document, pictures)
         held = self._prefixes.get(key)
         if held is not None:
             return held
@@ -146,20 +131,28 @@ class Engine:
         room = self._room([len(piece) for piece, _ in pieces])
         span = Span.empty(self.span_shape, room, self.cache_dtype, self.device)
         chunks = [self.runner.plan([Piece(piece, first, (span,), span)]) for piece, first in pieces]
-        frames = 0
+        events, frames = [], 0
         for number, chunk in enumerate(chunks):
-            for coming in range(number and number + AHEAD, min(number + AHEAD + 1, len(chunks))):
+            for coming in range(number, min(number + AHEAD + 1, len(chunks))):
                 pictures.start(coming, chunks[coming].plan)
             self.runner.read(chunk, pictures.tokens(number, chunk.plan))
-            if number + 1 < len(chunks):
-                pictures.encode(number + 1, chunks[number + 1].plan)
-            (piece,) = chunk.pieces
-            frames += sum(frame.unit.frames for frame in piece.document.frames)
-            if progress is not None:
-                progress(piece.start + len(piece.document), frames, len(document))
+            events.append(self._cuda.Event())
+            events[-1].record()
+            if number:  # the device has the next chunk to do meanwhile
+                frames += self._tell(events[number - 1], chunks[number - 1], len(document), frames, progress)
+        self._tell(events[-1], chunks[-1], len(document), frames, progress)
         prefix = Prefix(document, span, key, len(document))
         self._prefixes[key] = prefix
         return prefix
+
+    def _tell(self, event, chunk: Chunk, tokens: int, frames: int, progress: Progress | None) -> int:
+        """Wait until a chunk is read, and say so; its frames."""
+        event.synchronize()
+        (piece,) = chunk.pieces
+        count = sum(frame.unit.frames for frame in piece.document.frames)
+        if progress is not None:
+            progress(piece.start + len(piece.document), frames + count, tokens)
+        return count
 
     def hold(self, prefix: Prefix) -> None:
         """Know a prefix that was read elsewhere (a snapshot), so that ``prefill`` finds it."""
@@ -311,12 +304,3 @@ def _shared(requests: Sequence[Request]) -> tuple[tuple[Span, tuple[int, ...]], 
 
 def _text(token_ids: np.ndarray) -> Document:
     return Document(token_ids, np.full(len(token_ids), IGNORE, np.int64), (), np.empty(0, np.int64), "question")
-
-
-def _key(document: Document, pictures: PictureSource) -> str:
-    digest = hashlib.sha256(document.token_ids.tobytes() + document.frame_starts.tobytes())
-    for frame in document.frames:
-        digest.update(f"{pictures.identity(frame.source)} {frame.indices} {frame.unit}\n".encode())
-        for picture in frame.pictures:
-            digest.update(pictures.identity(picture).encode())
-    return digest.hexdigest()

@@ -22,19 +22,15 @@ class StandIns:
 
     def __init__(self, model: VilaModel) -> None:
         self._model = model
-        self.started: list[int] = []
+        self.started: set[int] = set()
         self.encoded: list[int] = []
 
-    def identity(self, source) -> str:
-        return str(source)
-
     def start(self, number, plan) -> None:
-        self.started.append(number)
-
-    def encode(self, number, plan) -> None:
-        self.encoded.append(number)
+        self.started.add(number)
 
     def tokens(self, number, plan) -> torch.Tensor:
+        assert number in self.started
+        self.encoded.append(number)
         with torch.no_grad():
             frames = [plan.row.frames[i] for i in plan.frames]
             return made(self._model, pixels(frames).to(self._model.config.params_dtype))
@@ -49,7 +45,9 @@ def requests(engine: Engine, pictures: StandIns, prompts: Sequence[Document]) ->
     found = []
     for prompt in prompts:
         beginning, tail = engine.split(prompt)
-        found.append(Request(None if beginning is None else engine.prefill(beginning, pictures), tail))
+        found.append(
+            Request(None if beginning is None else engine.prefill(beginning, pictures, prompt.sample_id), tail)
+        )
     return found
 
 
