@@ -22,7 +22,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
 from megatron_vila.generate.frames import PictureSource
 from megatron_vila.generate.graph import GraphedStep
-from megatron_vila.generate.runner import Piece, Runner, TokenStep
+from megatron_vila.generate.runner import Chunk, Piece, Runner, TokenStep
 from megatron_vila.generate.sampling import Sampling, choose
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.cache import FP8, Span, SpanShape, Tails
@@ -181,7 +181,7 @@ class Engine:
         first_s = self._take(step.token_ids_B, found, stopped, sampling, on_token) - started_s
         begun_s = time.perf_counter()
         if not all(stopped):
-            graphed = GraphedStep(lambda: self.runner.token(step), self.device, restore=_Restore(step))
+            graphed = GraphedStep(lambda: self.runner.token(step), self.device)
             while not all(stopped):
                 step.token_ids_B.copy_(self._agreed(choose(graphed(), sampling, generator)))
                 self._take(step.token_ids_B, found, stopped, sampling, on_token)
@@ -280,17 +280,6 @@ def cache_dtype_of(name: str, model_dtype: torch.dtype) -> torch.dtype:
     if name not in kinds:
         raise SettingError(f"cache={name} is not a dtype of a cache; use {', '.join(kinds)}")
     return kinds[name]
-
-
-class _Restore:
-    """Puts a step back to where it was, after it was tried."""
-
-    def __init__(self, step: TokenStep) -> None:
-        self._held = [(x, x.clone()) for x in (step.positions_B, step.tails.lengths_B)]
-
-    def __call__(self) -> None:
-        for tensor, value in self._held:
-            tensor.copy_(value)
 
 
 def _shared(requests: Sequence[Request]) -> tuple[tuple[Span, tuple[int, ...]], ...]:

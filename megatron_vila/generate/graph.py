@@ -8,9 +8,9 @@ import torch
 
 
 class GraphedStep:
-    """``step``, called as it is. ``restore`` undoes what a trial of it changes."""
+    """``step``, called as it is."""
 
-    def __init__(self, step: Callable[[], torch.Tensor], device: torch.device, restore: Callable[[], None]) -> None:
+    def __init__(self, step: Callable[[], torch.Tensor], device: torch.device) -> None:
         self._step = step
 
     def __call__(self) -> torch.Tensor:
