@@ -15,8 +15,8 @@ VIDEO_MODELS = ("llava_onevision",)
 
 _CURE = {
     "attention_mask": "the collator takes padding out and packs documents by itself",
-    "past_key_values": "a key/value cache holds whole sequences; use `with mm_sp.paused():`",
-    "use_cache": "a key/value cache holds whole sequences; use `with mm_sp.paused():`",
+    "past_key_values": "call model.generate, with a cache of mm_sp.cache() or without",
+    "use_cache": "call model.generate, which keeps a cache",
     "inputs_embeds": "give input_ids",
     "pixel_values": "give a picture as a video of one frame",
     "mm_encoder_outputs": "give pixel_values_videos",
@@ -73,13 +73,24 @@ def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
     if not isinstance(kwargs.get("mm_sp_row"), row_class):
         raise ValueError(
             "MM-SP is on, and this call has no mm_sp_row: call model(**batch) with a batch of mm_sp.collator(), "
-            "or run generate() and whole sequences under `with mm_sp.paused():`"
+            "or model.generate, or give whole sequences under `with mm_sp.paused():`"
         )
     if args:
         raise ValueError(f"{len(args)} positional arguments: call model(**batch)")
     given = [key for key, value in kwargs.items() if key in _CURE and _is_set(key, value)]
     if given:
         raise ValueError(refusal_of(given))
+
+
+def check_token(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the model is called as ``generate`` calls it for a token, with one of its caches."""
+    ids = kwargs.get("input_ids")
+    if args or ids is None or tuple(ids.shape) != (1, 1) or kwargs.get("labels") is not None:
+        given = "no input_ids" if ids is None else f"input_ids of shape {tuple(ids.shape)}"
+        raise ValueError(
+            f"a call with a cache of MM-SP takes one token and nothing to learn, not {given}; call model.generate, "
+            "which reads prompts"
+        )
 
 
 def refusal_of(keys: Iterable[str]) -> str:

@@ -110,11 +110,29 @@ class ShardCollator:
         if problems:
             raise ValueError("MM-SP cannot shard this batch: " + "; ".join(problems))
         row = pack([self._placed(document) for document in documents], self.grid.document_multiple, self.grid.row_multiple)
+        batch = self.share(row, [video for document in documents for video in document.videos])
+        if documents[0].has_labels:
+            batch["labels"] = _tensor(row.labels[batch["mm_sp_row"].positions])
+        return batch
+
+    def prompt(self, sample: Mapping[str, Any], name: str) -> tuple[Document, Sequence[Any]]:
+        """A sample as a document by itself, and its videos. ``name`` is what messages call it.
+
+        Raises ``ValueError`` that lists everything wrong with the sample.
+        """
+        problems: list[str] = []
+        document = self._document(sample, name, problems)
+        if problems:
+            raise ValueError("MM-SP cannot read this prompt: " + "; ".join(problems))
+        return self._placed(document), document.videos
+
+    def share(self, row: Row, videos: Sequence[Any], first_frame: int = 0) -> dict[str, Any]:
+        """This rank's share of ``row``, without labels. The frames of the row are those of ``videos`` from number ``first_frame``
+        on."""
         if self.video is not None and self.video.token_id == 0:
             _fill(row)
         plan = RowPlan.of(row, self.grid)
         places, part = plan.places(self.rank), plan.shard(self.rank)
-        videos = [video for document in documents for video in document.videos]
         batch = {
             "input_ids": _tensor(row.token_ids[places]),
             "position_ids": _tensor(part.positions),
@@ -125,13 +143,12 @@ class ShardCollator:
                 supervised=row.supervised_tokens,
                 tokens=sum(row.lengths),
                 attention=part.attention,
-                frames=self._frames(videos, plan, part),
+                frames=self._frames(videos, first_frame, plan, part),
             ),
         }
-        if documents[0].has_labels:
-            batch["labels"] = _tensor(row.labels[places])
         if self.video is not None:
-            batch["pixel_values_videos"] = self._pixels(videos, part.frames, self.video.size)
+            mine = range(first_frame + part.frames.start, first_frame + part.frames.stop)
+            batch["pixel_values_videos"] = self._pixels(videos, mine, self.video.size)
         return batch
 
     def _document(self, sample: Mapping[str, Any], name: str, problems: list[str]) -> _Document:
@@ -181,7 +198,7 @@ class ShardCollator:
         units = [Unit(frames=1, tiles=1, tokens=count, cost=1) for count in tokens]
         return Document(document.ids, document.labels, references("", range(len(units)), True, units), starts, "")
 
-    def _frames(self, videos: Sequence[Any], plan: RowPlan, part: ShardPlan) -> FramePlan | None:
+    def _frames(self, videos: Sequence[Any], first_frame: int, plan: RowPlan, part: ShardPlan) -> FramePlan | None:
         if self.video is None:
             return None
         per_frame, mine = self.video.per_frame, part.frames
@@ -189,7 +206,7 @@ class ShardCollator:
         order = [np.zeros(0, dtype=np.int64)]
         for number, frame in enumerate(mine):
             order.append(np.arange(number * per_frame, (number + 1) * per_frame))
-            if ends[frame]:
+            if ends[first_frame + frame]:
                 order.append(np.full(self.video.after_video, len(mine) * per_frame))
         most = int(np.diff(plan.reshard.boundaries).max())
         return FramePlan(part.reshard, np.concatenate(order), most)

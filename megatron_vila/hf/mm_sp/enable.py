@@ -21,12 +21,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from megatron_vila.accelerator import to_device
-from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model, refusal_of
+from megatron_vila.hf.mm_sp.cache import DecodedToken, PromptChunk, ShardedCache
+from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model, check_token, refusal_of
 from megatron_vila.hf.mm_sp.data import ShardCollator, ShardedRow
+from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.vision import llava_onevision_tokens, owned_video_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
+from megatron_vila.parallel.cache import FP8
+from megatron_vila.parallel.cached_attention import CachedAttention
 from megatron_vila.parallel.kernels import require_kernel, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.plan.heads import HeadSplit
@@ -49,7 +53,8 @@ def enable_mm_sp(
     whose ranks share their samples; the replicas are data-parallel. ``kernel`` is auto, fa4, cudnn, flash2, cpu or reference.
     A video model encodes ``frame_micro_batch`` frames at once. Collective over ``group``: it makes process groups.
 
-    While MM-SP is on, ``model(**batch)`` takes only batches of ``collator()``. With labels, ``loss`` is the mean over the
+    While MM-SP is on, ``model(**batch)`` takes only batches of ``collator()``, and ``model.generate`` reads one prompt over the
+    ulysses x ring processes, which all give it the same arguments. With labels, ``loss`` is the mean over the
     supervised tokens of the whole group, equal on all ranks, and no ``logits`` are returned. The average of the ranks'
     gradients, which FSDP2 and DDP form, is the gradient of that mean. Without labels, ``logits`` are those of this rank's tokens.
 
@@ -102,6 +107,15 @@ class MMSP:
         """The ``collate_fn`` of this rank. All ranks of a replica must be given the same samples in the same order."""
         return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._video)
 
+    def cache(self, dtype: str = "auto") -> ShardedCache:
+        """An empty key/value cache of this rank, for ``past_key_values`` of ``generate``: what the prompts of several calls have
+        in common at their beginning is read once. ``dtype`` is auto, the model's, or fp8, which takes half the memory of bf16.
+        No collective. Raises ``ValueError`` for another one."""
+        if dtype not in ("auto", "fp8"):
+            raise ValueError(f"dtype={dtype} is none of a cache; use auto or fp8")
+        layers, kept = self.model.config.get_text_config().num_hidden_layers, FP8 if dtype == "fp8" else None
+        return ShardedCache(self.groups.grid, self.groups.everyone.rank(), layers, kept)
+
     def count_supervised(self, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor:
         """Supervised tokens of a step in the whole group, int64 [], for ``num_items_in_batch``.
 
@@ -123,6 +137,9 @@ class MMSP:
         self._backbone.set_attn_implementation(ATTENTION)
         self.model.loss_function = self._loss
         self._head.install()
+        model: Any = self.model
+        device = partial(_device, model)
+        model.generate = Generator(model, model.generate, self.groups, self.collator(), self.cache, device).generate
         self._hooks = [
             self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
@@ -139,6 +156,7 @@ class MMSP:
             hook.remove()
         self._hooks = []
         self._head.remove()
+        del self.model.generate
         attention, loss_function = self._before
         del self.model._loss_function
         if loss_function is not None:
@@ -147,7 +165,7 @@ class MMSP:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Turn MM-SP off inside the ``with`` block, for ``generate`` and for calls with whole sequences on each rank."""
+        """Turn MM-SP off inside the ``with`` block, for calls with whole sequences on each rank."""
         self.disable()
         try:
             yield
@@ -156,11 +174,20 @@ class MMSP:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens."""
-        check_call(args, kwargs, ShardedRow)
         device = _device(model)
+        cache: Any = kwargs.get("past_key_values")
+        is_generating = isinstance(cache, ShardedCache)
+        if not is_generating:
+            check_call(args, kwargs, ShardedRow)
+        elif "mm_sp_row" not in kwargs:
+            check_token(args, kwargs)
         kwargs = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        row: ShardedRow = kwargs["mm_sp_row"]
+        row: ShardedRow | None = kwargs.get("mm_sp_row")
+        if row is None:
+            return args, kwargs | {"mm_sp_row": DecodedToken(kwargs["input_ids"][0], cache, self._cached)}
         indices = RowIndices.of(row.attention, device)
+        if is_generating:
+            return args, kwargs | {"mm_sp_row": PromptChunk(row, indices, cache, self._cached)}
         kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
         if kwargs.get("labels") is not None:
             selected_n = to_device(torch.from_numpy(row.selected), device)
@@ -171,6 +198,10 @@ class MMSP:
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model's forward, also a failed one: drop the values that stood in for logits and for video features."""
         self._head.expect(None)
+        row = kwargs.get("mm_sp_row")
+        if isinstance(row, PromptChunk | DecodedToken):
+            row.commit() if output is not None else row.abandon()
+            return None
         if output is None or kwargs.get("labels") is None:
             return None
         kept = {name: value for name, value in output.items() if name not in ("logits", "video_hidden_states")}
@@ -180,7 +211,9 @@ class MMSP:
         self, per_frame: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Before the video model's forward: replace the pixels by the features of this rank's visual tokens."""
-        pixels_f3HW = kwargs.pop("pixel_values_videos")
+        pixels_f3HW = kwargs.pop("pixel_values_videos", None)
+        if pixels_f3HW is None:  # a decoded token
+            return args, kwargs
         options = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
         features_MH = owned_video_features(
             model,
@@ -199,8 +232,8 @@ class MMSP:
         """The model's loss function. ``logits`` is the loss sum [] that ``FusedHead`` returned. All-reduce over the group."""
         return mean_over_group(logits, labels.shape[1], num_items_in_batch, self.groups.everyone)
 
-    def attend(self, query_1HsD: torch.Tensor, key_1KsD, value_1KsD, scale: float, indices: RowIndices) -> torch.Tensor:
-        """2D attention of the local tokens, [1, s, H, D]. The collectives are those of ``Attention2D``."""
+    def attention(self, query_1HsD: torch.Tensor, scale: float) -> Attention2D:
+        """The 2D attention for such queries."""
         case = query_1HsD.dtype, query_1HsD.device, scale
         if case not in self._attentions:
             kernel = select_kernel(self._kernel, query_1HsD.shape[-1], *case[:2], setting="kernel")
@@ -209,8 +242,10 @@ class MMSP:
             self._attentions[case] = Attention2D.of(
                 self._split, kernel, scale, **groups, device=query_1HsD.device, peers=peers
             )
-        q_sHD, k_sKD, v_sKD = (x[0].transpose(0, 1) for x in (query_1HsD, key_1KsD, value_1KsD))
-        return self._attentions[case](q_sHD, k_sKD, v_sKD, indices)[None]
+        return self._attentions[case]
+
+    def _cached(self, query_1HsD: torch.Tensor, scale: float) -> CachedAttention:
+        return CachedAttention(self.attention(query_1HsD, scale))
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -226,11 +261,16 @@ class _LiveRow:
     """The keyword ``mm_sp_row`` on its way through the layers. No dataclass, because FSDP2 takes those apart to cast tensors."""
 
     def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP) -> None:
-        self.row, self.indices, self.mm_sp = row, indices, mm_sp
+        self.row, self._indices, self._mm_sp = row, indices, mm_sp
+
+    def attend(self, layer: int, query_1HsD: torch.Tensor, key_1KsD, value_1KsD, scale: float) -> torch.Tensor:
+        """2D attention of the local tokens, [1, s, H, D]. The collectives are those of ``Attention2D``."""
+        q_sHD, k_sKD, v_sKD = (x[0].transpose(0, 1) for x in (query_1HsD, key_1KsD, value_1KsD))
+        return self._mm_sp.attention(query_1HsD, scale)(q_sHD, k_sKD, v_sKD, self._indices)[None]
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -238,7 +278,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    mm_sp_row: _LiveRow | None = None,
+    mm_sp_row: _LiveRow | PromptChunk | DecodedToken | None = None,
     **_unused,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface: query [1, H, s, D], key and value [1, K, s, D] after rotation, to [1, s, H, D]."""
@@ -257,7 +297,7 @@ def _attention(
             f"{type(module).__name__} asks for {names}, which MM-SP does not support; turn it off in the model's config"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return mm_sp_row.mm_sp.attend(query, key, value, scale, mm_sp_row.indices), None
+    return mm_sp_row.attend(module.layer_idx, query, key, value, scale), None
 
 
 def _no_mask(*_unused, attention_mask: torch.Tensor | None = None, **_also_unused) -> None:
