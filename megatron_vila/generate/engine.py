@@ -118,9 +118,18 @@ class Engine:
         return None if chunk is None else part(prompt, chunk), prompt.token_ids[end:]
 
     def prefill(
-        self, document: Document, pictures: PictureSource, key: str, progress: Progress | None = None
+        self,
+        document: Document,
+        pictures: PictureSource,
+        key: str,
+        progress: Progress | None = None,
+        *,
+        instead_of: Prefix | None = None,
     ) -> Prefix:
         """Read ``document`` (of ``split``), which ``key`` identifies; at once if somebody still holds the prefix of this key.
+
+        ``instead_of`` is a prefix that nobody asks any more: its memory is used again if there is enough, and the chunks that it
+        and ``document`` begin with are not read again. Files that both name are taken to be the same.
 
         Frames are decoded and encoded under the layers of the chunk before. Collective, as ``Runner.read``.
         """
@@ -129,9 +138,12 @@ class Engine:
             return held
         pieces = [(part(document, chunk), chunk.first) for chunk in cut(document, self.chunk_tokens)]
         room = self._room([len(piece) for piece, _ in pieces])
-        span = Span.empty(self.span_shape, room, self.cache_dtype, self.device)
-        chunks = [self.runner.plan([Piece(piece, first, (span,), span)]) for piece, first in pieces]
-        events, frames = [], 0
+        if instead_of is not None and instead_of.span.capacity >= room:
+            span, known = instead_of.span, self._common(instead_of, pieces)
+        else:
+            span, known = Span.empty(self.span_shape, room, self.cache_dtype, self.device), 0
+        chunks = [self.runner.plan([Piece(piece, first, (span,), span)]) for piece, first in pieces[known:]]
+        events, frames = [], sum(frame.unit.frames for piece, _ in pieces[:known] for frame in piece.frames)
         for number, chunk in enumerate(chunks):
             for coming in range(number, min(number + AHEAD + 1, len(chunks))):
                 pictures.start(coming, chunks[coming].plan)
@@ -140,10 +152,23 @@ class Engine:
             events[-1].record()
             if number:  # the device has the next chunk to do meanwhile
                 frames += self._tell(events[number - 1], chunks[number - 1], len(document), frames, progress)
-        self._tell(events[-1], chunks[-1], len(document), frames, progress)
+        if chunks:
+            self._tell(events[-1], chunks[-1], len(document), frames, progress)
         prefix = Prefix(document, span, key, len(document))
         self._prefixes[key] = prefix
         return prefix
+
+    def _common(self, prefix: Prefix, pieces: Sequence[tuple[Document, int]]) -> int:
+        """How many of the chunks ``pieces`` (with their places) ``prefix`` begins with. Its span keeps these alone."""
+        self._prefixes.pop(prefix.key, None)
+        known, stop = 0, 0
+        for chunk, (piece, first) in zip(cut(prefix.document, self.chunk_tokens), pieces, strict=False):
+            if not _alike(part(prefix.document, chunk), piece):
+                break
+            known, stop = known + 1, first + len(piece)
+        # Chunks were kept one after the other.
+        prefix.span.shorten(int((prefix.span.positions < stop).sum()))
+        return known
 
     def _tell(self, event, chunk: Chunk, tokens: int, frames: int, progress: Progress | None) -> int:
         """Wait until a chunk is read, and say so; its frames."""
@@ -289,6 +314,14 @@ def _shared(requests: Sequence[Request]) -> tuple[tuple[Span, tuple[int, ...]], 
         for span in request.spans:
             seen.setdefault(id(span), (span, []))[1].append(row)
     return tuple((span, tuple(rows)) for span, rows in seen.values())
+
+
+def _alike(one: Document, other: Document) -> bool:
+    return (
+        one.frames == other.frames
+        and np.array_equal(one.token_ids, other.token_ids)
+        and np.array_equal(one.frame_starts, other.frame_starts)
+    )
 
 
 def _text(token_ids: np.ndarray) -> Document:

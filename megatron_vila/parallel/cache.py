@@ -86,6 +86,11 @@ class Span:
         self.positions = np.concatenate([self.positions, positions])
         self.device_length.fill_(self.length)
 
+    def shorten(self, length: int) -> None:
+        """Keep the first ``length`` tokens; what follows is written over them."""
+        self.positions = self.positions[:length]
+        self.device_length.fill_(length)
+
     def blocks(self, layer: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [n, K, D] of all kept tokens in ``dtype``: one view if they are kept so, else copies block by block."""
         whole = self.k_scale is None and self.k.dtype == dtype

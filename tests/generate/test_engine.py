@@ -83,6 +83,37 @@ def test_prompts_alone_and_forced_answers_give_the_same_tokens(truth, layout):
         assert [ids[:-1] for ids in forced] == alone
 
 
+def _instead(rank, parallel):
+    """A prompt read instead of others: one that begins alike, one that does not, one that is too short, one that goes on."""
+    made, pictures = engine(MODELS["grouped"], parallel, torch.float64, chunk_tokens=8)
+    seen, (beginning, tail), found = recorded(made), made.split(PROMPTS[0]), []
+    for before in ("ttFFFtFFtFFFFFFFF", "tttttFFFFFFFFFtFF", "FFt", "ttFFFtFFtFVttTFF"):
+        given_up, heard = made.prefill(made.split(document("video", before))[0], pictures, "given up"), []
+
+        def hear(*at, heard=heard):
+            heard.append(at)
+
+        taken = made.prefill(beginning, pictures, "taken", hear, instead_of=given_up)
+        seen.clear()
+        made.answer([Request(taken, tail)], Sampling(max_new_tokens=NEW))
+        found.append((np.concatenate(seen), taken.span is given_up.span, len(heard), heard[-1:]))
+        del taken, given_up
+    destroy(made)
+    return found
+
+
+@pytest.mark.parametrize("layout", [{}, {"ulysses": 2, "ring": 2}], ids=str)
+def test_a_prompt_read_instead_of_another_takes_its_memory_and_its_beginning(truth, layout):
+    parallel, wanted = ParallelConfig(**layout), truth["grouped"][0][1]
+    for found in pool.run(parallel.ulysses * parallel.ring, _instead, parallel):
+        for logits, *_ in found:
+            np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
+        assert [same for _, same, *_ in found] == [True, True, False, True]
+        # Four of eight chunks are those of the first one; what is not read counts as progress too.
+        assert [chunks for *_, chunks, _ in found] == [4, 8, 8, 0]
+        assert [last for *_, last in found] == [[(50, 9, 50)]] * 3 + [[]]
+
+
 def _with_stop(rank, parallel, stop):
     made, pictures = engine(MODELS["grouped"], parallel, torch.float64)
     heard = []
