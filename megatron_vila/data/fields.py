@@ -25,7 +25,8 @@ VIDEO_ENDINGS = frozenset(
 )
 _OTHER_ENDINGS = frozenset(
     {".gif", ".avif", ".jfif", ".heic", ".heif", ".ppm", ".svg", ".vob", ".mts", ".m2v", ".asf"}
-    | {".wav", ".mp3", ".flac", ".m4a", ".ogg"}
+    | {".rm", ".rmvb", ".mxf", ".f4v", ".y4m", ".dv", ".h264", ".hevc"}
+    | {".wav", ".mp3", ".flac", ".m4a", ".ogg", ".opus", ".aac", ".wma"}
 )
 READABLE_PICTURES = PICTURE_ENDINGS | {".gif", ".avif", ".jfif", ".ppm"}
 """What the reader of pictures takes and is no ending of a video, though no field is known by all of these."""

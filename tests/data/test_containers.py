@@ -188,6 +188,15 @@ def test_a_medium_without_its_own_caption_is_named(tmp_path):
         open_sets(VERBATIM, [fill(tmp_path / "b", a_mp4=b"", z_txt="Z")])
 
 
+def test_captions_whose_media_are_missing_are_told_and_media_of_any_name_are_not_overlooked(tmp_path, caplog):
+    talk = {"a_mp4": b"", "a_txt": "A.", "b_txt": "B.", "c_json": "{}", "d_rmvb": b"", "d_txt": "D."}
+    source = open_sets(VERBATIM, [fill(tmp_path / "a", **talk)])
+    assert [source.name(index).rpartition("/")[2] for index in range(len(source))] == ["a.mp4", "d.rmvb"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/a: b.txt has no medium of its name beside it and is not used; 1 more are like it"
+    ]
+
+
 def test_notes_of_a_downloader_beside_a_caption_are_not_its_record(tmp_path):
     notes = json.dumps({"caption": "shortened", "url": "http://x.y/z.jpg", "key": "000", "status": "success"})
     folder = fill(tmp_path / "a", **{"000_jpg": b"", "000_txt": "Ein Bär.", "000_json": notes})

@@ -284,6 +284,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(source, tmp_path):
     [
         (["--out", "s3://bucket/set"], "--out s3://bucket/set must be a folder of this machine"),
         (["--media-dir", "s3://bucket/media"], "--media-dir s3://bucket/media must be a folder"),
+        (["--media-dir", "nowhere"], "--media-dir nowhere is not a folder; name the folder that paths of media start at"),
         (["--out", ""], "--out is empty (''); name a folder"),
         (["--out", "", "--finish"], "--out is empty (''); name a folder"),
         (["--max-bad", "nan"], "--max-bad nan is out of range; use 0 to 1"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from megatron_vila.data.formats.detect import METADATA, files_under
 from megatron_vila.data.formats.read import names_media, parse_json, record_of, with_caption
 from megatron_vila.data.records import Record
 
+logger = logging.getLogger(__name__)
+
 _CAPTIONS = (".txt", ".json")
 
 
@@ -35,7 +38,10 @@ def open_folder(data: DataConfig, path: str) -> Captioned | Tabled:
 
 
 class Captioned(Container):
-    """The media in and below the folder ``path``, each with its caption: a ``Source``."""
+    """The media in and below the folder ``path``, each with its caption: a ``Source``.
+
+    Captions without a medium are told in a warning: they may be notes, or their media may be missing.
+    """
 
     def __init__(self, data: DataConfig, path: str) -> None:
         files = list(files_under(path))
@@ -55,6 +61,11 @@ class Captioned(Container):
                 f"{path}: no medium has a caption: put a text beside each ({_stem(first)}.txt for {first}), or a table "
                 f"{METADATA[0]} with the columns file_name and text into the folder"
             )
+        if lone := sorted(name for stem in captions.keys() - set(map(_stem, media)) for name in captions[stem]):
+            logger.warning(
+                "%s: %s has no medium of its name beside it and is not used%s",
+                path, lone[0], "" if len(lone) == 1 else f"; {len(lone) - 1:,} more are like it",
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._media)

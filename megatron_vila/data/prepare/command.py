@@ -155,6 +155,8 @@ def _task(options: argparse.Namespace, parts: int):
     for name, value in (("--out", options.out), ("--media-dir", options.media_dir)):
         if "://" in value:
             raise SettingError(f"{name} {value} must be a folder of this machine; for another storage, copy the folder")
+    if options.media_dir and not os.path.isdir(options.media_dir):
+        raise SettingError(f"--media-dir {options.media_dir} is not a folder; name the folder that paths of media start at")
     if not 0 <= options.max_bad <= 1:
         raise SettingError(f"--max-bad {options.max_bad:g} is out of range; use 0 to 1")
     if not 1 <= options.shard_mib <= 2**20:
