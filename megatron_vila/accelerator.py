@@ -87,6 +87,14 @@ def free_device_bytes() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
+def room_bytes() -> int:
+    """Bytes that tensors of this process may still take: on a GPU what nobody has taken and what PyTorch holds unused, on a CPU
+    this rank's share of the free memory."""
+    if not torch.cuda.is_available():
+        return host_memory.free_bytes() // host_memory.ranks_here()
+    return free_device_bytes() + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def to_device(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
     """``tensor`` on ``target``. What lies on the host is copied to page-locked memory (PyTorch keeps it for the next one), from
     where a GPU takes it in the order of its stream, without the host waiting for that."""

@@ -54,7 +54,7 @@ class StoredModel:
             raise ConversionError(f"{path} cannot be read", [str(error)]) from error
         if not is_summed(info):
             logger.warning(UNCHECKED, self.folder)
-        self.config = _config_of(info, self.folder)
+        self.config = config_of(info, self.folder)
         self.step: int = info["step"]
         self.hugging_face = _hugging_face_of(info, self.folder)
         self._main = main
@@ -154,7 +154,8 @@ def _fits(shape: tuple[int, ...], entry: Entry) -> bool:
     return shape == entry.stored_shape
 
 
-def _config_of(info: Mapping[str, Any], folder: Path) -> Config:
+def config_of(info: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration in the info.json of the checkpoint ``folder``. Raises ``ConversionError`` if its model cannot be used."""
     if "config" not in info:
         raise ConversionError(
             f"{folder} cannot be read",

@@ -20,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 
 from megatron_vila import accelerator
 from megatron_vila.config.schema import Config
@@ -44,12 +45,12 @@ class UnreadableError(UserError):
 
 
 class PictureSource(Protocol):
-    """Gives the visual tokens of chunks. No collectives."""
+    """Gives the visual tokens of the chunks of a document, which are numbered from 0. No collectives."""
 
-    def start(self, row_number: int, plan: ShardPlan) -> None:
-        """Begin to decode this rank's frames of a chunk. ``plan`` is the chunk's; numbers ascend from 0 in each document."""
+    def start(self, number: int, plan: ShardPlan) -> None:
+        """Begin to decode this rank's frames of a chunk, unless that was begun. ``plan`` is the chunk's."""
 
-    def tokens(self, row_number: int, plan: ShardPlan) -> torch.Tensor:
+    def tokens(self, number: int, plan: ShardPlan) -> torch.Tensor:
         """Projected tokens [N, H] of this rank's frames of the chunk, in the order of its row. Called once the layers of the
         chunk before are queued: encoding runs beside them."""
 
@@ -61,11 +62,11 @@ class ContentHashes:
         self._known: dict[tuple[MediaSource, tuple[int | str, ...]], str] = {}
 
     def of(self, source: MediaSource) -> str:
-        """SHA-256 of the bytes of ``source``, in hex. Raises ``MediaError``."""
+        """The xxh3 hash (128 bits) of the bytes of ``source``, in hex. Raises ``MediaError``."""
         with errors_of(source, "cannot be read"):
             key = source, state_of(source)
             if key not in self._known:
-                digest = hashlib.sha256()
+                digest = xxhash.xxh3_128()
                 with open_media(source) as file:
                     while block := file.read(_READ):
                         digest.update(block)
@@ -86,15 +87,14 @@ def picture_settings(config: Config, weights: str) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
-def document_key(document: Document, tokens: int, hashes: ContentHashes, weights: str) -> str:
-    """A key of the first ``tokens`` tokens of ``document`` for the model with ``weights``: their ids, and what their frames show.
+def document_key(document: Document, hashes: ContentHashes, weights: str) -> str:
+    """A key of ``document`` for the model with ``weights``: of its token ids, and of what its frames show.
 
     Equal for equal content, wherever the files lie. Raises ``MediaError``.
     """
     digest = hashlib.sha256(weights.encode())
-    digest.update(np.ascontiguousarray(document.token_ids[:tokens]).tobytes())
-    count = int(np.searchsorted(document.frame_starts, tokens))
-    for frame, start in zip(document.frames[:count], document.frame_starts[:count].tolist(), strict=True):
+    digest.update(np.ascontiguousarray(document.token_ids).tobytes())
+    for frame, start in zip(document.frames, document.frame_starts.tolist(), strict=True):
         digest.update(f"{start}:{frame.tokens}:{hashes.unit(frame)};".encode())
     return digest.hexdigest()
 
@@ -146,8 +146,8 @@ class Embeddings:
 
 @dataclass
 class _Chunk:
-    """What is begun of a chunk: the ``keys`` of this rank's units, the tokens of those that are ``kept``, and the others
-    ``pending``."""
+    """What is begun of a chunk: the ``keys`` of this rank's units, the tokens of those that are ``kept``, the others ``pending``
+    in the decoder."""
 
     keys: list[str]
     kept: list[torch.Tensor | None]
@@ -201,11 +201,12 @@ class FrameSource:
         self._chunks.clear()
         self.embeddings.next_prompt()
 
-    def start(self, row_number: int, plan: ShardPlan) -> None:
-        """As ``PictureSource``'s; what is kept of the frames is not decoded. Raises ``MediaError`` for a file that is gone."""
-        if row_number in self._chunks:
+    def start(self, number: int, plan: ShardPlan) -> None:
+        """Begin to decode this rank's frames of chunk ``number``, but for those whose tokens are kept. Raises ``MediaError`` for
+        a file that is gone."""
+        if number in self._chunks:
             return
-        if not row_number:
+        if not number:
             self.next_prompt()
         units = plan.row.frames[plan.frames.start : plan.frames.stop]
         keys = [f"{self._settings}:{self.hashes.unit(unit)}" for unit in units]
@@ -213,13 +214,16 @@ class FrameSource:
         missing = tuple(unit for unit, tokens_TH in zip(units, kept, strict=True) if tokens_TH is None)
         pending = self._decoder.submit(self._turns, [_frames_alone(missing)], range(len(missing))) if missing else None
         self._turns += 1
-        self._chunks[row_number] = _Chunk(keys, kept, units, pending)
+        self._chunks[number] = _Chunk(keys, kept, units, pending)
 
-    def tokens(self, row_number: int, plan: ShardPlan) -> torch.Tensor:
-        """As ``PictureSource``'s. Waits for the decoder. Raises ``UnreadableError`` for frames that cannot be decoded, and as
-        ``RowDecoder``."""
-        self.start(row_number, plan)
-        chunk = self._chunks.pop(row_number)
+    def tokens(self, number: int, plan: ShardPlan) -> torch.Tensor:
+        """Projected tokens [N, H] of this rank's frames of chunk ``number``, in the order of its row.
+
+        Waits for the decoder; what is encoded is queued beside what the device has to do. Raises ``UnreadableError`` for frames
+        that cannot be decoded, and as ``start`` and ``RowDecoder``.
+        """
+        self.start(number, plan)
+        chunk = self._chunks.pop(number)
         pixels_F3HW = None
         if chunk.pending is not None:
             decoded = chunk.pending.result()

@@ -15,16 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vila.config.schema import Config, LanguageConfig
+from megatron_vila.errors import SettingError
 from megatron_vila.plan.budgets import GIB, frames_at_once
 from megatron_vila.plan.geometry import patches_per_square
 from megatron_vila.plan.grid import Layout
 from megatron_vila.plan.heads import HeadSplit
+from megatron_vila.plan.layouts import layout_problems, nearest_layouts
 from megatron_vila.plan.memory import SLACK_BYTES, stage_parameters
 from megatron_vila.plan.pictures import most_frames, pictures_of
 from megatron_vila.plan.sizes import head_dim
 
-CACHE_DTYPES = ("auto", "bf16", "fp8")
-"""Of kept keys and values: as the model computes (auto), bf16, or fp8 with a float32 scale for each token and head."""
+CACHE_DTYPES = ("auto", "bf16", "fp32", "fp64", "fp8")
+"""Of kept keys and values: as the model computes (auto), one of its dtypes, or fp8 with a float32 scale for each token and
+head."""
 
 _SCALE_BYTES = 4
 
@@ -37,8 +40,9 @@ def kv_heads_of_a_rank(llm: LanguageConfig, layout: Layout) -> int:
 
 def token_bytes(llm: LanguageConfig, layout: Layout, cache_dtype: str, element: int) -> int:
     """Bytes of the cache of one token on a rank that keeps it, all layers; ``element`` are those of a number of the model."""
-    sizes = {"auto": head_dim(llm) * element, "bf16": head_dim(llm) * 2, "fp8": head_dim(llm) + _SCALE_BYTES}
-    return 2 * llm.num_layers * kv_heads_of_a_rank(llm, layout) * sizes[cache_dtype]
+    numbers = {"auto": element, "bf16": 2, "fp32": 4, "fp64": 8, "fp8": 1}[cache_dtype]
+    scale = _SCALE_BYTES if cache_dtype == "fp8" else 0
+    return 2 * llm.num_layers * kv_heads_of_a_rank(llm, layout) * (head_dim(llm) * numbers + scale)
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,33 @@ def _ring_that_fits(memory: CacheMemory, tokens: int, room_bytes: int) -> int:
     return ring if room_bytes >= memory.per_token else 0
 
 
-def layout_for(llm: LanguageConfig, world_size: int) -> Layout:
-    """The layout of inference on ``world_size`` ranks that nobody chose: as many Ulysses ranks as share the heads and keep fewer
-    key/value heads each, the others in the ring."""
-    fits = [u for u in range(1, world_size + 1) if world_size % u == 0 and llm.num_heads % u == 0 and u <= llm.num_kv_heads]
-    ulysses = max(fits)
-    return Layout(1, 1, ulysses, world_size // ulysses)
+def layout_for(llm: LanguageConfig, world_size: int, tp: int = 1, ulysses: int = 0, ring: int = 0) -> Layout:
+    """The layout of inference on ``world_size`` ranks; sizes of 0 are chosen: as many Ulysses ranks as share the heads and keep
+    fewer key/value heads each, the others in the ring.
+
+    Raises ``SettingError`` for sizes that are not those of one replica, and for a layout that the model does not allow.
+    """
+    if min(tp, ulysses + 1, ring + 1) < 1:
+        raise SettingError(f"tp={tp}, ulysses={ulysses} and ring={ring} must be at least 1 (0 chooses ulysses or ring)")
+    ranks = max(1, world_size // (tp * max(1, ulysses) * max(1, ring)))  # left to what is chosen
+    if not ulysses:
+        heads, kv_heads = llm.num_heads // tp, llm.num_kv_heads // tp
+        fits = [u for u in range(1, ranks + 1) if ranks % u == 0 and heads % u == 0 and (u <= kv_heads or ring)]
+        ulysses = max(fits, default=1)
+        ranks //= ulysses
+    layout = Layout(tp, 1, ulysses, ring or ranks)
+    if layout.size != world_size:
+        near = _of_one_replica(llm, layout, world_size)
+        proposals = "; ".join(f"tp={other.tp} ulysses={other.ulysses} ring={other.ring}" for other in near)
+        raise SettingError(
+            f"{world_size} processes are not tp*ulysses*ring = {layout.tp}*{layout.ulysses}*{layout.ring} = {layout.size}, and "
+            f"replicas do not share a question (dp=1): start {layout.size}, or for {world_size} use {proposals}"
+        )
+    if problems := layout_problems(llm, layout):
+        raise SettingError("\n".join(problems))
+    return layout
+
+
+def _of_one_replica(llm: LanguageConfig, layout: Layout, world_size: int) -> list[Layout]:
+    return [near for near in nearest_layouts(llm, layout, world_size, limit=99) if near.pp == 1 and near.size == world_size][:3]
 

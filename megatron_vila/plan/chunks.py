@@ -80,7 +80,7 @@ def _inside(border: int, starts: np.ndarray, ends: np.ndarray) -> int | None:
 
 
 def part(document: Document, chunk: Chunk) -> Document:
-    """The tokens and units of ``chunk`` as a document of their own."""
+    """The tokens and units of ``chunk`` as a document of their own; one with all units still tells the media apart."""
     taken = slice(chunk.frames.start, chunk.frames.stop)
     return replace(
         document,
@@ -88,7 +88,7 @@ def part(document: Document, chunk: Chunk) -> Document:
         labels=document.labels[chunk.first : chunk.stop],
         frames=document.frames[taken],
         frame_starts=document.frame_starts[taken] - chunk.first,
-        media=(),
+        media=document.media if len(chunk.frames) == len(document.frames) else (),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
+from megatron_vila.errors import SettingError
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.cache_memory import (
     CacheMemory,
@@ -93,3 +94,25 @@ def test_a_layout_that_nobody_chose_fits_the_model_on_every_number_of_ranks():
         layout = layout_for(llm, ranks)
         assert layout.size == ranks and not layout_problems(llm, layout)
     assert layout_for(llm, 8) == Layout(1, 1, 4, 2)
+
+
+def test_sizes_that_are_chosen_are_kept_and_the_others_follow():
+    llm = longvila().model.llm
+    assert layout_for(llm, 8, tp=2) == Layout(2, 1, 2, 2)
+    assert layout_for(llm, 8, ulysses=2) == Layout(1, 1, 2, 4)
+    assert layout_for(llm, 8, ring=8) == Layout(1, 1, 1, 8)
+    assert layout_for(llm, 14, ring=2) == Layout(1, 1, 7, 2)
+    assert layout_for(llm, 4, tp=2, ulysses=1, ring=2) == Layout(2, 1, 1, 2)
+
+
+def test_more_or_fewer_processes_than_one_replica_and_layouts_that_the_model_does_not_allow_are_refused_with_others():
+    llm = longvila().model.llm
+    told = r"4 processes are not tp\*ulysses\*ring = 1\*2\*1 = 2.*\(dp=1\): start 2.*ulysses=4 ring=1"
+    with pytest.raises(SettingError, match=told):
+        layout_for(llm, 4, ulysses=2, ring=1)
+    with pytest.raises(SettingError, match=r"1 processes.*start 3"):
+        layout_for(llm, 1, ring=3)
+    with pytest.raises(SettingError, match="parallel.tp=8 does not divide"):
+        layout_for(llm, 8, tp=8)
+    with pytest.raises(SettingError, match="ulysses=-1"):
+        layout_for(llm, 8, ulysses=-1)
