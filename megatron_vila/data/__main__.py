@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_vila import accelerator
 from megatron_vila.data.check import ANY_VOCABULARY, USUAL, Report, check
+from megatron_vila.data.sources.open import PARTS
 from megatron_vila.errors import UserError, entry_point
 
 SHOWN = 20
@@ -61,8 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     if not options.config:
         config.model.llm.vocab_size = ANY_VOCABULARY
     check_data(config)
-    files = options.files or [*config.data.train, *config.data.eval]
-    report = _last(check(config, files, max(1, options.threads)))
+    sets = {"train": options.files} if options.files else {name: getattr(config.data, name) for name in PARTS}
+    report = _last(check(config, sets, max(1, options.threads)))
     if options.json != "-":
         print(describe(report))
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_vila.config.schema import Config
@@ -21,7 +21,8 @@ from megatron_vila.data.held_out import HeldOutLoader, LeftOut
 from megatron_vila.data.media import is_there
 from megatron_vila.data.row_decoder import RowDecoder
 from megatron_vila.data.rows import LoadedRow
-from megatron_vila.data.sources.open import open_records
+from megatron_vila.data.sources.joined import Joined
+from megatron_vila.data.sources.open import PARTS, open_records
 from megatron_vila.data.sources.source import BadRecordsError, Source
 from megatron_vila.data.tokenizer import load_tokenizer, tokenizer_warnings, train_tokenizer
 from megatron_vila.plan.bounds import MOST
@@ -75,20 +76,28 @@ class Report:
         return {kind: found[kind] for kind in KINDS}
 
 
-def check(config: Config, files: Sequence[str], threads: int) -> Iterator[Report]:
-    """The same report after each sample of ``files``, first with nothing checked; ``threads`` read at once.
+def check(config: Config, sets: Mapping[str, Sequence[str]], threads: int) -> Iterator[Report]:
+    """The same report after each sample of ``sets``, first with nothing checked; ``threads`` read at once. ``sets`` are files and
+    folders by where a run would name them, "train" or "eval", which says what part of a folder with a split is read.
 
     Without ``data.tokenizer`` texts are rendered with a tokenizer of single bytes and nothing is said of lengths. Raises
     ``RecordError`` for a file that holds no list of records, ``SettingError`` for settings.
     """
     data = replace(config.data, bad_records="skip")
-    try:
-        records = open_records(data, files)
-    except BadRecordsError as error:
-        yield _nothing_good(files, error)
+    report = Report([file for paths in sets.values() for file in paths], 0)
+    sources: list[Source] = []
+    for name, paths in sets.items():
+        if paths or not report.files:  # without any, opening says what is expected
+            try:
+                sources.append(open_records(data, paths, PARTS[name]))
+            except BadRecordsError as error:
+                report.problems += map(_bad_record, error.bad.values())
+    report.checked = len(report.problems)
+    report.samples = report.checked + sum(map(len, sources))
+    if not sources:
+        yield report
         return
-    dataset = _dataset(replace(config, data=data), records)
-    report = Report(list(files), len(records))
+    dataset = _dataset(replace(config, data=data), Joined(sources))
     if data.tokenizer:
         report.tokens = report.longest = 0
     yield report
@@ -110,12 +119,7 @@ def problem_of(dataset: VilaDataset, index: int, decode: bool) -> Problem | None
             row = rows.sample(index)
     finally:
         log.setLevel(level)
-    return _problem(dataset, index, row.kind, row.reason) if isinstance(row, LeftOut) else None
-
-
-def _nothing_good(files: Sequence[str], error: BadRecordsError) -> Report:
-    problems = [_bad_record(reason) for reason in error.bad.values()]
-    return Report(list(files), len(problems), len(problems), problems=problems)
+    return problem(dataset, index, row.kind, row.reason) if isinstance(row, LeftOut) else None
 
 
 def _bad_record(reason: str) -> Problem:
@@ -142,7 +146,7 @@ def _loader(dataset: VilaDataset, threads: int, prefetch: int, decode: bool) -> 
 def _add(report: Report, row: LoadedRow | LeftOut, dataset: VilaDataset, index: int) -> None:
     report.checked += 1
     if isinstance(row, LeftOut):
-        report.problems.append(_problem(dataset, index, row.kind, row.reason))
+        report.problems.append(problem(dataset, index, row.kind, row.reason))
         return
     report.frames += sum(unit.frames for unit in row.row.units)
     report.truncated += row.stats.truncated
@@ -152,7 +156,8 @@ def _add(report: Report, row: LoadedRow | LeftOut, dataset: VilaDataset, index: 
         report.longest = max(report.longest, *row.row.lengths)
 
 
-def _problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Problem:
+def problem(dataset: VilaDataset, index: int, kind: str, reason: str) -> Problem:
+    """What makes sample ``index`` unusable, by the ``kind`` ("broken" or "too_long") and the reason that loading it gave."""
     if index in dataset.records.bad:
         return _bad_record(reason)
     if kind == "broken":

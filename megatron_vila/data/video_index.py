@@ -276,9 +276,9 @@ def _refuse_damage(
 
 
 def _is_timed(part: Sequence[Stamp]) -> bool:
-    """Whether the packets of ``part`` have a PTS, but for leading pictures right after the first."""
-    rest = [stamp.pts is not None for stamp in part[1:]]
-    return not part or (part[0].pts is not None and all(rest[rest.index(True) if True in rest else 0 :]))
+    """Whether the packets of ``part`` have a PTS, but for leading pictures right after the first, which are no key frames."""
+    timed = itertools.dropwhile(lambda stamp: stamp.pts is None and not stamp.key, part[1:])
+    return not part or all(stamp.pts is not None for stamp in (part[0], *timed))
 
 
 def _leading(part: Sequence[Stamp]) -> list[int]:

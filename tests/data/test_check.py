@@ -93,6 +93,23 @@ def test_the_files_and_settings_of_a_run_are_those_of_its_configuration(folder, 
     assert "1 of 2 samples can be used, with 3 frames" in capsys.readouterr().out
 
 
+def test_of_a_folder_with_a_split_the_part_is_checked_that_a_run_would_read(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards = [[("a", {"json": video("0.mp4")})], [(f"held-{n}", {"json": b"{}"}) for n in range(2)]]
+    write_shards(tmp_path / "set", shards, {"train": ["000000.tar"], "val": ["000001.tar"], "test": []})
+    sets = [f"data.train=[{tmp_path / 'set'}]", f"data.eval=[{tmp_path / 'set'}]"]
+    assert main(["check", *SMALL, *sets]) == 1
+    said = capsys.readouterr().out
+    assert "0 of 3 samples can be used" in said and "000001.tar, sample held-1" in said
+
+
+def test_a_set_without_a_good_record_does_not_keep_the_others_from_being_checked(folder, capsys):
+    good = write_jsonl(folder / "good.jsonl", [video("good.mp4")])
+    none = write_jsonl(folder / "none.jsonl", [{}] * 3)
+    assert main(["check", *SMALL, f"data.train=[{good}]", f"data.eval=[{none}]"]) == 1
+    assert "1 of 4 samples can be used, with 4 frames" in capsys.readouterr().out
+
+
 def test_a_named_prompt_serves_a_tokenizer_without_a_template(folder, capsys):
     tokenizer = byte_level_tokenizer("llama3")
     tokenizer.chat_template = None

@@ -269,3 +269,15 @@ def test_leaving_out_frames_that_none_refers_to_changes_no_pixel(tmp_path, name)
     with VideoReader(info, [29]) as skipping, VideoReader(info) as plain:
         skipping.frame(29), plain.frame(29)
         assert skipping.frames_decoded < plain.frames_decoded
+
+
+def test_a_key_frame_without_a_time_right_after_the_first_frame_is_counted(tmp_path):
+    path = tmp_path / "keys.ts"
+    write(path, 8, gop=1, b_frames=0)
+    content = bytearray(path.read_bytes())
+    second = content.index(b"\0\0\1\xe0", content.index(b"\0\0\1\xe0") + 1)
+    content[second + 7] &= 0x3F  # its PES header says that it holds no PTS
+    path.write_bytes(content)
+    info = probe_video(path)
+    assert (info.num_frames, info.has_pts) == (8, False)
+    assert numbers(path, range(8)) == list(range(8))

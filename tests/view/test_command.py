@@ -1,16 +1,21 @@
 """``tools/view_data.py``: which samples it shows, what stands on its page, and what it says of a wrong command line."""
 
+import base64
+import io
 import re
 
 import pytest
+from PIL import Image
 
 from megatron_vila.config.load import load_config
 from megatron_vila.data.cards import Alone, CardMaker
+from megatron_vila.data.chat import ChatEncoder
 from megatron_vila.data.sources.open import open_blend
 from megatron_vila.data.stream import StreamState
 from megatron_vila.explain.view.command import main
 from megatron_vila.training.feed import open_stream
 from megatron_vila.training.run_data import open_dataset
+from tests.data.material import byte_level_tokenizer, conversation, write_jsonl
 from tests.view.material import (
     ARABIC,
     DESTROYED,
@@ -201,3 +206,28 @@ def test_a_set_without_a_usable_sample_is_shown_and_its_rows_are_told_to_be_none
     out = tmp_path / "page.html"
     assert show(shown_set, out, "train.seq_length=5", "--first", "1", "--rows", "1") == 0
     assert "none of the 8 samples can be used" in out.read_text() and "cannot be used: too long" in out.read_text()
+
+
+def test_media_that_stand_in_the_record_itself_are_shown(tmp_path):
+    with io.BytesIO() as file:
+        Image.new("RGB", (24, 16), (255, 0, 0)).save(file, "PNG")
+        inside = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    byte_level_tokenizer("qwen2").save_pretrained(tmp_path / "tokenizer")
+    records = [
+        {"image": inside, "conversations": conversation("<image> What?", "Red.")},
+        {"video": [inside, inside], "conversations": conversation("<video> What?", "Red.")},
+        {"image": "data:image/png;base64,AAAA", "conversations": conversation("<image> What?", "Red.")},
+    ]
+    write_jsonl(tmp_path / "samples.jsonl", records)
+    assert show(tmp_path, tmp_path / "page.html") == 0
+    picture, video, broken = re.findall("<article id=(.*?)</article>", (tmp_path / "page.html").read_text(), re.DOTALL)
+    assert "bytes in memory" in picture and "picture of 24 × 16 pixels" in picture and picture.count("<img ") == 1
+    assert "2 pictures without a rate" in video and video.count("<img ") == 2
+    assert "cannot be used: broken" in broken and "3 bytes in memory: " in broken
+
+
+def test_a_text_that_does_not_fit_is_read_once(shown_set, tmp_path, monkeypatch):
+    read, encode = [], ChatEncoder.encode
+    monkeypatch.setattr(ChatEncoder, "encode", lambda self, turns: read.append(turns) or encode(self, turns))
+    assert show(shown_set, tmp_path / "page.html", "--samples", str(LONG)) == 0
+    assert len(read) == 1 and "cannot be used: too long" in (tmp_path / "page.html").read_text()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_vila.config.schema import DataConfig
 from megatron_vila.data.chat import MediaRun, media_runs
-from megatron_vila.data.check import problem_of
+from megatron_vila.data.check import problem
 from megatron_vila.data.dataset import BrokenSampleError, TooLongError, VilaDataset
 from megatron_vila.data.fields import Media
 from megatron_vila.data.images import picture_size
@@ -82,8 +82,8 @@ def sample_of(dataset: VilaDataset, painter: Painter, set_name: str, index: int,
     try:
         made = dataset.build(index)
     except (BrokenSampleError, TooLongError) as error:
-        problem = problem_of(dataset, index, decode=False)
-        return replace(known, kind=problem.kind if problem else "broken", reason=visible(str(error)))
+        kind = "too_long" if isinstance(error, TooLongError) else "broken"
+        return replace(known, kind=problem(dataset, index, kind, str(error)).kind, reason=visible(str(error)))
     document, dropped = made.document, made.dropped_frames
     runs = media_runs(document)
     media = dataset.records.record(index).media
