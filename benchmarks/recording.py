@@ -37,6 +37,23 @@ def write_recording(path: Path, seconds: int) -> Path:
     return path
 
 
+def write_frames(path: Path, frames: int, side: int) -> Path:
+    """``frames`` pictures of ``side`` pixels as preparation leaves them, all key frames, 2 a second, unless the file is there."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.mp4")
+    with av.open(str(temporary), "w") as out:
+        stream = out.add_stream("libx264", rate=2, options={"preset": "veryfast", "g": "1", "crf": "23"})
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        for picture in _pictures(frames, side, side):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p")))
+        out.mux(stream.encode())
+    temporary.rename(path)
+    return path
+
+
 def write_records(recording: Path, copies: int) -> Path:
     """A file of ``copies`` records, each of which asks about ``recording``; several are there for an epoch to have an order."""
     turns = [{"from": "human", "value": "<video>\nWhat is shown?"}, {"from": "gpt", "value": "Shapes that drift."}]
@@ -46,25 +63,26 @@ def write_records(recording: Path, copies: int) -> Path:
     return path
 
 
-def _pictures(count: int) -> Iterator[np.ndarray]:
-    """Planes Y, U and V below each other: uint8 [HEIGHT * 3 / 2, WIDTH]."""
+def _pictures(count: int, width: int = WIDTH, height: int = HEIGHT) -> Iterator[np.ndarray]:
+    """Planes Y, U and V below each other: uint8 [height * 3 / 2, width]."""
     rng = np.random.default_rng(0)
-    scenery = _soft(rng, HEIGHT + 512, WIDTH + 1024)
-    colors = _soft(rng, HEIGHT // 2 + 256, WIDTH // 2 + 512)
-    grain = rng.integers(-5, 6, (16, HEIGHT, WIDTH)).astype(np.int16)
+    scenery = _soft(rng, height + 512, width + 1024)
+    colors = _soft(rng, height // 2 + 256, width // 2 + 512)
+    grain = rng.integers(-5, 6, (16, height, width)).astype(np.int16)
+    square = min(160, height // 2)
 
     def picture(number: int) -> np.ndarray:
         x, y = (number * 3) % 1024, (number * 2) % 512
-        luma = scenery[y : y + HEIGHT, x : x + WIDTH] + grain[number % len(grain)]
-        for square in range(12):
-            left = (number * (5 + square) + 160 * square) % (WIDTH - 160)
-            top = (number * (3 + square) + 90 * square) % (HEIGHT - 160)
-            luma[top : top + 160, left : left + 160] += 20 + 3 * square
-        planes = np.empty((HEIGHT * 3 // 2, WIDTH), dtype=np.uint8)
-        planes[:HEIGHT] = luma.clip(16, 235)
-        chroma = colors[y // 2 : y // 2 + HEIGHT // 2, x // 2 : x // 2 + WIDTH // 2]
-        planes[HEIGHT : HEIGHT * 5 // 4] = chroma.reshape(-1, WIDTH)
-        planes[HEIGHT * 5 // 4 :] = (255 - chroma).reshape(-1, WIDTH)
+        luma = scenery[y : y + height, x : x + width] + grain[number % len(grain)]
+        for place in range(12):
+            left = (number * (5 + place) + 160 * place) % (width - square)
+            top = (number * (3 + place) + 90 * place) % (height - square)
+            luma[top : top + square, left : left + square] += 20 + 3 * place
+        planes = np.empty((height * 3 // 2, width), dtype=np.uint8)
+        planes[:height] = luma.clip(16, 235)
+        chroma = colors[y // 2 : y // 2 + height // 2, x // 2 : x // 2 + width // 2]
+        planes[height : height * 5 // 4] = chroma.reshape(-1, width)
+        planes[height * 5 // 4 :] = (255 - chroma).reshape(-1, width)
         return planes
 
     with ThreadPoolExecutor() as pool:

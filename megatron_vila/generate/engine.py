@@ -133,7 +133,7 @@ class Engine:
 
         Frames are decoded and encoded under the layers of the chunk before. Collective, as ``Runner.read``.
         """
-        held = self._prefixes.get(key)
+        held = self.held(key)
         if held is not None:
             return held
         pieces = [(part(document, chunk), chunk.first) for chunk in cut(document, self.chunk_tokens)]
@@ -178,6 +178,10 @@ class Engine:
         if progress is not None:
             progress(piece.start + len(piece.document), frames + count, tokens)
         return count
+
+    def held(self, key: str) -> Prefix | None:
+        """The prefix with ``key``, if somebody holds it."""
+        return self._prefixes.get(key)
 
     def hold(self, prefix: Prefix) -> None:
         """Know a prefix that was read elsewhere (a snapshot), so that ``prefill`` finds it."""

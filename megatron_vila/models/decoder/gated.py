@@ -111,9 +111,14 @@ class Inside:
 
 APART = Apart()
 
+FEWEST_TOKENS = 128
+"""Below, a product reads weights more than it computes, for which QuACK's tiles are not made."""
+
 
 def products_for(hidden_TH: torch.Tensor, fc1_2FH: torch.Tensor, fc2_HF: torch.Tensor) -> Apart | Inside:
     """``Inside`` where QuACK is installed and has been measured (bfloat16 on Hopper) and rows are whole vectors of 16 bytes."""
+    if len(hidden_TH) < FEWEST_TOKENS:
+        return APART
     operands = hidden_TH, fc1_2FH, fc2_HF
     sums = [total for weight in (fc1_2FH, fc2_HF) if (total := getattr(weight, "main_grad", None)) is not None]
     if hidden_TH.is_cuda and all(x.dtype == torch.bfloat16 for x in operands) and all(map(_in_vectors, (*operands, *sums))):
