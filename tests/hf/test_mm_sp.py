@@ -270,16 +270,22 @@ def test_fsdp2_may_compute_in_bfloat16():
         assert is_finite
 
 
-def run_example(rank: int, file: str, folder: str) -> float:
-    found = runpy.run_path(file, {"folder": folder, "dataset": SAMPLES * 4})
-    return found["loss"].item()
+def run_examples(rank: int, files: list[str], folder: str, prompts: list[torch.Tensor]) -> tuple[float, list[int], list[int]]:
+    training, generating = (
+        runpy.run_path(file, {"folder": folder, "dataset": SAMPLES * 4, "prompts": prompts}) for file in files
+    )
+    stock = build("qwen2").eval().generate(prompts[-1], max_new_tokens=64)
+    return training["loss"].item(), generating["answer"].tolist(), stock.tolist()
 
 
-def test_the_example_of_the_page_trains(tmp_path):
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
-    assert len(code.splitlines()) <= 18
+def test_the_examples_of_the_page_train_and_generate(tmp_path):
+    codes = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert all(len(code.splitlines()) <= 18 for code in codes)
     build("qwen2").save_pretrained(tmp_path)
-    file = tmp_path / "example.py"
-    file.write_text(code)
-    losses = pool.run(2, run_example, str(file), str(tmp_path))
-    assert losses[0] == losses[1] > 0
+    files = [tmp_path / f"example_{number}.py" for number in range(len(codes))]
+    for file, code in zip(files, codes, strict=True):
+        file.write_text(code)
+    prompts = [torch.tensor([[5, 6, 7, 8, 9, *question]]) for question in ([3], [4, 2])]
+    (loss, answer, stock), other = pool.run(2, run_examples, [str(file) for file in files], str(tmp_path), prompts)
+    assert loss == other[0] > 0
+    assert answer == other[1] == stock
