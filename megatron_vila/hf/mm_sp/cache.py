@@ -101,7 +101,7 @@ class ShardedCache(Cache):
         self._tokens += len(ids_n)
 
     def keep(self, tokens: int) -> None:
-        """Forget all but the first ``tokens`` of the sequence. No collective."""
+        """Forget all but the first ``tokens`` of the sequence, and what a forward pass that failed has left. No collective."""
         ids = self.token_ids
         if not 0 <= tokens <= len(ids):
             raise ValueError(f"a cache of {len(ids)} tokens cannot keep {tokens}; give 0 to {len(ids)}")
@@ -175,9 +175,6 @@ class PromptChunk:
         assert self._document is not None, "no layer has attended"
         self._document.into.commit(self._document.earlier + self._kept)
 
-    def abandon(self) -> None:
-        """After a forward pass that failed: nothing counts before ``commit``."""
-
 
 class DecodedToken:
     """The keyword ``mm_sp_row`` of a decoded token, which all ranks compute alike."""
@@ -209,8 +206,3 @@ class DecodedToken:
         place = self._cache.get_seq_length()
         self._tail.spans[0].commit(np.full(int(self._cache.keeps_next()), place))
         self._cache.commit(self._ids_1)
-
-    def abandon(self) -> None:
-        """After a forward pass that failed: the token does not count."""
-        if self._tail is not None:
-            self._tail.lengths_B.fill_(self._tail.spans[0].length)

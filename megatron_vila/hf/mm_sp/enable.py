@@ -200,7 +200,8 @@ class MMSP:
         self._head.expect(None)
         row = kwargs.get("mm_sp_row")
         if isinstance(row, PromptChunk | DecodedToken):
-            row.commit() if output is not None else row.abandon()
+            if output is not None:
+                row.commit()
             return None
         if output is None or kwargs.get("labels") is None:
             return None
