@@ -1,7 +1,7 @@
 """The two kinds of errors: what a user can cure, and everything else; how messages are made, and what a command says of each.
 
 A ``UserError`` ends a command with its text as the only message. Any other exception is a fault of the program or of the machine
-and keeps its traceback. Every entry point is an ``entry_point``; a run of several ranks tells in ``training/failures.py`` what a
+and keeps its traceback. Every entry point is an ``entry_point``; a run of several ranks tells in ``failing/failures.py`` what a
 single process tells here.
 """
 

@@ -189,7 +189,7 @@ def _failed(failures: dict) -> int:
         return code
     how = f"ended with status {code}; its error stands above"
     recorded = failure.message["extraInfo"] if isinstance(failure.message, dict) else {}
-    if "first" in recorded:  # by ``training/failures.py``, which has told it, maybe on another node
+    if "first" in recorded:  # by ``failing/failures.py``, which has told it, maybe on another node
         first = "" if recorded["is_first"] else f"{recorded['first']}; "
         tell(f"megatron_vila: {first}the run ends, and the same command continues from the last checkpoint")
         return FAILED

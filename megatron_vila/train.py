@@ -1,6 +1,6 @@
 """``torchrun ... -m megatron_vila.train CONFIG.yaml [key=value ...] [--dry-run]``: train, resume and evaluate.
 
-Exit codes are those of ``exit_codes.py``, the same on every rank. What a rank says when it fails: ``training/failures.py``.
+Exit codes are those of ``exit_codes.py``, the same on every rank. What a rank says when it fails: ``failing/failures.py``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_vila.streams import flush_streams
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
-    from megatron_vila.training.failures import Reporter
+    from megatron_vila.failing.failures import Reporter
+    from megatron_vila.training.run_watch import RunWatch
     from megatron_vila.training.stop import StopRequest
-    from megatron_vila.training.watch import Watch
 
 _SAMPLE = re.compile("([a-z]+:)?[0-9]+")
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str], before_parting: Callable[[], None] = lambda: 
 
         accelerator.prepare()
         # Imported late: Megatron-Core must be prepared for this machine first.
-        from megatron_vila.training import failures
+        from megatron_vila.failing import failures
 
     with contextlib.suppress(OSError, ValueError):
         faulthandler.enable(2)  # what a crash in native code leaves: the stacks of Python
@@ -105,13 +105,13 @@ def _run(options: argparse.Namespace, rank: int, before_parting: Callable[[], No
     from megatron_vila.start_checks import check_start
     from megatron_vila.training.errors import NoMemoryError
     from megatron_vila.training.memory_report import out_of_memory_message
+    from megatron_vila.training.run_watch import RunWatch
     from megatron_vila.training.stop import StopRequest
-    from megatron_vila.training.watch import Watch
 
     minutes = _timeout_minutes(options)
     # First of all, so that what a single rank finds wrong is told and ends the others.
     processes.meet(minutes)
-    with Watch(minutes, reporter) as watch:
+    with RunWatch(minutes, reporter) as watch:
         processes.init_distributed(minutes)
         stop = StopRequest()
         stop.install()
@@ -144,10 +144,10 @@ def _timeout_minutes(options: argparse.Namespace) -> float:
     return TrainConfig().timeout_minutes
 
 
-def _train(config: Config, stop: StopRequest, watch: Watch, reporter: Reporter, arguments: Sequence[str]) -> int:
+def _train(config: Config, stop: StopRequest, watch: RunWatch, reporter: Reporter, arguments: Sequence[str]) -> int:
+    from megatron_vila.failing.failure_files import set_aside_earlier
     from megatron_vila.parallel.agreement import on_rank_zero
     from megatron_vila.training.closing import closing_lines
-    from megatron_vila.training.failure_files import set_aside_earlier
     from megatron_vila.training.lock import RunLock
 
     lock = RunLock(config.train.output)

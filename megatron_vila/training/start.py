@@ -6,13 +6,13 @@ from megatron_vila.config.schema import Config
 from megatron_vila.training.evaluate import HeldOut
 from megatron_vila.training.lock import RunLock
 from megatron_vila.training.metrics import MetricsLogger
+from megatron_vila.training.run_watch import RunWatch
 from megatron_vila.training.stop import StopRequest
 from megatron_vila.training.trainer import Trainer
-from megatron_vila.training.watch import Watch
 
 
 def make_trainer(
-    config: Config, stop: StopRequest | None = None, lock: RunLock | None = None, watch: Watch | None = None
+    config: Config, stop: StopRequest | None = None, lock: RunLock | None = None, watch: RunWatch | None = None
 ) -> Trainer:
     """The trainer of ``config``; arguments and errors as ``Trainer``'s. Collective over all ranks."""
     tasks = [HeldOut(config)] if config.data.eval else []

@@ -112,9 +112,9 @@ def _serve(pipe: Connection) -> None:
     import transformers  # noqa: F401
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+    import megatron_vila.failing.failures
     import megatron_vila.train
     import megatron_vila.training.event_file
-    import megatron_vila.training.failures
     import megatron_vila.training.plots
     import megatron_vila.training.trainer  # noqa: F401
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from megatron_vila.errors import PeerError, UserError
 from megatron_vila.exit_codes import FAILED, USER_ERROR
-from megatron_vila.training import failure_files
-from megatron_vila.training.failure_board import CAUSE, CONSEQUENCE, STALL, Board, Failure
-from megatron_vila.training.failures import Reporter
+from megatron_vila.failing import failure_files
+from megatron_vila.failing.failure_board import CAUSE, CONSEQUENCE, STALL, Board, Failure
+from megatron_vila.failing.failures import Reporter
+from megatron_vila.failing.watch import Watch
 from megatron_vila.training.trainer import Trainer
-from megatron_vila.training.watch import Watch
 from tests import planted
 from tests.ranks import pool
 from tests.training.command_run import command_on_rank
@@ -85,7 +85,7 @@ def _reports(rank, output, errors):
 def _reports_said(rank, output, errors):
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr("megatron_vila.training.failures.tell", said.append)
+        patch.setattr("megatron_vila.failing.failures.tell", said.append)
         return _reports(rank, output, errors), said
 
 
@@ -154,7 +154,7 @@ def _hangs(rank, output):
     reporter, done = Reporter(), threading.Event()
     reporter.keep_in(output)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_vila.training.watch._PEER_FAILED_S", 0.1)
+        patch.setattr("megatron_vila.failing.watch._PEER_FAILED_S", 0.1)
         patch.setattr("os._exit", lambda status: done.set())
         with Watch(0.01, reporter) as watch:
             watch.at(7, "in the evaluation")

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from megatron_vila import accelerator
 from megatron_vila.config.load import load_config
+from megatron_vila.failing.failures import Reporter
 from megatron_vila.training.evaluate import HeldOut
-from megatron_vila.training.failures import Reporter
 from megatron_vila.training.metrics import MetricsLogger
 from megatron_vila.training.roles import TaskName, Watcher
+from megatron_vila.training.run_watch import RunWatch
 from megatron_vila.training.summary import read_metrics
 from megatron_vila.training.trainer import Trainer
-from megatron_vila.training.watch import Watch
 from tests.ranks import pool
 from tests.training.real_run import overrides
 
@@ -54,7 +54,7 @@ def _run(rank, settings):
     config = load_config("tiny", settings)
     reporter, phases = Reporter(), Phases()
     try:
-        with Watch(1.0, reporter) as watch:
+        with RunWatch(1.0, reporter) as watch:
             watchers = [watch, phases, MetricsLogger(config.train.output, config.train.log_every)]
             Trainer(config, [Probe(reporter), HeldOut(config)], watchers).run()
     finally:

@@ -55,7 +55,7 @@ FAULTS = [
     ),
     Fault(
         "the failure that counts is the earliest, whatever its kind",
-        "megatron_vila/training/failure_board.py",
+        "megatron_vila/failing/failure_board.py",
         "return self.kind, self.time_s, self.rank",
         "return self.time_s, self.kind, self.rank",
         FAILURES,

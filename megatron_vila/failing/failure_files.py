@@ -9,8 +9,8 @@ import traceback
 from datetime import datetime
 from pathlib import Path
 
+from megatron_vila.failing.failure_board import CONSEQUENCE, STALL, Failure, within
 from megatron_vila.plain_files import replace_file
-from megatron_vila.training.failure_board import CONSEQUENCE, STALL, Failure, within
 
 logger = logging.getLogger(__name__)
 

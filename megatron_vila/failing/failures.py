@@ -23,9 +23,9 @@ from pathlib import Path
 from megatron_vila import processes
 from megatron_vila.errors import PeerError, StallError, UserError, cause_of, described, exit_code
 from megatron_vila.exit_codes import INTERRUPTED
+from megatron_vila.failing import failure_files
+from megatron_vila.failing.failure_board import CAUSE, CONSEQUENCE, STALL, Board, Failure, within
 from megatron_vila.streams import tell
-from megatron_vila.training import failure_files
-from megatron_vila.training.failure_board import CAUSE, CONSEQUENCE, STALL, Board, Failure, within
 
 _CAUSE_S = 20.0
 """how long a rank that lost its connections waits until another one has written down the cause, which takes some seconds if that
@@ -63,9 +63,11 @@ def is_consequence(error: BaseException) -> bool:
 
 
 class Reporter:
-    """Prints and writes what is to be known when this rank fails; a process has one. ``doing`` says where the rank is."""
+    """Prints and writes what is to be known when this rank fails; a process has one. ``doing`` says where the rank is, and
+    ``goes_on`` how the command goes on after a failure that is not the user's."""
 
-    def __init__(self) -> None:
+    def __init__(self, goes_on: str = "the same command continues from the last checkpoint") -> None:
+        self.goes_on = goes_on
         self.doing: Callable[[], str] = lambda: "starting"
         self._folder: Path | None = None
         self._happened: tuple[float, str] | None = None
@@ -138,7 +140,7 @@ class Reporter:
         if failure.kind == CONSEQUENCE:
             lost = (
                 f"rank {failure.rank} lost its connection to another rank, and none said why: a process was killed (kill -9, no "
-                f"host memory left) or its node failed; the same command continues from the last checkpoint ({cause})"
+                f"host memory left) or its node failed; {self.goes_on} ({cause})"
             )
             return "\n  ".join([f"megatron_vila: {cause if isinstance(cause, PeerError) else lost}", *where])
         if alone and not where:

@@ -12,19 +12,18 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch.distributed as dist
 
 from megatron_vila import processes
 from megatron_vila.errors import PeerError, StallError
-from megatron_vila.training import failures
-from megatron_vila.training.failure_board import FIRST, within
-from megatron_vila.training.lock import release_all
-from megatron_vila.training.roles import Watcher
+from megatron_vila.failing import failures
+from megatron_vila.failing.failure_board import FIRST, within
 
 _ROOM_S = 5.0
 """what the thread waits beyond the timeout, so that a collective that times out in the main thread comes first"""
@@ -54,16 +53,18 @@ class Seen:
     process: str
 
 
-class Watch(Watcher):
+class Watch:
     """One rank's view of all ranks, from their meeting (``processes.meet``) to the end of the process. A context manager; for a
     lone rank it only keeps where the rank is.
 
     ``at`` costs no communication. The thread ends the process if another rank failed and this one does not get out of a
-    collective, or if it stands still for ``timeout_minutes`` while others are missing.
+    collective, or if it stands still for ``timeout_minutes`` while others are missing; ``before_end`` is called then.
     """
 
-    def __init__(self, timeout_minutes: float, reporter: failures.Reporter) -> None:
-        self._reporter = reporter
+    def __init__(
+        self, timeout_minutes: float, reporter: failures.Reporter, before_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self._reporter, self._before_end = reporter, before_end
         reporter.doing = lambda: str(self._place)
         self._timeout_s = timeout_minutes * 60
         self.interval_s = min(4.0, max(0.2, self._timeout_s / 10))
@@ -77,7 +78,7 @@ class Watch(Watcher):
         self._here: list[Seen] = []
         """ranks that responded when ``_describe_stall`` last looked"""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         if self._store is not None:
             threading.Thread(target=self._keep, args=(self._store,), name="watch", daemon=True).start()
         return self
@@ -100,6 +101,7 @@ class Watch(Watcher):
             raise StallError(stall) from error
 
     def at(self, step: int, phase: str) -> None:
+        """This rank is now in ``phase`` (in words) of ``step``. All ranks go through the same phases."""
         earlier = self._place.earlier + 1 if step == self._place.step else 0
         self._place, self._since = Place(step, earlier, phase), time.monotonic()
 
@@ -147,7 +149,7 @@ class Watch(Watcher):
         return (
             f"{'; '.join(shown)}. Other ranks waited for train.timeout_minutes={self._timeout_s / 60:g} at "
             f"{self._place}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. "
-            "The same command continues from the last checkpoint"
+            f"{self._reporter.goes_on[0].upper()}{self._reporter.goes_on[1:]}"
         )
 
     def _keep(self, store: dist.Store) -> None:
@@ -173,7 +175,7 @@ class Watch(Watcher):
     def _end(self, error: Exception) -> None:
         """Leave from this thread: the main one waits in a collective that nobody will complete."""
         status = self._reporter.report(error)
-        release_all()
+        self._before_end()
         sys.stderr.flush()
         os._exit(status)
 
