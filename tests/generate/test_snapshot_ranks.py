@@ -57,7 +57,7 @@ def _asked_again(rank: int, folder: Path):
     again = made.answer([Request(back, tail)], Sampling(max_new_tokens=5))
     made.hold(back)
     beginning, _ = made.split(replace(plain, frames=frames))
-    is_known = made.prefill(beginning, pictures) is back
+    is_known = made.prefill(beginning, pictures, back.key) is back
     destroy(made)
     return answers[0].token_ids.tolist(), again[0].token_ids.tolist(), is_known, pictures.encoded
 
