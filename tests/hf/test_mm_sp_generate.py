@@ -100,7 +100,8 @@ def wanted() -> dict[str, dict]:
 
 @pytest.mark.parametrize("ulysses, ring", [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_text_and_logits_are_those_of_one_process_after_uneven_chunks_and_16_tokens(ulysses, ring, wanted):
-    ranks = pool.run(ulysses * ring, against_stock, ulysses, ring, wanted, {})
+    cases = {name: wanted[name] for name in (PROMPTS if ring == ulysses == 2 else ("qwen2", "llava_onevision"))}
+    ranks = pool.run(ulysses * ring, against_stock, ulysses, ring, cases, {})
     for found in ranks:
         for same_text, error, _ in found.values():
             assert same_text and error < 1e-5
@@ -108,7 +109,7 @@ def test_text_and_logits_are_those_of_one_process_after_uneven_chunks_and_16_tok
     assert sum(found["qwen2"][2] for found in ranks) == 45 * 2 * 2 * 2 * 4 * 4
 
 
-@pytest.mark.parametrize("ulysses, sizes", [(4, {"kv_heads": 1}), (3, {"heads": 6, "kv_heads": 2})])
+@pytest.mark.parametrize("ulysses, sizes", [(2, {"kv_heads": 1}), (3, {"heads": 6, "kv_heads": 2})])
 def test_key_value_heads_that_do_not_divide_over_ulysses_are_kept_where_they_are_needed(ulysses, sizes):
     wanted = {"qwen3": stock("qwen3", PROMPTS["qwen3"], sizes=sizes)}
     for found in pool.run(ulysses, against_stock, ulysses, 1, wanted, sizes):
