@@ -13,6 +13,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -25,6 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from megatron_vila.hf.mm_sp import generate as generation
 from megatron_vila.hf.mm_sp.arguments import Settings, check_generate
 from megatron_vila.hf.mm_sp.data import VideoTokens
 from megatron_vila.hf.mm_sp.enable import enable_mm_sp
@@ -338,6 +340,39 @@ def test_replicas_answer_their_own_prompts_of_different_lengths(name, weights):
     results = pool.run(4, of_replicas, name, prompts, weights)
     wanted = [stock(name, prompt, max_new_tokens=4 + 3 * number)["text"] for number, prompt in enumerate(prompts)]
     assert results == [wanted[0]] * 2 + [wanted[1]] * 2
+
+
+def beyond_its_room(rank: int, prompt: dict, room: int) -> tuple[list[int], int]:
+    model = built("qwen2")
+    mm_sp = enable_mm_sp(model, ring=2)
+    cache, before = mm_sp.cache(), generation._MOST_AHEAD
+    generation._MOST_AHEAD = room
+    try:
+        return new_tokens(model, prompt, past_key_values=cache), len(cache.spans)
+    finally:
+        generation._MOST_AHEAD = before
+
+
+def test_an_answer_may_take_more_room_than_was_made_for_it_and_a_prompt_one_token():
+    prompt = text(1, 1)
+    want = stock("qwen2", prompt)["text"]
+    for found, spans in pool.run(2, beyond_its_room, prompt, 4):
+        assert found == want
+        assert spans == 4  # two tokens each on this rank
+
+
+def in_bfloat16(rank: int) -> tuple[list[int], torch.dtype]:
+    model, prompt = built("llava_onevision"), PROMPTS["llava_onevision"]
+    shard(model, policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    mm_sp = enable_mm_sp(model, ulysses=2)
+    cache = mm_sp.cache()
+    return new_tokens(model, prompt, past_key_values=cache), cache.spans[0].k.dtype
+
+
+def test_weights_that_fsdp2_shards_may_compute_in_bfloat16():
+    (first, dtype), (second, _) = pool.run(2, in_bfloat16)
+    assert first == second and len(first) == NEW
+    assert dtype == torch.bfloat16
 
 
 def around_training(rank: int) -> tuple[float, list[int], list[int]]:
