@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import threading
@@ -49,7 +50,7 @@ class HostBudget:
 
     def need(self, row: Waiting) -> int | None:
         """``row`` is needed now: it begins, whatever rows of higher turns hold. If it does not fit beside those of lower turns it
-        never begins, and the bytes that these hold are returned."""
+        never begins, and the bytes that these hold are returned. Raises ``MemoryError`` where the machine has none for it."""
         self._go_on()
         if not self._take_back(row):
             return None
@@ -71,7 +72,10 @@ class HostBudget:
             return len(self._queue) < before
 
     def _go_on(self) -> None:
-        """Begin with what there is room for. Where another thread, or this one further out, is at it, that one looks again."""
+        """Begin with what there is room for. Where another thread, or this one further out, is at it, that one looks again.
+
+        Where the machine has no memory for a row, the row stays until it is needed: then that is an error of the one who asks.
+        """
         self._due = True
         while self._due and self._lock.acquire(blocking=False):
             begun = []
@@ -79,13 +83,15 @@ class HostBudget:
                 self._due = False
                 self._count_freed()
                 held = sum(size for _, size in self._held.values())
-                while self._queue and (self.limit is None or held + self._queue[0][-1].size <= self.limit):
-                    begun.append(row := heapq.heappop(self._queue)[-1])
-                    held += row.size
-                memories = [self._memory(row) for row in begun]
+                with contextlib.suppress(MemoryError):
+                    while self._queue and (self.limit is None or held + self._queue[0][-1].size <= self.limit):
+                        row = self._queue[0][-1]
+                        begun.append((row, self._memory(row)))
+                        heapq.heappop(self._queue)
+                        held += row.size
             finally:
                 self._lock.release()
-            for row, memory in zip(begun, memories, strict=True):
+            for row, memory in begun:
                 row.begin(memory)
 
     def _count_freed(self) -> None:

@@ -220,6 +220,17 @@ def test_room_that_comes_while_a_row_is_looked_after_is_given_to_the_next_one():
     assert after.memory is not None
 
 
+def test_a_row_for_which_the_machine_has_no_memory_fails_when_it_is_needed_and_no_other_does():
+    budget = HostBudget(None)
+    endless, before, behind = Waits(1, 2**60), Waits(0, 5), Waits(2, 5)
+    for row in (endless, before, behind):
+        budget.add(row)
+    assert before.memory is not None and endless.memory is None
+    with pytest.raises(MemoryError):
+        budget.need(endless)
+    assert budget.need(behind) is None and behind.memory is not None
+
+
 def test_a_row_fits_where_another_thread_had_the_budget_when_room_came():
     budget = HostBudget(10)
     first, needed = Waits(0, 10), Waits(1, 10)
