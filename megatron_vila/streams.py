@@ -5,12 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import NoReturn
 
 
 def tell(text: str) -> None:
     """Print ``text`` on stderr, if it takes it."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with ``status``, whatever threads and streams are left in it.
+
+    At once: the ranks have parted, and from here on nobody but the launcher waits for this one.
+    """
+    flush_streams()
+    # Threads of broken groups and of decoders would be waited for.
+    os._exit(status)
 
 
 def flush_streams() -> None:

@@ -15,12 +15,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megatron_vila import exit_codes, parent
 from megatron_vila.busy import CurrentStdout, busy
 from megatron_vila.errors import entry_point
-from megatron_vila.streams import flush_streams
+from megatron_vila.streams import leave
 
 if TYPE_CHECKING:
     from megatron_vila.config.schema import Config
@@ -199,16 +199,6 @@ def _dry_run(options: argparse.Namespace) -> int:
     return exit_codes.FINISHED
 
 
-def leave(status: int) -> NoReturn:
-    """End the process with ``status``, whatever threads and streams are left in it.
-
-    At once: the ranks have parted, and from here on nobody but the launcher waits for this one. What Python does at its end
-    belongs to ``main``'s ``before_parting``.
-    """
-    flush_streams()
-    # Threads of broken groups and of decoders would be waited for.
-    os._exit(status)
-
-
 if __name__ == "__main__":
+    # What Python does at its end belongs to main's before_parting.
     leave(main(sys.argv[1:], atexit._run_exitfuncs))

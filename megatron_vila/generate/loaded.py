@@ -29,12 +29,14 @@ _MARGIN_BYTES = GIB // 2
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. ``frames`` and ``prompt_tokens`` were read for it in ``read_s`` seconds (nothing of a prefix that was held);
-    ``stopped_by`` is "stop" or "length"."""
+    """An answer to a prompt of ``prompt_tokens`` tokens about ``frames`` frames; reading what was not held of them took
+    ``read_s`` seconds. ``stopped_by`` is "stop" or "length"; ``tail`` are the token ids (int64) of the prompt after the last
+    frame."""
 
     question: str
     text: str
     token_ids: np.ndarray
+    tail: np.ndarray
     stopped_by: str
     frames: int
     prompt_tokens: int
@@ -66,6 +68,7 @@ class LoadedModel:
         self.tokenizer, self.prompts = encoder.tokenizer, Prompts(config, encoder, chooser)
         self.chooser, self._cache = chooser, cache
         self.prefix: Prefix | None = None
+        self._given: Prefix | None = None
 
     def close(self) -> None:
         """Stop the threads and let go of the cache."""
@@ -120,6 +123,7 @@ class LoadedModel:
                 question=question,
                 text=self.text(answer.token_ids),
                 token_ids=answer.token_ids,
+                tail=request.tail,
                 stopped_by=answer.stopped_by,
                 frames=sum(frame.unit.frames for frame in document.frames),
                 prompt_tokens=len(document),
@@ -127,7 +131,7 @@ class LoadedModel:
                 first_token_s=answer.first_token_s,
                 decode_s=answer.decode_s,
             )
-            for question, document, answer in zip(questions, documents, answers, strict=True)
+            for question, document, request, answer in zip(questions, documents, requests, answers, strict=True)
         ]
 
     def read(
@@ -141,17 +145,19 @@ class LoadedModel:
         beginning, tail = self.engine.split(document)
         if beginning is None:
             return None, tail
+        if self.prefix is self._given and self.prefix is not None and _is_of(self.prefix, beginning):
+            return self.prefix, tail
         key = document_key(beginning, self.pictures.hashes, self.identity)
         if self.prefix is not None and self.prefix.key == key:
             return self.prefix, tail
-        self.prefix = None
+        self.prefix = self._given = None
         self._require_room(document, answer_tokens)
         self.prefix = self.engine.prefill(beginning, self.pictures, key, progress)
         return self.prefix, tail
 
     def hold(self, prefix: Prefix) -> None:
-        """Go on with a prefix that was read elsewhere, such as a snapshot."""
-        self.prefix = prefix
+        """Go on with a prefix that was read elsewhere, such as a snapshot. Its files need not be there any more."""
+        self.prefix = self._given = prefix
         self.engine.hold(prefix)
 
     def pictures_of(self, prefix: Prefix) -> Pictures:
@@ -186,3 +192,8 @@ class LoadedModel:
         if problem := cache_problem(self.config, wanted, memory, room, others):
             raise SettingError(problem)
 
+
+
+def _is_of(prefix: Prefix, beginning: Document) -> bool:
+    held = prefix.document
+    return held.frames == beginning.frames and np.array_equal(held.token_ids, beginning.token_ids)

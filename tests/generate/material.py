@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config, ParallelConfig
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
+from megatron_vila.errors import SettingError
 from megatron_vila.generate import load
+from megatron_vila.generate import loaded as loaded_module
+from megatron_vila.generate.prompt import media_of
 from megatron_vila.models.vila import VilaModel
 from megatron_vila.parallel.topology import ParallelTopology
+from megatron_vila.plan.cache_memory import cache_memory
 from tests.data.material import write_video
 
 LONG = 24
@@ -75,3 +80,28 @@ def refusal(rank: int, folder: str, question: Any, loading: dict[str, Any], aski
     except Exception as error:
         return type(error).__name__, str(error)
     raise AssertionError("nothing was refused")
+
+
+def in_little_memory(rank: int, folder: str, tokens: int) -> list[str]:
+    """What is said of the long video on a machine with room for ``tokens`` tokens beside the model and its work: to all its
+    frames, to as many as are said to fit, and to one more."""
+    loaded = load(folder, chunk_tokens=16)
+    memory = cache_memory(loaded.config, "auto", 16, 4, 0)
+    room = accelerator.room_bytes
+    accelerator.room_bytes = lambda: memory.work + loaded_module._MARGIN_BYTES + tokens * memory.per_token
+    said = []
+    try:
+        frames = LONG
+        for more in (0, 0, 1):
+            try:
+                pictures = loaded.prompts.choose(media_of([], [str(Path(folder).parent / "long.mp4")]), frames + more)
+                loaded.read(loaded.prompts.document("Who?", pictures))
+                said.append("")
+            except SettingError as error:
+                said.append(str(error))
+                if found := re.search(r"--frames (\d+)", said[0]):
+                    frames = int(found[1])
+    finally:
+        accelerator.room_bytes = room
+        loaded.close()
+    return said

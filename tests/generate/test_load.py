@@ -124,3 +124,10 @@ def test_the_tokenizer_beside_the_checkpoints_serves_where_the_one_of_training_i
     (tmp_path / "tokenizer").rename(tmp_path / "run" / "tokenizer")
     said, _ = ask(tmp_path / "run", videos=[str(run / "long.mp4")], num_frames=12)
     assert said == truth
+
+
+def test_more_frames_than_the_memory_holds_are_refused_with_the_number_that_fits(run):
+    (said,) = pool.run(1, material.in_little_memory, str(run / "run"), 80)
+    refused_all, fitting, one_more = said
+    assert f"these {material.LONG} frames" in refused_all and "frames would fit: ask with --frames" in refused_all
+    assert "use more GPUs (--ring 2)" in refused_all and not fitting and "would fit" in one_more
