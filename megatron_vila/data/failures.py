@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import traceback
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from collections.abc import Iterator
 import jinja2
 
 from megatron_vila.data.media import MediaError
-from megatron_vila.data.sources.source import ChangedFileError
+from megatron_vila.data.sources.source import NO_MORE_FILES, ChangedFileError
 from megatron_vila.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _FORESEEN = (UserError, jinja2.TemplateError)
-_NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
 
 
 class MachineError(RuntimeError):
@@ -37,7 +35,7 @@ class FailureReasons:
                 raise type(cause)(f"at sample {sample}: {cause}") from error
             # A file can ask for more memory than there is: that is its own fault.
             memory = isinstance(cause, MemoryError) and not isinstance(error, MediaError)
-            if memory or (isinstance(cause, OSError) and cause.errno in _NO_MORE_FILES):
+            if memory or (isinstance(cause, OSError) and cause.errno in NO_MORE_FILES):
                 raise MachineError(f"at sample {sample}: {type(cause).__name__}: {cause}") from error
         text = " ".join(str(error).split("\n"))  # a line of a log belongs to one sample
         if isinstance(error, _FORESEEN):

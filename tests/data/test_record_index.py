@@ -176,6 +176,9 @@ def test_a_file_that_changes_after_it_was_opened_is_told_where_it_matters(tmp_pa
     path.unlink()
     with pytest.raises(ChangedFileError, match="is gone"):
         files.record(0)
+    path.mkdir()
+    with pytest.raises(ChangedFileError, match="a.jsonl cannot be read: Is a directory; mend that and start again"):
+        files.record(0)
 
 
 def test_a_file_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch):

@@ -242,6 +242,9 @@ def test_a_shard_that_changes_or_vanishes_during_a_run_ends_it_by_name(tmp_path)
     os.unlink(tmp_path / "000000.tar")
     with pytest.raises(ChangedFileError, match="at sample 00001: .*000000.tar: the shard is gone"):
         shards.record(1)
+    (tmp_path / "000000.tar").symlink_to("000000.tar")
+    with pytest.raises(ChangedFileError, match="at sample 00001: .*: the shard cannot be read: Too many levels.*; mend that"):
+        shards.record(1)
 
 
 def test_parts_of_a_split_are_read_for_training_and_for_evaluation(tmp_path):

@@ -78,6 +78,7 @@ def test_what_a_damaged_shard_has_lost_is_counted_and_the_rest_is_read(tmp_path)
             {"shardlist": [{"url": "gone.tar", "nsamples": 1}]},
             "gone.tar: a shard that wids-meta.json lists cannot be read",
         ),
+        ({"shardlist": [{"url": "."}]}, "/.: the shard cannot be read: Is a directory; mend that"),
         ({"shardlist": [{"url": "0.tar", "nsamples": "1"}]}, "shard 1: 'nsamples' must be a whole number, found '1'"),
         (
             {"shardlist": [{"url": "0.tar", "nsamples": 1, "filesize": 7}]},

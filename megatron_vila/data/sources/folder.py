@@ -7,11 +7,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import IO, Protocol
 
 from megatron_vila.data.fields import RecordError
 from megatron_vila.data.media import Storage
-from megatron_vila.data.sources.source import ChangedFileError
+from megatron_vila.data.sources.source import ChangedFileError, lost
 from megatron_vila.data.sources.tar import Read
 
 LARGEST_SMALL_FILE = 2**26
@@ -45,7 +45,7 @@ class Folder(Protocol):
     def opened(self, name: str, size: int, start: int, end: int) -> AbstractContextManager[tuple[Read, Storage | None]]:
         """What reads the bytes from ``start`` to ``end`` of the shard ``name``, and what ``Member`` needs to do so later.
 
-        Raises ``ChangedFileError`` if it is gone or has not ``size`` bytes.
+        Raises ``ChangedFileError`` if it is gone, cannot be read or has not ``size`` bytes.
         """
 
 
@@ -106,17 +106,19 @@ class LocalFolder:
     @contextlib.contextmanager
     def opened(self, name: str, size: int, start: int, end: int) -> Iterator[tuple[Read, Storage | None]]:
         path = self.place(name)
-        try:
-            with open(path, "rb", buffering=0) as stream:
-                length = os.fstat(stream.fileno()).st_size
-                if length != size:
-                    raise ChangedFileError(changed(path, length, size))
-                descriptor = stream.fileno()
-                yield (lambda offset, count: os.pread(descriptor, count, offset)), None
-        except FileNotFoundError as error:
-            raise ChangedFileError(
-                f"{path}: the shard is gone since it was opened; put it back and start again"
-            ) from error
+        with _opened(path) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length != size:
+                raise ChangedFileError(changed(path, length, size))
+            descriptor = stream.fileno()
+            yield (lambda offset, count: os.pread(descriptor, count, offset)), None
+
+
+def _opened(path: str) -> IO[bytes]:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise lost(f"{path}: the shard", error) from error
 
 
 def changed(path: str, found: int, before: int) -> str:

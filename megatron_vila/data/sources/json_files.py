@@ -18,7 +18,7 @@ from megatron_vila.data.records import Record, RecordRules
 from megatron_vila.data.sources.holdings import Holdings
 from megatron_vila.data.sources.index import digest_of, index_of
 from megatron_vila.data.sources.places import name_of_record
-from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, report_bad_records
+from megatron_vila.data.sources.source import BadRecordsError, ChangedFileError, lost, report_bad_records
 
 
 class JsonFiles:
@@ -77,8 +77,8 @@ class JsonFiles:
         try:
             with open(path, "rb", buffering=0) as stream:
                 text = os.pread(stream.fileno(), size, offset)
-        except FileNotFoundError as error:
-            raise ChangedFileError(f"{path} is gone since it was opened; put it back and start again") from error
+        except OSError as error:
+            raise lost(path, error) from error
         if zlib.crc32(text) != checksum:
             raise ChangedFileError(
                 f"{name_of_record(path, number)}: not what it was when the file was opened, so the file was changed; files of "

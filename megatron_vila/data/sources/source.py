@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -9,6 +10,9 @@ from megatron_vila.data.fields import Media, RecordError
 from megatron_vila.data.records import Record
 from megatron_vila.data.sources.holdings import Holdings
 from megatron_vila.errors import UserError
+
+NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
+"""Errors of a process that may open no more files: not the fault of any of them."""
 
 SHOWN_BAD = 10
 """So many bad records stand in a message; all of them in the file that goes with it."""
@@ -56,6 +60,15 @@ class BadRecordsError(RecordError):
 
 class ChangedFileError(UserError, RuntimeError):
     """A file of records is no longer what it was when the run began; the text names it and the cure."""
+
+
+def lost(name: str, error: OSError) -> ChangedFileError:
+    """What ends a run when ``name``, a file of samples, cannot be opened. Raises ``error`` where the process is at its end."""
+    if error.errno in NO_MORE_FILES:
+        raise error
+    if isinstance(error, FileNotFoundError):
+        return ChangedFileError(f"{name} is gone since it was opened; put it back and start again")
+    return ChangedFileError(f"{name} cannot be read: {error.strerror}; mend that and start again")
 
 
 def media_of(source: Source, index: int) -> tuple[Media, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def _make(folder: str, shards: list[Shard]) -> SampleTable:
     for number, shard in enumerate(shards):
         path = os.path.join(folder, shard.name)
         found = 0
-        with open(path, "rb", buffering=0) as stream:
+        with _opened(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             sizes.append(size)
             try:
@@ -127,6 +127,13 @@ def _make(folder: str, shards: list[Shard]) -> SampleTable:
                     keys.append(f"lost {lost + 1}".encode())
     table = np.array(places, dtype=np.int64).reshape(-1, 3)
     return SampleTable.of([shard.name for shard in shards], sizes, table, keys, bad)
+
+
+def _opened(path: str) -> IO[bytes]:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise RecordError(f"{path}: the shard cannot be read: {error.strerror}; mend that and start again") from error
 
 
 def _samples(descriptor: int, size: int) -> Iterator[tuple[str, int, int]]:
