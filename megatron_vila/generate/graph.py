@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
@@ -17,8 +16,7 @@ class GraphedStep:
     On CUDA the first call runs ``step`` as it is, which compiles what it uses and starts its communicators. The second records
     it, and from then on calls replay the record: in the same tensors, and without running any Python of ``step``. The returned
     tensor is the same in every replay. If recording fails, one log line says why and ``step`` is called as it is. On a CPU it
-    always is. Replays of several graphs must not overlap: they share memory for what is temporary. ``step`` runs the same
-    collectives either way, so ranks whose recording failed go on with the others.
+    always is. ``step`` runs the same collectives either way, so ranks whose recording failed go on with the others.
     """
 
     def __init__(self, step: Callable[[], torch.Tensor], device: torch.device) -> None:
@@ -41,15 +39,10 @@ class GraphedStep:
         stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
             # Other threads may decode frames or watch collectives meanwhile: what they call is not this graph's business.
-            with torch.cuda.graph(graph, pool=_shared_pool(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._result = self._step()
             self._graph = graph
         except Exception as error:  # whatever a step does that a graph cannot hold
             torch.cuda.set_stream(stream)  # left on the recording stream where the recording cannot even end
             reason = str(error.__context__ or error).strip().partition("\n")[0]
             logger.warning("a decoding step is no CUDA graph, so decoding is slower: %s", reason)
-
-
-@cache
-def _shared_pool():
-    return torch.cuda.graph_pool_handle()

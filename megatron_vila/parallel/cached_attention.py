@@ -27,6 +27,9 @@ from megatron_vila.parallel.kernels.decode import Cached, attend_cached
 from megatron_vila.parallel.ring import merge
 from megatron_vila.plan.tokens import local_positions
 
+QUERIES = 4096
+"""Queries of a call: with fa4 on an H200 against 128K, 512K and 1.18M keys, 16K at once took 13, 2 and 7 % longer each."""
+
 
 class Observer(Protocol):
     """Looks on while a chunk of one document is read."""
@@ -162,20 +165,31 @@ class CachedAttention:
     def spans(self, q_nhD: torch.Tensor, spans: Sequence[Span], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of queries to everything that this rank keeps in ``spans``: out [n, h, D] in the dtype of q or wider, and the
         log-sum-exp [h, n]; 0 and -inf where nothing is kept. No collective."""
-        ring = self.attention.ring
         lse_dtype = torch.promote_types(q_nhD.dtype, torch.float32)
         out_nhD = q_nhD.new_zeros(q_nhD.shape)
         lse_hn = q_nhD.new_full((q_nhD.shape[1], len(q_nhD)), -torch.inf, dtype=lse_dtype)
         blocks = (block for span in spans for block in span.blocks(layer, q_nhD.dtype))
         for number, (k_UkD, v_UkD) in enumerate(blocks):
-            segments = Segments((len(q_nhD),), (len(k_UkD),))
-            part_out, part_lse = ring.kernel.forward(q_nhD, k_UkD, v_UkD, segments, False, ring.scale)
+            part_out, part_lse = self._block(q_nhD, k_UkD, v_UkD)
             if number == 0:
                 out_nhD, lse_hn = part_out, part_lse
             else:  # a sum of several is rounded once
                 out_nhD = out_nhD.to(lse_dtype)
                 merge(out_nhD, lse_hn, part_out, part_lse)
         return out_nhD, lse_hn
+
+    def _block(
+        self, q_nhD: torch.Tensor, k_UkD: torch.Tensor, v_UkD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ring = self.attention.ring
+        parts = [
+            ring.kernel.forward(part_q, k_UkD, v_UkD, Segments((len(part_q),), (len(k_UkD),)), False, ring.scale)
+            for part_q in q_nhD.split(QUERIES)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses, 1)
 
     def _merged_over_ring(self, out_BhD: torch.Tensor, lse_hB: torch.Tensor) -> torch.Tensor:
         ring = self.attention.ring
