@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from megatron_vila.parallel.agreement import gathered
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.cache_memory import cache_memory, cache_problem
 from megatron_vila.plan.row import Document
+
+logger = logging.getLogger(__name__)
 
 _MARGIN_BYTES = GIB // 2
 """Left free beside what is counted: kernels and libraries take some when they first run."""
@@ -111,6 +114,14 @@ class LoadedModel:
         """``ask`` about media that are chosen already (``Prompts.choose``)."""
         sampling = sampling or self.sampling()
         documents = [self.prompts.document(question, pictures) for question in questions]
+        longest, known = max(map(len, documents)) + sampling.max_new_tokens, self.config.model.llm.max_positions
+        if longest > known:
+            logger.warning(
+                "warning: %d tokens go beyond model.llm.max_positions=%d: later positions are new to the model; take fewer "
+                "frames if the answer is worthless",
+                longest,
+                known,
+            )
         started_s = time.perf_counter()
         requests = []
         for document in documents:
