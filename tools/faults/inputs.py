@@ -23,7 +23,7 @@ FAULTS = [
     ),
     Fault(
         "pictures are always resized in training",
-        "megatron_vila/training/feed.py",
+        "megatron_vila/data/row_decoder.py",
         "aspect=data.image_aspect,",
         'aspect="resize",',
         LLAMA,
