@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vila.errors import SettingError
 
-MODES = ("generate", "teacher-forcing")
+GENERATE, TEACHER_FORCING = MODES = ("generate", "teacher-forcing")
 """How an answer is got, see ``needle.py``."""
 
 

@@ -137,10 +137,10 @@ class Engine:
         if held is not None:
             return held
         pieces = [(part(document, chunk), chunk.first) for chunk in cut(document, self.chunk_tokens)]
-        room = self._room([len(piece) for piece, _ in pieces])
-        if instead_of is not None and instead_of.span.capacity >= room:
+        if instead_of is not None and self.has_room(instead_of, document):
             span, known = instead_of.span, self._common(instead_of, pieces)
         else:
+            room = self._room([len(piece) for piece, _ in pieces])
             span, known = Span.empty(self.span_shape, room, self.cache_dtype, self.device), 0
         chunks = [self.runner.plan([Piece(piece, first, (span,), span)]) for piece, first in pieces[known:]]
         events, frames = [], sum(frame.unit.frames for piece, _ in pieces[:known] for frame in piece.frames)
@@ -157,6 +157,10 @@ class Engine:
         prefix = Prefix(document, span, key, len(document))
         self._prefixes[key] = prefix
         return prefix
+
+    def has_room(self, prefix: Prefix, document: Document) -> bool:
+        """Whether ``document`` can be read ``instead_of`` a prefix."""
+        return prefix.span.capacity >= self._room([len(chunk) for chunk in cut(document, self.chunk_tokens)])
 
     def _common(self, prefix: Prefix, pieces: Sequence[tuple[Document, int]]) -> int:
         """How many of the chunks ``pieces`` (with their places) ``prefix`` begins with. Its span keeps these alone."""

@@ -146,11 +146,12 @@ class LoadedModel:
         ]
 
     def read(
-        self, document: Document, progress: Progress | None = None, answer_tokens: int = 0
+        self, document: Document, progress: Progress | None = None, answer_tokens: int = 0, *, over_last: bool = False
     ) -> tuple[Prefix | None, np.ndarray]:
         """The prefix of ``document``, read unless it is held, and the tail of it that is the question.
 
-        The one held before goes. Collective. Raises ``SettingError`` on every rank, before anything is decoded, if the cache and
+        The one held before goes; with ``over_last`` nobody else holds it either, and what fits is read over it
+        (``Engine.prefill``). Collective. Raises ``SettingError`` on every rank, before anything is decoded, if the cache and
         ``answer_tokens`` more do not fit: with how many frames would.
         """
         beginning, tail = self.engine.split(document)
@@ -161,9 +162,11 @@ class LoadedModel:
         key = document_key(beginning, self.pictures.hashes, self.identity)
         if self.prefix is not None and self.prefix.key == key:
             return self.prefix, tail
-        self.prefix = self._given = None
-        self._require_room(document, answer_tokens)
-        self.prefix = self.engine.prefill(beginning, self.pictures, key, progress)
+        last, self.prefix, self._given = self.prefix, None, None
+        if not over_last or last is None or not self.engine.has_room(last, beginning):
+            last = None  # its memory is free now
+            self._require_room(document, answer_tokens)
+        self.prefix = self.engine.prefill(beginning, self.pictures, key, progress, instead_of=last)
         return self.prefix, tail
 
     def hold(self, prefix: Prefix) -> None:
@@ -190,8 +193,16 @@ class LoadedModel:
         return str(self.tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True)).strip()
 
     def _require_room(self, document: Document, answer_tokens: int) -> None:
+        problem = self._room_problem(document, answer_tokens)
+        if problem:
+            accelerator.collect_garbage()  # takes a good part of a second, and may free what nobody needs any more
+            problem = self._room_problem(document, answer_tokens)
+        if problem:
+            raise SettingError(problem)
+
+    def _room_problem(self, document: Document, answer_tokens: int) -> str | None:
+        """Why ``document`` does not fit, the same on all ranks. An all-gather of a number over the block."""
         engine = self.engine
-        accelerator.collect_garbage()
         element, device_bytes = engine.dtype.itemsize, accelerator.device_memory_bytes()
         memory, small = (
             cache_memory(self.config, kind, engine.chunk_tokens, element, device_bytes) for kind in (self._cache, "fp8")
@@ -200,9 +211,7 @@ class LoadedModel:
         room = min(gathered(mine, self.topology.block_cpu))
         others = [small] if small.per_token < memory.per_token else []
         wanted = self.prompts.wanted(document, answer_tokens)
-        if problem := cache_problem(self.config, wanted, memory, room, others):
-            raise SettingError(problem)
-
+        return cache_problem(self.config, wanted, memory, room, others)
 
 
 def _is_of(prefix: Prefix, beginning: Document) -> bool:
