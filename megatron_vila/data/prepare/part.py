@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_vila.data.media import MediaError
+from megatron_vila.data.media import MediaError, name_of
 from megatron_vila.data.prepare.medium import name_of_medium, prepare_medium
 from megatron_vila.data.prepare.options import Outcome
 from megatron_vila.data.prepare.pool import Pool
@@ -148,7 +148,7 @@ class _Ahead:
             raise  # what is written, not what is read
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            return Sample(index, record, names, (), f"{', '.join(str(m.path)[:200] for m in record.media)}: {reason}")
+            return Sample(index, record, names, (), f"{', '.join(name_of(m.path)[:200] for m in record.media)}: {reason}")
 
 
 def _shared(source: Source, left: range) -> dict[str, int]:
