@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_vila.config.schema import DataConfig, ModelConfig
-from megatron_vila.data import dataset as dataset_module
+from megatron_vila.data import frame_chooser
 from megatron_vila.data.dataset import TooLongError, VilaDataset, fit_frames
 from megatron_vila.data.images import load_image, picture_size
 from megatron_vila.data.media import MediaError
@@ -63,7 +63,7 @@ RECORDS = [
 @pytest.fixture
 def make(folder, tmp_path, monkeypatch):
     def made(mode=Tiled(32, 9), seq_length=4096):  # noqa: B008
-        monkeypatch.setattr(dataset_module, "pictures_of", lambda model: mode)
+        monkeypatch.setattr(frame_chooser, "pictures_of", lambda model: mode)
         records = JsonFiles([write_jsonl(tmp_path / "train.jsonl", RECORDS)], media_dir=str(folder))
         return VilaDataset(records, TOKENIZER, DataConfig(num_frames=4), ModelConfig(), seq_length)
 
@@ -127,8 +127,8 @@ def test_no_size_is_read_where_nothing_depends_on_it(make, monkeypatch):
     def refused(*arguments):
         raise AssertionError(arguments)
 
-    monkeypatch.setattr(dataset_module, "picture_size", refused)
-    monkeypatch.setattr(dataset_module, "shown_size", refused)
+    monkeypatch.setattr(frame_chooser, "picture_size", refused)
+    monkeypatch.setattr(frame_chooser, "shown_size", refused)
     dataset = make(Squares(Unit(1, 1, 4, 16)))
     assert [len(dataset.build(index).document.frames) for index in range(4)] == [4, 2, 2, 8]
 
