@@ -167,14 +167,21 @@ def test_a_video_that_has_changed_since_is_told_and_one_that_is_gone_or_only_tou
     save(tmp_path / "kept", prefix_of(tmp_path, torch.bfloat16), topology, MODEL, content_of)
     video = tmp_path / "hour.mp4"
 
+    read = []
+
+    def reading(path) -> str:
+        read.append(str(path))
+        return content_of(path)
+
     def told() -> list[str]:
         caplog.clear()
-        load(tmp_path / "kept", topology, MODEL, SHAPE, torch.bfloat16, content_of)
+        read.clear()
+        load(tmp_path / "kept", topology, MODEL, SHAPE, torch.bfloat16, reading)
         return [record.getMessage() for record in caplog.records if "has changed since" in record.getMessage()]
 
-    assert told() == []
+    assert told() == [] and read == []
     os.utime(video, ns=(1, 1))
-    assert told() == []
+    assert told() == [] and read == [str(video)]
     video.write_bytes(video.read_bytes()[:-1] + b"!")
     assert len(told()) == 1
     video.unlink()

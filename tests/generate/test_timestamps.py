@@ -67,10 +67,10 @@ def test_a_planted_frame_wins_and_has_the_share_that_its_keys_were_given():
             k[planted, :, 0] = math.log(50.0) if layer else 0.0
             span.write(layer, k, k)
         span.commit(np.arange(len(document)))
-        seen = FrameAttention((span,), topology, 1.0, range(28, 30), layers=[1])
-        seen.begin_chunk(np.array([0, 4]), 3, 27)
+        seen = FrameAttention((span,), topology, 1.0, range(28, 32), layers=[1])
+        seen.begin_chunk(np.array([0, 4]), 3, 27)  # the last token is padding, and no query of it counts
         q = torch.zeros(4, 4, 4, dtype=torch.float64)
-        q[:, :, 0] = 1.0
+        q[:3, :, 0] = 1.0
         total = 25 + 2 * 50 + 2  # plain keys, the planted ones, and two keys of the tail without direction
         for layer in range(2):
             seen.on_queries(layer, q, torch.full((4, 4), math.log(total), dtype=torch.float64))
