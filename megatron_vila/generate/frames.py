@@ -146,9 +146,10 @@ class Embeddings:
 
 @dataclass
 class _Chunk:
-    """What is begun of a chunk: the ``keys`` of this rank's units, the tokens of those that are ``kept``, the others ``pending``
-    in the decoder."""
+    """What is begun of the chunk of ``plan``: the ``keys`` of this rank's units, the tokens of those that are ``kept``, and the
+    others ``pending`` in the decoder."""
 
+    plan: ShardPlan
     keys: list[str]
     kept: list[torch.Tensor | None]
     units: Sequence[FrameRef]
@@ -204,17 +205,17 @@ class FrameSource:
     def start(self, number: int, plan: ShardPlan) -> None:
         """Begin to decode this rank's frames of chunk ``number``, but for those whose tokens are kept. Raises ``MediaError`` for
         a file that is gone."""
-        if number in self._chunks:
+        if number in self._chunks and self._chunks[number].plan is plan:
             return
         if not number:
-            self.next_prompt()
+            self.next_prompt()  # also after a document that was not read to its end
         units = plan.row.frames[plan.frames.start : plan.frames.stop]
         keys = [f"{self._settings}:{self.hashes.unit(unit)}" for unit in units]
         kept = [self.embeddings.get(key) for key in keys]
         missing = tuple(unit for unit, tokens_TH in zip(units, kept, strict=True) if tokens_TH is None)
         pending = self._decoder.submit(self._turns, [_frames_alone(missing)], range(len(missing))) if missing else None
         self._turns += 1
-        self._chunks[number] = _Chunk(keys, kept, units, pending)
+        self._chunks[number] = _Chunk(plan, keys, kept, units, pending)
 
     def tokens(self, number: int, plan: ShardPlan) -> torch.Tensor:
         """Projected tokens [N, H] of this rank's frames of chunk ``number``, in the order of its row.

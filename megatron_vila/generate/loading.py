@@ -66,7 +66,8 @@ def load_model(
 
     Ranks form one replica of tp x ulysses x ring; 0 chooses (``plan/cache_memory.layout_for``). ``precision`` is one of
     ``PRECISIONS``, ``cache`` of ``CACHE_DTYPES``; ``chunk_tokens`` of a prompt are read at once (0: chosen). ``tokenizer`` is a
-    folder, for a model whose own is not there any more. Collective over all ranks; a lone process needs no environment.
+    folder, for a model whose own is not there any more. A process holds one model at a time: the groups of an earlier one are
+    left. Collective over all ranks; a lone process needs no environment.
 
     Raises ``SettingError``, ``CheckpointError`` and ``ConversionError`` with the cure.
     """

@@ -54,6 +54,19 @@ def refused(*arguments: str) -> str:
     return err
 
 
+def on_a_terminal(rank: int, arguments: list[str], lines: str) -> tuple[int, str, str]:
+    """The command with ``lines`` typed on a terminal, then its end (Ctrl-D)."""
+    master, slave = os.openpty()
+    os.write(master, f"{lines}\n".encode() + b"\x04")
+    stdin = sys.stdin
+    try:
+        with os.fdopen(slave) as sys.stdin:
+            return on_rank(rank, 1, [arguments])[0]
+    finally:
+        sys.stdin = stdin
+        os.close(master)
+
+
 @pytest.fixture(scope="module")
 def truth(run):
     loading, asking = {}, {"videos": [str(run / "long.mp4")], "num_frames": 12, "max_new_tokens": 5}
@@ -83,6 +96,15 @@ def test_questions_are_answered_on_stdout_and_everything_is_written_where_it_was
     finally:
         (tmp_path / "gone.mp4").rename(video)
     assert again == FINISHED and out.strip() == truth[1], err
+
+
+def test_on_a_terminal_each_line_is_a_question_and_one_that_cannot_be_asked_does_not_end_it(run, truth):
+    about = [str(run / "run"), "--video", str(run / "long.mp4"), "--frames", "12", "--max-new-tokens", "5"]
+    ((status, out, err),) = pool.run(1, on_a_terminal, about, f"{QUESTION}\n\n<image><image> same?\nWho?")
+    assert status == FINISHED, err
+    assert [line for line in out.splitlines() if line] == truth
+    assert err.count("megatron_vila: ") == 1 and "holds 2 markers <image>" in err
+    assert err.count("12 frames, ") == 2
 
 
 def test_what_a_user_can_cure_is_one_message_and_nothing_on_stdout(run, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from megatron_vila.config.schema import Config
 from megatron_vila.data.frame_chooser import FrameChooser
 from megatron_vila.data.images import preprocess
+from megatron_vila.data.media import MediaError
 from megatron_vila.data.video import decode_video_frames
 from megatron_vila.generate.frames import ContentHashes, Embeddings, FrameSource, UnreadableError, document_key
 from megatron_vila.models.vision.projector import Projector
@@ -184,6 +185,16 @@ def test_a_document_that_is_given_up_leaves_nothing_behind_for_the_next(video, s
         first.start(number, plan)
     first.next_prompt()
     assert torch.equal(through(first, of), truth(sight, video))
+
+
+def test_a_document_that_ended_before_its_first_chunk_was_asked_for_is_not_taken_for_the_next(video, sight, source, tmp_path):
+    first, gone = source(), write_video(tmp_path / "gone.mp4", FRAMES, gop=2)
+    other = plans(prompt(str(gone), frames=7))
+    first.start(0, other[0])
+    gone.unlink()
+    with pytest.raises(MediaError, match=r"gone\.mp4"):
+        first.start(1, other[1])
+    assert torch.equal(through(first, plans(prompt(video))), truth(sight, video))
 
 
 def test_the_key_of_a_document_depends_on_text_frames_and_weights_and_not_on_where_the_file_lies(video, tmp_path):
