@@ -5,14 +5,21 @@
 writes the set into FOLDER unless it is there, and opens it in two processes, one after the other: the first finds no kept index.
 A line of JSON for each: seconds to open the set, to read the first sample and 1,000 others at random, and MiB of memory of the
 process before and after (anonymous, and files that are mapped).
+
+With --ranks N it starts two runs of N ranks instead, of the preset tiny on the CPU: seconds from the command to the end of the
+first step, CPU time of all processes of the run, and the most MiB that a rank held. With --records 1000 the same tells what of
+that is not due to the records.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
 import json
 import os
 import random
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -26,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 KINDS = ("shards", "jsonl", "json")
 SHARD = 10_000
-PICTURE = bytes.fromhex("89504e470d0a1a0a") + bytes(192)
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAG0lEQVR4nGPkYEAFLPzoAoLoAgLDR4DxO5oAALc0AhqMRhohAAAAAElFTkSuQmCC"
+)
 WORDS = ("the", "a", "video", "shows", "person", "walking", "red", "blue", "green", "street", "then", "turns", "left", "slowly")
 
 
@@ -35,6 +44,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=KINDS, default="shards")
     parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--ranks", type=int, metavar="N", help="start runs of N ranks")
     parser.add_argument("--open", metavar="PATH", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.open:
@@ -46,10 +56,55 @@ def main() -> None:
         _WRITERS[options.kind](path, options.records)
     with tempfile.TemporaryDirectory() as cache:
         for start in ("first", "later"):
-            command = [sys.executable, __file__, str(options.folder), "--open", str(path)]
             environment = os.environ | {"XDG_CACHE_HOME": cache}
-            found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-            print(json.dumps({"kind": options.kind, "records": options.records, "start": start, **json.loads(found)}))
+            if options.ranks:
+                found = _start(path, options.ranks, environment)
+            else:
+                command = [sys.executable, __file__, str(options.folder), "--open", str(path)]
+                told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+                found = json.loads(told)
+            print(json.dumps({"kind": options.kind, "records": options.records, "start": start, **found}), flush=True)
+
+
+def _start(path: Path, ranks: int, environment: dict[str, str]) -> dict[str, float]:
+    """A run of two steps: seconds to the end of the first one, CPU time of all its processes, MiB that a rank held at most."""
+    from megatron_vila.data.tokenizer import train_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(_texts(100, "0.png"), f"{folder}/tokenizer", 512)
+        metrics = Path(folder, "run", "metrics.jsonl")
+        command = [sys.executable, "-m", "megatron_vila.launch", "--nproc-per-node", str(ranks), "tiny", "train.steps=2"]
+        command += [f"data.train=[{path}]", f"data.tokenizer={folder}/tokenizer", f"train.output={folder}/run"]
+        cpu_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        started_s, step_s, most_mib = time.perf_counter(), 0.0, 0.0
+        run = subprocess.Popen(
+            [*command, "data.media_format=vila", "checkpoint.save=false"],
+            env=environment | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            stdout=subprocess.DEVNULL,
+        )
+        while run.poll() is None:
+            if not step_s and metrics.exists() and metrics.stat().st_size:
+                step_s = time.perf_counter() - started_s
+            most_mib = max(most_mib, *_peaks(run.pid))
+            time.sleep(0.05)
+    if run.returncode:
+        sys.exit(run.returncode)
+    cpu_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - cpu_s
+    return {
+        "ranks": ranks,
+        "first_step_s": round(step_s, 1),
+        "run_cpu_s": round(cpu_s, 1),
+        "rank_most_mib": round(most_mib),
+    }
+
+
+def _peaks(launcher: int) -> list[float]:
+    """The most MiB that each process which ``launcher`` started has held so far; 0 stands for none."""
+    peaks = [0.0]
+    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
+        with contextlib.suppress(OSError, KeyError):
+            peaks += [_memory(pid)["vmhwm"] for pid in children.read_text().split()]
+    return peaks
 
 
 def _measure(path: str) -> dict[str, float]:
@@ -70,8 +125,8 @@ def _measure(path: str) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def _memory() -> dict[str, float]:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def _memory(pid: str = "self") -> dict[str, float]:
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {name.lower(): int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
 
 
