@@ -52,7 +52,7 @@ _KINDS = {name: kind for kind, names in _NAMES.items() for name in names}
 _MEDIA_WORD = re.compile("video|image|frame|audio|clip|picture|photo|^(imgs?|medias?)($|path|file|url)")
 _CLIP_WORD = re.compile("clip|start|end|begin|range|span|segment")
 _BOUND_NAME = re.compile("(video|clip|segment|time|t)?(start|begin|end|finish|stop).*")
-_RANGE_NAME = re.compile("(video|clip|time)?(segment|range|span|interval|window|trim|cut)")
+_RANGE_NAME = re.compile("(video|clip|time)?(segment|range|span|interval|window|trim|cut|timestamp|moment)")
 _RATE_TEXT = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?(/[0-9]{1,9})?")
 _TIME_TEXT = re.compile(r"[0-9]+([:.,][0-9]+)*s?")
 

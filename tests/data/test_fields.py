@@ -179,7 +179,7 @@ def test_a_field_that_looks_like_media_and_is_not_known_is_refused(tmp_path, fie
     ("name", "value"),
     [
         ("begin", 3), ("finish", 5.5), ("start_ms", 1000), ("end_timestamp", "00:01:02"), ("t_start", "3.5"),
-        ("segment", [3, 5]), ("time_range", ["0:03", "0:05"]),
+        ("segment", [3, 5]), ("time_range", ["0:03", "0:05"]), ("timestamp", [1.5, 4]), ("Moment", [1, 2]),
     ],
 )  # fmt: skip
 def test_what_seems_to_cut_a_clip_under_another_name_is_refused_where_there_is_a_video(tmp_path, name, value):
