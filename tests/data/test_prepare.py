@@ -239,7 +239,11 @@ def test_another_source_other_options_and_another_number_of_parts_are_refused(so
     copy.write_text((source / "train.jsonl").read_text())
     mine = Task((str(copy),), str(tmp_path / "out"), OPTIONS, media_dir=str(source))
     run(mine)
-    for change, name in (({"crf": 30}, "--crf 20 (now 30)"), ({"parts": 2}, "--parts 1 (now 2)")):
+    for change, name in (
+        ({"crf": 30}, "--crf 20 (now 30)"),
+        ({"parts": 2}, "the number of parts 1 (now 2)"),
+        ({"shard_bytes": 2**21}, f"--shard-mib {SHARD / 2**20:g} (now 2)"),
+    ):
         with pytest.raises(StateError, match=name.replace("(", r"\(").replace(")", r"\)")):
             run(replace(mine, options=replace(OPTIONS, **change)))
     copy.write_text(copy.read_text() + json.dumps(RECORDS[0]) + "\n")

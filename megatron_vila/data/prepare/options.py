@@ -16,6 +16,9 @@ POOR = ("report", "original")
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 
+_OTHERWISE = {"shard_bytes": "--shard-mib", "parts": "the number of parts"}
+
+
 @dataclass(frozen=True)
 class Options:
     """What becomes of media, and how shards are cut.
@@ -47,7 +50,7 @@ class Options:
         }  # fmt: skip
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
-                raise SettingError(f"{option(name)} {getattr(self, name)} is out of range; use {least} to {most}")
+                raise SettingError(f"{option(name)} {given(name, getattr(self, name))} is out of range; use {least} to {most}")
         for name, known in (("poor", POOR), ("preset", PRESETS)):
             if getattr(self, name) not in known:
                 raise SettingError(f"{option(name)} {getattr(self, name)} is unknown; use one of {', '.join(known)}")
@@ -56,13 +59,20 @@ class Options:
         """The options in which ``other``, from the plan of a preparation, differs: "" if there is none."""
         mine = asdict(self)
         return ", ".join(
-            f"{option(name)} {other.get(name)} (now {mine[name]})" for name in mine if other.get(name) != mine[name]
+            f"{option(name)} {given(name, other.get(name))} (now {given(name, mine[name])})"
+            for name in mine
+            if other.get(name) != mine[name]
         )
 
 
 def option(name: str) -> str:
     """What a field is called on the command line."""
-    return "--" + name.replace("_", "-")
+    return _OTHERWISE.get(name) or "--" + name.replace("_", "-")
+
+
+def given(name: str, value: Any) -> str:
+    """The ``value`` of a field as it is given on the command line."""
+    return f"{value / 2**20:g}" if name == "shard_bytes" and value is not None else str(value)
 
 
 def versions() -> dict[str, Any]:

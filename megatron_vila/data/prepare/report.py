@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from megatron_vila.data.prepare.options import option
+from megatron_vila.data.prepare.options import given, option
 from megatron_vila.data.prepare.state import Plan, write_whole
 from megatron_vila.data.prepare.tally import Note, Tally
 
@@ -76,7 +75,7 @@ def page(plan: Plan, tally: Tally, shards: int, shard_bytes: int) -> str:
         figures.append((f"{tally.tokens / max(1, tally.samples):,.0f}", "tokens a sample"))
     cards = "".join(f"<div><b>{escape(number)}</b><span>{escape(text)}</span></div>" for number, text in figures)
     kinds = [(_KINDS[kind], f"{count:,}") for kind, count in sorted(tally.media.items())]
-    options = [(option(name), _shown(name, value)) for name, value in asdict(plan.options).items()]
+    options = [(option(name), given(name, value)) for name, value in asdict(plan.options).items()]
     parts = [
         f"<h1>Prepared samples</h1><p>{escape(', '.join(plan.paths))}</p><section class=cards>{cards}</section>",
         _table("Media", ("kind", "number"), kinds),
@@ -87,10 +86,6 @@ def page(plan: Plan, tally: Tally, shards: int, shard_bytes: int) -> str:
         _table("Options", ("option", "value"), options),
     ]
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>Prepared samples</title>{_STYLE}{''.join(parts)}</html>\n"
-
-
-def _shown(name: str, value: Any) -> str:
-    return size(value) if name == "shard_bytes" else str(value)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "plain") -> str:
