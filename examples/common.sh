@@ -84,6 +84,24 @@ usable_gpus() { # how many GPUs torch can use; asks it only where there are any
   echo "$count"
 }
 
+choose_processes() { # sets PROCESSES, which train a small model, and the threads of each
+  local gpus threads
+  gpus=$(usable_gpus)
+  PROCESSES=2
+  if ((gpus >= 2)); then
+    echo "two processes on two GPUs (NCCL), which share each video by ulysses=2"
+  elif ((gpus == 1)); then
+    echo "one process on one GPU"
+    PROCESSES=1
+  else
+    echo "two processes on the CPU (gloo), which share each video by ulysses=2"
+    (($(gpu_count) == 0)) || echo "note: nvidia-smi finds a GPU, but this torch cannot use it"
+    export CUDA_VISIBLE_DEVICES=""
+  fi
+  threads=$(($(nproc) / PROCESSES))
+  export OMP_NUM_THREADS=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
+}
+
 is_complete() { # whether the environment holds all that is asked for
   local wanted=(${EXTRAS:-})
   ((!WITH_GPU)) || wanted+=(gpu)

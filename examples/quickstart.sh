@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job in miniature: makes long videos with questions, trains a small VILA on them with MM-SP, in four stages of growing
-# length, tests it on held-out videos, exports it and lets it answer held-out questions through transformers.
+# length, tests it on held-out videos, exports it and lets it answer held-out questions through transformers, and draws where in
+# videos of which length it finds a needle.
 # Two processes on two GPUs where there are two, one on a single GPU, else two on the CPU.
 #
 #   bash examples/quickstart.sh           # results in runs/quickstart
@@ -13,12 +14,14 @@ STARTED_IN=$PWD
 
 RUN=runs/quickstart
 TRAIN=1024 HELD_OUT=256
+FRAMES=8,16,32,64,128,256
 DURATION="about 4 minutes, on two CPU cores and on GPUs"
 SHORT=()
 if [[ ${1:-} == --short ]]; then
   shift
   RUN=runs/quickstart-short
   TRAIN=64 HELD_OUT=16
+  FRAMES=8,32
   DURATION="about 2 minutes, on two CPU cores and on GPUs"
   SHORT=(train.steps=4 optim.warmup_steps=2 train.log_every=1)
 fi
@@ -27,20 +30,7 @@ echo "This takes $DURATION; two minutes or more the first time for the installat
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$REPO"
 
-GPUS=$(usable_gpus)
-PROCESSES=2
-if ((GPUS >= 2)); then
-  echo "two processes on two GPUs (NCCL), which share each video by ulysses=2"
-elif ((GPUS == 1)); then
-  echo "one process on one GPU"
-  PROCESSES=1
-else
-  echo "two processes on the CPU (gloo), which share each video by ulysses=2"
-  (($(gpu_count) == 0)) || echo "note: nvidia-smi finds a GPU, but this torch cannot use it"
-  export CUDA_VISIBLE_DEVICES=""
-fi
-THREADS=$(($(nproc) / PROCESSES))
-export OMP_NUM_THREADS=$((THREADS < 1 ? 1 : THREADS > 8 ? 8 : THREADS))
+choose_processes
 
 rm -rf "$RUN"
 say "making videos and questions in $RUN/data"
@@ -70,6 +60,9 @@ say "results"
 say "the same model in transformers"
 "$PYTHON" tools/convert_checkpoint.py export "$RUN/stage_4" "$RUN/hf"
 "$PYTHON" examples/quickstart/answer_held_out.py "$RUN/hf" "$RUN/data/eval_32.json" --summary "$RUN/summary.json"
+
+say "a needle in videos up to eight times as long as it was trained on"
+"$PYTHON" tools/evaluate.py needle "$RUN/stage_4" --frames "$FRAMES" --synthetic-needles 16 --out "$RUN/needle"
 
 say "done in $SECONDS s"
 "$PYTHON" examples/quickstart/next_steps.py "$RUN" --processes "$PROCESSES" --started-in "$STARTED_IN"

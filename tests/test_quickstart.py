@@ -20,6 +20,7 @@ from megatron_vila.config.load import load_config
 from megatron_vila.data.sources.json_files import JsonFiles
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
+from megatron_vila.evaluation.command import parser as evaluation_parser
 from megatron_vila.plan.validate import validate
 from megatron_vila.start_checks import check_start
 
@@ -77,6 +78,9 @@ def test_the_quickstart_uses_the_gpus_that_are_there(tmp_path, gpus, usable, pro
         assert config.parallel.ulysses == processes
         assert (config.train.steps, config.train.seed) == (4, 7)
     assert calls[-1][:2] == ["examples/quickstart/next_steps.py", "runs/quickstart-short"]
+    (needle,) = (call[1:] for call in calls if call[0] == "tools/evaluate.py")
+    asked = evaluation_parser().parse_args(needle)
+    assert asked.model == "runs/quickstart-short/stage_4" and 32 in asked.frames
 
 
 def test_the_quickstart_says_first_how_long_it_takes(tmp_path):

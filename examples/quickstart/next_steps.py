@@ -28,6 +28,7 @@ def main() -> None:
         write_first_records(args.run / "data/train_32.json", own)
     print(f"sample: {args.run}/sample.png (a video's frames, its needle marked), loss: {args.run}/loss.png")
     print(f"checkpoint: {args.run}/stage_4, exported: {args.run}/hf")
+    print(f"needle in a haystack: {args.run}/needle/needle.png, every answer: {args.run}/needle/needle.json")
     print(f"metrics: {args.run}/stage_4/metrics.jsonl, summary: {args.run}/summary.json")
     ask, train, export = (shlex.join(command) for command in commands(args.run, own, args.processes))
     if args.started_in.resolve() != REPO:

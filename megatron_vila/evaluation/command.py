@@ -38,14 +38,14 @@ torchrun --nproc-per-node 8 tools/evaluate.py needle MODEL --ulysses 4 --ring 2 
 @entry_point
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status. Under a launcher every rank calls it."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measure what a trained model can do.")
-    commands = parser.add_subparsers(required=True, metavar="EVALUATION")
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="evaluate.py", description="Measure what a trained model can do.")
+    commands = made.add_subparsers(required=True, metavar="EVALUATION")
     needle = commands.add_parser(
         "needle",
         help="needle in a video haystack: frames x depth, a heat map",
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     needle.add_argument(
         "--timeout-minutes", type=float, default=30.0, help="how long ranks wait for one another (default 30)"
     )
-    return parser
+    return made
 
 
 def _whole_numbers(text: str) -> list[int]:
