@@ -326,6 +326,7 @@ class _Session:
                 path = path.with_stem(f"{path.stem}-{len(self._results) + 1}")
             pictures = timestamps.pictures_of(document, found, probe)
             timestamps.draw_strip(path, found, pictures, weights, times, reply.question)
+            timestamps.write_json(path.with_suffix(".frames.json"), document, found, weights, times)
         return [
             {"time": timestamps.label(m, times), "seconds": m.seconds, "source": m.source, "weight": m.weight} for m in found
         ]

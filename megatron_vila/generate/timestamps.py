@@ -61,33 +61,6 @@ class Moment:
     weight: float
 
 
-def report(
-    document: Document,
-    weights: np.ndarray,
-    *,
-    strip: str | Path | None = None,
-    json_file: str | Path | None = None,
-    title: str = "",
-    count: int = 8,
-    probe: Probe = probe_video,
-) -> tuple[list[Moment], list[str]]:
-    """The moments of ``weights`` (``frame_attention``), and a line of text for each; with ``strip`` and ``json_file`` these are
-    written too. On one rank. Raises ``MediaError`` for a video whose frame table cannot be read, ``OSError`` for a file."""
-    seconds = unit_seconds(document, probe)
-    found = moments(document, weights, seconds, count)
-    if strip is not None and found:
-        draw_strip(strip, found, pictures_of(document, found, probe), weights, seconds, title)
-    if json_file is not None:
-        write_json(json_file, document, found, weights, seconds)
-    times = [label(moment, seconds) for moment in found]
-    width = max(map(len, times), default=0)
-    lines = [
-        f"{time:>{width}}  {100 * moment.weight:7.3f} %  {moment.source}"
-        for time, moment in zip(times, found, strict=True)
-    ]
-    return found, lines
-
-
 def unit_seconds(document: Document, probe: Probe = probe_video) -> np.ndarray:
     """When the first frame of each unit is shown, in seconds after the video's first frame: float64 [F], NaN for pictures.
 

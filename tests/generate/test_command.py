@@ -89,6 +89,7 @@ def test_questions_are_answered_on_stdout_and_everything_is_written_where_it_was
     assert [answer["answer"] for answer in answers] == truth
     assert answers[0]["frames"] == 12 and len(answers[0]["moments"]) > 0
     assert (tmp_path / "strip.png").stat().st_size and (tmp_path / "strip-2.png").stat().st_size
+    assert len(json.loads((tmp_path / "strip-2.frames.json").read_text())["units"]) == 12
     # The second day: the video is not needed any more.
     video.rename(tmp_path / "gone.mp4")
     try:

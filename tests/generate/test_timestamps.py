@@ -23,7 +23,6 @@ from megatron_vila.generate.timestamps import (
     media_numbers,
     moments,
     pictures_of,
-    report,
     unit_seconds,
     write_json,
 )
@@ -155,16 +154,6 @@ def test_a_strip_shows_the_frames_of_the_moments_in_their_order(video, tmp_path)
     ]
     assert told["media"] == [str(video)] and len(told["units"]) == 40
     assert told["frames_together"] == pytest.approx(weights.sum())
-
-
-def test_a_report_is_all_of_it_in_one_call(video, tmp_path):
-    document, weights = _document(_video(str(video), 40)), np.full(40, 0.001)
-    weights[[35, 3]] = 0.3, 0.1
-    strip, json_file = tmp_path / "strip.png", tmp_path / "times.json"
-    found, lines = report(document, weights, strip=strip, json_file=json_file, title="What?", count=2)
-    assert [moment.unit for moment in found] == [35, 3]
-    assert lines == [f"0:00:08.7   30.000 %  {video}", f"0:00:00.7   10.000 %  {video}"]
-    assert strip.is_file() and len(json.loads(json_file.read_text())["moments"]) == 2
 
 
 def test_a_strip_is_drawn_without_the_pictures_of_a_file_that_is_gone(tmp_path):
