@@ -25,7 +25,7 @@ def is_command() -> bool:
     """Whether this process is a command of this package that begins: ``python -m megatron_vila...`` or a file of tools/. Not so
     for other programs that import the package, and for processes that a command starts."""
     if sys.argv[:1] == ["-m"]:  # stands there while Python looks for the module
-        return any("megatron_vila" in word for word in sys.orig_argv)
+        return any(word.removeprefix("-m").startswith("megatron_vila") for word in sys.orig_argv[1:])
     file = getattr(sys.modules["__main__"], "__file__", None)
     return file is not None and Path(file).resolve().parent == Path(__file__).resolve().parents[1] / "tools"
 
