@@ -1,6 +1,7 @@
 """Videos prepared for training: the frames that training reads from the source, at the same seconds, upright and small."""
 
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -197,12 +198,23 @@ def test_a_medium_that_is_there_is_not_made_again_unless_its_source_changed(sour
     source.write_bytes(content(sources["24 a second"]))
     first = prepare_medium(Media(str(source), True), SMALL, str(tmp_path))
     marked = first.files[0][1]
-    Path(marked).write_bytes(content(marked) + b"mark")
+    Path(marked).write_bytes(content(marked)[:-4] + b"mark")
     assert prepare_medium(Media(str(source), True), SMALL, str(tmp_path)) == first
     assert content(marked).endswith(b"mark")
     source.write_bytes(content(sources["29.97 a second"]))
     again = prepare_medium(Media(str(source), True), SMALL, str(tmp_path))
     assert again.seconds != first.seconds and not content(marked).endswith(b"mark")
+
+
+@pytest.mark.parametrize("name, size", [("medium.json", 0), ("0.mp4", 0), ("0.mp4", 100)])
+def test_a_medium_that_is_not_whole_after_a_loss_of_power_is_made_again(sources, tmp_path, name, size):
+    medium = Media(sources["29.97 a second"], True)
+    first = prepare_medium(medium, SMALL, str(tmp_path))
+    made = first.files[0][1]
+    whole = content(made)
+    os.truncate(Path(made).with_name(name), size)
+    assert prepare_medium(medium, SMALL, str(tmp_path)) == first
+    assert content(made) == whole
 
 
 def test_a_video_that_came_out_poorly_is_told_or_taken_as_it_is(tmp_path, prepare):

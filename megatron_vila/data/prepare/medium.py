@@ -2,7 +2,7 @@
 
 A folder ``media/<name>`` in the working folder of a preparation holds the files that a medium becomes and ``medium.json``, which
 says what they are and of what state of the source. A process that was killed leaves a folder under another name, which is made
-anew; a folder that is there is taken as it is.
+anew; a folder that is there and whole is taken as it is.
 """
 
 from __future__ import annotations
@@ -76,14 +76,16 @@ def _state(medium: Media) -> list[Any]:
 
 
 def _read(place: Path, state: list[Any]) -> Outcome | None:
+    """What is there of a source in ``state``; None if that is nothing, or not whole: a machine that lost its power leaves names
+    without content."""
     try:
         content = json.loads((place / INFO).read_text())
-    except FileNotFoundError:
+        files = tuple(map(tuple, content["outcome"].pop("files")))
+        outcome = _at(place, Outcome(files=files, **content["outcome"]))
+        is_whole = sum(os.path.getsize(name) for _, name in outcome.files) == outcome.written
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if content["state"] != state:
-        return None
-    files = tuple(map(tuple, content["outcome"].pop("files")))
-    return _at(place, Outcome(files=files, **content["outcome"]))
+    return outcome if is_whole and content["state"] == state else None
 
 
 def _at(place: Path, outcome: Outcome) -> Outcome:
