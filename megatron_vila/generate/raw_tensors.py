@@ -110,12 +110,11 @@ class _Blocks:
     def __init__(self, size: int) -> None:
         self._size = size
         count = max(1, min(THREADS, -(-size // BLOCK)))
-        # It is page-locked as long as this tensor itself lives; views of it do not count.
-        self._memory = page_locked(
+        memory = page_locked(
             count * BLOCK, f"the number of ranks on this machine (each takes {count * BLOCK >> 20} MiB)"
         )
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        for buffer in self._memory.split(BLOCK):
+        for buffer in memory.split(BLOCK):
             self._buffers.put(buffer)
         cuda = accelerator.cuda()
         self._stream = cuda.Stream()
