@@ -70,7 +70,7 @@ def _measured(rank: int, parallel: ParallelConfig, settings: dict) -> list[np.nd
 
 @pytest.mark.parametrize(
     ("layout", "chunk"),
-    [({}, 0), ({"ring": 2}, 8), ({"ulysses": 4}, 0), ({"ulysses": 2, "ring": 2}, 8), ({"tp": 2, "ring": 2}, 16)],
+    [({}, 0), ({"ulysses": 4}, 0), ({"ulysses": 2, "ring": 2}, 8), ({"tp": 2, "ring": 2}, 16)],
     ids=str,
 )
 def test_every_frame_has_the_attention_of_the_plain_model_in_every_layout(true_weights, layout, chunk):
