@@ -237,6 +237,7 @@ def test_a_prompt_is_what_training_shows_before_the_answer_whatever_that_is(name
     ):
         prompt = encoder.prompt(turns)
         assert not any(segment.supervised.any() for segment in prompt)
+        assert turns[-1].text[-3:] in TOKENIZERS[name].decode(prompt[-1].token_ids)
         for answer in ("Il dort.", "42", "a", "1\n2", "(c)"):
             trained = encoder.encode([*turns, Turn("assistant", answer)])
             assert len(prompt) == len(trained)

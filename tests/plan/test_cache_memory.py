@@ -71,10 +71,10 @@ def test_6000_frames_of_longvila_7b_fit_an_h200_and_its_weights_and_work_are_cou
 
 def test_a_video_that_does_not_fit_is_told_how_many_frames_would_and_what_else_to_do():
     config, memory = longvila(), CacheMemory(0, 0, 0, per_token=56 * 1024, ring=1)
-    wanted = Wanted(tokens=6000 * 197 + 40, text_tokens=40, frames=6000, separators=1)
+    wanted = Wanted(tokens=6000 * 197 + 4000, text_tokens=4000, frames=6000, separators=1)
     problem = cache_problem(config, wanted, memory, 40 * GIB, [replace(memory, per_token=30 * 1024)])
-    fits = frames_that_fit(config, memory.tokens_in(40 * GIB), 40, 1)
-    assert "6,000 frames (1,182,040 tokens) need 63.1 GiB" in problem and "40 GiB are free" in problem
+    fits = frames_that_fit(config, memory.tokens_in(40 * GIB), 4000, 1)
+    assert "6,000 frames (1,186,000 tokens) need 63.3 GiB" in problem and "40 GiB are free" in problem
     assert f"{fits:,} frames would fit" in problem and f"--frames {fits}" in problem
     assert "--cache fp8 (" in problem and "--ring 2" in problem
     assert not cache_problem(config, wanted, memory, 64 * GIB)
