@@ -142,6 +142,15 @@ def _run(options: argparse.Namespace, reporter: Reporter) -> int:
     return exit_codes.FINISHED
 
 
+@contextlib.contextmanager
+def _told_of(option: str) -> Iterator[None]:
+    """What the operating system refuses within the block is told as a matter of ``option``."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"{option} cannot be written: {error}; name another file") from error
+
+
 class _Session:
     """One command: the model, its media, and the questions one after the other. All ranks go through it alike; rank 0 talks."""
 
@@ -325,7 +334,8 @@ class _Session:
             if len(self._results):
                 path = path.with_stem(f"{path.stem}-{len(self._results) + 1}")
             pictures = timestamps.pictures_of(document, found, probe)
-            timestamps.draw_strip(path, found, pictures, weights, times, reply.question)
+            with _told_of(f"--timestamps {path}"):
+                timestamps.draw_strip(path, found, pictures, weights, times, reply.question)
             timestamps.write_json(path.with_suffix(".frames.json"), document, found, weights, times)
         return [
             {"time": timestamps.label(m, times), "seconds": m.seconds, "source": m.source, "weight": m.weight} for m in found
@@ -334,10 +344,8 @@ class _Session:
     def _write_json(self) -> None:
         if self._options.json and _is_first():
             text = json.dumps({"model": str(self._model.folder), "answers": self._results}, indent=1, ensure_ascii=False)
-            try:
+            with _told_of(f"--json {self._options.json}"):
                 replace_file(Path(self._options.json), lambda place: place.write_text(text + "\n", encoding="utf-8"))
-            except OSError as error:
-                raise SettingError(f"--json {self._options.json} cannot be written: {error}; name another file") from error
 
 
 if __name__ == "__main__":

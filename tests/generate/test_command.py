@@ -91,6 +91,12 @@ def test_questions_are_answered_on_stdout_and_everything_is_written_where_it_was
     assert answers[0]["frames"] == 12 and len(answers[0]["moments"]) > 0
     assert (tmp_path / "strip.png").stat().st_size and (tmp_path / "strip-2.png").stat().st_size
     assert len(json.loads((tmp_path / "strip-2.frames.json").read_text())["units"]) == 12
+    # The answers are there before a file that cannot be written ends the command.
+    (tmp_path / "taken").write_text("no folder")
+    for option in ("--json", "--timestamps"):
+        asking = (run / "run", "--video", video, "--frames", "2", "--ask", "Who?", "--max-new-tokens", "2")
+        status, out, err = commanded(*asking, option, tmp_path / "taken/x.png")
+        assert status == USER_ERROR and out and f"{option} {tmp_path}/taken/x.png cannot be written" in err
     # The second day: the video is not needed any more.
     video.rename(tmp_path / "gone.mp4")
     try:
