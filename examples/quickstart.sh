@@ -15,7 +15,7 @@ STARTED_IN=$PWD
 RUN=runs/quickstart
 TRAIN=1024 HELD_OUT=256
 FRAMES=8,16,32,64,128,256
-DURATION="about 4 minutes, on two CPU cores and on GPUs"
+DURATION="about 5 minutes, on two CPU cores and on GPUs"
 SHORT=()
 if [[ ${1:-} == --short ]]; then
   shift
