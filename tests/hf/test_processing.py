@@ -356,9 +356,87 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_told(processor, media
     assert "num_frames" in caplog.text
 
 
+CHAT = [{"role": "user", "content": "<video>\nWhat is shown?"}, {"role": "assistant", "content": "A clip."}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_frames": 2},
+        {"processor_kwargs": {"num_frames": 2}},
+        {"videos_kwargs": {"num_frames": 2}, "processor_kwargs": {"return_tensors": "pt"}},
+        {"processor_kwargs": {"videos_kwargs": {"num_frames": 2}, "text_kwargs": {"padding": True}}},
+    ],
+)
+def test_options_reach_the_call_alone_in_groups_and_as_processor_kwargs(processor, media, options):
+    inputs = processor.apply_chat_template(
+        CHAT, videos=[str(media / "long.mp4")], tokenize=True, return_dict=True, return_assistant_tokens_mask=False, **options
+    )
+    assert read_stamps(inputs["pixel_values"]) == [0, 22]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frame": 2}, "apply_chat_template got num_frame=2.* did you mean num_frames"),
+        ({"processor_kwargs": {"paddin": True}}, "paddin=True.* did you mean padding"),
+        ({"videos_kwargs": {"size": 3}}, "size=3.* known are fps, num_frames"),
+        ({"videos_kwargs": 3}, "videos_kwargs=3; give a mapping"),
+        ({"num_frames": 2, "videos_kwargs": {"num_frames": 3}}, "num_frames twice, as 2 and 3"),
+        ({"num_frames": 2, "processor_kwargs": {"num_frames": 2}}, "num_frames in processor_kwargs and beside it"),
+        ({"return_assistant_tokens_mask": True}, "does not support"),
+    ],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_keywords_that_nobody_reads_are_refused_by_name(processor, options, message, tokenize):
+    with pytest.raises(TypeError, match=message):
+        processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=tokenize, **options)
+
+
+def test_keywords_that_the_template_reads_are_its_own(processor):
+    template = "{% generation %}{% endgeneration %}{% if num_frames %}{{ num_frames }} of {% endif %}" + QWEN2_TEMPLATE
+    text = processor.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, num_frames=7)
+    assert text.startswith("7 of ")
+
+
+def test_texts_are_padded_and_cut_as_asked(processor):
+    texts = ["What is shown?", "a"]
+    plain = processor(text=texts)
+    length = plain["input_ids"].shape[1]
+    right = processor(text=texts, padding_side="right")
+    assert right["attention_mask"][1].tolist() == [1] + [0] * (length - 1)
+    assert right["input_ids"][1, 0] == plain["input_ids"][1, -1]
+    assert processor(text=texts, padding="max_length", max_length=50)["input_ids"].shape == (2, 50)
+    assert processor(text=texts, pad_to_multiple_of=16)["input_ids"].shape[1] % 16 == 0
+    cut = processor(text=texts, truncation=True, max_length=2)
+    assert cut["input_ids"][0].tolist() == plain["input_ids"][0, :2].tolist()
+
+
+WALKS = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}[{{ part['type'] }}]{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+)
+
+
+def test_a_template_that_walks_over_parts_gets_them(processor, media):
+    parts = [{"type": "image", "path": str(media / "wide.png")}, {"type": "text", "text": "What is <image>?"}]
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    text = processor.apply_chat_template(chat, chat_template=WALKS)
+    assert text == "system: Be brief.\nuser: <image>What is \\<image>?\n"
+    inputs = processor.apply_chat_template(chat, chat_template=WALKS, tokenize=True, return_dict=True)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == processor.tokens_per_frame
+    with pytest.raises(ValueError, match="writes nothing of what a user says"):
+        processor.apply_chat_template(chat, chat_template="{{ messages[0]['role'] }}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"text": "a <image>", "images": np.zeros((8, 8, 3), np.uint8), "max_length": 4, "truncation": True}, "cut visual"),
+        ({"text": "a", "max_length": 4}, "max_length=4 does nothing alone"),
+        ({"text": "a", "truncation": True}, "give max_length"),
+        ({"text": "a", "padding_side": "middle"}, "padding_side='middle'"),
+        ({"text": "a", "num_frames": 0}, "num_frames=0; give at least 1"),
         ({"text": "<image>"}, r"hold \[1\] markers <image>, but \[0\]"),
         ({"text": "no marker", "images": "wide.png"}, r"hold \[0\] markers <image>, but \[1\]"),
         ({"text": ["<image>", "<image>"], "images": [["wide.png"] * 2, []]}, r"\[1, 1\] markers <image>, but \[2, 0\]"),
@@ -367,7 +445,7 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_told(processor, media
         ({"text": "<image>", "images": [3]}, "int  cannot stand for <image>"),
         ({"text": "<image>", "images": np.zeros((8, 8), dtype=np.uint8)}, "cannot stand|markers"),
         ({"text": None, "images": "wide.png"}, "give text"),
-        ({"text": "a", "return_tensors": "np"}, "return_tensors='pt'"),
+        ({"text": "a", "return_tensors": "np"}, "return_tensors='np' is not known"),
         ({"text": ["a", "What is shown?"], "padding": False}, "padding=True"),
     ],
 )

@@ -29,6 +29,8 @@ from megatron_vila.data.images import preprocess
 from megatron_vila.data.placement import IMAGE, MARKER, VIDEO, Turn, place_media
 from megatron_vila.data.signs import MEDIUM, markers_of, with_signs, without_signs
 from megatron_vila.data.template import NAMED, render, with_clock
+from megatron_vila.hf.vila.call_options import CallOptions
+from megatron_vila.hf.vila.chat_parts import reads, walks_over_parts, with_parts
 from megatron_vila.hf.vila.configuration import VilaConfig
 from megatron_vila.hf.vila.given_media import (
     is_empty,
@@ -154,11 +156,7 @@ class VilaProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
-        *,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        padding: bool = True,
-        return_tensors: str = "pt",
+        **options: Any,
     ) -> BatchFeature:
         """Inputs of the model for one text or several.
 
@@ -170,17 +168,21 @@ class VilaProcessor(ProcessorMixin):
         [N, 3, H, W]), which are all taken. Media come in the order of their markers, in one list for all texts or a list for
         each text.
 
-        Returns int64 ``input_ids`` and ``attention_mask`` [B, S], padded on the left, and float32 ``pixel_values``
-        [F, 3, P, P] if there are pictures. Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for media that
-        do not fit the markers, for texts of different lengths without ``padding``, and for another ``return_tensors``.
+        ``options`` are those of ``CallOptions``, also in the groups of transformers (``videos_kwargs={"num_frames": 8}``).
+
+        Returns int64 ``input_ids`` and ``attention_mask`` [B, S], padded on the left unless ``padding_side`` says otherwise, and
+        float32 ``pixel_values`` [F, 3, P, P] if there are pictures. Raises ``MediaError`` for a file that cannot be read,
+        ``ValueError`` for media that do not fit the markers, for texts of different lengths without ``padding``, for a
+        ``truncation`` that would cut visual tokens and for other values of options, ``TypeError`` for other keywords.
         """
-        if return_tensors not in ("pt", None) or text is None:
-            raise ValueError(f"return_tensors={return_tensors!r}, text={text!r}: give text, and return_tensors='pt'")
+        asked = CallOptions.of("the processor", options)
+        if text is None:
+            raise ValueError("text=None: give text, in which markers stand for the media")
         texts = [
             one.signed if isinstance(one, ChatText) else with_signs(one)
             for one in ([text] if isinstance(text, str) else text)
         ]
-        frames = (num_frames or self.num_frames, self.fps if fps is None else fps, self.fps_rule)
+        frames = (asked.num_frames or self.num_frames, self.fps if asked.fps is None else asked.fps, self.fps_rule)
         only_videos = videos is not None and is_empty(images)
         kinds = [[VIDEO if only_videos else marker for marker in markers_of(one)] for one in texts]
         images_of = of_each_text(images, [markers.count(IMAGE) for markers in kinds], is_image, IMAGE)
@@ -191,7 +193,7 @@ class VilaProcessor(ProcessorMixin):
             media = [read_frames(next(queues[m]), *frames) if m == VIDEO else [read_picture(next(queues[m]))] for m in markers]
             rows.append(self._token_ids(one, [(m == VIDEO, len(p)) for m, p in zip(markers, media, strict=True)]))
             pictures += [preprocess(own, self.image_size, self.image_aspect) for own in media]
-        inputs = self._pad(rows, padding)
+        inputs = self._pad([self._cut(row, asked) for row in rows], asked)
         if pictures:
             inputs["pixel_values"] = scale_pixels(torch.cat(pictures))
         return BatchFeature(inputs)
@@ -207,11 +209,10 @@ class VilaProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
-        return_tensors: str = "pt",
-        num_frames: int | None = None,
-        fps: float | None = None,
-        padding: bool = True,
-        **template_arguments: Any,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Any:
         """Place the media of one conversation or several, render it with the chat template, and with ``tokenize`` process it.
 
@@ -220,10 +221,14 @@ class VilaProcessor(ProcessorMixin):
         In a conversation with image or video parts, a marker in a text is a plain word. Media of texts with markers are given as
         ``images`` and ``videos``: lists for one conversation, a list of lists for several. Without ``tokenize`` they may instead
         be given to the call that processes the text; then every marker stands for one medium. ``media_format`` is the rule by
-        which media are placed.
+        which media are placed. A template that walks over the parts of a content gets the text of a message as its one part.
+
+        Of the further keywords those that the template reads are its own, all others are options of the processor's call, which
+        ``processor_kwargs`` may hold too. Without ``tokenize`` they are checked, and wait for the call that processes the text.
 
         Returns text without ``tokenize``, ``input_ids`` with it, and with ``return_dict`` as well all inputs of the model.
-        Raises ``ValueError`` for media that do not fit the markers.
+        Raises ``ValueError`` for media that do not fit the markers and a template that writes nothing of a message,
+        ``TypeError`` for a keyword that nobody reads.
         """
         several = not isinstance(conversation[0], Mapping)
         conversations = list(conversation) if several else [conversation]
@@ -235,7 +240,16 @@ class VilaProcessor(ProcessorMixin):
             self._place(one, pictures, clips, known=tokenize or images is not None or videos is not None)
             for one, pictures, clips in zip(conversations, *given, strict=True)
         ]
-        template = self.tokenizer.get_chat_template(chat_template or self.chat_template, template_arguments.get("tools"))
+        template = self.tokenizer.get_chat_template(chat_template or self.chat_template, tools)
+        own = reads(template)
+        template_arguments = {name: value for name, value in more.items() if name in own}
+        template_arguments |= {name: value for name, value in (("tools", tools), ("documents", documents)) if value is not None}
+        options = {name: value for name, value in more.items() if name not in own}
+        if twice := options.keys() & (processor_kwargs or {}).keys():
+            raise TypeError(f"apply_chat_template got {', '.join(sorted(twice))} in processor_kwargs and beside it; give it once")
+        options |= processor_kwargs or {}
+        CallOptions.of("apply_chat_template", options)
+        by_parts = walks_over_parts(self.tokenizer, template)
         template = with_clock(template, self.template_clock)
         control = control_tokens(self.tokenizer)
         if not self.parse_control_tokens:
@@ -250,7 +264,7 @@ class VilaProcessor(ProcessorMixin):
                 continue_final_message=continue_final_message,
                 **template_arguments,
             )
-            for messages, _, _ in placed
+            for messages in (with_parts(messages) if by_parts else messages for messages, _, _ in placed)
         ]
         texts = [ChatText.of(text, control.shown(without_signs(text))) for text in signed]
         if not tokenize:
@@ -259,10 +273,7 @@ class VilaProcessor(ProcessorMixin):
             [images for _, images, _ in placed],
             texts,
             [videos for _, _, videos in placed],
-            num_frames=num_frames,
-            fps=fps,
-            padding=padding,
-            return_tensors=return_tensors,
+            **options,
         )
         return inputs if return_dict else inputs["input_ids"]
 
@@ -312,16 +323,32 @@ class VilaProcessor(ProcessorMixin):
             )
         return token_ids
 
-    def _pad(self, rows: Sequence[np.ndarray], padding: bool) -> dict[str, torch.Tensor]:
+    def _cut(self, row: np.ndarray, asked: CallOptions) -> np.ndarray:
+        """``row`` without the tokens beyond ``max_length``, at the side where the tokenizer cuts."""
+        if not asked.truncates or len(row) <= (asked.max_length or 0):
+            return row
+        at_left = self.tokenizer.truncation_side == "left"
+        kept, lost = (row[-asked.max_length :], row[: -asked.max_length]) if at_left else np.split(row, [asked.max_length])
+        if np.isin(lost, [self.image_token_id, self.video_token_id]).any():
+            raise ValueError(
+                f"max_length={asked.max_length} would cut visual tokens from a text of {len(row)} tokens; take fewer frames "
+                "(num_frames), or give a larger max_length"
+            )
+        return kept
+
+    def _pad(self, rows: Sequence[np.ndarray], asked: CallOptions) -> dict[str, torch.Tensor]:
         longest = max(map(len, rows))
-        if not padding and any(len(row) != longest for row in rows):
+        if not asked.pads_to and any(len(row) != longest for row in rows):
             raise ValueError("texts of different lengths do not fit in one tensor with padding=False; set padding=True")
+        width = max(longest, (asked.max_length or 0) if asked.pads_to == "max_length" else 0)
+        width = width if not asked.pads_to else -(-width // (asked.pad_to_multiple_of or 1)) * (asked.pad_to_multiple_of or 1)
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        input_ids = torch.full((len(rows), longest), next(i for i in known if i is not None), dtype=torch.int64)
+        input_ids = torch.full((len(rows), width), next(i for i in known if i is not None), dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for place, row in enumerate(rows):
-            input_ids[place, longest - len(row) :] = torch.from_numpy(row)
-            attention_mask[place, longest - len(row) :] = 1
+            start = 0 if asked.padding_side == "right" else width - len(row)
+            input_ids[place, start : start + len(row)] = torch.from_numpy(row)
+            attention_mask[place, start : start + len(row)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
