@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_vila.hf.mm_sp.same_row import fingerprint
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.pictures import Unit
 from megatron_vila.plan.row import IGNORE, Document, Row, pack, references
@@ -59,8 +60,9 @@ class ShardedRow:
 
     ``cu_seqlens`` int64 [D+1] are the bounds of the documents. ``positions`` int64 [s] are the places of the local tokens in the
     row, ``selected`` int64 [n] the indices of the supervised ones among the local tokens. ``supervised`` and ``tokens`` (without
-    padding) count tokens of the whole row. ``attention`` and, for a video model, ``frames`` are this rank's part of the plan of
-    the row, which the training process copies to its device.
+    padding) count tokens of the whole row. ``fingerprint`` is the same on all ranks that were given the same samples
+    (``same_row.py``). ``attention`` and, for a video model, ``frames`` are this rank's part of the plan of the row, which the
+    training process copies to its device.
     """
 
     cu_seqlens: np.ndarray
@@ -68,6 +70,7 @@ class ShardedRow:
     selected: np.ndarray
     supervised: int
     tokens: int
+    fingerprint: np.ndarray
     attention: AttentionPlan
     frames: FramePlan | None
 
@@ -91,7 +94,8 @@ class ShardCollator:
 
     Returns ``input_ids``, ``position_ids`` and (if the samples have them) ``labels``, int64 [1, s] each, labels shifted;
     ``pixel_values_videos`` [f, 3, H, W] with this rank's f frames for a video model; ``mm_sp_row``. All ranks that share a
-    sample must be given the same samples. Raises ``ValueError`` that lists everything wrong with the samples.
+    sample must be given the same samples, which the model's forward checks. Raises ``ValueError`` that lists everything wrong
+    with the samples.
     """
 
     grid: GridShape
@@ -110,8 +114,9 @@ class ShardCollator:
         if problems:
             raise ValueError("MM-SP cannot shard this batch: " + "; ".join(problems))
         row = pack([self._placed(document) for document in documents], self.grid.document_multiple, self.grid.row_multiple)
-        batch = self.share(row, [video for document in documents for video in document.videos])
-        if documents[0].has_labels:
+        has_labels = documents[0].has_labels
+        batch = self.share(row, [video for document in documents for video in document.videos], has_labels=has_labels)
+        if has_labels:
             batch["labels"] = _tensor(row.labels[batch["mm_sp_row"].positions])
         return batch
 
@@ -126,9 +131,9 @@ class ShardCollator:
             raise ValueError("MM-SP cannot read this prompt: " + "; ".join(problems))
         return self._placed(document), document.videos
 
-    def share(self, row: Row, videos: Sequence[Any], first_frame: int = 0) -> dict[str, Any]:
-        """This rank's share of ``row``, without labels. The frames of the row are those of ``videos`` from number ``first_frame``
-        on."""
+    def share(self, row: Row, videos: Sequence[Any], first_frame: int = 0, has_labels: bool = False) -> dict[str, Any]:
+        """This rank's share of ``row``, but for its labels. The frames of the row are those of ``videos`` from number
+        ``first_frame`` on."""
         if self.video is not None and self.video.token_id == 0:
             _fill(row)
         plan = RowPlan.of(row, self.grid)
@@ -142,6 +147,7 @@ class ShardCollator:
                 selected=part.selected,
                 supervised=row.supervised_tokens,
                 tokens=sum(row.lengths),
+                fingerprint=fingerprint(row, videos, has_labels),
                 attention=part.attention,
                 frames=self._frames(videos, first_frame, plan, part),
             ),

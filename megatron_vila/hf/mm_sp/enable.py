@@ -27,6 +27,7 @@ from megatron_vila.hf.mm_sp.data import ShardCollator, ShardedRow
 from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
+from megatron_vila.hf.mm_sp.same_row import check_same_row
 from megatron_vila.hf.mm_sp.vision import llava_onevision_tokens, owned_video_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.cache import FP8
@@ -59,7 +60,8 @@ def enable_mm_sp(
     gradients, which FSDP2 and DDP form, is the gradient of that mean. Without labels, ``logits`` are those of this rank's tokens.
 
     Raises ``ValueError`` for sizes that do not fit the group and for settings of the model that would give wrong results,
-    ``RuntimeError`` without an initialized process group.
+    ``RuntimeError`` without an initialized process group. A call of the model raises ``ValueError`` on all ranks of a replica
+    that were given different samples, before anything else is exchanged.
     """
     everyone = group or dist.group.WORLD
     if everyone is None:
@@ -173,12 +175,14 @@ class MMSP:
             self.enable()
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens."""
+        """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens. An all-gather
+        over ``host`` in training."""
         device = _device(model)
         cache: Any = kwargs.get("past_key_values")
         is_generating = isinstance(cache, ShardedCache)
         if not is_generating:
             check_call(args, kwargs, ShardedRow)
+            check_same_row(kwargs["mm_sp_row"].fingerprint, self.groups.host)
         elif "mm_sp_row" not in kwargs:
             check_token(args, kwargs)
         kwargs = {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}

@@ -15,7 +15,8 @@ class MMSPGroups:
 
     ``everyone`` holds the ranks that train together. ``sample`` holds the ulysses x ring ranks that share each sample, which are
     consecutive in ``everyone``. ``ulysses`` and ``ring`` are this rank's groups inside ``sample``, ``alone`` holds this rank
-    only. The axis dp of ``grid`` numbers the sample groups.
+    only. ``host`` holds the ranks of ``sample`` and exchanges host memory (gloo). The axis dp of ``grid`` numbers the sample
+    groups.
     """
 
     grid: GridShape
@@ -24,6 +25,7 @@ class MMSPGroups:
     ulysses: dist.ProcessGroup
     ring: dist.ProcessGroup
     alone: dist.ProcessGroup
+    host: dist.ProcessGroup
 
     @classmethod
     def of(cls, ulysses: int, ring: int, everyone: dist.ProcessGroup) -> MMSPGroups:
@@ -37,9 +39,9 @@ class MMSPGroups:
         grid = GridShape.of(size, ulysses=ulysses, ring=ring)
         ranks = dist.get_process_group_ranks(everyone)
 
-        def make(members: list[int]) -> dist.ProcessGroup:
-            return dist.new_group([ranks[member] for member in members], use_local_synchronization=True)
+        def make(members: list[int], backend: str | None = None) -> dist.ProcessGroup:
+            return dist.new_group([ranks[member] for member in members], backend=backend, use_local_synchronization=True)
 
         mine = everyone.rank()
         sample, inner, outer = (make(grid.group(kind, mine)) for kind in ("cp", "ulysses", "ring"))
-        return cls(grid, everyone, sample, inner, outer, make([mine]))
+        return cls(grid, everyone, sample, inner, outer, make([mine]), make(grid.group("cp", mine), "gloo"))
