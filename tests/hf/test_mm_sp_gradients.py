@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.hf.mm_sp_cases import VIDEO, build, in_float64, text_sample, truth, video_sample
-from tests.hf.mm_sp_ranks import Case, train, untouched
+from tests.hf.mm_sp_cases import VIDEO, build, in_float64, relative_errors, text_sample, truth, video_sample
+from tests.hf.mm_sp_ranks import Case, gradients, make, train, untouched
 from tests.ranks import pool
 
 LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
@@ -84,6 +85,28 @@ def test_replicas_with_different_numbers_of_frames_encode_in_step(weights):
 def test_recomputed_layers_and_frames_give_the_same_gradients(name, weights):
     samples = VIDEOS if name == "llava_onevision" else TEXTS
     assert_exact(Case(name, 2, 1, [[samples]], double=True, weights=weights, recompute=True, frame_micro_batch=2))
+
+
+def with_dropout_in_the_tower(rank: int, weights: str) -> tuple[float, float]:
+    """How far gradients with recomputed frames are from those with kept ones, and those with another seed."""
+    grads = []
+    for recompute, seed in ((False, 1), (True, 1), (True, 2)):
+        case = Case("llava_onevision", 2, 1, [], double=True, weights=weights, recompute=recompute, frame_micro_batch=2)
+        model, mm_sp = make(case)
+        for layer in model.model.vision_tower.encoder.layers:
+            layer.self_attn.dropout = 0.5
+        torch.manual_seed(seed + rank)
+        model(**mm_sp.collator()(VIDEOS)).loss.backward()
+        grads.append(gradients(model, weights))
+    kept, again, other = grads
+    return relative_errors(again, kept)["all"], relative_errors(other, kept)["all"]
+
+
+@pytest.mark.parametrize("weights", ["plain", "fsdp"])
+def test_recomputed_frames_have_the_dropout_of_the_first_time(weights):
+    for recomputed, with_another_seed in pool.run(2, with_dropout_in_the_tower, weights):
+        assert recomputed < 1e-12
+        assert with_another_seed > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["plain", "fsdp"])

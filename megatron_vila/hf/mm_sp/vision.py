@@ -43,12 +43,14 @@ def owned_video_features(
     """Features [M, H] of the visual tokens that this rank owns, in the order of its tokens.
 
     ``pixels_f3HW`` are this rank's frames, ``plan`` is its plan, ``per_frame`` the tokens of a frame; ``options`` are passed to
-    the model's ``get_video_features``. With ``recompute`` the backward pass encodes again, one micro-batch of frames at a time.
+    the model's ``get_video_features``. With ``recompute`` the backward pass encodes again, one micro-batch of frames at a time,
+    with the same dropout.
     All-to-all over the group ``sample``, forward and backward. With dp > 1 also an all-reduce of one number over ``everyone``.
     """
     encode = partial(_encode, model, options)
     if recompute and torch.is_grad_enabled():
-        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+        # With the random numbers of the first time, since the tower may have dropout.
+        encode = partial(checkpoint, encode, use_reentrant=False)
     rounds = _rounds(plan, groups, frame_micro_batch, pixels_f3HW.device)
     parts, black = pixels_f3HW.tensor_split(rounds), pixels_f3HW.new_zeros(1, *pixels_f3HW.shape[1:])
     made = [encode(part if len(part) else black) for part in parts]
