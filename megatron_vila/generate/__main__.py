@@ -336,7 +336,7 @@ class _Session:
             pictures = timestamps.pictures_of(document, found, probe)
             with _told_of(f"--timestamps {path}"):
                 timestamps.draw_strip(path, found, pictures, weights, times, reply.question)
-            timestamps.write_json(path.with_suffix(".frames.json"), document, found, weights, times)
+                timestamps.write_json(path.with_suffix(".frames.json"), document, found, weights, times)
         return [
             {"time": timestamps.label(m, times), "seconds": m.seconds, "source": m.source, "weight": m.weight} for m in found
         ]

@@ -76,7 +76,7 @@ class LoadedModel:
     def close(self) -> None:
         """Stop the threads and let go of the cache."""
         self.pictures.close()
-        self.prefix = None
+        self.prefix = self._given = None
 
     def ask(
         self,

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_vila.plan.cache_memory import FP8_BLOCK_TOKENS
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """The largest number of e4m3."""
-
-BLOCK_TOKENS = 65536
-"""Tokens of fp8 that are turned back at once: as many as keep a kernel busy, for which a copy in 16 bits takes little memory."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Span:
     def blocks(self, layer: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [n, K, D] of all kept tokens in ``dtype``: one view if they are kept so, else copies block by block."""
         whole = self.k_scale is None and self.k.dtype == dtype
-        step = max(1, self.length) if whole else BLOCK_TOKENS
+        step = max(1, self.length) if whole else FP8_BLOCK_TOKENS
         for first in range(0, self.length, step):
             yield self.read(layer, first, min(first + step, self.length), dtype)
 

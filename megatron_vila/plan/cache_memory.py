@@ -29,6 +29,9 @@ CACHE_DTYPES = ("auto", "bf16", "fp32", "fp64", "fp8")
 """Of kept keys and values: as the model computes (auto), one of its dtypes, or fp8 with a float32 scale for each token and
 head."""
 
+FP8_BLOCK_TOKENS = 65536
+"""Tokens of fp8 that a chunk of a prompt reads at once in the dtype of the model: enough to keep a kernel busy."""
+
 _SCALE_BYTES = 4
 
 
@@ -74,15 +77,15 @@ def cache_memory(config: Config, cache_dtype: str, chunk_tokens: int, element: i
     (0: on a CPU)."""
     llm, layout = config.model.llm, Layout.of(config.parallel)
     held, _ = stage_parameters(config)
-    per_token = token_bytes(llm, layout, cache_dtype, element)
+    work = _work(config, layout, chunk_tokens, element, device_bytes)
     if cache_dtype == "fp8":
-        # The keys and values of one layer at a time, as the kernels take them.
-        per_token += 2 * kv_heads_of_a_rank(llm, layout) * head_dim(llm) * element
+        # Keys and values of a block as the kernels take them, and in float32 while the scales are applied.
+        work += 2 * FP8_BLOCK_TOKENS * kv_heads_of_a_rank(llm, layout) * head_dim(llm) * (element + 2 * 4)
     return CacheMemory(
         weights=held * element,
-        work=_work(config, layout, chunk_tokens, element, device_bytes),
+        work=work,
         slack=SLACK_BYTES if device_bytes else 0,
-        per_token=per_token,
+        per_token=token_bytes(llm, layout, cache_dtype, element),
         ring=layout.ring,
     )
 

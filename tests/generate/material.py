@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,19 @@ def answer(rank: int, folder: str, question: Any, loading: dict[str, Any], askin
         return said, (loaded.pictures.counts.encoded, loaded.topology.grid.world_size)
     finally:
         loaded.close()
+
+
+def held_after_close(rank: int, folder: str) -> bool:
+    """Whether a prefix that was taken up lives on when its model is closed."""
+    loaded = load(folder)
+    pictures = loaded.prompts.choose(media_of([], [str(Path(folder).parent / "long.mp4")]), 2)
+    prefix, _ = loaded.read(loaded.prompts.document("Who?", pictures))
+    assert prefix is not None
+    loaded.hold(prefix)
+    alive = weakref.ref(prefix)
+    del prefix
+    loaded.close()
+    return alive() is not None
 
 
 def refusal(rank: int, folder: str, question: Any, loading: dict[str, Any], asking: dict[str, Any]) -> tuple[str, str]:

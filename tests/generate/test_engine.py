@@ -155,6 +155,21 @@ def test_drawn_tokens_are_the_same_on_all_ranks_and_follow_from_the_seed():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def _of_another_mind(rank, parallel):
+    """Ranks but the first prefer what the first one likes least."""
+    made, pictures = engine(MODELS["grouped"], parallel, torch.float64)
+    asked, logits = requests(made, pictures, PROMPTS), made.runner.logits
+    made.runner.logits = lambda hidden_nH: logits(hidden_nH) * (1 if rank == 0 else -1)
+    answers = made.answer(asked, Sampling(max_new_tokens=NEW))
+    destroy(made)
+    return [answer.token_ids.tolist() for answer in answers]
+
+
+def test_all_ranks_go_on_with_the_tokens_that_the_first_rank_chose(truth):
+    for tokens in pool.run(2, _of_another_mind, ParallelConfig(ring=2)):
+        assert tokens == [ids for ids, _ in truth["grouped"]]
+
+
 def _fp8(rank, parallel):
     made, pictures = engine(MODELS["grouped"], parallel, torch.float32, cache_dtype="fp8", chunk_tokens=8)
     seen = recorded(made)

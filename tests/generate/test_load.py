@@ -126,6 +126,10 @@ def test_the_tokenizer_beside_the_checkpoints_serves_where_the_one_of_training_i
     assert said == truth
 
 
+def test_a_closed_model_lets_go_of_a_prefix_that_was_taken_up(run):
+    assert pool.run(1, material.held_after_close, str(run / "run")) == [False]
+
+
 def test_more_frames_than_the_memory_holds_are_refused_with_the_number_that_fits(run):
     (said,) = pool.run(1, material.in_little_memory, str(run / "run"), 80)
     refused_all, fitting, one_more = said

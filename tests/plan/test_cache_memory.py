@@ -11,6 +11,7 @@ from megatron_vila.config.schema import Config
 from megatron_vila.errors import SettingError
 from megatron_vila.plan.budgets import GIB
 from megatron_vila.plan.cache_memory import (
+    FP8_BLOCK_TOKENS,
     CacheMemory,
     Wanted,
     cache_memory,
@@ -33,6 +34,15 @@ def test_a_token_of_longvila_7b_takes_56_kib_in_bf16_and_half_of_it_with_the_sca
     llm, alone = longvila().model.llm, Layout(1, 1, 1, 1)
     assert token_bytes(llm, alone, "bf16", 2) == token_bytes(llm, alone, "auto", 2) == 2 * 28 * 4 * 128 * 2 == 56 * 1024
     assert token_bytes(llm, alone, "fp8", 2) == 2 * 28 * 4 * (128 + 4)
+
+
+def test_fp8_is_read_in_blocks_so_its_work_does_not_grow_with_the_tokens():
+    exact, small = (cache_memory(longvila(), kind, 8192, 2, 140 * GIB) for kind in ("bf16", "fp8"))
+    assert small.per_token == token_bytes(longvila().model.llm, Layout(1, 1, 1, 1), "fp8", 2)
+    block = 2 * FP8_BLOCK_TOKENS * 4 * 128
+    assert small.work - exact.work == block * (2 + 4 + 4)
+    # 4,194,304 tokens took 132.0 GiB of an H200.
+    assert 132 * GIB < small.weights + small.work + small.slack + small.cache(2**22) < 136 * GIB
 
 
 def test_ulysses_and_tensor_ranks_share_the_heads_of_a_token_until_each_has_one():

@@ -107,8 +107,7 @@ class ShardedCache(Cache):
             raise ValueError(f"a cache of {len(ids)} tokens cannot keep {tokens}; give 0 to {len(ids)}")
         self._ids, self._tokens = [torch.from_numpy(ids[:tokens])], tokens
         for span in self.spans:
-            span.positions = span.positions[: np.searchsorted(span.positions, tokens)]
-            span.device_length.fill_(span.length)
+            span.shorten(int(np.searchsorted(span.positions, tokens)))
         if tokens == 0:
             self._spans, self._tail = [], None
 
