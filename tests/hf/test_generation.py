@@ -63,6 +63,58 @@ def test_media_token_ids_lie_beyond_the_embedding_table_here(model):
     assert min(model.config.image_token_id, model.config.video_token_id) >= rows
 
 
+def test_tokens_that_a_user_adds_do_not_get_the_ids_of_pictures(folder, chats):
+    model, processor = (auto.from_pretrained(folder / "vila") for auto in (AutoModelForCausalLM, AutoProcessor))
+    before = inputs_of(processor, chats[2:])
+    with torch.no_grad():
+        wanted = model(**before).logits
+        rows = wanted.shape[-1]
+        processor.tokenizer.add_tokens([f"<added {n}>" for n in range(5)])
+        model.resize_token_embeddings(len(processor.tokenizer))
+        after = inputs_of(processor, chats[2:])
+        assert torch.equal(after["input_ids"], before["input_ids"])
+        assert torch.equal(model(**after).logits[..., :rows], wanted)
+        added = processor(text="".join(f"<added {n}>" for n in range(5)))
+        assert added["input_ids"].max() == len(processor.tokenizer) - 1
+        assert model(**added).logits.isfinite().all()
+
+
+def test_visual_tokens_on_a_cache_need_their_pictures(model, processor, chats):
+    with torch.no_grad():
+        cache = model(**inputs_of(processor, chats[:1]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="8 visual tokens but there are no pixel_values"):
+            model(input_ids=torch.full((1, 8), model.config.video_token_id), past_key_values=cache)
+
+
+def test_labels_that_are_a_copy_of_the_inputs_learn_nothing_of_visual_tokens(model, processor, chats):
+    inputs = inputs_of(processor, chats[2:])
+    labels = inputs["input_ids"].clone()
+    masked = labels.masked_fill(labels >= model.config.text_config.vocab_size, -100)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, labels=labels).loss, model(**inputs, labels=masked).loss)
+
+
+def test_features_of_videos_are_those_of_their_frames(model, processor, chats):
+    pixels = inputs_of(processor, chats[1:2])["pixel_values"]
+    with torch.no_grad():
+        frames = model.get_image_features(pixels)
+        assert torch.equal(model.get_video_features(pixels), frames)
+        assert torch.equal(model.get_video_features(pixels[None]), frames[None])
+
+
+@pytest.mark.parametrize(
+    ("asked", "tower", "language"),
+    [("eager", "eager", "eager"), (None, "sdpa", "sdpa"), ({"vision_config": "eager", "text_config": "sdpa"}, "eager", "sdpa")],
+)
+def test_the_attention_asked_for_reaches_tower_and_language_model(folder, asked, tower, language):
+    model = AutoModelForCausalLM.from_pretrained(folder / "vila", attn_implementation=asked)
+    layer = model.vision_tower.vision_model.encoder.layers[0]
+    assert layer.self_attn.config._attn_implementation == tower
+    assert model.llm.model.layers[0].self_attn.config._attn_implementation == language
+    model.set_attn_implementation("eager")
+    assert layer.self_attn.config._attn_implementation == "eager"
+
+
 def test_a_batch_gives_what_each_prompt_gives_alone(model, processor, chats):
     alone = [new_tokens(model, inputs_of(processor, [chat]))[0] for chat in chats]
     assert new_tokens(model, inputs_of(processor, chats)) == alone

@@ -1,5 +1,6 @@
 """The processor: the token ids and pixels of the training data path, every form of media, and what it refuses."""
 
+import base64
 import json
 
 import numpy as np
@@ -190,9 +191,11 @@ def test_a_processor_saved_before_the_rules_leaves_media_at_their_markers(proces
     processor.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     assert settings.pop("media_format") == "vila" and settings.pop("parse_control_tokens") is False
+    settings |= {"image_token_id": 401, "video_token_id": 402}
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
     early = AutoProcessor.from_pretrained(tmp_path)
     assert early.media_format == "verbatim" and early.parse_control_tokens
+    assert early.image_token_id == processor.image_token_id
     assert AutoProcessor.from_pretrained(tmp_path, media_format="vila").media_format == "vila"
 
 
@@ -269,6 +272,49 @@ def test_every_form_of_a_video_and_of_a_picture_gives_the_same_pixels(processor,
     wanted = processor(text="<image>", images=forms[0])
     for form in forms:
         assert torch.equal(processor(text="<image>", images=form)["pixel_values"], wanted["pixel_values"])
+
+
+def test_parts_in_the_forms_of_other_programs_give_the_same_pixels(processor, media):
+    content = base64.b64encode((media / "clear.png").read_bytes()).decode()
+    address = f"data:image/png;base64,{content}"
+    parts = [
+        {"type": "image", "url": (media / "clear.png").as_uri()},
+        {"type": "image", "base64": content},
+        {"type": "image", "url": address},
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "image_url", "image_url": str(media / "clear.png")},
+        {"type": "video", "video": [str(media / "clear.png")]},
+    ]
+    wanted = processor(text="<image>", images=media / "clear.png")["pixel_values"]
+    for part in parts:
+        chat = [{"role": "user", "content": [part, {"type": "text", "text": "\n<image>"}]}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        assert torch.equal(inputs["pixel_values"], wanted), part
+    with pytest.raises(ValueError, match=r"data:image/png;base64,AAAA\.\.\. holds no picture"):
+        processor(text="<image>", images="data:image/png;base64,AAAA")
+
+
+def test_markers_in_a_text_part_are_words_without_media_too(processor):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "<image>\nWhat is that tag?"}]}]
+    ids = processor.apply_chat_template(chat, tokenize=True)[0]
+    assert not (ids == processor.image_token_id).any() and "<image>\nWhat" in processor.tokenizer.decode(ids)
+
+
+def test_parts_without_media_stand_for_those_that_are_given_beside_them(processor, media):
+    def ask(part, **more):
+        chat = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+        return processor.apply_chat_template(chat, **more)
+
+    picture = str(media / "wide.png")
+    wanted = ask({"type": "image", "path": picture}, tokenize=True, return_dict=True)
+    text = ask({"type": "image"})
+    for inputs in (
+        ask({"type": "image"}, images=[picture], tokenize=True, return_dict=True),
+        processor(images=picture, text=text),
+    ):
+        assert all(torch.equal(inputs[key], wanted[key]) for key in wanted)
+    with pytest.raises(ValueError, match="1 parts that name no medium, but 2 media"):
+        ask({"type": "image"}, images=[picture] * 2, tokenize=True)
 
 
 def test_frames_are_sampled_from_files_and_taken_whole_from_arrays(processor, media):

@@ -34,9 +34,11 @@ from megatron_vila.plan.geometry import tokens_per_square
 _LANGUAGE_CONFIGS = dict(zip(LANGUAGE_TYPES, (LlamaConfig, Qwen2Config), strict=True))
 # Keys in a root configuration of the VILA code that are used here; all others concern only the VILA code.
 _KEPT = (
-    *("mm_vision_select_layer", "mm_vision_select_feature", "image_encoder", "video_encoder", "image_token_id"),
-    *("video_token_id", "transformers_version", "name_or_path"),
+    *("mm_vision_select_layer", "mm_vision_select_feature", "image_encoder", "video_encoder"),
+    *("transformers_version", "name_or_path"),
 )
+# Far beyond every table of embeddings, so that no token that a user adds gets them; they fit in 32 bits.
+IMAGE_TOKEN_ID, VIDEO_TOKEN_ID = 2**31 - 3, 2**31 - 2
 _logger = logging.getLogger(__name__)
 
 
@@ -60,7 +62,8 @@ class VilaConfig(PreTrainedConfig):
     choose VILA's prompt by the tokenizer.
 
     ``image_token_id`` and ``video_token_id`` stand for the visual tokens of pictures and of video frames in ``input_ids``. They
-    may lie beyond the embedding table, in which they are never looked up. ``model_settings`` is the model in our settings.
+    are the same for every model, lie beyond every embedding table and are never looked up: the ids that a file names are those of
+    the VILA code, which a token that is added to the tokenizer could get. ``model_settings`` is the model in our settings.
 
     Raises ``VilaConfigError`` that lists everything in the file that is not supported, with the messages of an import.
     """
@@ -95,9 +98,7 @@ class VilaConfig(PreTrainedConfig):
         self.megatron_vila = _own_section(described)
         self.image_aspect_ratio = described.data.image_aspect
         self.num_video_frames, self.fps = described.data.num_frames, described.data.fps
-        if self.image_token_id is None or self.video_token_id is None:
-            # VILA appends a sentinel to the vocabulary, then these two.
-            self.image_token_id, self.video_token_id = (self.text_config.vocab_size + n for n in (1, 2))
+        self.image_token_id, self.video_token_id = IMAGE_TOKEN_ID, VIDEO_TOKEN_ID
         if self.dtype is None:
             self.dtype = self.text_config.dtype
 

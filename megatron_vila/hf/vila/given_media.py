@@ -1,15 +1,19 @@
 """The media that a caller gives to the processor: in which forms they come, which text each belongs to, and their pictures.
 
-An image is a path, a PIL picture or a uint8 array [H, W, 3] or [3, H, W]; a video is a path, a list of pictures or a uint8 array
-[N, H, W, 3] or [N, 3, H, W].
+An image is a path, a ``file://`` or ``data:`` address, a PIL picture or a uint8 array [H, W, 3] or [3, H, W]; a video is a path,
+a list of pictures or a uint8 array [N, H, W, 3] or [N, 3, H, W]. In a part of a message the pictures of a video may be paths too.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -20,11 +24,16 @@ from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.video import decode_video_frames, probe_video
 
 
+class Frames(tuple):
+    """The pictures of one video, in order, in any form of a picture."""
+
+
 def text_and_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[Any], list[Any]]:
     """The contents of messages as texts with markers, and the images and videos that the messages hold as parts.
 
-    If any message holds an image or a video, markers written in its texts are plain words. Raises ``ValueError`` for a part of
-    another type or without its medium, and for media in a message of another role than ``user``.
+    Markers written in the texts of a message that is a list of parts are plain words, and in all texts if any message holds an
+    image or a video. A part that names no medium gives None. Raises ``ValueError`` for a part of another type, and for media in a
+    message of another role than ``user``.
     """
     contents = [message.get("content") or "" for message in messages]
     has_media = any(part.get("type") != "text" for content in contents if not isinstance(content, str) for part in content)
@@ -36,7 +45,8 @@ def text_and_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
         text = ""
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part.get("type") == "text":
-                text += escape(part["text"]) if has_media and human else part["text"]
+                words = human and (has_media or not isinstance(content, str))
+                text += escape(part["text"]) if words else part["text"]
                 continue
             medium, marker = _medium(part)
             if not human:
@@ -50,12 +60,31 @@ def text_and_media(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
 def _medium(part: Mapping[str, Any]) -> tuple[Any, str]:
     """The medium in a part of a message, and its marker."""
     kind = part.get("type")
-    if kind not in ("image", "video"):
-        raise ValueError(f"a part of a message has type={kind!r}; use text, image or video")
+    if kind not in ("image", "video", "image_url", "video_url"):
+        raise ValueError(f"a part of a message has type={kind!r}; use text, image, video, image_url or video_url")
+    marker = IMAGE if kind.startswith("image") else VIDEO
+    if part.get("base64") is not None:
+        return f"data:;base64,{part['base64'].rpartition(',')[2]}", marker
     medium = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-    if medium is None:
-        raise ValueError(f"a part of type {kind} names no {kind}; give it under the key {kind!r}")
-    return medium, IMAGE if kind == "image" else VIDEO
+    if kind.endswith("_url") and isinstance(medium, Mapping):
+        medium = medium.get("url")
+    if marker == VIDEO and isinstance(medium, list | tuple):
+        medium = Frames(medium)
+    return medium, marker
+
+
+def in_place_of_none(in_parts: list[Any], given: list[Any]) -> list[Any]:
+    """The media of a conversation's parts; those ``given`` beside it take the places of parts that name none.
+
+    Parts stay None if nothing is given. Raises ``ValueError`` if the numbers differ.
+    """
+    empty = sum(medium is None for medium in in_parts)
+    if given and not empty:
+        raise ValueError("media are given both in the messages and in images or videos; give them in one place only")
+    if given and len(given) != empty:
+        raise ValueError(f"the messages hold {empty} parts that name no medium, but {len(given)} media are given beside them")
+    rest = iter(given)
+    return [next(rest, None) if medium is None else medium for medium in in_parts]
 
 
 def of_each_conversation(media: Any, is_one: Callable[[Any], bool], several: bool, count: int) -> list[list[Any]]:
@@ -117,6 +146,8 @@ def is_image(value: Any) -> bool:
 
 def is_video(value: Any) -> bool:
     """Whether ``value`` has the form of one video."""
+    if isinstance(value, Frames):
+        return bool(value) and all(is_image(one) for one in value)
     if isinstance(value, list | tuple):
         return bool(value) and all(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in value)
     return isinstance(value, str | os.PathLike) or getattr(value, "ndim", 0) == 4
@@ -137,6 +168,8 @@ def read_picture(image: Any) -> Image.Image:
     """An image as an RGB picture. Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for an unfit array."""
     if isinstance(image, Image.Image):
         return as_rgb(image)
+    if isinstance(image, str) and image.startswith("data:"):
+        return _inline(image)
     if isinstance(image, str | os.PathLike):
         return load_image(_path(image))
     array = np.asarray(image)
@@ -150,8 +183,23 @@ def read_picture(image: Any) -> Image.Image:
 
 
 def _path(path: str | os.PathLike) -> str:
-    """``path`` as text. Raises ``ValueError`` for a network address."""
+    """``path`` as text, that of a ``file://`` address too. Raises ``ValueError`` for another address."""
     name = os.fspath(path)
+    address = urlsplit(name) if name.startswith("file://") else None
+    if address is not None and address.netloc in ("", "localhost"):
+        return unquote(address.path)
+    if name.startswith("data:"):
+        raise ValueError("a video is given as data:; write it to a file and give its path, or give its frames")
     if "://" in name:
         raise ValueError(f"{name} is a network address; download the file and give its path")
     return str(Path(name))
+
+
+def _inline(address: str) -> Image.Image:
+    """The picture in a ``data:`` address, as RGB. Raises ``ValueError`` for one that holds none."""
+    try:
+        content = base64.b64decode(address.partition(",")[2], validate=True)
+        with Image.open(io.BytesIO(content)) as picture:
+            return as_rgb(picture)
+    except (binascii.Error, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{address[:40]}... holds no picture in base64 ({error}); give data:image/png;base64,...") from error

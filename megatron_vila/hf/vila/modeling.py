@@ -57,6 +57,8 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text, ours = config.get_text_config(), config.model_settings
         std = text.initializer_range
         self.vision_tower = VisionTower(ours.vision, std)
+        # The tower has a configuration of its own, made from our settings.
+        self.vision_tower.vision_model.set_attn_implementation(config.vision_config._attn_implementation or "sdpa")
         self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
         self.llm = _LANGUAGE_MODELS[text.model_type](text)
         self.post_init()
@@ -108,6 +110,11 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Projected tokens [F, T, H] of pictures [F, 3, P, P], images or video frames, as uint8 or as the processor's floats."""
         return encode_frames(self.vision_tower, self.mm_projector, pixel_values)
 
+    def get_video_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        """Projected tokens [F, T, H] of the frames [F, 3, P, P] of one video or several, or [N, F, T, H] of [N, F, 3, P, P]."""
+        features = self.get_image_features(pixel_values_videos.flatten(end_dim=-4))
+        return features.unflatten(0, pixel_values_videos.shape[:-3])
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -125,11 +132,13 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         ``input_ids`` int64 [B, S] hold ``image_token_id`` or ``video_token_id`` in the places of visual tokens, ``pixel_values``
         [F, 3, P, P] the pictures in the order of their places. Raises ``ValueError`` if the number of places is not that of the
-        pictures' tokens, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        pictures' tokens, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given. Visual tokens in ``labels``, as
+        in a copy of ``input_ids``, count as -100: nothing is learned of them.
         """
+        if labels is not None:
+            labels = labels.masked_fill(self._is_visual(labels), -100)
         if input_ids is not None and inputs_embeds is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            inputs_embeds = self._embed(input_ids, pixel_values, is_prefill=past == 0)
+            inputs_embeds = self._embed(input_ids, pixel_values)
         elif input_ids is not None or inputs_embeds is None:
             raise ValueError("both or neither of input_ids and inputs_embeds are given; give either input_ids or inputs_embeds")
         elif pixel_values is not None:
@@ -147,13 +156,13 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _embed(self, input_ids_BS: torch.Tensor, pixels_F3PP: torch.Tensor | None, is_prefill: bool) -> torch.Tensor:
+    def _embed(self, input_ids_BS: torch.Tensor, pixels_F3PP: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings [B, S, H] with the visual tokens in their places."""
         visual_BS = self._is_visual(input_ids_BS)
         embeddings_BSH = self.get_input_embeddings()(input_ids_BS.masked_fill(visual_BS, 0))
         if pixels_F3PP is None:
-            # While decoding, all tokens are the model's own, even one with the id of a visual token.
-            if is_prefill and visual_BS.any():
+            # The model itself writes no visual token: their ids lie beyond its vocabulary.
+            if visual_BS.any():
                 raise ValueError(
                     f"input_ids hold {int(visual_BS.sum())} visual tokens but there are no pixel_values; give the processor's"
                 )

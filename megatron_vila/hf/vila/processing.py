@@ -31,8 +31,9 @@ from megatron_vila.data.signs import MEDIUM, markers_of, with_signs, without_sig
 from megatron_vila.data.template import NAMED, render, with_clock
 from megatron_vila.hf.vila.call_options import CallOptions
 from megatron_vila.hf.vila.chat_parts import reads, walks_over_parts, with_parts
-from megatron_vila.hf.vila.configuration import VilaConfig
+from megatron_vila.hf.vila.configuration import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VilaConfig
 from megatron_vila.hf.vila.given_media import (
+    in_place_of_none,
     is_empty,
     is_image,
     is_video,
@@ -80,8 +81,6 @@ class VilaProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         image_size: int,
         tokens_per_frame: int,
-        image_token_id: int,
-        video_token_id: int,
         image_separator_ids: Sequence[int],
         frame_separator_ids: Sequence[int],
         num_frames: int,
@@ -97,7 +96,7 @@ class VilaProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or NAMED.get(template) or tokenizer.chat_template)
         self.image_size, self.tokens_per_frame = image_size, tokens_per_frame
-        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        self.image_token_id, self.video_token_id = IMAGE_TOKEN_ID, VIDEO_TOKEN_ID
         self.image_separator_ids, self.frame_separator_ids = list(image_separator_ids), list(frame_separator_ids)
         self.num_frames, self.fps = num_frames, fps
         self.image_aspect, self.max_positions = image_aspect, max_positions
@@ -114,8 +113,6 @@ class VilaProcessor(ProcessorMixin):
         settings = {
             "image_size": config.model_settings.vision.image_size,
             "tokens_per_frame": config.tokens_per_frame,
-            "image_token_id": config.image_token_id,
-            "video_token_id": config.video_token_id,
             **{name: value for name, value in config.megatron_vila.items() if name in _ARGUMENTS},
             **given,
         }
@@ -144,7 +141,7 @@ class VilaProcessor(ProcessorMixin):
                 raise FileNotFoundError(f"{folder} has no config.json and no processor_config.json; give the folder of a model")
             return cls.from_config(config, tokenizer, **given)
         settings, _ = cls.get_processor_dict(folder)
-        settings = {k: v for k, v in settings.items() if k not in ("processor_class", "auto_map", "chat_template")}
+        settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
         return cls(tokenizer, **{**settings, **given})
 
     @property
@@ -217,7 +214,8 @@ class VilaProcessor(ProcessorMixin):
         """Place the media of one conversation or several, render it with the chat template, and with ``tokenize`` process it.
 
         The content of a message is text, or a list of parts: ``{"type": "text", "text": ...}``, ``{"type": "image", "image":
-        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too).
+        path, picture or array}``, ``{"type": "video", "video": path or frames}`` (a file may be under ``path`` or ``url`` too;
+        parts of the type ``image_url`` are read). A part without its medium stands for the next one in ``images`` or ``videos``.
         In a conversation with image or video parts, a marker in a text is a plain word. Media of texts with markers are given as
         ``images`` and ``videos``: lists for one conversation, a list of lists for several. Without ``tokenize`` they may instead
         be given to the call that processes the text; then every marker stands for one medium. ``media_format`` is the rule by
@@ -240,6 +238,8 @@ class VilaProcessor(ProcessorMixin):
             self._place(one, pictures, clips, known=tokenize or images is not None or videos is not None)
             for one, pictures, clips in zip(conversations, *given, strict=True)
         ]
+        if tokenize and any(medium is None for _, *media in placed for own in media for medium in own):
+            raise ValueError("a part of a message names no image or no video; give it under its key, or in images or videos")
         template = self.tokenizer.get_chat_template(chat_template or self.chat_template, tools)
         own = reads(template)
         template_arguments = {name: value for name, value in more.items() if name in own}
@@ -283,9 +283,7 @@ class VilaProcessor(ProcessorMixin):
         """Messages with signs in the places of media, and the media. Unless these are ``known``, markers give their number."""
         contents, *in_parts = text_and_media(messages)
         if any(in_parts):
-            if images or videos:
-                raise ValueError("media are given both in the messages and in images or videos; give them in one place only")
-            images, videos = in_parts
+            images, videos = (in_place_of_none(own, media) for own, media in zip(in_parts, (images, videos), strict=True))
         counts = [len(images), len(videos)]
         turns = [Turn(message["role"], content) for message, content in zip(messages, contents, strict=True)]
         if not known and not any(in_parts):
@@ -352,6 +350,8 @@ class VilaProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+# Keys of a processor's file that are no settings of this class, or are the same for all.
+_NOT_SETTINGS = ("processor_class", "auto_map", "chat_template", "image_token_id", "video_token_id")
 _ARGUMENTS = inspect.signature(VilaProcessor.__init__).parameters.keys() - {"self", "tokenizer"}
 
 
