@@ -55,7 +55,7 @@ def heat_map(results: Results, title: str) -> Figure:
             (0, 0), len(trained), len(depths), fill=False, edgecolor=_MARK, linewidth=3, clip_on=False, zorder=5
         )
         axes.add_patch(box)
-    axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=24)
+    axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=24, parse_math=False)
     axes.text(0, 1, _summary(results, bool(trained)), transform=axes.transAxes, color=_INK, fontsize=9, va="bottom")
     axes.texts[-1].set_y(1.025)
     return figure

@@ -38,6 +38,8 @@ _HEIGHT = 240
 """Most pixels of a picture of the strip from top to bottom."""
 _COLUMN = 1.9
 """Inches of the strip for each picture."""
+_LETTERS = 13
+"""Letters of the question that an inch of the strip has room for."""
 _STEPS_S = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 36000, 1e9)
 """Seconds that may lie between two marks of the axis of time."""
 
@@ -234,7 +236,11 @@ def _strip(
     top = below + heights["bar"] + heights["share"] + gap
     _draw_weights(place(left, top, width - gap, heights["weights"]), found, weights, seconds)
     if title:
-        figure.text(left / size[0], 1 - 0.2 / size[1], title, va="center", fontsize=10, color=_INK)
+        # A question is not a formula: "$5 or $10" stands as it was asked. What does not fit beside the strip is left out.
+        text, room = " ".join(title.split()), int(_LETTERS * (width - gap))
+        text = text if len(text) <= room else f"{text[: room - 4]} ..."
+        at = left / size[0], 1 - 0.2 / size[1]
+        figure.text(*at, text, va="center", fontsize=10, color=_INK, parse_math=False)
     return figure
 
 

@@ -168,6 +168,20 @@ def test_a_strip_is_drawn_without_the_pictures_of_a_file_that_is_gone(tmp_path):
     assert Image.open(tmp_path / "strip.png").width > 300
 
 
+@pytest.mark.parametrize("question", ["Is it $5 or \\foo{ $?", "$x^$", "what\n is it? " * 2000])
+def test_a_strip_shows_a_question_of_any_letters(tmp_path, question):
+    there = tmp_path / "there.png"
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(there)
+    document = _document([FrameRef(str(tmp_path), (0,), True, ONE, (str(there),))])
+    weights, seconds = np.array([0.5]), np.array([np.nan])
+    found = moments(document, weights, seconds)
+    draw_strip(tmp_path / "strip.png", found, pictures_of(document, found), weights, seconds, question)
+    with Image.open(tmp_path / "strip.png") as strip:
+        pixels = np.asarray(strip.convert("L"))
+    assert (pixels[:60] < 200).any(1).sum() < 30  # one line above the pictures
+    assert (pixels[:, -4:] > 200).all()  # which ends within the strip
+
+
 def test_a_moment_of_several_frames_is_told_by_its_first(video):
     frames = [
         FrameRef(str(video), (0, 4), True, replace(ONE, frames=2)),
