@@ -1,6 +1,6 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import formats, guards, house, inputs, models, parallel, prepare, runs, steps, view, weights
+from . import formats, guards, house, inference, inputs, models, parallel, prepare, runs, steps, view, weights
 
 FAULTS = [
     *parallel.FAULTS,
@@ -14,4 +14,5 @@ FAULTS = [
     *formats.FAULTS,
     *prepare.FAULTS,
     *view.FAULTS,
+    *inference.FAULTS,
 ]
