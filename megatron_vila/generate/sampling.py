@@ -40,7 +40,8 @@ def choose(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generat
     """A token of each row, int64 [B]; ``generator`` is on the device of the logits."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / sampling.temperature
+    # From the highest on, so that no temperature is too low to divide by.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)

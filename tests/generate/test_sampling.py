@@ -30,6 +30,7 @@ def test_without_temperature_the_likeliest_token_is_taken():
         ({"temperature": 1.0, "top_p": 0.76}, [0, 2, 3], 1),
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [0, 2], 1),
         ({"temperature": 1.0, "top_k": 9}, [0, 1, 2, 3], 1),
+        ({"temperature": 1e-45}, [0], 1),
     ],
     ids=str,
 )
