@@ -34,7 +34,7 @@ def fingerprint(row: Row, videos: Sequence[Any], has_labels: bool) -> np.ndarray
 
 def _digest(values: Any) -> int:
     data = np.ascontiguousarray(values, dtype=np.int64)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(data.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 def check_same_row(mine: np.ndarray, host: dist.ProcessGroup) -> None:

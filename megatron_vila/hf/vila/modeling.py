@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,8 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         std = text.initializer_range
         self.vision_tower = VisionTower(ours.vision, std)
         # The tower has a configuration of its own, made from our settings.
-        self.vision_tower.vision_model.set_attn_implementation(config.vision_config._attn_implementation or "sdpa")
+        attention = getattr(config.vision_config, "_attn_implementation", None) or "sdpa"
+        self.vision_tower.vision_model.set_attn_implementation(attention)
         self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
         self.llm = _LANGUAGE_MODELS[text.model_type](text)
         self.post_init()
@@ -136,7 +137,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         in a copy of ``input_ids``, count as -100: nothing is learned of them.
         """
         if labels is not None:
-            labels = labels.masked_fill(self._is_visual(labels), -100)
+            labels = cast(torch.LongTensor, labels.masked_fill(self._is_visual(labels), -100))
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, pixel_values)
         elif input_ids is not None or inputs_embeds is None:

@@ -323,10 +323,11 @@ class VilaProcessor(ProcessorMixin):
 
     def _cut(self, row: np.ndarray, asked: CallOptions) -> np.ndarray:
         """``row`` without the tokens beyond ``max_length``, at the side where the tokenizer cuts."""
-        if not asked.truncates or len(row) <= (asked.max_length or 0):
+        most = asked.max_length
+        if not asked.truncates or most is None or len(row) <= most:
             return row
         at_left = self.tokenizer.truncation_side == "left"
-        kept, lost = (row[-asked.max_length :], row[: -asked.max_length]) if at_left else np.split(row, [asked.max_length])
+        kept, lost = (row[-most:], row[:-most]) if at_left else np.split(row, [most])
         if np.isin(lost, [self.image_token_id, self.video_token_id]).any():
             raise ValueError(
                 f"max_length={asked.max_length} would cut visual tokens from a text of {len(row)} tokens; take fewer frames "
