@@ -173,6 +173,8 @@ def prepare() -> None:
     )
     for name in quiet:
         logging.getLogger(f"{_MCORE}.{name}").addFilter(_is_news)
+    # A compiler without a GPU is no news to who trains on a CPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         megatron_on_cpu.redirect(cuda())
 
