@@ -16,7 +16,8 @@ PROMPTS = (
     document("text", "ttttt"),
     document("other", "FFtttttttttttt"),
 )
-NEW = 5
+NEW, FEW = 64, 5
+"""Tokens of an answer where layouts are compared, and where something else is."""
 MODELS = {"grouped": config(layers=2), "uneven": config(layers=2, heads=12, kv_heads=6, tied=True)}
 """``uneven`` heads are not cut by groups where ulysses is 4."""
 
@@ -25,6 +26,12 @@ MODELS = {"grouped": config(layers=2), "uneven": config(layers=2, heads=12, kv_h
 def truth():
     """What one process answers, for each model."""
     return {name: pool.run(1, true_answers, model, PROMPTS, NEW)[0] for name, model in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def short(truth):
+    """The beginnings of these answers."""
+    return {name: [(ids[:FEW], logits[:FEW]) for ids, logits in answers] for name, answers in truth.items()}
 
 
 def _answers(rank, model, parallel, dtype, settings, new):
@@ -66,20 +73,20 @@ def _one_by_one(rank, parallel):
     """Prompts asked alone, one after the other; one of them twice; and the second half of an answer asked as a tail."""
     made, pictures = engine(MODELS["grouped"], parallel, torch.float64, chunk_tokens=8)
     asked = requests(made, pictures, PROMPTS)
-    alone = [made.answer([request], Sampling(max_new_tokens=NEW))[0].token_ids.tolist() for request in asked]
+    alone = [made.answer([request], Sampling(max_new_tokens=FEW))[0].token_ids.tolist() for request in asked]
     chunks = len(pictures.encoded)
     again = requests(made, pictures, PROMPTS[:1])[0]
     assert again.prefix is asked[0].prefix and len(pictures.encoded) == chunks, "what somebody holds is not read again"
     forced = made.predictions([Request(r.prefix, np.append(r.tail, ids)) for r, ids in zip(asked, alone, strict=True)])
     destroy(made)
-    return alone, [ids[-NEW - 1 :].tolist() for ids in forced]
+    return alone, [ids[-FEW - 1 :].tolist() for ids in forced]
 
 
 @pytest.mark.parametrize("layout", [{}, {"ulysses": 2, "ring": 2}], ids=str)
-def test_prompts_alone_and_forced_answers_give_the_same_tokens(truth, layout):
+def test_prompts_alone_and_forced_answers_give_the_same_tokens(short, layout):
     parallel = ParallelConfig(**layout)
     for alone, forced in pool.run(parallel.ulysses * parallel.ring, _one_by_one, parallel):
-        assert alone == [ids for ids, _ in truth["grouped"]]
+        assert alone == [ids for ids, _ in short["grouped"]]
         assert [ids[:-1] for ids in forced] == alone
 
 
@@ -95,7 +102,7 @@ def _instead(rank, parallel):
 
         taken = made.prefill(beginning, pictures, "taken", hear, instead_of=given_up)
         seen.clear()
-        made.answer([Request(taken, tail)], Sampling(max_new_tokens=NEW))
+        made.answer([Request(taken, tail)], Sampling(max_new_tokens=FEW))
         found.append((np.concatenate(seen), taken.span is given_up.span, len(heard), heard[-1:]))
         del taken, given_up
     destroy(made)
@@ -103,8 +110,8 @@ def _instead(rank, parallel):
 
 
 @pytest.mark.parametrize("layout", [{}, {"ulysses": 2, "ring": 2}], ids=str)
-def test_a_prompt_read_instead_of_another_takes_its_memory_and_its_beginning(truth, layout):
-    parallel, wanted = ParallelConfig(**layout), truth["grouped"][0][1]
+def test_a_prompt_read_instead_of_another_takes_its_memory_and_its_beginning(short, layout):
+    parallel, wanted = ParallelConfig(**layout), short["grouped"][0][1]
     for found in pool.run(parallel.ulysses * parallel.ring, _instead, parallel):
         for logits, *_ in found:
             np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-10 * np.abs(wanted).max())
@@ -119,15 +126,15 @@ def _with_stop(rank, parallel, stop):
     heard = []
     answers = made.answer(
         requests(made, pictures, PROMPTS),
-        Sampling(max_new_tokens=NEW, stop_ids=(stop,)),
+        Sampling(max_new_tokens=FEW, stop_ids=(stop,)),
         on_token=lambda row, token: heard.append((row, token)),
     )
     destroy(made)
     return [(answer.token_ids.tolist(), answer.stopped_by) for answer in answers], heard
 
 
-def test_an_answer_ends_at_a_stop_token_while_others_go_on(truth):
-    wanted = [ids for ids, _ in truth["grouped"]]
+def test_an_answer_ends_at_a_stop_token_while_others_go_on(short):
+    wanted = [ids for ids, _ in short["grouped"]]
     stop = wanted[0][2]
     for answers, heard in pool.run(2, _with_stop, ParallelConfig(ring=2), stop):
         for row, (ids, why) in enumerate(answers):
@@ -160,14 +167,14 @@ def _of_another_mind(rank, parallel):
     made, pictures = engine(MODELS["grouped"], parallel, torch.float64)
     asked, logits = requests(made, pictures, PROMPTS), made.runner.logits
     made.runner.logits = lambda hidden_nH: logits(hidden_nH) * (1 if rank == 0 else -1)
-    answers = made.answer(asked, Sampling(max_new_tokens=NEW))
+    answers = made.answer(asked, Sampling(max_new_tokens=FEW))
     destroy(made)
     return [answer.token_ids.tolist() for answer in answers]
 
 
-def test_all_ranks_go_on_with_the_tokens_that_the_first_rank_chose(truth):
+def test_all_ranks_go_on_with_the_tokens_that_the_first_rank_chose(short):
     for tokens in pool.run(2, _of_another_mind, ParallelConfig(ring=2)):
-        assert tokens == [ids for ids, _ in truth["grouped"]]
+        assert tokens == [ids for ids, _ in short["grouped"]]
 
 
 def _fp8(rank, parallel):
@@ -179,11 +186,11 @@ def _fp8(rank, parallel):
 
 
 @pytest.mark.parametrize("layout", [{}, {"ring": 2}], ids=str)
-def test_an_fp8_cache_is_near_the_truth(truth, layout):
+def test_an_fp8_cache_is_near_the_truth(short, layout):
     """e4m3 has a relative rounding error of at most 1/16; scores and values carry it into logits."""
     parallel = ParallelConfig(**layout)
     for logits in pool.run(parallel.ring, _fp8, parallel):
-        for row, (_, wanted) in enumerate(truth["grouped"]):
+        for row, (_, wanted) in enumerate(short["grouped"]):
             error = np.abs(logits[row][0] - wanted[0]).max() / np.abs(wanted[0]).max()
             assert 0 < error < 0.05
 
