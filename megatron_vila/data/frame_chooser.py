@@ -11,7 +11,7 @@ from megatron_vila.config.schema import DataConfig, ModelConfig
 from megatron_vila.data.clips import picture_files, take_frames
 from megatron_vila.data.fields import Media
 from megatron_vila.data.images import picture_size
-from megatron_vila.data.media import MediaError, Member, errors_of, state_of
+from megatron_vila.data.media import Member, errors_of, open_media, state_of
 from megatron_vila.data.video import probe_video, shown_size
 from megatron_vila.data.video_info import VideoInfo
 from megatron_vila.plan.pictures import Size, pictures_of
@@ -39,7 +39,7 @@ class FrameChooser:
         with errors_of(medium.path, "cannot be read"):
             size = state_of(medium.path)[0]
         if not size:
-            raise MediaError(medium.path, "the file is empty (0 bytes)")
+            open_media(medium.path).close()  # says why it is none
         return np.zeros(1, dtype=np.int64), ()
 
     def size(self, medium: Media, indices: np.ndarray, files: Sequence[str | Member | bytes]) -> Size | None:

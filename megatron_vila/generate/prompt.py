@@ -38,10 +38,12 @@ class PromptError(UserError, ValueError):
 def seconds(text: str) -> float:
     """Seconds of ``90``, ``1:30`` or ``0:01:30.5``. Raises ``PromptError``."""
     found = _TIME.fullmatch(text.strip())
-    if found is None:
+    hours, minutes, rest = (float(part or 0) for part in found.groups()) if found is not None else (0.0, 0.0, 0.0)
+    # Only the first number may be large: 90:00 are minutes, 1:99 is a slip.
+    is_slip = text.count(":") > 0 and (rest >= 60 or (text.count(":") > 1 and minutes >= 60))
+    if found is None or is_slip:
         raise PromptError(f"{text!r} is not a time; write seconds (90), minutes (1:30) or hours (0:01:30)")
-    hours, minutes, rest = found.groups()
-    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(rest)
+    return hours * 3600 + minutes * 60 + rest
 
 
 def media_of(
@@ -58,9 +60,13 @@ def media_of(
             raise PromptError(f"{path}: no such file; give a picture or a video that is there")
     for path in images:
         if Path(path).is_dir():
-            raise PromptError(f"{path} is a folder: give it as a video whose frames are the pictures in it, or name a picture")
+            raise PromptError(
+                f"{path} is a folder: give it as a video whose frames are the pictures in it, or name a picture"
+            )
     if (start_s is not None or end_s is not None) and len(videos) != 1:
-        raise PromptError(f"a start or an end cuts a clip out of one video, and there are {len(videos)}; give one video")
+        raise PromptError(
+            f"a start or an end cuts a clip out of one video, and there are {len(videos)}; give one video"
+        )
     if start_s is not None and end_s is not None and end_s < start_s:
         raise PromptError(f"the clip ends at {end_s:g} s, before it starts at {start_s:g} s; swap the two")
     return (
@@ -83,8 +89,10 @@ class Prompts:
     def choose(self, media: Sequence[Media], num_frames: int | None = None, fps: float | None = None) -> Pictures:
         """The units of each medium: with ``num_frames`` at most so many of a video, with ``fps`` at most so many a second;
         without either, what the training run took. Reads frame tables, no pixel. Raises ``MediaError`` and ``PromptError``."""
-        if (num_frames is not None and num_frames < 1) or (fps is not None and not 0 < fps < 1e6):
-            raise PromptError(f"num_frames={num_frames}, fps={fps}: ask for at least one frame, and a rate above 0")
+        if num_frames is not None and num_frames < 1:
+            raise PromptError(f"{num_frames} frames of a video are none: ask for at least one (--frames, num_frames)")
+        if fps is not None and not 0 < fps < 1e6:
+            raise PromptError(f"{fps:g} frames a second are no rate: give one above 0 (--fps, fps)")
         chooser, data, taken = self._chooser, self._config.data, []
         if num_frames is not None or fps is not None:
             data = dataclasses.replace(data, num_frames=num_frames or _MOST_FRAMES, fps=fps or 0.0)
@@ -142,4 +150,3 @@ class Prompts:
             f"{videos} videos; write one marker for each file, or none (the files then stand first), or {escape(VIDEO)} for the "
             "word"
         )
-

@@ -7,6 +7,7 @@ of this file alike, and all raise if one fails; the folder must be one that they
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -49,8 +50,8 @@ def save(
     failed = f"the snapshot {folder} cannot be saved"
     tensors = list(_tensors(span, torch.from_numpy(span.positions)))
     size = sum(gathered(file_bytes(tensors)))
-    partial = on_rank_zero(lambda: snapshot_files.start(folder, size), failed)
-    try:
+    with contextlib.ExitStack() as held:
+        partial = on_rank_zero(lambda: held.enter_context(snapshot_files.writing(folder, size)), failed)
         path = partial / rank_file(topology.rank)
         sums = on_all_ranks(lambda: write_tensors(path, tensors), failed)
         ranks = gathered(RankFile(span.length, span.k.shape[2], file_bytes(tensors), tuple(sums)))
@@ -73,10 +74,6 @@ def save(
             snapshot_files.finish(folder, partial, prefix.document, info)
 
         on_rank_zero(finish, failed)
-    except BaseException:
-        if topology.rank == 0:
-            snapshot_files.abandon(folder)
-        raise
 
 
 def load(

@@ -12,6 +12,7 @@ Legend: L tokens of the document, F units of frames.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -100,11 +101,13 @@ class SnapshotInfo:
         return {DOCUMENT: self.document_bytes} | {rank_file(r): told.size for r, told in enumerate(self.ranks)}
 
 
-def start(folder: Path, size: int) -> Path:
-    """Make the hidden folder in which the snapshot ``folder`` with ``size`` bytes of keys and values is written; returns it.
+@contextlib.contextmanager
+def writing(folder: Path, size: int) -> Iterator[Path]:
+    """The hidden folder in which the snapshot ``folder`` with ``size`` bytes of keys and values is written, this process's alone;
+    ``finish`` makes it the snapshot, and after an error it is deleted.
 
-    What an interrupted save has left there is deleted. Raises ``CheckpointError`` if something else than a snapshot stands at
-    ``folder`` or its disk has no room, ``OSError`` if the system refuses.
+    What an interrupted save has left there is deleted before. Raises ``CheckpointError`` if another process saves there now,
+    something else than a snapshot stands at ``folder`` or its disk has no room, ``OSError`` if the system refuses.
     """
     if not folder.name:
         raise CheckpointError(f"{folder} is no name for a snapshot")
@@ -112,15 +115,43 @@ def start(folder: Path, size: int) -> Path:
     if os.path.lexists(folder) and not _may_be_replaced(folder):
         raise CheckpointError("something else than a snapshot stands there; name another folder")
     partial = _hidden(folder, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError), _alone(partial):
+        shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if free < size:
         raise CheckpointError(
             f"it takes {size / GIB:.1f} GiB and the disk of {folder.parent} has {free / GIB:.1f} GiB free; make room, or name a "
             "folder on another disk"
         )
-    partial.mkdir()
-    return partial
+    try:
+        partial.mkdir()
+    except FileExistsError as error:
+        raise _taken(partial) from error
+    with _alone(partial):
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Hold the folder ``partial``; the system lets go of it when this process ends. Raises ``CheckpointError`` if another process
+    holds it, ``FileNotFoundError`` if it is not there."""
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _taken(partial) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _taken(partial: Path) -> CheckpointError:
+    return CheckpointError(f"another process saves there now (it writes {partial}); name another folder, or wait for it")
 
 
 def finish(folder: Path, partial: Path, document: Document, info: SnapshotInfo) -> None:
@@ -146,11 +177,6 @@ def finish(folder: Path, partial: Path, document: Document, info: SnapshotInfo) 
     partial.rename(folder)
     flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def abandon(folder: Path) -> None:
-    """Delete what a save that failed has written."""
-    shutil.rmtree(_hidden(folder, "partial"), ignore_errors=True)
 
 
 def read_snapshot_info(folder: str | Path) -> SnapshotInfo:

@@ -138,10 +138,15 @@ def cache_problem(
     def fitting(of: CacheMemory) -> int:
         return frames_that_fit(config, of.tokens_in(room_bytes), wanted.text_tokens, wanted.separators)
 
-    what = f"{wanted.frames:,} frames ({wanted.tokens:,} tokens)" if wanted.frames else f"{wanted.tokens:,} tokens"
-    fit = f"{fitting(memory):,} frames" if wanted.frames else f"{memory.tokens_in(room_bytes):,} tokens"
-    cures = [f"ask with --frames {fitting(memory)}"] if wanted.frames and fitting(memory) else []
-    cures += [f"use --cache fp8 ({fitting(other):,} frames)" for other in others if wanted.frames]
+    room = memory.tokens_in(room_bytes)
+    if not wanted.frames or (room and memory.cache(wanted.text_tokens) > room_bytes):  # too much text, whatever the frames
+        needed = memory.cache(wanted.text_tokens)
+        what, fit = f"{wanted.text_tokens:,} tokens of question and answer", f"{room:,} tokens"
+        cures = ["ask for a shorter answer (--max-new-tokens), or with a shorter question"] if room else []
+    else:
+        what, fit = f"{wanted.frames:,} frames ({wanted.tokens:,} tokens)", f"{fitting(memory):,} frames"
+        cures = [f"ask with --frames {fitting(memory)}"] if fitting(memory) else []
+        cures += [f"use --cache fp8 ({fitting(other):,} frames)" for other in others]
     ring = _ring_that_fits(memory, wanted.tokens, room_bytes)
     cures.append(f"use more GPUs (--ring {ring})" if ring else "use more GPUs (--tp)")
     return (

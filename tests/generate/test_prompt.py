@@ -128,9 +128,11 @@ def test_frames_are_those_of_training_unless_a_number_or_a_rate_is_asked_for(fil
     assert indices(num_frames=10_000) == list(range(20))
     assert len(indices(fps=2)) == 5  # 2.5 seconds
     assert len(indices(fps=2, num_frames=3)) == 3
-    for bad in ({"num_frames": 0}, {"fps": 0.0}, {"fps": -1.0}):
-        with pytest.raises(PromptError, match="at least one frame"):
+    for bad, option in (({"num_frames": 0}, "--frames"), ({"fps": 0.0}, "--fps"), ({"fps": -1.0}, "--fps")):
+        with pytest.raises(PromptError, match=option):
             indices(**bad)
+    with pytest.raises(MediaError, match="not a regular file but a device"):
+        asking.choose(media_of(["/dev/zero"], []))
 
 
 def test_a_clip_takes_frames_between_its_start_and_its_end_alone(files):
@@ -146,14 +148,14 @@ def test_a_folder_of_pictures_is_a_video(files):
     assert [unit.pictures[0].rpartition("/")[2] for unit in units] == ["1.png", "2.png", "10.png"]
 
 
-@pytest.mark.parametrize("text", ["", "abc", "1:2:3:4", "-5", "1:30m"])
+@pytest.mark.parametrize("text", ["", "abc", "1:2:3:4", "-5", "1:30m", "1:99", "1:99:09", "1:09:60"])
 def test_a_time_that_is_none_is_refused(text):
     with pytest.raises(PromptError, match=r"write seconds \(90\)"):
         seconds(text)
 
 
 def test_times_are_seconds_minutes_or_hours():
-    assert [seconds(text) for text in ("90", "1:30", "0:01:30.5", "2.25")] == [90, 90, 90.5, 2.25]
+    assert [seconds(text) for text in ("90", "1:30", "0:01:30.5", "2.25", "90:00")] == [90, 90, 90.5, 2.25, 5400]
 
 
 def test_files_that_cannot_be_asked_about_are_refused_before_anything_is_decoded(files, tmp_path):

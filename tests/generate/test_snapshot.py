@@ -99,9 +99,9 @@ def test_a_save_that_was_killed_is_never_taken_and_the_next_one_cleans_it_up(top
     prefix = prefix_of(tmp_path, torch.bfloat16)
     child = os.fork()
     if not child:
-        partial = snapshot_files.start(tmp_path / "kept", 0)
-        (partial / "rank-00000.kv").write_bytes(b"some")
-        os.kill(os.getpid(), signal.SIGKILL)
+        with snapshot_files.writing(tmp_path / "kept", 0) as partial:
+            (partial / "rank-00000.kv").write_bytes(b"some")
+            os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / ".kept.partial").exists()
     with pytest.raises(
@@ -113,6 +113,17 @@ def test_a_save_that_was_killed_is_never_taken_and_the_next_one_cleans_it_up(top
     assert stored_bytes(
         load(tmp_path / "kept", topology, MODEL, SHAPE, torch.bfloat16, content_of).span
     ) == stored_bytes(prefix.span)
+
+
+def test_a_second_save_to_a_folder_is_refused_while_the_first_goes_on(topology, tmp_path):
+    prefix = prefix_of(tmp_path, torch.bfloat16)
+    save(tmp_path / "kept", prefix, topology, MODEL, content_of)
+    with snapshot_files.writing(tmp_path / "kept", 0) as partial:
+        (partial / "rank-00000.kv").write_bytes(b"some")
+        with pytest.raises(CheckpointError, match="kept cannot be saved: another process saves there now"):
+            save(tmp_path / "kept", prefix, topology, MODEL, content_of)
+        assert (partial / "rank-00000.kv").read_bytes() == b"some"
+    save(tmp_path / "kept", prefix, topology, MODEL, content_of)
 
 
 def test_a_failed_save_leaves_the_earlier_snapshot_and_nothing_else(topology, tmp_path):

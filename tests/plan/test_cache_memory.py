@@ -95,7 +95,16 @@ def test_without_room_for_a_single_token_no_number_of_frames_is_proposed():
     problem = cache_problem(longvila(), wanted, CacheMemory(0, 0, 0, per_token=1024, ring=1), 0)
     assert "0 frames would fit: use more GPUs (--tp)" in problem and "--frames" not in problem
     text = cache_problem(longvila(), Wanted(1000, 1000, 0, 0), CacheMemory(0, 0, 0, per_token=1024, ring=1), 10 * 1024)
-    assert "these 1,000 tokens need" in text and "10 tokens would fit" in text
+    assert "these 1,000 tokens of question and answer need" in text and "10 tokens would fit" in text
+
+
+def test_an_answer_that_does_not_fit_is_to_be_shorter_whatever_the_frames():
+    memory = CacheMemory(0, 0, 0, per_token=1024, ring=1)
+    for frames in (0, 5):
+        wanted = Wanted(tokens=10**6 + frames * 197, text_tokens=10**6, frames=frames, separators=1)
+        problem = cache_problem(longvila(), wanted, memory, 2000 * 1024, [replace(memory, per_token=512)])
+        assert "1,000,000 tokens of question and answer need" in problem and "2,000 tokens would fit" in problem
+        assert "--max-new-tokens" in problem and "frames" not in problem and "fp8" not in problem
 
 
 def test_a_layout_that_nobody_chose_fits_the_model_on_every_number_of_ranks():
