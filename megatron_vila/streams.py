@@ -27,6 +27,8 @@ def leave(status: int) -> NoReturn:
 def flush_streams() -> None:
     """Flush stdout and stderr. What one does not take is dropped, with all that follows: else Python fails on it at its end."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed before the process began
+            continue
         try:
             stream.flush()
         except OSError:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from megatron_vila import busy as module
 from megatron_vila.busy import CurrentStdout, busy, counted
+from megatron_vila.streams import flush_streams, tell
 
 
 @pytest.fixture
@@ -88,3 +89,10 @@ def test_an_output_that_takes_no_more_brings_no_traceback_for_each_line(monkeypa
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
         CurrentStdout().handle(logging.makeLogRecord({"msg": "lost"}))
     assert errors.getvalue() == ""
+
+
+def test_streams_that_were_closed_before_the_process_began_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    flush_streams()
+    tell("nobody reads this")

@@ -308,10 +308,12 @@ class _Session:
             told["moments"] = self._moments(reply)
         self._results.append(told)
         if _is_first():
-            rate = (len(reply.token_ids) - 1) / reply.decode_s if len(reply.token_ids) > 1 and reply.decode_s else 0.0
+            rate = ""
+            if len(reply.token_ids) > 1 and reply.decode_s:
+                rate = f", then {(len(reply.token_ids) - 1) / reply.decode_s:.1f} tokens/s"
             tell(
-                f"{reply.frames:,} frames, {reply.prompt_tokens:,} tokens; first token after {reply.first_token_s:.2f} s, then "
-                f"{rate:.1f} tokens/s" + ("; cut off by --max-new-tokens" if reply.stopped_by == "length" else "")
+                f"{reply.frames:,} frames, {reply.prompt_tokens:,} tokens; first token after {reply.first_token_s:.2f} s{rate}"
+                + ("; cut off by --max-new-tokens" if reply.stopped_by == "length" else "")
             )
 
     def _moments(self, reply: Reply) -> list[dict[str, Any]]:
