@@ -3,6 +3,7 @@
 Weights are random; no number depends on them. ``engine`` reads prompts of text, or of the frames of a video (``--frames``), and
 decodes. ``stock`` does the same with Transformers' Qwen2, in one forward call or in chunks. ``longest`` finds the longest prompt
 whose cache has room: it is allocated in full and filled, and the last two chunks and 16 decoded tokens are really run.
+``stock_longest`` does so for Transformers: its last layer really runs, in the memory that the other layers leave.
 ``--snapshot`` saves a prompt's cache, takes it up again from the disk, and asks.
 
   python -m benchmarks.inference engine --tokens 131072,262144,524288 --out docs/benchmarks/inference.csv
@@ -144,43 +145,29 @@ def longest(config: Config, lengths: Sequence[int], options: argparse.Namespace,
                 )
                 del span
                 continue
-            done(
-                {
-                    "engine": "megatron_vila",
-                    "tokens": tokens,
-                    "cache": cache,
-                    "note": f"cache filled; last two chunks of {made.chunk_tokens} tokens in {seconds:.1f} s",
-                    "decode_tokens_per_s": rate,
-                    "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
-                }
-            )
+            row = {
+                "engine": "megatron_vila",
+                "tokens": tokens,
+                "cache": cache,
+                "note": f"cache filled; last two chunks of {made.chunk_tokens} tokens in {seconds:.1f} s",
+                "decode_tokens_per_s": rate,
+                "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
+            }
+            done(row)
+            if options.snapshot:
+                held = [Prefix(_text(config, 1), span, "", tokens)]
+                span = None
+                done(row | _snapshot(made, held, options))
             break
         del made, span
         _free()
 
 
 def stock(config: Config, lengths: Sequence[int], options: argparse.Namespace, done: Done) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    llm = config.model.llm
-    torch.set_default_dtype(torch.bfloat16)
-    with accelerator.device():
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=llm.vocab_size,
-                hidden_size=llm.hidden_size,
-                intermediate_size=llm.ffn_hidden_size,
-                num_hidden_layers=llm.num_layers,
-                num_attention_heads=llm.num_heads,
-                num_key_value_heads=llm.num_kv_heads,
-                max_position_embeddings=2**22,
-                attn_implementation="sdpa",
-            )
-        ).eval()
-    torch.set_default_dtype(torch.float32)
+    model = _stock_model(config, config.model.llm.num_layers)
     for tokens in lengths:
         step = options.chunk or tokens
-        ids_1S = torch.randint(llm.vocab_size, (1, tokens), device=accelerator.device())
+        ids_1S = torch.randint(config.model.llm.vocab_size, (1, tokens), device=accelerator.device())
         try:
             with torch.no_grad():
                 model(ids_1S[:, :1024], use_cache=True, logits_to_keep=1)
@@ -218,7 +205,76 @@ def stock(config: Config, lengths: Sequence[int], options: argparse.Namespace, d
         _free()
 
 
-KINDS = {"engine": engine, "stock": stock, "longest": longest}
+def stock_longest(config: Config, lengths: Sequence[int], options: argparse.Namespace, done: Done) -> None:
+    """The first of ``lengths`` whose last layer runs, in one forward call or (``--chunk``) as the last chunk of a filled cache.
+
+    Memory is held for the weights of the layers before and for their keys and values, which a whole run would hold by then.
+    """
+    from transformers import DynamicCache
+
+    llm, device = config.model.llm, accelerator.device()
+    model = _stock_model(config, 1)
+    layer_bytes = 2 * sum(weight.numel() for weight in model.model.layers.parameters())
+    token_bytes = 2 * 2 * llm.num_kv_heads * head_dim(llm)
+    for tokens in lengths:
+        step = options.chunk or tokens
+        accelerator.reset_peak_memory()
+        held = cache = out = kv = None
+        try:
+            others = (llm.num_layers - 1) * (layer_bytes + tokens * token_bytes)
+            held = [torch.empty(others, dtype=torch.uint8, device=device)]
+            with torch.no_grad():
+                cache = DynamicCache(config=model.config)
+                if step < tokens:
+                    kv = torch.randn(1, llm.num_kv_heads, tokens - step, head_dim(llm), device=device, dtype=model.dtype)
+                    cache.update(kv, kv, 0)
+                    kv = None
+                ids_1S = torch.randint(llm.vocab_size, (1, step), device=device)
+                started_s = _now()
+                out = model(ids_1S, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(out.logits.argmax(-1), past_key_values=cache, use_cache=True)
+                seconds = _now() - started_s
+        except torch.OutOfMemoryError as error:
+            print(f"{tokens} tokens do not fit: {str(error).splitlines()[0][:200]}", flush=True)
+        else:
+            how = f"chunks of {step} tokens, the last one" if options.chunk else "one forward call"
+            done(
+                {
+                    "engine": "transformers",
+                    "tokens": tokens,
+                    "cache": "bf16",
+                    "note": f"{how}: last layer run in {seconds:.1f} s, memory of the others held",
+                    "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
+                }
+            )
+            break
+        del held, cache, out, kv
+        _free()
+
+
+KINDS = {"engine": engine, "stock": stock, "longest": longest, "stock_longest": stock_longest}
+
+
+def _stock_model(config: Config, layers: int):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    llm = config.model.llm
+    torch.set_default_dtype(torch.bfloat16)
+    with accelerator.device():
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=llm.vocab_size,
+                hidden_size=llm.hidden_size,
+                intermediate_size=llm.ffn_hidden_size,
+                num_hidden_layers=layers,
+                num_attention_heads=llm.num_heads,
+                num_key_value_heads=llm.num_kv_heads,
+                max_position_embeddings=2**22,
+                attn_implementation="sdpa",
+            )
+        ).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 def _model(config: Config):
