@@ -51,6 +51,7 @@ def fused_head(
     counts: Sequence[int],
     vocabulary: Vocabulary,
     logit_bytes: int = HEAD_LOGIT_BYTES,
+    soft_cap: float | None = None,
 ) -> HeadOutput:
     """Sum of cross-entropies of supervised tokens.
 
@@ -58,13 +59,13 @@ def fused_head(
     number n of each tp rank (known on the host), ``logit_bytes`` what logits and their gradients may take at once. All-gather,
     all-reduce and reduce-scatter over the tp group, as many on each rank; ``weight_VH`` has as many rows on each. Without any
     supervised token the loss is an exact zero with zero gradients. Everything after the logits is in float32 at least; on CUDA
-    the logits of 16-bit operands are too.
+    the logits of 16-bit operands are too. With ``soft_cap`` a logit x is soft_cap * tanh(x / soft_cap), as in Gemma 2.
 
     A weight with a ``main_grad`` (Megatron's DDP) gets its gradient added there, and an empty one through autograd. Gradients
     can be taken once: a second backward pass through the same output raises ``RuntimeError``.
     """
     learns = torch.is_grad_enabled()
-    return HeadOutput(*_FusedHead.apply(hidden_nH, weight_VH, labels_n, counts, vocabulary, logit_bytes, learns))
+    return HeadOutput(*_FusedHead.apply(hidden_nH, weight_VH, labels_n, counts, vocabulary, logit_bytes, soft_cap, learns))
 
 
 class ForwardTile(NamedTuple):
@@ -98,7 +99,7 @@ class BackwardTile(NamedTuple):
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_nH, weight_VH, labels_n, counts, vocabulary, logit_bytes, learns):
+    def forward(ctx, hidden_nH, weight_VH, labels_n, counts, vocabulary, logit_bytes, soft_cap, learns):
         rows, tp, longest, wide = vocabulary.rows, len(counts), max(counts), _wide(hidden_nH.dtype)
         need_hidden, need_weight = (learns and need for need in ctx.needs_input_grad[:2])
         labels_RL = _gather(labels_n, slice(0, longest), vocabulary, fill=-1).view(tp, longest)
@@ -121,7 +122,8 @@ class _FusedHead(torch.autograd.Function):
             for part in _slices(len(labels_P), tile.scored):
                 # A copy: compiled code would have a version for each kind of view.
                 supervised_C, local_C = labels_P[part] >= 0, local_P[part].clone()
-                top_C, sums_C, target_C = _score(hidden_PH[part], weight_VH[:rows], local_C, logits_CV[: len(local_C)])
+                logits = logits_CV[: len(local_C)]
+                top_C, sums_C, target_C = _score(hidden_PH[part], weight_VH[:rows], local_C, logits, soft_cap)
                 own_top_C = top_C.clone()
                 _all_reduce(top_C, dist.ReduceOp.MAX, vocabulary)
                 _all_reduce(target_C, dist.ReduceOp.SUM, vocabulary)
@@ -133,7 +135,7 @@ class _FusedHead(torch.autograd.Function):
                 # Fillers get probability zero everywhere, hence no gradient.
                 log_sum_P[part] = log_sum_C.masked_fill_(~supervised_C, torch.inf)
                 if need_hidden and rows:
-                    _write_dlogits(logits_CV[: len(local_C)], log_sum_C, local_C, dlogits_PV[part])
+                    _write_dlogits(logits, log_sum_C, local_C, dlogits_PV[part], soft_cap)
             log_sum_RL[:, tokens] = log_sum_P.view(tp, -1)
             correct_RL[:, tokens] = correct_P.view(tp, -1)
             if need_hidden:
@@ -141,6 +143,7 @@ class _FusedHead(torch.autograd.Function):
 
         ctx.save_for_backward(*((hidden_nH, weight_VH, local_RL, log_sum_RL) if need_weight else ()))
         ctx.dhidden_nH, ctx.vocabulary, ctx.logit_bytes = dhidden_nH, vocabulary, logit_bytes
+        ctx.soft_cap = soft_cap
         ctx.main_grad = getattr(weight_VH, "main_grad", None)
         correct_n = correct_RL[vocabulary.group.rank(), : len(labels_n)]
         ctx.mark_non_differentiable(correct_n)
@@ -159,12 +162,12 @@ class _FusedHead(torch.autograd.Function):
             sum_VH = torch.zeros_like(weight_VH) if ctx.main_grad is None else ctx.main_grad
             if local_RL.numel():
                 logits_of = (hidden_nH, weight_VH, local_RL, log_sum_RL)
-                _add_dweight(sum_VH, *logits_of, grad, ctx.vocabulary, ctx.logit_bytes)
+                _add_dweight(sum_VH, *logits_of, grad, ctx.vocabulary, ctx.logit_bytes, ctx.soft_cap)
             dweight_VH = sum_VH if ctx.main_grad is None else nothing(weight_VH)
-        return dhidden_nH, dweight_VH, None, None, None, None, None
+        return dhidden_nH, dweight_VH, None, None, None, None, None, None
 
 
-def _add_dweight(sum_VH, hidden_nH, weight_VH, local_RL, log_sum_RL, grad, vocabulary, logit_bytes) -> None:
+def _add_dweight(sum_VH, hidden_nH, weight_VH, local_RL, log_sum_RL, grad, vocabulary, logit_bytes, soft_cap) -> None:
     """Add the gradient of the weight, times ``grad``, to ``sum_VH``, block by block of its rows."""
     tp, longest = local_RL.shape
     wide = log_sum_RL.dtype
@@ -188,9 +191,9 @@ def _add_dweight(sum_VH, hidden_nH, weight_VH, local_RL, log_sum_RL, grad, vocab
             if not count:
                 continue
             logits, dlogits = logits_PW[: len(local_P)], dlogits_PW[: len(local_P)]
-            _write_logits(hidden_PH, weight_VH[block.start : block.start + count], logits[:, :count])
+            _write_logits(hidden_PH, weight_VH[block.start : block.start + count], logits[:, :count], soft_cap)
             # Whole tiles, so that no other width is compiled; what lies beyond the last row is never read.
-            _write_scaled_dlogits(logits, log_sum_P, local_P - block.start, grad, dlogits)
+            _write_scaled_dlogits(logits, log_sum_P, local_P - block.start, grad, dlogits, soft_cap)
             for part in _fast_parts(count):
                 add_product(dlogits[:, part].t(), hidden_PH, into_WH[part])
         if sums_apart:
@@ -201,18 +204,25 @@ def _add_dweight(sum_VH, hidden_nH, weight_VH, local_RL, log_sum_RL, grad, vocab
 # a piece's logits and their gradients
 
 
-def _score(hidden_CH, weight_VH, local_C, logits_CV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _score(hidden_CH, weight_VH, local_C, logits_CV, soft_cap) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write the logits; highest one, sum of exponentials relative to it, and the label's logit (0 if not here), each [C]."""
     if not len(weight_VH):
         top_C = logits_CV.new_full(local_C.shape, -torch.inf)
         return top_C, torch.zeros_like(top_C), torch.zeros_like(top_C)
-    _write_logits(hidden_CH, weight_VH, logits_CV)
+    _write_logits(hidden_CH, weight_VH, logits_CV, soft_cap)
     return _scan(logits_CV, local_C)
 
 
-def _write_logits(hidden_CH, weight_VH, logits_CV) -> None:
+def _write_logits(hidden_CH, weight_VH, logits_CV, soft_cap) -> None:
     for part in _fast_parts(len(weight_VH)):
         _product(hidden_CH, weight_VH[part].t(), logits_CV[:, part])
+    if soft_cap is not None:
+        _cap(logits_CV, soft_cap)
+
+
+@compiled_on_cuda
+def _cap(logits_CV, soft_cap):
+    logits_CV.copy_((logits_CV / soft_cap).tanh() * soft_cap)
 
 
 @compiled_on_cuda
@@ -223,21 +233,22 @@ def _scan(logits_CV, local_C):
     return top_C1[:, 0], sums_C1[:, 0], torch.where(local_C >= 0, target_C1[:, 0], 0)
 
 
-def _dlogits(logits_PW, log_sum_P, local_P):
+def _dlogits(logits_PW, log_sum_P, local_P, soft_cap):
     probabilities_PW = (logits_PW - log_sum_P[:, None]).exp()
     columns_W = torch.arange(logits_PW.shape[1], device=logits_PW.device)
-    return torch.where(columns_W == local_P[:, None], probabilities_PW - 1, probabilities_PW)
+    dlogits_PW = torch.where(columns_W == local_P[:, None], probabilities_PW - 1, probabilities_PW)
+    return dlogits_PW if soft_cap is None else dlogits_PW * (1 - (logits_PW / soft_cap) ** 2)
 
 
 # Forward and backward pass each have their own function: each is compiled for its own width.
 @compiled_on_cuda
-def _write_dlogits(logits_CV, log_sum_C, local_C, out_CV):
-    out_CV.copy_(_dlogits(logits_CV, log_sum_C, local_C))
+def _write_dlogits(logits_CV, log_sum_C, local_C, out_CV, soft_cap):
+    out_CV.copy_(_dlogits(logits_CV, log_sum_C, local_C, soft_cap))
 
 
 @compiled_on_cuda
-def _write_scaled_dlogits(logits_PW, log_sum_P, local_P, scale, out_PW):
-    out_PW.copy_(_dlogits(logits_PW, log_sum_P, local_P) * scale)
+def _write_scaled_dlogits(logits_PW, log_sum_P, local_P, scale, out_PW, soft_cap):
+    out_PW.copy_(_dlogits(logits_PW, log_sum_P, local_P, soft_cap) * scale)
 
 
 @compiled_on_cuda

@@ -20,7 +20,7 @@ from megatron_vila import accelerator
 from megatron_vila.accelerator import compiled_on_cuda
 from megatron_vila.parallel.kernels import AttentionKernel, Segments
 from megatron_vila.plan.row_plan import AttentionPlan
-from megatron_vila.plan.tokens import ALL, BACK, FRONT, ring_step
+from megatron_vila.plan.tokens import ALL, BACK, FRONT, RingStep, ring_step
 
 Tensors = Sequence[torch.Tensor]
 
@@ -54,8 +54,9 @@ class RingLayout:
             halves=halves,
         )
 
-    def segments(self, queries: str, keys: str) -> Segments:
-        return {(ALL, ALL): self.whole, (ALL, FRONT): self.all_to_front, (BACK, ALL): self.back_to_all}[queries, keys]
+    def segments(self, block: RingStep) -> Segments:
+        pairs = {(ALL, ALL): self.whole, (ALL, FRONT): self.all_to_front, (BACK, ALL): self.back_to_all}
+        return pairs[block.queries, block.keys]
 
     def take(self, x: torch.Tensor, part: str, dim: int = 0) -> torch.Tensor:
         """The tokens of ``part`` of ``x`` along ``dim``."""
@@ -150,7 +151,7 @@ class Ring:
                 layout.take(q_ThD, block.queries),
                 _expand(k, expansion),
                 _expand(v, expansion),
-                layout.segments(block.queries, block.keys),
+                layout.segments(block),
                 block.causal,
                 self.scale,
             )
@@ -179,7 +180,7 @@ class Ring:
                 _expand(v, expansion),
                 layout.take(out_ThD, block.queries),
                 layout.take(lse_hT, block.queries, dim=1),
-                segments=layout.segments(block.queries, block.keys),
+                segments=layout.segments(block),
                 causal=block.causal,
                 scale=self.scale,
             )

@@ -18,20 +18,25 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.hf.mm_sp_language_cases import LANGUAGE, build_language
+
 VOCAB, VIDEO, SIDE = 67, 65, 12
 PER_FRAME = 4  # 3 x 3 patches, halved to 2 x 2
 
 
 def build(
-    name: str, dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 2, tied: bool = False
+    name: str, dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 2, tied: bool = False, **settings
 ) -> PreTrainedModel:
-    """The model ``name`` with weights that are a function of the arguments alone."""
+    """The model ``name`` with weights that are a function of the arguments alone. A model of ``LANGUAGE`` takes ``settings``."""
     torch.manual_seed(7)
     text = {
         "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "max_position_embeddings": 128, "tie_word_embeddings": tied, "initializer_range": 0.2,
     }  # fmt: skip
-    if name == "llama":
+    if name in LANGUAGE:
+        del text["tie_word_embeddings"]
+        model = build_language(name, text, **settings)
+    elif name == "llama":
         model = LlamaForCausalLM(LlamaConfig(**text))
     elif name == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**text))
@@ -59,15 +64,19 @@ class _Norm(nn.Module):
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
-        self.weight, self._eps = stock.weight, stock.variance_epsilon
+        self.weight = stock.weight
+        self._eps = stock.variance_epsilon if hasattr(stock, "variance_epsilon") else stock.eps
+        self._offset = 1.0 if type(stock).__name__.startswith("Gemma") else 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._eps)
+        return (self._offset + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._eps)
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64 throughout."""
+    """The model in float64 throughout, but for softmax inside eager attention (Gemma 2) and the router of Qwen3-MoE."""
     model = model.double()
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")  # the other ones have no float64
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_vila.hf.mm_sp.checks import check_model
 from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
@@ -152,11 +152,7 @@ def qwen2(**settings) -> Qwen2ForCausalLM:
     "settings, ulysses, message",
     [
         ({"attention_dropout": 0.1}, 1, "attention_dropout=0.1 is not supported; set attention_dropout=0.0"),
-        (
-            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-            1,
-            "sliding_window=4 with layer_types other than full_attention is not supported",
-        ),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, 1, "layer_types with chunked_attention are not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 1, "rope_type=dynamic"),
         ({}, 3, "ulysses=3 does not divide 4 query heads"),
     ],
@@ -169,8 +165,8 @@ def test_a_setting_that_would_give_wrong_gradients_is_refused_by_name(settings, 
 
 def test_all_settings_that_are_refused_are_listed_at_once():
     with pytest.raises(ValueError) as error:
-        check_model(qwen2(attention_dropout=0.1, use_sliding_window=True, max_window_layers=0), 3, ATTENTION)
-    for part in ("attention_dropout", "sliding_window", "ulysses=3"):
+        check_model(qwen2(attention_dropout=0.1, layer_types=["chunked_attention"] * 2), 3, ATTENTION)
+    for part in ("attention_dropout", "layer_types", "ulysses=3"):
         assert part in str(error.value)
 
 
@@ -181,8 +177,8 @@ def test_a_model_without_output_layer_is_refused():
 
 def test_a_model_type_that_was_not_checked_is_refused():
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    with pytest.raises(ValueError, match="model_type=gemma2 has not been checked with MM-SP; use llama, qwen2"):
+    model = GemmaForCausalLM(GemmaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    with pytest.raises(ValueError, match="model_type=gemma has not been checked with MM-SP; use llama, qwen2"):
         check_model(model, 1, ATTENTION)
 
 

@@ -29,19 +29,21 @@ def _case(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden_NH, weight_VH, labels_N
 
 
-def _truth(counts: list[int]) -> tuple[torch.Tensor, ...]:
+def _truth(counts: list[int], soft_cap: float | None) -> tuple[torch.Tensor, ...]:
     """Loss, gradients for a loss counted three times, and which predictions are right."""
     hidden_NH, weight_VH, labels_N = _case(counts)
     hidden_NH.requires_grad_()
     weight_VH.requires_grad_()
     logits_NV = hidden_NH @ weight_VH.t()
+    if soft_cap is not None:
+        logits_NV = soft_cap * torch.tanh(logits_NV / soft_cap)
     loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
     (3 * loss).backward()
     return loss.detach(), hidden_NH.grad, weight_VH.grad, logits_NV.argmax(1) == labels_N
 
 
 def _run(
-    rank: int, counts: list[int], rows_per_rank: int, logit_bytes: int, dtype: torch.dtype
+    rank: int, counts: list[int], rows_per_rank: int, logit_bytes: int, dtype: torch.dtype, soft_cap: float | None = None
 ) -> dict[str, torch.Tensor]:
     """This rank's part: ``counts[rank]`` tokens and ``rows_per_rank`` rows of the padded output layer."""
     hidden_NH, weight_VH, labels_N = _case(counts)
@@ -53,7 +55,7 @@ def _run(
     hidden_nH = hidden_NH[mine].to(dtype).requires_grad_()
     weight = padded_VH[first : first + rows_per_rank].to(dtype).requires_grad_()
     vocabulary = Vocabulary(first, max(0, min(rows_per_rank, TRUE_VOCABULARY - first)), dist.group.WORLD)
-    output = fused_head(hidden_nH, weight, labels_N[mine], counts, vocabulary, logit_bytes)
+    output = fused_head(hidden_nH, weight, labels_N[mine], counts, vocabulary, logit_bytes, soft_cap)
     (3 * output.loss_sum).backward()
     return {
         "loss": output.loss_sum.detach(),
@@ -82,10 +84,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("counts", "rows_per_rank", "logit_bytes"), CASES)
-def test_loss_gradients_and_hits_equal_plain_cross_entropy(counts, rows_per_rank, logit_bytes):
-    ranks = pool.run(len(counts), _run, counts, rows_per_rank, logit_bytes, torch.float64)
-    loss, dhidden_NH, dweight_VH, correct_N = _truth(counts)
+@pytest.mark.parametrize(
+    ("counts", "rows_per_rank", "logit_bytes", "soft_cap"),
+    [*((*case, None) for case in CASES), ([7], 24, 24 * 24 * 2, 1.7), ([4, 1, 0, 9], 6, 6 * 24 * 8, 1.7)],
+)
+def test_loss_gradients_and_hits_equal_plain_cross_entropy(counts, rows_per_rank, logit_bytes, soft_cap):
+    ranks = pool.run(len(counts), _run, counts, rows_per_rank, logit_bytes, torch.float64, soft_cap)
+    loss, dhidden_NH, dweight_VH, correct_N = _truth(counts, soft_cap)
     for rank in ranks:
         assert rank["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
         assert rank["loss"].item() == ranks[0]["loss"].item()
@@ -99,7 +104,7 @@ def test_loss_gradients_and_hits_equal_plain_cross_entropy(counts, rows_per_rank
 def test_bfloat16_hidden_states_give_a_float32_loss_and_gradients_in_their_own_dtype():
     counts = [4, 9]
     ranks = pool.run(2, _run, counts, 12, 12 * 8 * 4, torch.bfloat16)
-    loss, dhidden_NH, _, _ = _truth(counts)
+    loss, dhidden_NH, _, _ = _truth(counts, None)
     assert all(rank["loss"].dtype == torch.float32 for rank in ranks)
     assert ranks[0]["loss"].item() == pytest.approx(loss.item(), rel=2e-2)
     found = torch.cat([r["dhidden"] for r in ranks])

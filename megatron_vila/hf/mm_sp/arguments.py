@@ -83,9 +83,13 @@ class Settings:
         return "" if self._given is None else json.dumps(self._given.to_dict(), sort_keys=True, default=repr)
 
 
-def check_generate(call: Mapping[str, Any], settings: Settings, video: VideoTokens | None) -> None:
-    """Raise ``ValueError`` that lists everything in a call of ``generate`` that MM-SP cannot do. ``video`` is None for a text
-    model."""
+def check_generate(
+    call: Mapping[str, Any], settings: Settings, video: VideoTokens | None, window: int | None = None
+) -> None:
+    """Raise ``ValueError`` that lists everything in a call of ``generate`` that MM-SP cannot do.
+
+    ``video`` is None for a text model, ``window`` the shortest sliding window of the model.
+    """
     given = {name: value for name, value in call.items() if value is not None}
     problems = [f"{name} ({_CURE_OF_ARGUMENT[name]})" for name in given if name in _CURE_OF_ARGUMENT]
     for name, cure in _CURE_OF_SETTING.items():
@@ -103,7 +107,7 @@ def check_generate(call: Mapping[str, Any], settings: Settings, video: VideoToke
     if cache is not None and not isinstance(cache, ShardedCache):
         problems.append(f"past_key_values of {type(cache).__name__} (each rank keeps its part in one of mm_sp.cache())")
     if not problems:
-        problems = _prompt_problems(given, settings, video)
+        problems = _prompt_problems(given, settings, video, window)
     if problems:
         raise ValueError(
             "generate under MM-SP does not take " + "; ".join(problems)
@@ -111,7 +115,9 @@ def check_generate(call: Mapping[str, Any], settings: Settings, video: VideoToke
         )  # fmt: skip
 
 
-def _prompt_problems(given: Mapping[str, Any], settings: Settings, video: VideoTokens | None) -> list[str]:
+def _prompt_problems(
+    given: Mapping[str, Any], settings: Settings, video: VideoTokens | None, window: int | None
+) -> list[str]:
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if ids is None:
         return ["a call without input_ids (give the token ids of the prompt, [1, tokens])"]
@@ -132,6 +138,13 @@ def _prompt_problems(given: Mapping[str, Any], settings: Settings, video: VideoT
         return [f"input_ids with padding, token {padding} (take it out, or give an attention_mask of ones if it is none)"]
     if video is not None and int(ids[0, -1]) == video.token_id:
         return ["a prompt that ends with a video (put the question after it)"]
+    # The last token that is decoded is not read any more.
+    read = ids.shape[1] + settings.new_tokens(ids.shape[1]) - 1
+    if window is not None and read > window:
+        return [
+            f"a sequence of {read} tokens in a model with sliding_window={window}, since its cache keeps and attends to all "
+            "tokens (use a shorter prompt or fewer new tokens)"
+        ]
     return []
 
 

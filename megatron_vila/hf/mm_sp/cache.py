@@ -156,8 +156,11 @@ class PromptChunk:
         self._document: ChunkDocument | None = None
         self._kept = cache.kept(row.cu_seqlens, row.tokens)
 
-    def attend(self, layer: int, q_1HsD: torch.Tensor, k_1KsD, v_1KsD, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, q_1HsD: torch.Tensor, k_1KsD, v_1KsD, scale: float, window: int | None
+    ) -> torch.Tensor:
         """Attention of the chunk's local tokens to it and to all before, [1, s, H, D]. Collectives: ``CachedAttention.chunk``."""
+        _check_window(window, self._cache.get_seq_length() + self.row.tokens)
         attention = self._attentions(q_1HsD, scale)
         if self._document is None:
             self._document = self._begin(attention, q_1HsD)
@@ -183,8 +186,11 @@ class DecodedToken:
         self._ids_1, self._cache, self._attentions = ids_1, cache, attentions
         self._tail: Tails | None = None
 
-    def attend(self, layer: int, q_1H1D: torch.Tensor, k_1K1D, v_1K1D, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, q_1H1D: torch.Tensor, k_1K1D, v_1K1D, scale: float, window: int | None
+    ) -> torch.Tensor:
         """Attention of the token to itself and to all before it, [1, 1, H, D]. Collectives: ``CachedAttention.token``."""
+        _check_window(window, self._cache.get_seq_length() + 1)
         attention = self._attentions(q_1H1D, scale)
         if self._tail is None:
             self._begin(attention, q_1H1D)
@@ -205,3 +211,12 @@ class DecodedToken:
         place = self._cache.get_seq_length()
         self._tail.spans[0].commit(np.full(int(self._cache.keeps_next()), place))
         self._cache.commit(self._ids_1)
+
+
+def _check_window(window: int | None, tokens: int) -> None:
+    """Raise ``ValueError``, on all ranks alike, if a token would attend to others that are no longer in its window."""
+    if window is not None and tokens > window:
+        raise ValueError(
+            f"sliding_window={window} is shorter than a sequence of {tokens} tokens, and the cache of MM-SP attends to all of "
+            "them; generate under `with mm_sp.paused():`"
+        )

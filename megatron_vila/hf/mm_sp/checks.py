@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from megatron_vila.plan.layouts import ulysses_problem
+from megatron_vila.hf.mm_sp.language import TEXT_MODELS, language_problems
 
-TEXT_MODELS = ("llama", "qwen2", "qwen3")
 VIDEO_MODELS = ("llava_onevision",)
+LANGUAGE_OF_VIDEO = ("llama", "qwen2", "qwen3")
 
 _CURE = {
     "attention_mask": "the collator takes padding out and packs documents by itself",
@@ -23,6 +23,7 @@ _CURE = {
     "logits_to_keep": "leave it out; the output layer computes supervised tokens only, or all tokens if there are no labels",
     "shift_labels": "give labels, which the collator shifts",
     "output_attentions": "no attention weights are formed; use attn_implementation='eager' without MM-SP",
+    "output_router_logits": "each rank would balance its own tokens only; leave it out",
     "return_dict": "read the fields of the output by name",
 }
 
@@ -36,34 +37,20 @@ def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
     if config.model_type not in TEXT_MODELS + VIDEO_MODELS:
         raise ValueError(
             f"model_type={config.model_type} has not been checked with MM-SP; use {', '.join(TEXT_MODELS)} "
-            f"or, with a language model of these types, {', '.join(VIDEO_MODELS)}"
+            f"or, with a language model of {', '.join(LANGUAGE_OF_VIDEO)}, {', '.join(VIDEO_MODELS)}"
         )
     text = config.get_text_config()
     problems = []
-    if text.model_type not in TEXT_MODELS:
-        problems.append(f"text_config.model_type={text.model_type} is not supported; use {', '.join(TEXT_MODELS)}")
+    if text is not config and text.model_type not in LANGUAGE_OF_VIDEO:
+        problems.append(f"text_config.model_type={text.model_type} is not supported; use {', '.join(LANGUAGE_OF_VIDEO)}")
     if text._attn_implementation == name:
         problems.append("MM-SP is on already; first call disable() of the object that enable_mm_sp returned")
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
-        problems.append(f"{type(model).__name__} has no output layer without bias; use the model's class ...ForCausalLM")
-    if not getattr(text, "is_causal", True):
-        problems.append("is_causal=False is not supported, since MM-SP's attention is causal; set is_causal=True")
-    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
         problems.append(
-            f"sliding_window={getattr(text, 'sliding_window', None)} with layer_types other than full_attention is not "
-            "supported; set use_sliding_window=False"
+            f"{type(model).__name__} has no output layer without bias; use the model's class ...ForCausalLM"
         )
-    if getattr(text, "attention_dropout", 0.0):
-        problems.append(f"attention_dropout={text.attention_dropout} is not supported; set attention_dropout=0.0")
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        problems.append(
-            f"rope_type={rope} takes its angles from the longest position that a process sees, which differs between the ranks; "
-            "use default, linear, yarn or llama3"
-        )
-    if ulysses > 0 and (problem := ulysses_problem(text.num_attention_heads, ulysses)):
-        problems.append(problem)
+    problems += language_problems(text, ulysses)
     if problems:
         raise ValueError(f"MM-SP cannot run this {type(model).__name__}: " + "; ".join(problems))
 

@@ -60,9 +60,9 @@ class ShardedRow:
 
     ``cu_seqlens`` int64 [D+1] are the bounds of the documents. ``positions`` int64 [s] are the places of the local tokens in the
     row, ``selected`` int64 [n] the indices of the supervised ones among the local tokens. ``supervised`` and ``tokens`` (without
-    padding) count tokens of the whole row. ``fingerprint`` is the same on all ranks that were given the same samples
-    (``same_row.py``). ``attention`` and, for a video model, ``frames`` are this rank's part of the plan of the row, which the
-    training process copies to its device.
+    padding) count tokens of the whole row, ``longest`` those of its longest document. ``fingerprint`` is the same on all ranks
+    that were given the same samples (``same_row.py``). ``attention`` and, for a video model, ``frames`` are this rank's part of
+    the plan of the row, which the training process copies to its device.
     """
 
     cu_seqlens: np.ndarray
@@ -70,6 +70,7 @@ class ShardedRow:
     selected: np.ndarray
     supervised: int
     tokens: int
+    longest: int
     fingerprint: np.ndarray
     attention: AttentionPlan
     frames: FramePlan | None
@@ -147,6 +148,7 @@ class ShardCollator:
                 selected=part.selected,
                 supervised=row.supervised_tokens,
                 tokens=sum(row.lengths),
+                longest=max(row.lengths),
                 fingerprint=fingerprint(row, videos, has_labels),
                 attention=part.attention,
                 frames=self._frames(videos, first_frame, plan, part),

@@ -34,6 +34,7 @@ from megatron_vila.parallel.cache import FP8
 from megatron_vila.parallel.cached_attention import CachedAttention
 from megatron_vila.parallel.kernels import require_kernel, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
+from megatron_vila.parallel.windows import WindowedKernel, windowed
 from megatron_vila.plan.heads import HeadSplit
 
 ATTENTION = "mm_sp"
@@ -90,8 +91,8 @@ class MMSP:
         text = model.config.get_text_config()
         self._split = HeadSplit(text.num_attention_heads, text.num_key_value_heads, groups.grid.ulysses)
         self._backbone = model.model if self._video is None else model.model.language_model
-        self._head = FusedHead(model.get_output_embeddings(), groups.alone)
-        self._attentions: dict[tuple[torch.dtype, torch.device, float], Attention2D] = {}
+        self._head = FusedHead(model.get_output_embeddings(), groups.alone, model.config)
+        self._attentions: dict[tuple[torch.dtype, torch.device, float, bool], Attention2D] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._before = self._settings()
 
@@ -233,15 +234,19 @@ class MMSP:
         kwargs["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features_MH[None])}
         return args, kwargs
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **_unused) -> torch.Tensor:
-        """The model's loss function. ``logits`` is the loss sum [] that ``FusedHead`` returned. All-reduce over the group."""
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size=None, num_items_in_batch=None, **_unused
+    ) -> torch.Tensor:
+        """The model's loss function; some models give ``vocab_size`` by position. ``logits`` is the loss sum [] that
+        ``FusedHead`` returned. All-reduce over the group."""
         return mean_over_group(logits, labels.shape[1], num_items_in_batch, self.groups.everyone)
 
-    def attention(self, query_1HsD: torch.Tensor, scale: float) -> Attention2D:
-        """The 2D attention for such queries."""
-        case = query_1HsD.dtype, query_1HsD.device, scale
+    def attention(self, query_1HsD: torch.Tensor, scale: float, in_window: bool = False) -> Attention2D:
+        """The 2D attention for such queries, in a sliding window or in whole documents."""
+        case = query_1HsD.dtype, query_1HsD.device, scale, in_window
         if case not in self._attentions:
             kernel = select_kernel(self._kernel, query_1HsD.shape[-1], *case[:2], setting="kernel")
+            kernel = WindowedKernel(kernel) if in_window else kernel
             peers = PeerMemory.of(self.groups.ulysses, query_1HsD.device)
             groups = {"ulysses_group": self.groups.ulysses, "ring_group": self.groups.ring}
             self._attentions[case] = Attention2D.of(
@@ -267,11 +272,21 @@ class _LiveRow:
 
     def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP) -> None:
         self.row, self._indices, self._mm_sp = row, indices, mm_sp
+        self._in_window: dict[int, RowIndices] = {}
 
-    def attend(self, layer: int, query_1HsD: torch.Tensor, key_1KsD, value_1KsD, scale: float) -> torch.Tensor:
-        """2D attention of the local tokens, [1, s, H, D]. The collectives are those of ``Attention2D``."""
+    def attend(
+        self, layer: int, query_1HsD: torch.Tensor, key_1KsD, value_1KsD, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """2D attention of the local tokens, [1, s, H, D], with ``window`` to themselves and the window - 1 tokens before. The
+        collectives are those of ``Attention2D``."""
         q_sHD, k_sKD, v_sKD = (x[0].transpose(0, 1) for x in (query_1HsD, key_1KsD, value_1KsD))
-        return self._mm_sp.attention(query_1HsD, scale)(q_sHD, k_sKD, v_sKD, self._indices)[None]
+        if window is None or window >= self.row.longest:
+            return self._mm_sp.attention(query_1HsD, scale)(q_sHD, k_sKD, v_sKD, self._indices)[None]
+        if window not in self._in_window:
+            ring = self._mm_sp.groups.ring
+            self._in_window[window] = windowed(self._indices, self.row.attention, ring.size(), ring.rank(), window)
+        attention = self._mm_sp.attention(query_1HsD, scale, in_window=True)
+        return attention(q_sHD, k_sKD, v_sKD, self._in_window[window])[None]
 
 
 def _attention(
@@ -283,6 +298,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     mm_sp_row: _LiveRow | PromptChunk | DecodedToken | None = None,
     **_unused,
 ) -> tuple[torch.Tensor, None]:
@@ -294,7 +310,7 @@ def _attention(
     refused = {
         "attention_mask": attention_mask is not None,
         "dropout": dropout > 0,
-        "sliding_window": sliding_window is not None,
+        "softcap": softcap is not None,
     }
     if any(refused.values()):
         names = ", ".join(name for name, is_set in refused.items() if is_set)
@@ -302,7 +318,7 @@ def _attention(
             f"{type(module).__name__} asks for {names}, which MM-SP does not support; turn it off in the model's config"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return mm_sp_row.attend(module.layer_idx, query, key, value, scale), None
+    return mm_sp_row.attend(module.layer_idx, query, key, value, scale, sliding_window), None
 
 
 def _no_mask(*_unused, attention_mask: torch.Tensor | None = None, **_also_unused) -> None:

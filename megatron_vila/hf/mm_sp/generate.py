@@ -30,6 +30,7 @@ from megatron_vila.hf.mm_sp.arguments import Settings, check_alike, check_genera
 from megatron_vila.hf.mm_sp.cache import ShardedCache
 from megatron_vila.hf.mm_sp.data import ShardCollator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
+from megatron_vila.hf.mm_sp.language import keeps_its_cache, sliding_window
 from megatron_vila.hf.mm_sp.prompt import Prompt, common_tokens
 from megatron_vila.parallel.agreement import gathered
 from megatron_vila.plan.chunks import tokens_of_chunk
@@ -68,7 +69,9 @@ class Generator:
         if inputs is not None:
             call = {"input_ids": inputs} | call
         settings = Settings(self.model.generation_config, generation_config, call)
-        self._together(lambda: check_generate(call, settings, self.collator.video))
+        text = self.model.config.get_text_config()
+        window = sliding_window(text)
+        self._together(lambda: check_generate(call, settings, self.collator.video, window))
         check_alike(gathered(summary(call, settings), self.groups.sample))
         ids_1L, cache = call["input_ids"].to(self.device()), call.get("past_key_values")
         cache = self.new_cache() if cache is None else cache
@@ -81,7 +84,7 @@ class Generator:
         call |= self._of_first_rank(logits_processor, stopping_criteria, settings["max_time"])
         if call.get("synced_gpus") is None:
             call["synced_gpus"] = self.groups.grid.dp > 1 and isinstance(self.model, FSDPModule)
-        with _random_numbers_of_first(self.groups.sample, ids_1L.device):
+        with keeps_its_cache(text), _random_numbers_of_first(self.groups.sample, ids_1L.device):
             return self.stock(generation_config=generation_config, **call)
 
     def _unread(self, ids_1L: torch.Tensor, videos: Any, cache: ShardedCache, chunk_tokens: int) -> Prompt | None:

@@ -8,19 +8,25 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedConfig
 
 from megatron_vila.models.loss import Vocabulary, fused_head
+
+_SOFT_CAP = "final_logit_softcapping"
 
 
 class FusedHead:
     """Replaces the ``forward`` of a model's output layer while MM-SP is on.
 
     After ``expect`` was given labels it returns the summed cross-entropy instead of logits, computed in chunks of tokens
-    (``models/loss.py``). It computes inside the layer's own call, where FSDP2 has gathered the layer's weight.
+    (``models/loss.py``). It computes inside the layer's own call, where FSDP2 has gathered the layer's weight. A model with
+    ``final_logit_softcapping`` in its ``config`` caps what the layer returns, which would then be the loss; so the cap is taken
+    here instead, and is not in the configuration during such a call.
     """
 
-    def __init__(self, layer: nn.Linear, alone: dist.ProcessGroup) -> None:
-        self._layer, self._alone = layer, alone
+    def __init__(self, layer: nn.Linear, alone: dist.ProcessGroup, config: PreTrainedConfig) -> None:
+        self._layer, self._alone, self._config = layer, alone, config
+        self._soft_cap: float | None = getattr(config, _SOFT_CAP, None)
         self._labels_n: torch.Tensor | None = None
 
     def install(self) -> None:
@@ -35,6 +41,8 @@ class FusedHead:
     def expect(self, labels_n: torch.Tensor | None) -> None:
         """Set the labels, int64 [n], of the tokens in the next call; with None it returns logits."""
         self._labels_n = labels_n
+        if self._soft_cap is not None:
+            setattr(self._config, _SOFT_CAP, self._soft_cap if labels_n is None else None)
 
     def _forward(self, hidden_1nH: torch.Tensor) -> torch.Tensor:
         """Loss sum [], or logits [1, n, V] of a batch without labels. No collective."""
@@ -42,7 +50,8 @@ class FusedHead:
             return nn.functional.linear(hidden_1nH, self._layer.weight)
         weight_VH = self._layer.weight
         vocabulary = Vocabulary(first=0, rows=weight_VH.shape[0], group=self._alone)
-        return fused_head(hidden_1nH[0], weight_VH, self._labels_n, [len(self._labels_n)], vocabulary).loss_sum
+        counts = [len(self._labels_n)]
+        return fused_head(hidden_1nH[0], weight_VH, self._labels_n, counts, vocabulary, soft_cap=self._soft_cap).loss_sum
 
 
 def mean_over_group(
