@@ -17,10 +17,9 @@ import csv
 import os
 import shlex
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ import numpy as np
 import torch
 
 from benchmarks.recording import write_frames
+from benchmarks.stock_inference import WARM_UP, Done, free, now, rates, stock, stock_longest
 from benchmarks.table import hardware, versions
 from megatron_vila import accelerator, processes
 from megatron_vila.config.load import load_config
 from megatron_vila.config.schema import Config
 from megatron_vila.plan.budgets import GIB
-from megatron_vila.plan.sizes import head_dim, linear_shapes
 
 COLUMNS = (
     *(
@@ -52,8 +51,7 @@ COLUMNS = (
     *("decode_tokens_per_s", "peak_gib", "note", "hardware", "versions", "command"),
 )
 NEW_TOKENS = 64
-"""Tokens that are decoded where it is timed; the first eight compile, record the CUDA graph and warm up."""
-WARM_UP = 8
+"""Tokens that are decoded where it is timed, warm-up included."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,9 +73,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-Done = Callable[[dict[str, Any]], None]
-
-
 def engine(config: Config, lengths: Sequence[int], options: argparse.Namespace, done: Done) -> None:
     model = _model(config)
     pictures = _pictures_of(model, config, options)
@@ -86,17 +81,21 @@ def engine(config: Config, lengths: Sequence[int], options: argparse.Namespace, 
         _warm_up(made, config)
         for tokens in lengths:
             document, source = _document(config, tokens, options, pictures)
+            if options.frames:  # what the tower compiles for full chunks and for the last one
+                per_chunk = made.chunk_tokens // document.frames[0].tokens
+                few = _video(config, options, min(options.frames, per_chunk + options.frames % per_chunk))
+                made.prefill(few, source, "warm-up")
             accelerator.reset_peak_memory()
-            started_s = _now()
+            started_s = now()
             prefix = made.prefill(document, source, f"{tokens}", _progress(options))
-            prefill_s = _now() - started_s
+            prefill_s = now() - started_s
             row = {
                 "engine": "megatron_vila",
                 "tokens": prefix.tokens,
                 "frames": sum(frame.unit.frames for frame in document.frames),
                 "cache": cache,
                 "note": f"chunks of {made.chunk_tokens} tokens",
-                **_rates(config, prefix.tokens, prefill_s),
+                **rates(config, prefix.tokens, prefill_s),
                 "decode_tokens_per_s": _decoded(made, prefix),
                 "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
             }
@@ -106,9 +105,9 @@ def engine(config: Config, lengths: Sequence[int], options: argparse.Namespace, 
             if options.snapshot:
                 done(row | _snapshot(made, held, options))
             held.clear()
-            _free()
+            free()
         del made
-        _free()
+        free()
 
 
 def longest(config: Config, lengths: Sequence[int], options: argparse.Namespace, done: Done) -> None:
@@ -121,7 +120,7 @@ def longest(config: Config, lengths: Sequence[int], options: argparse.Namespace,
         made = _engine(model, config, cache, options)
         _warm_up(made, config)
         for tokens in lengths:
-            _free()
+            free()
             accelerator.reset_peak_memory()
             span = None
             try:
@@ -133,11 +132,11 @@ def longest(config: Config, lengths: Sequence[int], options: argparse.Namespace,
                         kv = torch.randn(2, len(places), *span.k.shape[2:], device=made.device, dtype=made.dtype)
                         span.write(layer, *kv)
                     span.commit(places)
-                started_s = _now()
+                started_s = now()
                 for start in range(filled, tokens, made.chunk_tokens):
                     document = _text(config, made.chunk_tokens)
                     made.runner.read(made.runner.plan([Piece(document, start, (span,), span)]))
-                seconds = _now() - started_s
+                seconds = now() - started_s
                 rate = _decoded(made, Prefix(_text(config, 1), span, "", tokens), 16 + WARM_UP)
             except torch.OutOfMemoryError as error:
                 print(
@@ -160,121 +159,10 @@ def longest(config: Config, lengths: Sequence[int], options: argparse.Namespace,
                 done(row | _snapshot(made, held, options))
             break
         del made, span
-        _free()
-
-
-def stock(config: Config, lengths: Sequence[int], options: argparse.Namespace, done: Done) -> None:
-    model = _stock_model(config, config.model.llm.num_layers)
-    for tokens in lengths:
-        step = options.chunk or tokens
-        ids_1S = torch.randint(config.model.llm.vocab_size, (1, tokens), device=accelerator.device())
-        try:
-            with torch.no_grad():
-                model(ids_1S[:, :1024], use_cache=True, logits_to_keep=1)
-                accelerator.reset_peak_memory()
-                started_s, cache = _now(), None
-                for first in range(0, tokens, step):
-                    out = model(
-                        ids_1S[:, first : first + step], past_key_values=cache, use_cache=True, logits_to_keep=1
-                    )
-                    cache = out.past_key_values
-                prefill_s = _now() - started_s
-                times = []
-                for _ in range(WARM_UP):
-                    begun_s = _now()
-                    token_11 = out.logits[:, -1:].argmax(-1)
-                    out = model(token_11, past_key_values=cache, use_cache=True)
-                    times.append(_now() - begun_s)
-        except torch.OutOfMemoryError as error:
-            print(f"{tokens} tokens do not fit: {str(error).splitlines()[0][:200]}", flush=True)
-            cache = out = None
-            _free()
-            continue
-        done(
-            {
-                "engine": "transformers",
-                "tokens": tokens,
-                "cache": "bf16",
-                "note": f"chunks of {step} tokens" if options.chunk else "one forward call",
-                **_rates(config, tokens, prefill_s),
-                "decode_tokens_per_s": round(1 / statistics.median(times[2:]), 1),
-                "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
-            }
-        )
-        del cache, out
-        _free()
-
-
-def stock_longest(config: Config, lengths: Sequence[int], options: argparse.Namespace, done: Done) -> None:
-    """The first of ``lengths`` whose last layer runs, in one forward call or (``--chunk``) as the last chunk of a filled cache.
-
-    Memory is held for the weights of the layers before and for their keys and values, which a whole run would hold by then.
-    """
-    from transformers import DynamicCache
-
-    llm, device = config.model.llm, accelerator.device()
-    model = _stock_model(config, 1)
-    layer_bytes = 2 * sum(weight.numel() for weight in model.model.layers.parameters())
-    token_bytes = 2 * 2 * llm.num_kv_heads * head_dim(llm)
-    for tokens in lengths:
-        step = options.chunk or tokens
-        accelerator.reset_peak_memory()
-        held = cache = out = kv = None
-        try:
-            others = (llm.num_layers - 1) * (layer_bytes + tokens * token_bytes)
-            held = [torch.empty(others, dtype=torch.uint8, device=device)]
-            with torch.no_grad():
-                cache = DynamicCache(config=model.config)
-                if step < tokens:
-                    kv = torch.randn(1, llm.num_kv_heads, tokens - step, head_dim(llm), device=device, dtype=model.dtype)
-                    cache.update(kv, kv, 0)
-                    kv = None
-                ids_1S = torch.randint(llm.vocab_size, (1, step), device=device)
-                started_s = _now()
-                out = model(ids_1S, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                model(out.logits.argmax(-1), past_key_values=cache, use_cache=True)
-                seconds = _now() - started_s
-        except torch.OutOfMemoryError as error:
-            print(f"{tokens} tokens do not fit: {str(error).splitlines()[0][:200]}", flush=True)
-        else:
-            how = f"chunks of {step} tokens, the last one" if options.chunk else "one forward call"
-            done(
-                {
-                    "engine": "transformers",
-                    "tokens": tokens,
-                    "cache": "bf16",
-                    "note": f"{how}: last layer run in {seconds:.1f} s, memory of the others held",
-                    "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
-                }
-            )
-            break
-        del held, cache, out, kv
-        _free()
+        free()
 
 
 KINDS = {"engine": engine, "stock": stock, "longest": longest, "stock_longest": stock_longest}
-
-
-def _stock_model(config: Config, layers: int):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    llm = config.model.llm
-    torch.set_default_dtype(torch.bfloat16)
-    with accelerator.device():
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=llm.vocab_size,
-                hidden_size=llm.hidden_size,
-                intermediate_size=llm.ffn_hidden_size,
-                num_hidden_layers=layers,
-                num_attention_heads=llm.num_heads,
-                num_key_value_heads=llm.num_kv_heads,
-                max_position_embeddings=2**22,
-                attn_implementation="sdpa",
-            )
-        ).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
 
 
 def _model(config: Config):
@@ -331,19 +219,22 @@ def _text(config: Config, tokens: int):
 
 def _document(config: Config, tokens: int, options: argparse.Namespace, pictures):
     """Text of ``tokens``, or what ``--frames`` of a video become, and where its frames come from."""
+    if not options.frames:
+        return _text(config, tokens), _NoPictures(config)
+    return _video(config, options, options.frames), pictures
+
+
+def _video(config: Config, options: argparse.Namespace, frames: int):
+    """The first ``frames`` of the video, and nothing else."""
     from megatron_vila.plan.pictures import pictures_of
     from megatron_vila.plan.row import IGNORE, MEDIA_TOKEN, Document, references
 
-    if not options.frames:
-        return _text(config, tokens), _NoPictures(config)
-    video = write_frames(
-        options.folder / f"frames_{options.frames}.mp4", options.frames, config.model.vision.image_size
-    )
-    units = pictures_of(config.model).units(options.frames, True)
-    frames = references(str(video), range(options.frames), True, units)
-    starts = np.concatenate([[0], np.cumsum([frame.tokens for frame in frames])]).astype(np.int64)
+    size = config.model.vision.image_size
+    video = write_frames(options.folder / f"frames_{options.frames}.mp4", options.frames, size)
+    shown = references(str(video), range(frames), True, pictures_of(config.model).units(frames, True))
+    starts = np.concatenate([[0], np.cumsum([frame.tokens for frame in shown])]).astype(np.int64)
     ids = np.full(starts[-1], MEDIA_TOKEN)
-    return Document(ids, np.full(len(ids), IGNORE), frames, starts[:-1], "video"), pictures
+    return Document(ids, np.full(len(ids), IGNORE), shown, starts[:-1], "video")
 
 
 def _decoded(made, prefix, new: int = NEW_TOKENS) -> float:
@@ -364,37 +255,29 @@ def _snapshot(made, held: list, options: argparse.Namespace) -> dict[str, Any]:
     from megatron_vila.generate.sampling import Sampling
 
     prefix = held.pop()
-    started_s, size = _now(), prefix.span.nbytes
+    started_s, size = now(), prefix.span.nbytes
     snapshot.save(options.snapshot, prefix, made.topology, "random", str)
-    saved_s = _now() - started_s
+    saved_s = now() - started_s
     del prefix
-    _free()
+    free()
     for file in options.snapshot.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    started_s = _now()
+    started_s = now()
     prefix = snapshot.load(options.snapshot, made.topology, "random", made.span_shape, made.cache_dtype, str)
-    loaded_s = _now() - started_s
+    loaded_s = now() - started_s
     made.answer([Request(prefix, np.arange(1, 33))], Sampling(max_new_tokens=1))
-    first_s = _now() - started_s
-    started_s = _now()
+    first_s = now() - started_s
+    started_s = now()
     made.answer([Request(prefix, np.arange(2, 34))], Sampling(max_new_tokens=1))
-    again_s = _now() - started_s
+    again_s = now() - started_s
     shutil.rmtree(options.snapshot)
     told = (
         f"snapshot of {size / GIB:.2f} GiB: saved in {saved_s:.1f} s, loaded in {loaded_s:.1f} s; first token of another "
         f"question {again_s:.2f} s"
     )
     return {"prefill_s": round(first_s, 2), "prefill_tflops_per_gpu": "", "decode_tokens_per_s": "", "note": told}
-
-
-def _rates(config: Config, tokens: int, seconds: float) -> dict[str, float]:
-    """Floating point operations of the layers; attention as half of a square."""
-    llm = config.model.llm
-    weights = llm.num_layers * sum(outputs * inputs for outputs, inputs in linear_shapes(llm).values())
-    flops = 2 * tokens * weights + 2 * tokens**2 * llm.num_heads * head_dim(llm) * llm.num_layers
-    return {"prefill_s": round(seconds, 3), "prefill_tflops_per_gpu": round(flops / seconds / 1e12, 1)}
 
 
 def _progress(options: argparse.Namespace):
@@ -408,15 +291,6 @@ def _progress(options: argparse.Namespace):
             )
 
     return tell
-
-
-def _now() -> float:
-    accelerator.synchronize()
-    return time.perf_counter()
-
-
-def _free() -> None:
-    accelerator.collect_garbage()
 
 
 def _write(path: Path, row: dict[str, Any]) -> None:

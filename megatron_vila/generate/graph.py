@@ -37,12 +37,16 @@ class GraphedStep:
 
     def _record(self) -> None:
         stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        numbers = torch.cuda.default_generators[stream.device.index]
+        before = numbers.clone_state()
         try:
             # Other threads may decode frames or watch collectives meanwhile: what they call is not this graph's business.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._result = self._step()
             self._graph = graph
         except Exception as error:  # whatever a step does that a graph cannot hold
-            torch.cuda.set_stream(stream)  # left on the recording stream where the recording cannot even end
+            # where the recording cannot even end, its stream and the state of random numbers stay those of a recording
+            torch.cuda.set_stream(stream)
+            numbers.graphsafe_set_state(before)
             reason = str(error.__context__ or error).strip().partition("\n")[0]
             logger.warning("a decoding step is no CUDA graph, so decoding is slower: %s", reason)

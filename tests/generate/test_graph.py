@@ -56,4 +56,5 @@ def test_a_step_that_waits_for_the_device_runs_as_it_is_and_one_line_says_why(ca
     with caplog.at_level(logging.WARNING):
         assert [graphed().item() for _ in range(4)] == [1, 4, 9, 16]
     assert len(calls) == 5 and torch.cuda.current_stream() == before
+    assert torch.rand(1, device=device) < 1, "random numbers are drawn as before"
     assert len(caplog.records) == 1 and "no CUDA graph" in caplog.text
