@@ -8,14 +8,15 @@ After that, ``AutoConfig``, ``AutoModelForCausalLM`` (also ``AutoModel`` and ``A
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vila.hf.vila.configuration import OTHER_TYPES, VilaConfig, VilaConfigError
-from megatron_vila.hf.vila.modeling import VILAForConditionalGeneration
+from megatron_vila.hf.vila.modeling import VILAForConditionalGeneration, VILAModel
 from megatron_vila.hf.vila.processing import VilaProcessor
 
-__all__ = ["VILAForConditionalGeneration", "VilaConfig", "VilaConfigError", "VilaProcessor"]
+__all__ = ["VILAForConditionalGeneration", "VILAModel", "VilaConfig", "VilaConfigError", "VilaProcessor"]
 
 _configs: list[type[VilaConfig]] = [VilaConfig, *OTHER_TYPES]
 for _config in _configs:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoProcessor.register(_config, VilaProcessor, exist_ok=True)
-for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+AutoModel.register(VilaConfig, VILAModel, exist_ok=True)
+for _auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
     _auto.register(VilaConfig, VILAForConditionalGeneration, exist_ok=True)

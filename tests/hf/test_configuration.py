@@ -109,14 +109,14 @@ def test_an_ambiguous_token_order_is_asked_for_and_can_be_given(root, folder):
             load(folder)
         assert load(folder, projector_token_order="legacy_column_major") is not None
     model = AutoModelForCausalLM.from_pretrained(folder, projector_token_order="row_major")
-    assert not model.mm_projector.layers[0].column_major
+    assert not model.model.mm_projector.layers[0].column_major
 
 
 def test_a_given_token_order_wins_over_the_recorded_one(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.mm_projector.layers[0].column_major
+    assert model.model.mm_projector.layers[0].column_major
     model = AutoModelForCausalLM.from_pretrained(folder, projector_token_order="row_major")
-    assert not model.mm_projector.layers[0].column_major
+    assert not model.model.mm_projector.layers[0].column_major
 
 
 def test_published_files_without_our_section_are_read(root):

@@ -97,9 +97,9 @@ def test_labels_that_are_a_copy_of_the_inputs_learn_nothing_of_visual_tokens(mod
 def test_features_of_videos_are_those_of_their_frames(model, processor, chats):
     pixels = inputs_of(processor, chats[1:2])["pixel_values"]
     with torch.no_grad():
-        frames = model.get_image_features(pixels)
-        assert torch.equal(model.get_video_features(pixels), frames)
-        assert torch.equal(model.get_video_features(pixels[None]), frames[None])
+        frames = model.get_image_features(pixels).pooler_output
+        assert torch.equal(model.get_video_features(pixels).pooler_output, frames)
+        assert torch.equal(model.get_video_features(pixels[None]).pooler_output, frames[None])
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_features_of_videos_are_those_of_their_frames(model, processor, chats):
 )
 def test_the_attention_asked_for_reaches_tower_and_language_model(folder, asked, tower, language):
     model = AutoModelForCausalLM.from_pretrained(folder / "vila", attn_implementation=asked)
-    layer = model.vision_tower.vision_model.encoder.layers[0]
+    layer = model.model.vision_tower.vision_model.encoder.layers[0]
     assert layer.self_attn.config._attn_implementation == tower
-    assert model.llm.model.layers[0].self_attn.config._attn_implementation == language
+    assert model.model.language_model.layers[0].self_attn.config._attn_implementation == language
     model.set_attn_implementation("eager")
     assert layer.self_attn.config._attn_implementation == "eager"
 
@@ -124,9 +124,9 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model, processor, chats):
 
 def test_pictures_are_encoded_once_and_only_in_the_prefill(model, processor, chats):
     seen = []
-    handle = model.mm_projector.layers.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    handle = model.model.mm_projector.layers.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     lengths = []
-    other = model.llm.register_forward_pre_hook(
+    other = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     inputs = inputs_of(processor, chats)
@@ -146,7 +146,7 @@ def test_the_cache_does_not_change_the_answer(model, processor, chats, cache):
 
 def test_several_answers_of_a_prompt_see_the_pictures_of_that_prompt(model, processor, chats):
     inputs, seen = inputs_of(processor, chats), []
-    handle = model.llm.register_forward_pre_hook(
+    handle = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     together = new_tokens(model, inputs, num_beams=3, num_return_sequences=2)
@@ -191,7 +191,7 @@ def test_labels_give_the_loss_of_a_causal_model_and_gradients_reach_every_part(m
     wanted = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert torch.allclose(output.loss, wanted)
     output.loss.backward()
-    for part in (model.llm, model.mm_projector, model.vision_tower.vision_model.embeddings):
+    for part in (model.model.language_model, model.model.mm_projector, model.model.vision_tower.vision_model.embeddings):
         assert all(p.grad is not None and p.grad.any() for p in part.parameters() if p.requires_grad and p.dim() > 1)
     model.zero_grad()
 

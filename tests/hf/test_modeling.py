@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-import megatron_vila.hf  # noqa: F401
+from megatron_vila.hf import VILAForConditionalGeneration, VILAModel
 from megatron_vila.plan.row import MEDIA_TOKEN
 from tests.data.material import write_video
 from tests.hf.megatron_side import Prompt, answer, config, export
@@ -80,12 +81,12 @@ def test_logits_and_features_equal_those_of_the_megatron_model(media, tmp_path, 
     settings = config(tmp_path, image_size, projector, order)
     pool.run(1, export, settings, tmp_path, ("vila",))
     model, processor = load(tmp_path / "vila")
-    assert model.vision_tower.num_patches == PATCHES[image_size] ** 2
+    assert model.model.vision_tower.num_patches == PATCHES[image_size] ** 2
     batches = [inputs_of(processor, one) for one in conversations(media)[1::3]]
     wanted = pool.run(1, answer, settings, [prompt_of(b, processor) for b in batches], 0)[0]
     with torch.no_grad():
         for inputs, truth in zip(batches, wanted, strict=True):
-            features = model.get_image_features(inputs["pixel_values"]).numpy()
+            features = model.get_image_features(inputs["pixel_values"]).pooler_output.numpy()
             assert largest_difference(features, truth.features) < 1e-5
             logits = model(**inputs).logits[0].numpy()
             assert largest_difference(logits, truth.logits) < 1e-5
@@ -147,9 +148,29 @@ def exported(tmp_path_factory):
 def test_every_auto_class_loads_every_layout_with_all_weights(exported, layout, auto):
     model, info = auto.from_pretrained(exported / layout, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__name__ == "VILAForConditionalGeneration" and not model.training
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert model.name_or_path == str(exported / layout)
+    assert not model.training and model.name_or_path == str(exported / layout)
+    if auto is AutoModel:
+        assert type(model) is VILAModel
+    else:
+        assert type(model) is VILAForConditionalGeneration and type(model.base_model) is VILAModel
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("layout", ["vila", "flat"])
+def test_the_base_model_gives_the_hidden_states_of_which_the_logits_are_made(exported, media, layout):
+    model, processor = load(exported / layout)
+    base = AutoModel.from_pretrained(exported / layout)
+    inputs = inputs_of(processor, conversations(media)[4])
+    with torch.no_grad():
+        hidden = base(**inputs).last_hidden_state
+        assert torch.equal(hidden, model.base_model(**inputs).last_hidden_state)
+        assert torch.equal(model.lm_head(hidden), model(**inputs).logits)
+
+
+def test_a_saved_model_has_the_names_and_values_of_the_exported_files(exported, tmp_path):
+    AutoModelForCausalLM.from_pretrained(exported / "flat").save_pretrained(tmp_path)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, exported / "flat"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("layout", ["vila", "flat"])
@@ -176,7 +197,7 @@ def test_sharded_files_and_other_dtypes_load(exported, tmp_path, layout):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.dtype == torch.bfloat16
     half = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="float64", attn_implementation="eager")
-    assert half.dtype == torch.float64 and half.llm.config._attn_implementation == "eager"
+    assert half.dtype == torch.float64 and half.model.language_model.config._attn_implementation == "eager"
     assert all(
         torch.equal(a, b.double().to(a.dtype)) for a, b in zip(again.parameters(), half.parameters(), strict=True)
     )

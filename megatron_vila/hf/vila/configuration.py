@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -69,6 +69,7 @@ class VilaConfig(PreTrainedConfig):
     """
 
     model_type = "vila"
+    auto_map: ClassVar[dict] = {}  # no code of a model's folder is run, and TRL asks for it
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
         "vision_config": SiglipVisionConfig,  # type: ignore[dict-item]
@@ -99,6 +100,7 @@ class VilaConfig(PreTrainedConfig):
         self.image_aspect_ratio = described.data.image_aspect
         self.num_video_frames, self.fps = described.data.num_frames, described.data.fps
         self.image_token_id, self.video_token_id = IMAGE_TOKEN_ID, VIDEO_TOKEN_ID
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.dtype is None:
             self.dtype = self.text_config.dtype
 
@@ -128,6 +130,7 @@ class VilaConfig(PreTrainedConfig):
             "mm_projector_type": described.model.projector.type,
             "megatron_vila": _own_section(described),
             "dtype": described.dtype,
+            "architectures": ["VILAForConditionalGeneration"],
         }
         return super().from_dict(kept | content, **kwargs)
 

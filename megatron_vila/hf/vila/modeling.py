@@ -1,8 +1,8 @@
 """VILA as a transformers model: our vision tower and projector in front of transformers' own Llama or Qwen2.
 
 Tower and projector are the modules of training, so they give the same features. The language model is that of transformers,
-with its KV cache, its attention kernels and its ``generate``. Weight names are those of the flat layout: ``llm.*``,
-``vision_tower.vision_model.*``, ``mm_projector.layers.*``.
+with its KV cache, its attention kernels and its ``generate``. As in LLaVA, ``VILAModel`` is everything but the output layer. In
+files, the weights have the names of the flat layout: ``llm.*``, ``vision_tower.vision_model.*``, ``mm_projector.layers.*``.
 
 Legend: B sequences, S tokens of a sequence, F pictures (images and video frames of all sequences, in order), P pixels of a
 side, T tokens of a picture, H width of the language model, V vocabulary.
@@ -10,59 +10,64 @@ side, T tokens of a picture, H width of the language model, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    GenerationMixin,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, LlamaModel, PreTrainedModel, Qwen2Model
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from megatron_vila.hf.vila.configuration import VilaConfig
+from megatron_vila.hf.vila.token_embedding import TokenEmbedding, is_marked, is_visual
+from megatron_vila.hf.vila.tower import VilaVisionTower, takes_part
 from megatron_vila.hf.vila.weights import read_weights
+from megatron_vila.models.vision.no_frames import zero_connected_to
 from megatron_vila.models.vision.projector import Projector
-from megatron_vila.models.vision.tower import VisionTower, encode_frames
+from megatron_vila.models.vision.tower import in_frame_micro_batches
 
-_LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+_LANGUAGE_MODELS = {"llama": LlamaModel, "qwen2": Qwen2Model}
+_IN_FILES: dict[str, list[WeightConverter | WeightRenaming]] = {
+    "VILAModel": [WeightRenaming(r"^llm\.model\.", "language_model.")],
+    "vila": [
+        WeightRenaming(r"^llm\.lm_head\.", "lm_head."),
+        WeightRenaming(r"^llm\.model\.", "model.language_model."),
+        WeightRenaming(r"^vision_tower\.", "model.vision_tower."),
+        WeightRenaming(r"^mm_projector\.", "model.mm_projector."),
+    ],
+}
+"""Names of the weights in files, and here."""
+for _name, _renamings in _IN_FILES.items():
+    register_checkpoint_conversion_mapping(_name, _renamings, overwrite=True)
 
 
-class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A VILA that takes token ids with places for visual tokens, and the pictures that fill these places.
-
-    ``VilaProcessor`` makes both. A model that is made from a configuration alone has random weights.
-    """
+class VILAPreTrainedModel(PreTrainedModel):
+    """What ``VILAModel`` and ``VILAForConditionalGeneration`` share. One that is made from a configuration has random weights."""
 
     config_class = VilaConfig
-    base_model_prefix = ""
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisionTower", "Projector"]
+    _no_split_modules = ["VilaVisionTower", "Projector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight$"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-
-    def __init__(self, config: VilaConfig) -> None:
-        super().__init__(config)
-        text, ours = config.get_text_config(), config.model_settings
-        std = text.initializer_range
-        self.vision_tower = VisionTower(ours.vision, std)
-        # The tower has a configuration of its own, made from our settings.
-        attention = getattr(config.vision_config, "_attn_implementation", None) or "sdpa"
-        self.vision_tower.vision_model.set_attn_implementation(attention)
-        self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
-        self.llm = _LANGUAGE_MODELS[text.model_type](text)
-        self.post_init()
+    _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipAttention}
 
     @classmethod
     def from_pretrained(
@@ -71,7 +76,7 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *args: Any,
         config: VilaConfig | None = None,
         **kwargs: Any,
-    ) -> VILAForConditionalGeneration:
+    ) -> Self:
         """Load a folder of either layout; keywords as in transformers (``dtype``, ``device_map``, ``attn_implementation``, ...).
 
         Raises ``ConversionError`` listing every tensor that is missing, extra or of another shape, and files that are damaged
@@ -85,37 +90,177 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         result = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         model.name_or_path = model.config.name_or_path = str(folder)
-        if kwargs.get("generation_config") is None:
+        if kwargs.get("generation_config") is None and model.can_generate():
             for place in (folder, folder / "llm"):
                 if (place / "generation_config.json").is_file():
                     model.generation_config = GenerationConfig.from_pretrained(place)
                     break
         return result
 
+
+class VILAModel(VILAPreTrainedModel):
+    """Vision tower, projector and the language model without its output layer."""
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__(config)
+        text, ours = config.get_text_config(), config.model_settings
+        std = text.initializer_range
+        self.vision_tower = VilaVisionTower(ours.vision, std)
+        # The tower has a configuration of its own, made from our settings.
+        attention = getattr(config.vision_config, "_attn_implementation", None) or "sdpa"
+        self.vision_tower.vision_model.set_attn_implementation(attention)
+        self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
+        self.language_model = _LANGUAGE_MODELS[text.model_type](text)
+        self.set_input_embeddings(self.language_model.get_input_embeddings())
+        self.post_init()
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.llm.get_input_embeddings()
+        return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.llm.set_input_embeddings(value)
+        self.language_model.set_input_embeddings(TokenEmbedding.of(value))
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Features of pictures [F, 3, P, P], images or video frames, as uint8 or as the processor's floats.
+
+        ``pooler_output`` [F, T, H] are the projected tokens, ``last_hidden_state`` the tower's features of the patches, [F,
+        patches, C]. ``output_hidden_states`` and ``output_attentions`` are those of the tower.
+        """
+        names = [f"output_{name}" for name in self._can_record_outputs]
+        # What is recorded of each layer is not put together from parts.
+        whole = any(kwargs.get(name, getattr(self.config, name, False)) for name in names)
+        features_FNC = self._encode(self.vision_tower, pixel_values, whole)
+        return BaseModelOutputWithPooling(last_hidden_state=features_FNC, pooler_output=self.mm_projector(features_FNC))
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As ``get_image_features``, of the frames [F, 3, P, P] of one video or several, or of N videos [N, F, 3, P, P]: then
+        ``pooler_output`` is [N, F, T, H], and ``last_hidden_state`` stays [N * F, patches, C]."""
+        several = pixel_values_videos.dim() == 5
+        output = self.get_image_features(pixel_values_videos.flatten(end_dim=1) if several else pixel_values_videos, **kwargs)
+        if several and isinstance(output, BaseModelOutputWithPooling) and output.pooler_output is not None:
+            output.pooler_output = output.pooler_output.unflatten(0, pixel_values_videos.shape[:2])
+        return output
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """Hidden states [B, S, H] of the language model, and its cache.
+
+        ``input_ids`` int64 [B, S] hold ``image_token_id`` or ``video_token_id`` in the places of visual tokens, ``pixel_values``
+        [F, 3, P, P] the pictures in the order of their places. ``inputs_embeds`` [B, S, H] that ``get_input_embeddings()`` made
+        of such ids have marks in these places. Raises ``ValueError`` if the number of places is not that of the pictures' tokens,
+        and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+
+        Without pictures, a blank one is encoded and changes nothing, if tower and projector are trained or sharded: then ranks
+        without pictures must run them as those with pictures do.
+        """
+        if input_ids is not None and inputs_embeds is None:
+            visual_BS, inputs_embeds = is_visual(input_ids), self.get_input_embeddings()(input_ids)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("both or neither of input_ids and inputs_embeds are given; give either input_ids or inputs_embeds")
+        else:
+            visual_BS = is_marked(inputs_embeds)
+            if pixel_values is not None and not visual_BS.any():
+                raise ValueError(
+                    "pixel_values need input_ids, or inputs_embeds that get_input_embeddings() made of them, which hold the places of "
+                    "pictures; leave pixel_values out if inputs_embeds hold the pictures' features"
+                )
+        inputs_embeds, tokens_FTH = self._with_pictures(inputs_embeds, visual_BS, pixel_values, past_key_values)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(**outputs, image_hidden_states=tokens_FTH)
+
+    def _with_pictures(
+        self, embeddings_BSH: torch.Tensor, visual_BS: torch.Tensor, pixels_F3PP: torch.Tensor | None, cache: Any | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings with the pictures' tokens in their places, and these tokens [F, T, H]."""
+        places = int(visual_BS.sum())
+        if pixels_F3PP is None:
+            # The model itself writes no visual token: their ids lie beyond its vocabulary.
+            if places:
+                raise ValueError(f"input_ids hold {places} visual tokens but there are no pixel_values; give the processor's")
+            starts = cache is None or cache.get_seq_length() == 0
+            if starts and takes_part((*self.vision_tower.parameters(), *self.mm_projector.parameters())):
+                size = self.config.vision_config.image_size
+                blank = torch.zeros(1, 3, size, size, device=embeddings_BSH.device)
+                embeddings_BSH = embeddings_BSH + zero_connected_to([self._tokens(blank)]).to(embeddings_BSH)
+            return embeddings_BSH, None
+        tokens = len(pixels_F3PP) * self.mm_projector.num_tokens
+        if places != tokens:
+            raise ValueError(
+                f"input_ids hold {places} visual tokens, but pixel_values hold {len(pixels_F3PP)} pictures of "
+                f"{self.mm_projector.num_tokens} tokens, which makes {tokens}; use the processor of this model for both"
+            )
+        tokens_FTH = self._tokens(pixels_F3PP).to(embeddings_BSH)
+        return embeddings_BSH.masked_scatter(visual_BS[..., None], tokens_FTH), tokens_FTH
+
+    def _tokens(self, pixels_F3PP: torch.Tensor) -> torch.Tensor:
+        """Projected tokens [F, T, H]; the patch features of all pictures need not exist at once."""
+        return self._encode(lambda part_F3PP: self.mm_projector(self.vision_tower(part_F3PP)), pixels_F3PP)
+
+    def _encode(
+        self, encode: Callable[[torch.Tensor], torch.Tensor], pixels_F3PP: torch.Tensor, whole: bool = False
+    ) -> torch.Tensor:
+        """``encode`` in parts, or at once if ranks with other numbers of pictures must run it equally often."""
+        if whole or takes_part((*self.vision_tower.parameters(), *self.mm_projector.parameters())):
+            return encode(pixels_F3PP)
+        return in_frame_micro_batches(self.vision_tower, encode, pixels_F3PP)
+
+
+class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
+    """A VILA that takes token ids with places for visual tokens, and the pictures that fill these places.
+
+    ``VilaProcessor`` makes both.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__(config)
+        text = config.get_text_config()
+        self.model = VILAModel(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # TRL puts a forward of its own in place of ours, which reads the labels.
+        super().__setattr__(name, _without_visual_labels(value) if name == "forward" else value)  # type: ignore[arg-type]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.llm.get_output_embeddings()
+        return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.llm.set_output_embeddings(new_embeddings)
+        self.lm_head = new_embeddings
 
-    def get_decoder(self) -> nn.Module:
-        return self.llm.get_decoder()
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See ``VILAModel``."""
+        return self.model.get_image_features(pixel_values, **kwargs)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected tokens [F, T, H] of pictures [F, 3, P, P], images or video frames, as uint8 or as the processor's floats."""
-        return encode_frames(self.vision_tower, self.mm_projector, pixel_values)
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See ``VILAModel``."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """Projected tokens [F, T, H] of the frames [F, 3, P, P] of one video or several, or [N, F, T, H] of [N, F, 3, P, P]."""
-        features = self.get_image_features(pixel_values_videos.flatten(end_dim=-4))
-        return features.unflatten(0, pixel_values_videos.shape[:-3])
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -125,60 +270,35 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] and, with ``labels``, the loss, as transformers' language models give them.
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits [B, S, V] and, with ``labels`` int64 [B, S], the loss; inputs and errors as those of ``VILAModel``.
 
-        ``input_ids`` int64 [B, S] hold ``image_token_id`` or ``video_token_id`` in the places of visual tokens, ``pixel_values``
-        [F, 3, P, P] the pictures in the order of their places. Raises ``ValueError`` if the number of places is not that of the
-        pictures' tokens, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given. Visual tokens in ``labels``, as
-        in a copy of ``input_ids``, count as -100: nothing is learned of them.
+        Visual tokens in ``labels``, as in a copy of ``input_ids``, count as -100: nothing is learned of them.
         """
-        if labels is not None:
-            labels = cast(torch.LongTensor, labels.masked_fill(self._is_visual(labels), -100))
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, pixel_values)
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError("both or neither of input_ids and inputs_embeds are given; give either input_ids or inputs_embeds")
-        elif pixel_values is not None:
-            raise ValueError(
-                "pixel_values need input_ids, which hold their places; leave them out if inputs_embeds hold their features"
-            )
-        return self.llm(
-            inputs_embeds=inputs_embeds,
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
-
-    def _embed(self, input_ids_BS: torch.Tensor, pixels_F3PP: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings [B, S, H] with the visual tokens in their places."""
-        visual_BS = self._is_visual(input_ids_BS)
-        embeddings_BSH = self.get_input_embeddings()(input_ids_BS.masked_fill(visual_BS, 0))
-        if pixels_F3PP is None:
-            # The model itself writes no visual token: their ids lie beyond its vocabulary.
-            if visual_BS.any():
-                raise ValueError(
-                    f"input_ids hold {int(visual_BS.sum())} visual tokens but there are no pixel_values; give the processor's"
-                )
-            return embeddings_BSH
-        tokens = len(pixels_F3PP) * self.config.tokens_per_frame
-        if int(visual_BS.sum()) != tokens:
-            raise ValueError(
-                f"input_ids hold {int(visual_BS.sum())} visual tokens, but pixel_values hold {len(pixels_F3PP)} pictures of "
-                f"{self.config.tokens_per_frame} tokens, which makes {tokens}; use the processor of this model for both"
-            )
-        features_FTH = self.get_image_features(pixels_F3PP).to(embeddings_BSH.device, embeddings_BSH.dtype)
-        return embeddings_BSH.masked_scatter(visual_BS[..., None], features_FTH)
-
-    def _is_visual(self, input_ids_BS: torch.Tensor) -> torch.Tensor:
-        return (input_ids_BS == self.config.image_token_id) | (input_ids_BS == self.config.video_token_id)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.get_text_config().vocab_size
+            loss = self.loss_function(logits=logits, labels=_masked(labels), vocab_size=vocabulary, **kwargs)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
 
     def _expand_inputs_for_generation(
         self,
@@ -189,8 +309,10 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Repeat prompts for several answers each. The pictures of a prompt are repeated together, not one by one."""
         pixels_F3PP = model_kwargs.pop("pixel_values", None)
-        if pixels_F3PP is not None and input_ids is not None and expand_size > 1:
-            counts = (self._is_visual(input_ids).sum(dim=1) // self.config.tokens_per_frame).tolist()
+        if pixels_F3PP is not None and expand_size > 1:
+            embeddings = model_kwargs.get("inputs_embeds")
+            visual_BS = is_visual(cast(torch.Tensor, input_ids)) if embeddings is None else is_marked(embeddings)
+            counts = (visual_BS.sum(dim=1) // self.config.tokens_per_frame).tolist()
             pixels_F3PP = torch.cat([part for part in pixels_F3PP.split(counts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs  # type: ignore[arg-type]
@@ -198,6 +320,22 @@ class VILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixels_F3PP is not None:
             model_kwargs["pixel_values"] = pixels_F3PP
         return input_ids, model_kwargs
+
+
+def _masked(labels: torch.Tensor) -> torch.Tensor:
+    """``labels`` with -100 for visual tokens."""
+    return labels.masked_fill(is_visual(labels), -100)
+
+
+def _without_visual_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, which gets the labels ``_masked``."""
+
+    @functools.wraps(forward)
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        given = {name: _masked(kwargs[name]) for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
+        return forward(*args, **kwargs | given)
+
+    return masked
 
 
 def local_folder(path: str | os.PathLike) -> Path:
