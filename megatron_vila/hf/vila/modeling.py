@@ -171,7 +171,7 @@ class VILAModel(VILAPreTrainedModel):
             visual_BS = is_marked(inputs_embeds)
             if pixel_values is not None and not visual_BS.any():
                 raise ValueError(
-                    "pixel_values need input_ids, or inputs_embeds that get_input_embeddings() made of them, which hold the places of "
+                    "pixel_values need input_ids, or inputs_embeds that get_input_embeddings() made of them, with the places of "
                     "pictures; leave pixel_values out if inputs_embeds hold the pictures' features"
                 )
         inputs_embeds, tokens_FTH = self._with_pictures(inputs_embeds, visual_BS, pixel_values, past_key_values)

@@ -19,7 +19,7 @@ class TokenEmbedding(nn.Embedding):
 
     @classmethod
     def of(cls, embedding: nn.Module) -> nn.Module:
-        """``embedding`` itself, which marks visual tokens from now on. A module of another class (PEFT's) is returned as it is."""
+        """``embedding`` itself, which marks visual tokens from now on. A module of another class is returned unchanged."""
         if type(embedding) is nn.Embedding:
             embedding.__class__ = cls
         return embedding
