@@ -64,7 +64,9 @@ def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
         )
     if args:
         raise ValueError(f"{len(args)} positional arguments: call model(**batch)")
-    given = [key for key, value in kwargs.items() if key in _CURE and _is_set(key, value)]
+    # TRL's head scores the labels of the collator, which are shifted already.
+    is_scored = bool(kwargs.get("fused_lm_head"))
+    given = [k for k, v in kwargs.items() if k in _CURE and _is_set(k, v) and not (is_scored and k == "shift_labels")]
     if given:
         raise ValueError(refusal_of(given))
 

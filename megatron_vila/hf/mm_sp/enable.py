@@ -69,6 +69,8 @@ def enable_mm_sp(
         raise RuntimeError(
             "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
         )
+    if hasattr(model, "get_base_model"):  # of PEFT
+        model = model.get_base_model()
     check_model(model, ulysses, ATTENTION)
     require_kernel(kernel, "kernel")
     if frame_micro_batch < 1:
@@ -94,7 +96,13 @@ class MMSP:
         self._head = FusedHead(model.get_output_embeddings(), groups.alone, model.config)
         self._attentions: dict[tuple[torch.dtype, torch.device, float, bool], Attention2D] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._mean_over = groups.everyone
         self._before = self._settings()
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The layer whose products and loss MM-SP computes in pieces."""
+        return self._head.layer
 
     @property
     def dp_rank(self) -> int:
@@ -129,6 +137,16 @@ class MMSP:
         dist.all_reduce(count, group=self.groups.everyone)
         return count
 
+    @contextmanager
+    def loss_of_replica(self) -> Iterator[None]:
+        """Inside the ``with`` block ``loss`` is the mean over the batch of this rank's replica, for evaluation. Its gradient
+        must not be taken: the average of all ranks' would not be that of a mean."""
+        self._mean_over = self.groups.sample
+        try:
+            yield
+        finally:
+            self._mean_over = self.groups.everyone
+
     def _settings(self) -> tuple[str, Any]:
         return self._backbone.config._attn_implementation, self.model.__dict__.get("_loss_function")
 
@@ -140,6 +158,7 @@ class MMSP:
         self._backbone.set_attn_implementation(ATTENTION)
         self.model.loss_function = self._loss
         self._head.install()
+        self.model.mm_sp = self
         model: Any = self.model
         device = partial(_device, model)
         model.generate = Generator(model, model.generate, self.groups, self.collator(), self.cache, device).generate
@@ -159,7 +178,7 @@ class MMSP:
             hook.remove()
         self._hooks = []
         self._head.remove()
-        del self.model.generate
+        del self.model.generate, self.model.mm_sp
         attention, loss_function = self._before
         del self.model._loss_function
         if loss_function is not None:
@@ -239,7 +258,7 @@ class MMSP:
     ) -> torch.Tensor:
         """The model's loss function; some models give ``vocab_size`` by position. ``logits`` is the loss sum [] that
         ``FusedHead`` returned. All-reduce over the group."""
-        return mean_over_group(logits, labels.shape[1], num_items_in_batch, self.groups.everyone)
+        return mean_over_group(logits, labels.shape[1], num_items_in_batch, self._mean_over)
 
     def attention(self, query_1HsD: torch.Tensor, scale: float, in_window: bool = False) -> Attention2D:
         """The 2D attention for such queries, in a sliding window or in whole documents."""
@@ -318,6 +337,9 @@ def _attention(
             f"{type(module).__name__} asks for {names}, which MM-SP does not support; turn it off in the model's config"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        # As SDPA does: values come from a layer in 16 bits, queries and keys from a rotation in float32.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     return mm_sp_row.attend(module.layer_idx, query, key, value, scale, sliding_window), None
 
 

@@ -25,17 +25,17 @@ class FusedHead:
     """
 
     def __init__(self, layer: nn.Linear, alone: dist.ProcessGroup, config: PreTrainedConfig) -> None:
-        self._layer, self._alone, self._config = layer, alone, config
+        self.layer, self._alone, self._config = layer, alone, config
         self._soft_cap: float | None = getattr(config, _SOFT_CAP, None)
         self._labels_n: torch.Tensor | None = None
 
     def install(self) -> None:
         """Replace the layer's ``forward``."""
-        self._layer.forward = self._forward  # type: ignore[method-assign,assignment]
+        self.layer.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         """Give the layer its own ``forward`` back."""
-        del self._layer.forward
+        del self.layer.forward
         self.expect(None)
 
     def expect(self, labels_n: torch.Tensor | None) -> None:
@@ -47,8 +47,12 @@ class FusedHead:
     def _forward(self, hidden_1nH: torch.Tensor) -> torch.Tensor:
         """Loss sum [], or logits [1, n, V] of a batch without labels. No collective."""
         if self._labels_n is None:
-            return nn.functional.linear(hidden_1nH, self._layer.weight)
-        weight_VH = self._layer.weight
+            return nn.functional.linear(hidden_1nH, self.layer.weight)
+        weight_VH = self.layer.weight
+        if torch.is_autocast_enabled(weight_VH.device.type):
+            # What the layer's own product would do.
+            dtype = torch.get_autocast_dtype(weight_VH.device.type)
+            hidden_1nH, weight_VH = hidden_1nH.to(dtype), weight_VH.to(dtype)
         vocabulary = Vocabulary(first=0, rows=weight_VH.shape[0], group=self._alone)
         counts = [len(self._labels_n)]
         return fused_head(hidden_1nH[0], weight_VH, self._labels_n, counts, vocabulary, soft_cap=self._soft_cap).loss_sum

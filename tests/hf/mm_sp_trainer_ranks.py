@@ -1,0 +1,117 @@
+"""One run of a Trainer in each process of a pool: stock in one process, or under MM-SP in several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from megatron_vila.hf.mm_sp import enable_mm_sp
+from megatron_vila.hf.mm_sp.trainer import MMSPTrainer
+from tests.hf.mm_sp_cases import build
+
+
+class SharedTrainer(MMSPTrainer, Trainer):
+    pass
+
+
+def pad(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """A user's collator: rows of one length, padded on the right."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    rows: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
+    for sample in samples:
+        gap = longest - len(sample["input_ids"])
+        rows["input_ids"].append(nn.functional.pad(sample["input_ids"], (0, gap)))
+        rows["labels"].append(nn.functional.pad(sample["labels"], (0, gap), value=-100))
+        rows["attention_mask"].append(torch.tensor([1] * (longest - gap) + [0] * gap))
+    batch = {name: torch.stack(values) for name, values in rows.items()}
+    if any(sample.get("pixel_values_videos") for sample in samples):
+        batch["pixel_values_videos"] = torch.stack([video for sample in samples for video in sample["pixel_values_videos"]])
+    return batch
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, its samples and the settings of its Trainer. ``layout`` is ulysses and ring, None for the stock Trainer.
+    ``resume`` is a checkpoint to go on from."""
+
+    name: str
+    train: Any
+    out: str
+    layout: tuple[int, int] | None = None
+    settings: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
+    lora: bool = False
+    evaluate: bool = False
+    resume: str | None = None
+
+
+@contextmanager
+def launched(rank: int) -> Iterator[None]:
+    """The environment that torchrun gives a process, and accelerate without a memory of earlier runs."""
+    size = dist.get_world_size()
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+    before = dict(os.environ)
+    if size > 1:
+        os.environ.update({name: str(value) for name, value in told.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """The model with adapters on the queries and the gates of its language model, none of them zero."""
+    torch.manual_seed(3)
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=r".*layers\.\d+\.(self_attn\.q_proj|mlp\.gate_proj)"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def train(rank: int, run: Run) -> dict:
+    """Losses and gradient norms of all steps, the weights at the end, the metrics of the evaluation."""
+    with launched(rank):
+        settings = {"report_to": "none", "disable_tqdm": True, "log_level": "error", "logging_steps": 1, "save_strategy": "no", "use_cpu": True}
+        settings |= {"learning_rate": 0.3, "max_steps": 5, "per_device_train_batch_size": 2, "optim": "sgd", "bf16": False}
+        args = TrainingArguments(run.out, **settings | run.settings)
+        model = build(run.name)
+        if run.layout:
+            enable_mm_sp(model, *run.layout)
+        if run.lora:
+            model = with_lora(model)
+        trainer = (SharedTrainer if run.layout else Trainer)(model, args, train_dataset=run.train, **run.arguments)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=run.resume)
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "losses": torch.tensor([entry["loss"] for entry in logged], dtype=torch.float64),
+            "norms": torch.tensor([entry["grad_norm"] for entry in logged], dtype=torch.float64),
+            "weights": {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()},
+            "evaluation": trainer.evaluate() if run.evaluate else {},
+            "tokens": trainer.state.num_input_tokens_seen,
+        }
+
+
+def largest_difference(found: dict, wanted: dict) -> float:
+    """The largest difference of losses, gradient norms, weights and evaluation loss of two runs, relative to values over 1."""
+    pairs = [(found[key], wanted[key]) for key in ("losses", "norms")]
+    assert list(found["weights"]) == list(wanted["weights"])
+    pairs += [(weight, wanted["weights"][name]) for name, weight in found["weights"].items()]
+    if wanted["evaluation"]:
+        pairs.append((torch.tensor(found["evaluation"]["eval_loss"]), torch.tensor(wanted["evaluation"]["eval_loss"])))
+    assert all(one.shape == other.shape for one, other in pairs)
+    return max(((one - other).abs() / other.abs().clamp(min=1)).max().item() for one, other in pairs)

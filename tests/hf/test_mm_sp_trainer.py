@@ -1,0 +1,107 @@
+"""Trainers under MM-SP train like a stock Trainer in one process with the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import DataCollatorForLanguageModeling, Seq2SeqTrainer, Trainer, TrainingArguments
+
+from megatron_vila.hf.mm_sp import enable_mm_sp
+from megatron_vila.hf.mm_sp.trainer import MMSPTrainer
+from tests.hf.mm_sp_cases import build, text_sample, video_sample
+from tests.hf.mm_sp_trainer_ranks import Run, SharedTrainer, largest_difference, launched, pad, train
+from tests.ranks import pool
+
+# Supervised tokens differ from sample to sample, and the number of samples divides into no batch.
+TEXTS = [text_sample(seed, 7 + 5 * seed % 14, slice(seed % 4, None)) for seed in range(13)]
+VIDEOS = [video_sample(seed, [-3 - seed % 3, 2, -2 - seed % 4]) for seed in range(8)]
+CLOSE = 1e-5
+
+
+@pytest.mark.parametrize(
+    "name, processes, layout, accumulate, settings",
+    [
+        ("qwen2", 2, (2, 1), 4, {}),
+        ("llama", 2, (1, 2), 1, {"train_sampling_strategy": "sequential"}),
+        ("qwen2", 4, (2, 2), 1, {"activation_checkpointing": True}),
+        ("llava_onevision", 4, (2, 1), 2, {}),
+    ],
+)
+def test_trainer_trains_evaluates_and_resumes_like_one_process(name, processes, layout, accumulate, settings, tmp_path):
+    replicas = processes // (layout[0] * layout[1])
+    samples = VIDEOS if name == "llava_onevision" else TEXTS
+    common = {"include_num_input_tokens_seen": "non_padding", "gradient_accumulation_steps": accumulate, "per_device_eval_batch_size": 2, **settings}
+    arguments = {"data_collator": pad, "eval_dataset": samples[:5]}
+    stock = Run(name, samples, str(tmp_path / "stock"), None, common | {"per_device_train_batch_size": 2 * replicas}, arguments)
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    shared = Run(name, samples, str(tmp_path / "shared"), layout, common | saved, arguments)
+    (wanted,) = pool.run(1, train, replace(stock, evaluate=True))
+    for found in pool.run(processes, train, replace(shared, evaluate=True)):
+        assert largest_difference(found, wanted) < CLOSE
+        assert found["tokens"] == wanted["tokens"]
+    checkpoint = tmp_path / "shared/checkpoint-3"
+    for found in pool.run(processes, train, replace(shared, resume=str(checkpoint))):
+        assert largest_difference(found, without_evaluation(wanted)) < CLOSE
+    if name != "llava_onevision":  # A stock Trainer does not load the weights of its own checkpoints of this model.
+        (found,) = pool.run(1, train, replace(stock, resume=str(checkpoint)))
+        assert largest_difference(found, without_evaluation(wanted)) < CLOSE
+
+
+def without_evaluation(run: dict) -> dict:
+    return run | {"evaluation": {}}
+
+
+
+SETTINGS = [
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 (it needs logits of all tokens; set 0.0)"),
+    ({"neftune_noise_alpha": 5}, "neftune_noise_alpha=5"),
+    ({"use_liger_kernel": True}, "use_liger_kernel=True (it replaces the model's forward"),
+    ({"torch_compile": True}, "torch_compile=True"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size=True (one rank would try again"),
+    ({"train_sampling_strategy": "batch_rebalance"}, "use random, sequential or group_by_length"),
+    ({"optim": "adalomo"}, "optim=adalomo"),
+    ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+    ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=False"),
+    ({"use_cpu": False}, "TrainingArguments of 1 processes where enable_mm_sp was given a group of 2"),
+]
+ARGUMENTS = [
+    ({"compute_loss_func": max}, "compute_loss_func (MM-SP computes the loss of the model in pieces"),
+    ({"compute_metrics": max}, "compute_metrics (it needs logits"),
+    ({"preprocess_logits_for_metrics": max}, "preprocess_logits_for_metrics"),
+    ({"model_init": build, "model": None}, "model_init (give the model on which enable_mm_sp was called)"),
+]
+
+
+def refused_settings(rank: int, folder: str) -> list[str]:
+    """What a Trainer says to each of ``SETTINGS`` and ``ARGUMENTS``, and to models that cannot be trained."""
+    said = []
+    model = build("qwen2")
+    mm_sp = enable_mm_sp(model, ulysses=2)
+    adapted = [LoraConfig(target_modules=["lm_head"]), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")]
+    cases: list[tuple] = [(settings, {}) for settings, _ in SETTINGS] + [({}, given) for given, _ in ARGUMENTS]
+    cases += [({}, {"model": build("qwen2")})] + [({}, {"model": config}) for config in adapted]
+    for settings, given in cases:
+        if not isinstance(given.get("model"), torch.nn.Module | None):
+            given = {"model": get_peft_model(model, given["model"])}
+        with launched(rank):
+            try:
+                args = TrainingArguments(folder, **{"use_cpu": True, "report_to": "none"} | settings)
+                SharedTrainer(**{"model": model, "args": args, "train_dataset": TEXTS} | given)
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+    assert model.mm_sp is mm_sp
+    return said
+
+
+def test_what_would_train_wrong_is_refused_by_name_before_any_exchange(tmp_path):
+    wanted = [message for _, message in SETTINGS + ARGUMENTS]
+    wanted += ["MM-SP is not on in this Qwen2ForCausalLM; load the model, call enable_mm_sp"]
+    wanted += ["leave lm_head out of target_modules", "PromptTuningConfig (its virtual tokens"]
+    for said in pool.run(2, refused_settings, str(tmp_path)):
+        for message, found in zip(wanted, said, strict=True):
+            assert message in found
