@@ -51,6 +51,10 @@ setup(
             "import-linter>=2.17",
             "mypy>=2.4",
             "types-pyyaml>=6",
+            # Trainers under MM-SP (hf/mm_sp/trainer.py)
+            "accelerate>=1.15",
+            "peft>=0.21",
+            "trl>=1.16",
             # other readers of the shards that are prepared
             "megatron-energon>=7.4.1",
             "pyarrow>=20",

@@ -75,7 +75,8 @@ def launched(rank: int) -> Iterator[None]:
 def with_lora(model: nn.Module) -> nn.Module:
     """The model with adapters on the queries and the gates of its language model, none of them zero."""
     torch.manual_seed(3)
-    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=r".*layers\.\d+\.(self_attn\.q_proj|mlp\.gate_proj)"))
+    layers = r".*layers\.\d+\.(self_attn\.q_proj|mlp\.gate_proj)"
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=layers))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.3)
@@ -85,8 +86,9 @@ def with_lora(model: nn.Module) -> nn.Module:
 def train(rank: int, run: Run) -> dict:
     """Losses and gradient norms of all steps, the weights at the end, the metrics of the evaluation."""
     with launched(rank):
-        settings = {"report_to": "none", "disable_tqdm": True, "log_level": "error", "logging_steps": 1, "save_strategy": "no", "use_cpu": True}
-        settings |= {"learning_rate": 0.3, "max_steps": 5, "per_device_train_batch_size": 2, "optim": "sgd", "bf16": False}
+        settings = {"report_to": "none", "disable_tqdm": True, "log_level": "error", "logging_steps": 1}
+        settings |= {"save_strategy": "no", "use_cpu": True, "learning_rate": 0.3, "max_steps": 5}
+        settings |= {"per_device_train_batch_size": 2, "optim": "sgd", "bf16": False}
         args = TrainingArguments(run.out, **settings | run.settings)
         model = build(run.name)
         if run.layout:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorForLanguageModeling, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from megatron_vila.hf.mm_sp import enable_mm_sp
-from megatron_vila.hf.mm_sp.trainer import MMSPTrainer
 from tests.hf.mm_sp_cases import build, text_sample, video_sample
 from tests.hf.mm_sp_trainer_ranks import Run, SharedTrainer, largest_difference, launched, pad, train
 from tests.ranks import pool
@@ -34,9 +32,11 @@ CLOSE = 1e-5
 def test_trainer_trains_evaluates_and_resumes_like_one_process(name, processes, layout, accumulate, settings, tmp_path):
     replicas = processes // (layout[0] * layout[1])
     samples = VIDEOS if name == "llava_onevision" else TEXTS
-    common = {"include_num_input_tokens_seen": "non_padding", "gradient_accumulation_steps": accumulate, "per_device_eval_batch_size": 2, **settings}
+    common = {"include_num_input_tokens_seen": "non_padding", **settings}
+    common |= {"gradient_accumulation_steps": accumulate, "per_device_eval_batch_size": 2}
     arguments = {"data_collator": pad, "eval_dataset": samples[:5]}
-    stock = Run(name, samples, str(tmp_path / "stock"), None, common | {"per_device_train_batch_size": 2 * replicas}, arguments)
+    whole = common | {"per_device_train_batch_size": 2 * replicas}
+    stock = Run(name, samples, str(tmp_path / "stock"), None, whole, arguments)
     saved = {"save_strategy": "steps", "save_steps": 3}
     shared = Run(name, samples, str(tmp_path / "shared"), layout, common | saved, arguments)
     (wanted,) = pool.run(1, train, replace(stock, evaluate=True))

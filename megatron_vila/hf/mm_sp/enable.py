@@ -69,8 +69,7 @@ def enable_mm_sp(
         raise RuntimeError(
             "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
         )
-    if hasattr(model, "get_base_model"):  # of PEFT
-        model = model.get_base_model()
+    model = getattr(model, "get_base_model", lambda: model)()  # of PEFT
     check_model(model, ulysses, ATTENTION)
     require_kernel(kernel, "kernel")
     if frame_micro_batch < 1:
@@ -158,8 +157,8 @@ class MMSP:
         self._backbone.set_attn_implementation(ATTENTION)
         self.model.loss_function = self._loss
         self._head.install()
-        self.model.mm_sp = self
         model: Any = self.model
+        model.mm_sp = self
         device = partial(_device, model)
         model.generate = Generator(model, model.generate, self.groups, self.collator(), self.cache, device).generate
         self._hooks = [

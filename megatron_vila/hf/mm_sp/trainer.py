@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import IterableDataset as StreamOfDatasets
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -32,7 +31,11 @@ _REPLACED = (
 )  # fmt: skip
 
 
-class MMSPTrainer:
+_Trainer: Any = object
+"""What the mixin will stand before."""
+
+
+class MMSPTrainer(_Trainer):
     """Mixin that stands before ``Trainer``, ``SFTTrainer`` or a class that derives from them.
 
     Batches, counts of tokens and losses are those of data-parallel replicas: ``per_device_train_batch_size`` samples for each
@@ -44,13 +47,14 @@ class MMSPTrainer:
     wrong results, and ``TypeError`` for base classes that MM-SP cannot train.
     """
 
+    data_collator: Any
     loss_is_scaled_for_ga = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_class(cls, MMSPTrainer, _REPLACED)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         constructor = super().__init__
         self.mm_sp = check_arguments(type(self).__name__, constructor, args, kwargs)
         if (settings := kwargs.get("args", args[1] if len(args) > 1 else None)) is not None:
@@ -61,23 +65,23 @@ class MMSPTrainer:
         self._reads_log_probs = any(base.__module__.startswith("trl.") for base in type(self).__mro__)
         self._evaluated: list[tuple[torch.Tensor, int]] = []
 
-    def create_accelerator_and_postprocess(self: Any) -> None:
+    def create_accelerator_and_postprocess(self) -> None:
         """Let accelerate deal batches to replicas instead of processes."""
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_data_loader = self._prepare_data_loader
 
-    def _prepare_data_loader(self: Any, loader: DataLoader, **_unused: Any) -> DataLoader:
+    def _prepare_data_loader(self, loader: DataLoader, **_unused: Any) -> DataLoader:
         split = self.args.accelerator_config.split_batches
         prepared = deal(loader, self.mm_sp, self.args.device, self._order_seed(), self._is_training_loader, split)
         self.accelerator._dataloaders.append(prepared)
         return prepared
 
-    def _order_seed(self: Any) -> int:
+    def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _get_dataloader(self: Any, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         self._is_training_loader = is_training
-        if isinstance(dataset, IterableDataset | StreamOfDatasets) and self.mm_sp.dp_size > 1:
+        if isinstance(dataset, IterableDataset) and self.mm_sp.dp_size > 1:
             if not is_training:
                 raise ValueError(
                     f"evaluation of an IterableDataset over {self.mm_sp.dp_size} data-parallel replicas would count its last "
@@ -87,15 +91,15 @@ class MMSPTrainer:
         loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         return loader if is_training else EvaluationLoader(loader, self.mm_sp, self.args.device)
 
-    def _get_train_sampler(self: Any, *args: Any) -> Sampler | None:
+    def _get_train_sampler(self, *args: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*args)
         return InOrderOfLengths(sampler, self._order_seed()) if isinstance(sampler, LengthGroupedSampler) else sampler
 
-    def get_total_train_batch_size(self: Any, args: Any) -> int:
+    def get_total_train_batch_size(self, args: Any) -> int:
         """Samples of a step in all replicas."""
         return self._train_batch_size * args.gradient_accumulation_steps * self.mm_sp.dp_size
 
-    def _get_num_items_in_batch(self: Any, batch_samples: list, device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Supervised tokens of the step, int64 []. All-reduce over all processes. Raises ``ValueError`` for samples without
         labels."""
         if any("labels" not in batch for batch in batch_samples):
@@ -103,7 +107,7 @@ class MMSPTrainer:
         return self.mm_sp.count_supervised(batch_samples)
 
     def compute_loss(
-        self: Any, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of a micro-batch: its share of the mean over the ``num_items_in_batch`` supervised tokens of the step. The model
         reduces it over all processes; the loss of TRL is this rank's part of it, times the number of processes."""
@@ -114,7 +118,9 @@ class MMSPTrainer:
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def prediction_step(self: Any, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: Any = None) -> tuple:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple:
         """Mean loss [] of the batch of this rank's replica. Raises ``ValueError`` where predictions are asked for."""
         if not prediction_loss_only:
             raise ValueError("MM-SP returns no predictions; call evaluate() for the loss, or generate")
@@ -132,7 +138,7 @@ class MMSPTrainer:
         self._evaluated.append((loss, samples if supervised else 0))
         return loss, None, None
 
-    def evaluation_loop(self: Any, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As in one process: mean loss of each batch, weighted by its samples. All-reduce over all processes."""
         self._evaluated = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -144,34 +150,34 @@ class MMSPTrainer:
         output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
         return output
 
-    def predict(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ``ValueError``: no rank has logits of whole samples."""
         raise ValueError("MM-SP returns no predictions; call evaluate() for the loss, or generate")
 
-    def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model._keys_to_ignore_on_save or ())
         self._were_missing = not set(load_result.missing_keys) <= tied
         if not self._were_missing:
             super()._issue_warnings_after_load(load_result)
 
-    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._were_missing = False
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(resume_from_checkpoint)
 
-    def _load_best_model(self: Any) -> None:
+    def _load_best_model(self) -> None:
         self._were_missing = False
         super()._load_best_model()
         self._load_renamed(self.state.best_model_checkpoint)
 
-    def _load_renamed(self: Any, folder: str) -> None:
+    def _load_renamed(self, folder: str) -> None:
         """Load the weights of a model whose saved tensors have other names than its parameters. The stock Trainer only warns
         of them, and goes on with the weights that it had."""
         if self._were_missing:
             loaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
             self.model.load_state_dict(loaded.state_dict())
 
-    def _track_num_input_tokens(self: Any, inputs: dict) -> None:
+    def _track_num_input_tokens(self, inputs: dict) -> None:
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor(inputs["mm_sp_row"].tokens, device=self.args.device)
             dist.all_reduce(tokens, group=self.mm_sp.groups.everyone)

@@ -110,11 +110,15 @@ def _setting_problems(settings: Any, mm_sp: MMSP | None) -> list[str]:
     if mm_sp is not None and mm_sp.dp_size > 1 and not loader.even_batches:
         problems.append("even_batches=False (replicas would wait for each other's batches; leave it out)")
     if mm_sp is not None and mm_sp.dp_size > 1 and not settings.average_tokens_across_devices:
-        problems.append("average_tokens_across_devices=False (the loss is the mean over the tokens of all ranks; set True)")
+        problems.append(
+            "average_tokens_across_devices=False (the loss is the mean over the tokens of all ranks; set True)"
+        )
     parallel = getattr(settings, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
         if (getattr(parallel, name, 1) or 1) > 1:
-            problems.append(f"parallelism_config.{name}={getattr(parallel, name)} (ulysses and ring share samples; leave it out)")
+            problems.append(
+                f"parallelism_config.{name}={getattr(parallel, name)} (ulysses and ring share samples; leave it out)"
+            )
     if mm_sp is not None and settings.world_size != mm_sp.groups.everyone.size():
         problems.append(
             f"TrainingArguments of {settings.world_size} processes where enable_mm_sp was given a group of "
@@ -133,9 +137,13 @@ def check_trainer(trainer: Any, mm_sp: MMSP) -> None:
     if trainer.is_distributed_loading_by_transformers:
         problems.append("a model loaded with distributed_config (load it without, and shard it by fsdp=True)")
     if trainer.args.world_size != mm_sp.groups.everyone.size():
-        problems.append(f"a Trainer of {trainer.args.world_size} processes for MM-SP over {mm_sp.groups.everyone.size()}")
+        problems.append(
+            f"a Trainer of {trainer.args.world_size} processes for MM-SP over {mm_sp.groups.everyone.size()}"
+        )
     if getattr(trainer, "aux_loss_enabled", False):
-        problems.append("the auxiliary loss of experts (each rank sees its own tokens only; set router_aux_loss_coef=0.0)")
+        problems.append(
+            "the auxiliary loss of experts (each rank sees its own tokens only; set router_aux_loss_coef=0.0)"
+        )
     for config in getattr(trainer.model, "peft_config", {}).values():
         if config.is_prompt_learning:
             problems.append(_prompt_learning(config))

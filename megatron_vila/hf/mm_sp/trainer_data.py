@@ -104,7 +104,9 @@ def take_apart(rows: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
                 "packed rows"
             )
         starts |= restarts if mask is None else False
-    media = {key: value for key, value in rows.items() if key not in ("input_ids", "labels", "attention_mask", *_ROW_KEYS)}
+    media = {
+        key: value for key, value in rows.items() if key not in ("input_ids", "labels", "attention_mask", *_ROW_KEYS)
+    }
     media = {key: value for key, value in media.items() if value is not None}
     documents = []
     for row in range(len(ids)):
