@@ -52,7 +52,9 @@ def alone(folder: str, steps: list[list[int]], frozen: bool) -> tuple[list[float
     return losses, dict(model.state_dict())
 
 
-def train(rank: int, folder: str, steps: list[list[int]], weights: str, frozen: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    rank: int, folder: str, steps: list[list[int]], weights: str, frozen: bool
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same over data-parallel ranks."""
     model = load(folder, frozen)
     if weights == "ddp":

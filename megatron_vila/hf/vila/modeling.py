@@ -10,7 +10,6 @@ side, T tokens of a picture, H width of the language model, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from megatron_vila.hf.vila.configuration import VilaConfig
-from megatron_vila.hf.vila.token_embedding import TokenEmbedding, is_marked, is_visual
+from megatron_vila.hf.vila.token_embedding import TokenEmbedding, is_marked, is_visual, masked_labels
 from megatron_vila.hf.vila.tower import VilaVisionTower, takes_part
 from megatron_vila.hf.vila.weights import read_weights
 from megatron_vila.models.vision.no_frames import zero_connected_to
@@ -164,7 +163,9 @@ class VILAModel(VILAPreTrainedModel):
         without pictures must run them as those with pictures do.
         """
         if input_ids is not None and inputs_embeds is None:
-            visual_BS, inputs_embeds = is_visual(input_ids), self.get_input_embeddings()(input_ids)
+            visual_BS = is_visual(input_ids)
+            # PEFT puts modules of its own in place of the table, which look up every id.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(visual_BS, 0))
         elif input_ids is not None or inputs_embeds is None:
             raise ValueError("both or neither of input_ids and inputs_embeds are given; give either input_ids or inputs_embeds")
         else:
@@ -236,10 +237,6 @@ class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # TRL puts a forward of its own in place of ours, which reads the labels.
-        super().__setattr__(name, _without_visual_labels(value) if name == "forward" else value)  # type: ignore[arg-type]
-
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -290,7 +287,7 @@ class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             vocabulary = self.config.get_text_config().vocab_size
-            loss = self.loss_function(logits=logits, labels=_masked(labels), vocab_size=vocabulary, **kwargs)
+            loss = self.loss_function(logits=logits, labels=masked_labels(labels), vocab_size=vocabulary, **kwargs)
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -320,22 +317,6 @@ class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
         if pixels_F3PP is not None:
             model_kwargs["pixel_values"] = pixels_F3PP
         return input_ids, model_kwargs
-
-
-def _masked(labels: torch.Tensor) -> torch.Tensor:
-    """``labels`` with -100 for visual tokens."""
-    return labels.masked_fill(is_visual(labels), -100)
-
-
-def _without_visual_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward``, which gets the labels ``_masked``."""
-
-    @functools.wraps(forward)
-    def masked(*args: Any, **kwargs: Any) -> Any:
-        given = {name: _masked(kwargs[name]) for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
-        return forward(*args, **kwargs | given)
-
-    return masked
 
 
 def local_folder(path: str | os.PathLike) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from megatron_vila.config.text_rules import DEFAULT_CLOCK, TextRules
 from megatron_vila.convert.hf_config import SEPARATORS
@@ -43,6 +43,7 @@ from megatron_vila.hf.vila.given_media import (
     read_picture,
     text_and_media,
 )
+from megatron_vila.hf.vila.inputs import VilaInputs
 from megatron_vila.hf.vila.modeling import local_folder
 from megatron_vila.models.vision.tower import scale_pixels
 from megatron_vila.plan.pictures import Squares, Unit
@@ -154,7 +155,7 @@ class VilaProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         videos: Any = None,
         **options: Any,
-    ) -> BatchFeature:
+    ) -> VilaInputs:
         """Inputs of the model for one text or several.
 
         ``text`` is what ``apply_chat_template`` returns. In it ``<image>`` and ``<video>`` mark the places of media; with a
@@ -193,7 +194,7 @@ class VilaProcessor(ProcessorMixin):
         inputs = self._pad([self._cut(row, asked) for row in rows], asked)
         if pictures:
             inputs["pixel_values"] = scale_pixels(torch.cat(pictures))
-        return BatchFeature(inputs)
+        return VilaInputs(inputs)
 
     def apply_chat_template(
         self,

@@ -39,3 +39,8 @@ def is_visual(ids: torch.Tensor) -> torch.Tensor:
 def is_marked(embeddings_BSH: torch.Tensor) -> torch.Tensor:
     """[B, S]: which of these embeddings are marks."""
     return (embeddings_BSH == MARK).all(dim=-1)
+
+
+def masked_labels(labels: torch.Tensor) -> torch.Tensor:
+    """``labels`` with -100 for visual tokens: nothing is learned of them."""
+    return labels.masked_fill(is_visual(labels), -100)

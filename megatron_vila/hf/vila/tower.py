@@ -5,7 +5,7 @@ Legend: F pictures, P pixels of a side, N patches of a picture, C tower width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -37,9 +37,10 @@ class VilaVisionTower(VisionTower):
 
 
 class Carried(nn.Module):
-    """Weights that nothing runs, under the names of ``module``: they are loaded and saved.
+    """Weights that nothing runs, under the names of ``module``: they are loaded, moved and saved.
 
-    They are buffers, so that nothing trains them and DDP waits for no gradient, and there is no layer here for PEFT to adapt.
+    They are buffers, so that nothing trains them and DDP waits for no gradient. A walk over a model's modules finds none in here,
+    because PEFT adapts modules by their names.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,6 +49,12 @@ class Carried(nn.Module):
             self.register_buffer(name, tensor.detach())
         for name, child in module.named_children():
             self.add_module(name, Carried(child))
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This module alone."""
+        yield prefix, self
 
 
 def takes_part(parameters: Iterable[nn.Parameter]) -> bool:
