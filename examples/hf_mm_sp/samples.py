@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vila.data.images import preprocess
 from megatron_vila.data.sampling import sample_frame_indices
 from megatron_vila.data.video import decode_video_frames, probe_video
-from megatron_vila.hf.mm_sp.data import VideoTokens
+from megatron_vila.hf.mm_sp.adapters.llava_onevision import LlavaOnevision
 from megatron_vila.models.vision.tower import scale_pixels
 from megatron_vila.plan.row import IGNORE
 
@@ -56,7 +56,7 @@ class VideoFrames:
 class VideoQuestions(Dataset):
     """Samples of a LLaVA-format file with one video and one question each, in LLaVA-OneVision's ChatML; answers are learned."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: Path, frames: int, video: VideoTokens) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: Path, frames: int, video: LlavaOnevision) -> None:
         self._records = [record for record in json.loads(file.read_text(encoding="utf-8")) if "video" in record]
         if not self._records:
             raise ValueError(f"{file} has no record with a video")

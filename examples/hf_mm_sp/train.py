@@ -31,6 +31,7 @@ from megatron_vila import accelerator, processes
 from megatron_vila.data.synthetic import corpus, write_synthetic_set
 from megatron_vila.data.tokenizer import train_tokenizer
 from megatron_vila.hf.mm_sp import MMSP, enable_mm_sp
+from megatron_vila.hf.mm_sp.adapters.llava_onevision import LlavaOnevision
 
 REPO = Path(__file__).resolve().parents[2]
 TINY_VOCABULARY = 1024
@@ -185,7 +186,7 @@ def train(options: argparse.Namespace) -> None:
     if is_video:
         if mm_sp is None:
             raise SystemExit("--stock runs text models only")
-        dataset = VideoQuestions(tokenizer, data[0], options.frames, mm_sp.collator().video)
+        dataset = VideoQuestions(tokenizer, data[0], options.frames, LlavaOnevision.of(model.config))
     else:
         dataset = TextWindows(tokenizer, data, options.length)
     # The default loops over parameters would need temporaries as large as all of them.

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vila.hf.mm_sp.data import ShardCollator, VideoTokens
+from megatron_vila.hf.mm_sp.adapters.llava_onevision import LlavaOnevision
+from megatron_vila.hf.mm_sp.data import ShardCollator
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.row import IGNORE
 from megatron_vila.plan.row_plan import AttentionPlan
 from tests.hf.mm_sp_cases import PER_FRAME, SIDE, VIDEO, text_sample, video_sample
 
 
-def collator(cp: int, rank: int, video: VideoTokens | None) -> ShardCollator:
+def collator(cp: int, rank: int, video: LlavaOnevision | None) -> ShardCollator:
     return ShardCollator(GridShape(ring=cp), rank, video)
 
 
-TOKENS = VideoTokens(VIDEO, PER_FRAME, 1, SIDE)
+TOKENS = LlavaOnevision(VIDEO, PER_FRAME, 1, SIDE)
 
 
-def whole(samples: list[dict], cp: int, key: str, video: VideoTokens | None = None) -> np.ndarray:
+def whole(samples: list[dict], cp: int, key: str, video: LlavaOnevision | None = None) -> np.ndarray:
     """The row put together again from all ranks' shares."""
     batches = [collator(cp, rank, video)(samples) for rank in range(cp)]
     row = np.full(int(batches[0]["mm_sp_row"].cu_seqlens[-1]), -1)
@@ -80,7 +81,7 @@ def test_each_frame_is_asked_for_on_one_rank_only(frames):
         sample = video_sample(1, [-3, *frames, -2]) | {"pixel_values_videos": videos}
         batch = collator(4, rank, TOKENS)([sample])
         mine = [(i, frame) for i, video in enumerate(videos) for frame in video.asked]
-        assert batch["pixel_values_videos"].shape == (len(mine), 3, SIDE, SIDE)
+        assert batch["mm_sp_pixels"].shape == (len(mine), 3, SIDE, SIDE)
         asked += mine
     assert asked == [(i, frame) for i, n in enumerate(frames) for frame in range(n)]
 
@@ -98,7 +99,7 @@ def test_lists_arrays_and_tensors_with_a_batch_dimension_are_the_same_sample():
 
 
 def test_padding_looks_like_text_even_if_the_video_token_is_zero():
-    batch = collator(1, 0, VideoTokens(0, PER_FRAME, 1, SIDE))([{"input_ids": [5, 6, 7]}])
+    batch = collator(1, 0, LlavaOnevision(0, PER_FRAME, 1, SIDE))([{"input_ids": [5, 6, 7]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1]]
 
 
@@ -114,8 +115,8 @@ def test_the_plan_of_the_row_is_made_in_the_collator():
     assert row.attention.lengths == wanted.lengths
     assert row.attention.order.tolist() == wanted.order.tolist() and row.attention.inverse.tolist() == wanted.inverse.tolist()
     # 16 frames on 4 ranks: rank 2 makes the frames 8 to 11, the first of the second sample, and no video of theirs ends.
-    assert row.frames.most == 4 and row.frames.order.tolist() == list(range(4 * PER_FRAME))
-    assert sum(row.frames.reshard.send_counts) == 4 * PER_FRAME
+    assert row.vision.most == 4 and [unit.tokens for unit in row.vision.units] == [PER_FRAME] * 4
+    assert sum(row.vision.reshard.send_counts) == 4 * PER_FRAME
 
 
 def test_collator_and_row_travel_to_workers():
@@ -139,7 +140,7 @@ def test_collator_and_row_travel_to_workers():
         ({"input_ids": [1, VIDEO]}, "sample 0 has 1 video tokens (id 65) but videos of no frames need 0"),
         (
             {"input_ids": [VIDEO, 1, *[VIDEO] * 4], "pixel_values_videos": [torch.zeros(1, 3, SIDE, SIDE)]},
-            "the tokens of frame 0 are not consecutive",
+            "sample 0 has tokens of frame 0 that are not consecutive",
         ),
         (
             {"input_ids": [VIDEO] * 5, "pixel_values_videos": [torch.zeros(1, 3, 9, 9)]},

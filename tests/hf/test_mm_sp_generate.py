@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from megatron_vila.hf.mm_sp import generate as generation
+from megatron_vila.hf.mm_sp.adapters.llava_onevision import LlavaOnevision
 from megatron_vila.hf.mm_sp.arguments import Settings, check_generate
-from megatron_vila.hf.mm_sp.data import VideoTokens
 from megatron_vila.hf.mm_sp.enable import enable_mm_sp
 from tests.hf.mm_sp_cases import PER_FRAME, SIDE, VIDEO, VOCAB, build, text_sample, video_sample
 from tests.hf.mm_sp_ranks import shard
@@ -449,7 +449,7 @@ def check(given: dict, own: GenerationConfig | None = None, config: GenerationCo
     return ""
 
 
-TOKENS = VideoTokens(VIDEO, PER_FRAME, 1, SIDE)
+TOKENS = LlavaOnevision(VIDEO, PER_FRAME, 1, SIDE)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,6 @@ TOKENS = VideoTokens(VIDEO, PER_FRAME, 1, SIDE)
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 (it runs the model on a second prompt"),
         ({"output_attentions": True}, "output_attentions=True (no attention weights are formed"),
         ({"inputs_embeds": torch.zeros(1, 3, 4)}, "inputs_embeds (give input_ids)"),
-        ({"pixel_values": torch.zeros(1)}, "pixel_values (give a picture as a video of one frame)"),
         ({"pixel_values_videos": torch.zeros(1)}, "pixel_values_videos (the model takes text only"),
         ({"max_new_token": 5}, "max_new_token (no argument of generate"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size=0 (use 1 or more tokens)"),

@@ -62,7 +62,7 @@ def test_videos_that_are_cut_otherwise_are_other_samples():
     rows = [[TWO_VIDEOS], [other_videos(TWO_VIDEOS)]]
     assert (rows[0][0]["input_ids"] == VIDEO).sum() == (rows[1][0]["input_ids"] == VIDEO).sum()
     for said, _ in pool.run(2, call, "llava_onevision", rows, {"ulysses": 2}):
-        assert "lengths of videos differ" in said
+        assert "pictures and videos differ" in said
 
 
 def test_one_rank_of_four_is_named_on_all_of_its_group_and_replicas_may_differ():

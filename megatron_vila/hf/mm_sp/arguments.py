@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from megatron_vila.hf.mm_sp.adapters import VISION_KEYS, VisionAdapter
 from megatron_vila.hf.mm_sp.cache import ShardedCache
-from megatron_vila.hf.mm_sp.data import VideoTokens
 
 _TAKEN = {
     "input_ids", "attention_mask", "past_key_values", "logits_processor", "stopping_criteria", "streamer", "tokenizer",
     "prefix_allowed_tokens_fn", "synced_gpus",
 }  # fmt: skip
-_TAKEN_OF_VIDEOS = {"pixel_values_videos", "vision_feature_layer", "vision_feature_select_strategy"}
 _MAY_DIFFER = {"logits_processor", "stopping_criteria", "streamer", "prefix_allowed_tokens_fn", "max_time"}
 """Scores and stops are the first rank's, and a streamer takes what its own rank gets."""
 
@@ -52,8 +51,7 @@ _CURE_OF_ARGUMENT = {
     "negative_prompt_attention_mask": _CURE_OF_SETTING["guidance_scale"],
     "inputs_embeds": "give input_ids",
     "position_ids": "positions count from the start of input_ids; leave it out",
-    "pixel_values": "give a picture as a video of one frame",
-    "mm_encoder_outputs": "give pixel_values_videos",
+    "mm_encoder_outputs": "give pixels",
 }
 _ALLOWED: dict[str, tuple] = {
     "num_beams": (1,), "num_return_sequences": (1,), "num_beam_groups": (1,), "guidance_scale": (1, 1.0), "use_cache": (True,),
@@ -84,11 +82,11 @@ class Settings:
 
 
 def check_generate(
-    call: Mapping[str, Any], settings: Settings, video: VideoTokens | None, window: int | None = None
+    call: Mapping[str, Any], settings: Settings, adapter: VisionAdapter | None, window: int | None = None
 ) -> None:
     """Raise ``ValueError`` that lists everything in a call of ``generate`` that MM-SP cannot do.
 
-    ``video`` is None for a text model, ``window`` the shortest sliding window of the model.
+    ``adapter`` is None for a text model, ``window`` the shortest sliding window of the model.
     """
     given = {name: value for name, value in call.items() if value is not None}
     problems = [f"{name} ({_CURE_OF_ARGUMENT[name]})" for name in given if name in _CURE_OF_ARGUMENT]
@@ -96,10 +94,16 @@ def check_generate(
         value = settings[name]
         if value not in (None, False, *_ALLOWED.get(name, ())) or (name == "use_cache" and value is False):
             problems.append(f"{name}={value} ({cure})")
-    taken = _TAKEN | (set() if video is None else _TAKEN_OF_VIDEOS) | set(vars(GenerationConfig()))
+    taken = _TAKEN | set(vars(GenerationConfig()))
+    if adapter is not None:
+        taken |= {*adapter.keys, *adapter.ignored, *adapter.options}
     for name in sorted(set(given) - taken - set(_CURE_OF_ARGUMENT) - set(_CURE_OF_SETTING)):
-        reason = "the model takes text only" if name in _TAKEN_OF_VIDEOS else "no argument of generate"
-        problems.append(f"{name} ({reason}; leave it out)")
+        if adapter is not None and name in adapter.hints:
+            problems.append(f"{name} ({adapter.hints[name]})")
+        else:
+            is_vision = adapter is None and name in VISION_KEYS
+            reason = "the model takes text only" if is_vision else "no argument of generate"
+            problems.append(f"{name} ({reason}; leave it out)")
     chunk = settings["prefill_chunk_size"]
     if chunk is not None and chunk < 1:
         problems.append(f"prefill_chunk_size={chunk} (use 1 or more tokens)")
@@ -107,7 +111,7 @@ def check_generate(
     if cache is not None and not isinstance(cache, ShardedCache):
         problems.append(f"past_key_values of {type(cache).__name__} (each rank keeps its part in one of mm_sp.cache())")
     if not problems:
-        problems = _prompt_problems(given, settings, video, window)
+        problems = _prompt_problems(given, settings, adapter, window)
     if problems:
         raise ValueError(
             "generate under MM-SP does not take " + "; ".join(problems)
@@ -116,7 +120,7 @@ def check_generate(
 
 
 def _prompt_problems(
-    given: Mapping[str, Any], settings: Settings, video: VideoTokens | None, window: int | None
+    given: Mapping[str, Any], settings: Settings, adapter: VisionAdapter | None, window: int | None
 ) -> list[str]:
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if ids is None:
@@ -136,8 +140,8 @@ def _prompt_problems(
     is_own = padding is not None and padding not in np.atleast_1d(settings["eos_token_id"])
     if mask is None and is_own and bool((ids == padding).any()):
         return [f"input_ids with padding, token {padding} (take it out, or give an attention_mask of ones if it is none)"]
-    if video is not None and int(ids[0, -1]) == video.token_id:
-        return ["a prompt that ends with a video (put the question after it)"]
+    if adapter is not None and int(ids[0, -1]) in adapter.token_ids:
+        return ["a prompt that ends with a picture or a video (put the question after it)"]
     # The last token that is decoded is not read any more.
     read = ids.shape[1] + settings.new_tokens(ids.shape[1]) - 1
     if window is not None and read > window:

@@ -31,7 +31,8 @@ class ShardedCache(Cache):
     """This rank's part of the keys and values of one sequence, made by ``MMSP.cache``.
 
     ``dtype`` is that of the kept numbers, None for that of the model. ``token_ids`` are the tokens read so far, on all ranks
-    alike; a call of ``generate`` keeps as many of them as its prompt begins with. It holds no process group, so it can be copied.
+    alike; a call of ``generate`` keeps as many of them as its prompt begins with. ``next_position`` is that of the next token:
+    one more than the largest so far, which need not be the number of tokens. It holds no process group, so it can be copied.
     """
 
     def __init__(self, grid: GridShape, rank: int, layers: int, dtype: torch.dtype | None = None) -> None:
@@ -41,6 +42,8 @@ class ShardedCache(Cache):
         self._spans: list[Span] = []
         self._tail: Tails | None = None
         self._ids: list[torch.Tensor] = []
+        self._positions: list[np.ndarray] = []
+        self.next_position = 0
         self._tokens = 0
         self._room, self._tail_room = 0, 0
 
@@ -95,9 +98,14 @@ class ShardedCache(Cache):
     def _end_tail(self) -> None:
         self._spans, self._tail = list(self.spans), None
 
-    def commit(self, ids_n: torch.Tensor) -> None:
-        """Count ``ids_n`` int64 [n] as read, once all layers have written what this rank keeps of them."""
+    def commit(self, ids_n: torch.Tensor, positions_n: np.ndarray | None = None) -> None:
+        """Count ``ids_n`` int64 [n] as read, once all layers have written what this rank keeps of them. ``positions_n`` int64 [n]
+        are their largest positions, by default the next ones."""
+        if positions_n is None:
+            positions_n = np.arange(self.next_position, self.next_position + len(ids_n))
         self._ids.append(ids_n)
+        self._positions.append(positions_n)
+        self.next_position = max(self.next_position, int(positions_n.max(initial=-1)) + 1)
         self._tokens += len(ids_n)
 
     def keep(self, tokens: int) -> None:
@@ -106,6 +114,8 @@ class ShardedCache(Cache):
         if not 0 <= tokens <= len(ids):
             raise ValueError(f"a cache of {len(ids)} tokens cannot keep {tokens}; give 0 to {len(ids)}")
         self._ids, self._tokens = [torch.from_numpy(ids[:tokens])], tokens
+        self._positions = [np.concatenate([np.empty(0, np.int64), *self._positions])[:tokens]]
+        self.next_position = int(self._positions[0].max(initial=-1)) + 1
         for span in self.spans:
             span.shorten(int(np.searchsorted(span.positions, tokens)))
         if tokens == 0:

@@ -8,18 +8,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from megatron_vila.hf.mm_sp.adapters import ADAPTERS
 from megatron_vila.hf.mm_sp.language import TEXT_MODELS, language_problems
-
-VIDEO_MODELS = ("llava_onevision",)
-LANGUAGE_OF_VIDEO = ("llama", "qwen2", "qwen3")
 
 _CURE = {
     "attention_mask": "the collator takes padding out and packs documents by itself",
     "past_key_values": "call model.generate, with a cache of mm_sp.cache() or without",
     "use_cache": "call model.generate, which keeps a cache",
     "inputs_embeds": "give input_ids",
-    "pixel_values": "give a picture as a video of one frame",
-    "mm_encoder_outputs": "give pixel_values_videos",
+    "pixel_values": "give whole samples to the collator, which reads their pictures",
+    "pixel_values_videos": "give whole samples to the collator, which reads their videos",
+    "mm_encoder_outputs": "give whole samples to the collator",
     "logits_to_keep": "leave it out; the output layer computes supervised tokens only, or all tokens if there are no labels",
     "shift_labels": "give labels, which the collator shifts",
     "output_attentions": "no attention weights are formed; use attn_implementation='eager' without MM-SP",
@@ -34,15 +33,17 @@ def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
     ``ulysses`` is the size of the Ulysses group, ``name`` the attention implementation of a model that has MM-SP on.
     """
     config = model.config
-    if config.model_type not in TEXT_MODELS + VIDEO_MODELS:
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter is None and config.model_type not in TEXT_MODELS:
         raise ValueError(
             f"model_type={config.model_type} has not been checked with MM-SP; use {', '.join(TEXT_MODELS)} "
-            f"or, with a language model of {', '.join(LANGUAGE_OF_VIDEO)}, {', '.join(VIDEO_MODELS)}"
+            f"or, with vision, {', '.join(ADAPTERS)}"
         )
     text = config.get_text_config()
-    problems = []
-    if text is not config and text.model_type not in LANGUAGE_OF_VIDEO:
-        problems.append(f"text_config.model_type={text.model_type} is not supported; use {', '.join(LANGUAGE_OF_VIDEO)}")
+    problems = [] if adapter is None else adapter.problems(config)
+    text_models = TEXT_MODELS if adapter is None else adapter.text_models
+    if text.model_type not in text_models:
+        problems.append(f"text_config.model_type={text.model_type} is not supported; use {', '.join(text_models)}")
     if text._attn_implementation == name:
         problems.append("MM-SP is on already; first call disable() of the object that enable_mm_sp returned")
     layer = model.get_output_embeddings()

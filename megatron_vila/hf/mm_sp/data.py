@@ -4,7 +4,8 @@ Samples become the documents of a row, each padded to a multiple of 2*cp tokens 
 layout, ``plan/tokens.py``). Labels are shifted on the whole document before the cut. All of this, with the plan of the row
 (``plan/row_plan.py``), is computed on the host without communication, so it runs in the workers of a DataLoader.
 
-Legend: S tokens of the row, s = S/cp local tokens, n supervised ones among them, D documents, N visual tokens made by a rank.
+Legend: S tokens of the row, s = S/cp local tokens, n supervised ones among them, D documents, M visual tokens owned by
+a rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_vila.hf.mm_sp.adapters import VISION_KEYS, Piece, VisionAdapter, VisionUnit
 from megatron_vila.hf.mm_sp.same_row import fingerprint
 from megatron_vila.plan.grid import GridShape
 from megatron_vila.plan.pictures import Unit
@@ -23,34 +25,23 @@ from megatron_vila.plan.row import IGNORE, Document, Row, pack, references
 from megatron_vila.plan.row_plan import AttentionPlan, RowPlan, ShardPlan
 from megatron_vila.plan.tokens import RankReshard
 
-KEYS = ("input_ids", "labels", "attention_mask", "pixel_values_videos")
+KEYS = ("input_ids", "labels", "attention_mask")
+PIXELS = "mm_sp_pixels"
+"""The pixels of this rank in a batch, for a model with vision: [R, ...]."""
 
 
 @dataclass(frozen=True)
-class VideoTokens:
-    """How a model writes videos into its token sequence.
+class VisionPlan:
+    """What a rank does with the pictures and videos of a row.
 
-    A video of F frames takes F * ``per_frame`` + ``after_video`` tokens, all of them ``token_id``. A frame is a picture
-    [3, ``size``, ``size``].
+    ``units`` are those that the rank encodes, in the order of the row, as are their pixels. ``reshard`` sends the tokens that
+    they become to the ranks that own them. ``is_video`` bool [M] tells for each visual token that this rank owns, in the order
+    of its tokens, whether it is one of a video. ``most`` is the largest number of units that a rank has.
     """
 
-    token_id: int
-    per_frame: int
-    after_video: int
-    size: int
-
-
-@dataclass(frozen=True)
-class FramePlan:
-    """What a rank does with the videos of a row.
-
-    ``order`` int64 [N] has, for each token that the rank makes, in the order of the row, its index in what the rank encodes: the
-    tokens of its frames and then one newline. ``reshard`` sends these tokens to the ranks that own them. ``most`` is the largest
-    number of frames that a rank has.
-    """
-
+    units: tuple[VisionUnit, ...]
     reshard: RankReshard
-    order: np.ndarray
+    is_video: np.ndarray
     most: int
 
 
@@ -61,8 +52,8 @@ class ShardedRow:
     ``cu_seqlens`` int64 [D+1] are the bounds of the documents. ``positions`` int64 [s] are the places of the local tokens in the
     row, ``selected`` int64 [n] the indices of the supervised ones among the local tokens. ``supervised`` and ``tokens`` (without
     padding) count tokens of the whole row, ``longest`` those of its longest document. ``fingerprint`` is the same on all ranks
-    that were given the same samples (``same_row.py``). ``attention`` and, for a video model, ``frames`` are this rank's part of
-    the plan of the row, which the training process copies to its device.
+    that were given the same samples (``same_row.py``). ``attention`` and, for a model with vision, ``vision`` are this rank's
+    part of the plan of the row, which the training process copies to its device.
     """
 
     cu_seqlens: np.ndarray
@@ -73,15 +64,18 @@ class ShardedRow:
     longest: int
     fingerprint: np.ndarray
     attention: AttentionPlan
-    frames: FramePlan | None
+    vision: VisionPlan | None
 
 
 @dataclass(frozen=True)
-class _Document:
-    ids: np.ndarray
-    labels: np.ndarray
+class PlacedSample:
+    """A sample as a ``document`` and its units of vision ``pieces``, in the order of their places. ``positions`` int64 [A, L] are
+    those of the model if they have A axes, else None."""
+
+    document: Document
+    pieces: tuple[Piece, ...]
+    positions: np.ndarray | None
     has_labels: bool
-    videos: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -90,58 +84,62 @@ class ShardCollator:
 
     A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, for training, ``labels`` of the same shape in the convention of
     Transformers: not shifted, -100 where nothing is learned. Tokens whose ``attention_mask`` is 0 are taken out, so padding on
-    either side is fine. For a video model ``pixel_values_videos`` holds the videos, each a tensor [F, 3, H, W] or anything with
-    a length whose slices are such tensors: only this rank's frames are read.
+    either side is fine. For a model with vision a sample also has the fields of ``adapter``, whose pixels may be read lazily:
+    only this rank's are read.
 
-    Returns ``input_ids``, ``position_ids`` and (if the samples have them) ``labels``, int64 [1, s] each, labels shifted;
-    ``pixel_values_videos`` [f, 3, H, W] with this rank's f frames for a video model; ``mm_sp_row``. All ranks that share a
-    sample must be given the same samples, which the model's forward checks. Raises ``ValueError`` that lists everything wrong
-    with the samples.
+    Returns ``input_ids`` and (if the samples have them) ``labels``, int64 [1, s] each, labels shifted; ``position_ids`` int64
+    [1, s], or [A, 1, s] for a model whose positions have A axes; ``mm_sp_pixels`` [R, ...] with the R rows of pixels that this
+    rank encodes, for a model with vision; ``mm_sp_row``. All ranks that share a sample must be given the same samples, which the
+    model's forward checks. Raises ``ValueError`` that lists everything wrong with the samples.
     """
 
     grid: GridShape
     rank: int
-    video: VideoTokens | None
+    adapter: VisionAdapter | None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         problems: list[str] = []
-        documents = [self._document(sample, f"sample {i}", problems) for i, sample in enumerate(samples)]
+        placed = [self._placed(sample, f"sample {i}", 0, problems) for i, sample in enumerate(samples)]
         if not samples:
             problems.append("the batch has no samples; give at least one")
-        if len({document.has_labels for document in documents}) > 1:
+        if len({sample.has_labels for sample in placed}) > 1:
             problems.append(
                 "some samples have labels and some have none; give all of them labels (-100 where nothing is learned)"
             )
         if problems:
             raise ValueError("MM-SP cannot shard this batch: " + "; ".join(problems))
-        row = pack([self._placed(document) for document in documents], self.grid.document_multiple, self.grid.row_multiple)
-        has_labels = documents[0].has_labels
-        batch = self.share(row, [video for document in documents for video in document.videos], has_labels=has_labels)
+        row = pack([sample.document for sample in placed], self.grid.document_multiple, self.grid.row_multiple)
+        has_labels = placed[0].has_labels
+        pieces = [piece for sample in placed for piece in sample.pieces]
+        batch = self.share(row, pieces, [sample.positions for sample in placed], has_labels)
         if has_labels:
             batch["labels"] = _tensor(row.labels[batch["mm_sp_row"].positions])
         return batch
 
-    def prompt(self, sample: Mapping[str, Any], name: str) -> tuple[Document, Sequence[Any]]:
-        """A sample as a document by itself, and its videos. ``name`` is what messages call it.
+    def prompt(self, sample: Mapping[str, Any], name: str, first: int) -> PlacedSample:
+        """A sample whose positions go on from ``first``. ``name`` is what messages call it.
 
         Raises ``ValueError`` that lists everything wrong with the sample.
         """
         problems: list[str] = []
-        document = self._document(sample, name, problems)
+        placed = self._placed(sample, name, first, problems)
         if problems:
             raise ValueError("MM-SP cannot read this prompt: " + "; ".join(problems))
-        return self._placed(document), document.videos
+        return placed
 
-    def share(self, row: Row, videos: Sequence[Any], first_frame: int = 0, has_labels: bool = False) -> dict[str, Any]:
-        """This rank's share of ``row``, but for its labels. The frames of the row are those of ``videos`` from number
-        ``first_frame`` on."""
-        if self.video is not None and self.video.token_id == 0:
-            _fill(row)
+    def share(
+        self, row: Row, pieces: Sequence[Piece], positions: Sequence[np.ndarray | None], has_labels: bool = False
+    ) -> dict[str, Any]:
+        """This rank's share of ``row``, but for its labels. ``pieces`` are the units of the row, ``positions`` those of each of
+        its documents, as in ``PlacedSample``."""
+        visual = () if self.adapter is None else self.adapter.token_ids
+        if 0 in visual:
+            _fill(row, next(token for token in range(len(visual) + 1) if token not in visual))
         plan = RowPlan.of(row, self.grid)
         places, part = plan.places(self.rank), plan.shard(self.rank)
         batch = {
             "input_ids": _tensor(row.token_ids[places]),
-            "position_ids": _tensor(part.positions),
+            "position_ids": _tensor(part.positions) if positions[0] is None else _axes(row, positions, places),
             "mm_sp_row": ShardedRow(
                 cu_seqlens=row.cu_seqlens,
                 positions=places,
@@ -149,113 +147,105 @@ class ShardCollator:
                 supervised=row.supervised_tokens,
                 tokens=sum(row.lengths),
                 longest=max(row.lengths),
-                fingerprint=fingerprint(row, videos, has_labels),
+                fingerprint=fingerprint(row, [piece.unit for piece in pieces], has_labels),
                 attention=part.attention,
-                frames=self._frames(videos, first_frame, plan, part),
+                vision=None if self.adapter is None else self._vision(pieces, plan, part),
             ),
         }
-        if self.video is not None:
-            mine = range(first_frame + part.frames.start, first_frame + part.frames.stop)
-            batch["pixel_values_videos"] = self._pixels(videos, mine, self.video.size)
+        if self.adapter is not None:
+            batch[PIXELS] = _pixels(pieces[part.frames.start : part.frames.stop], self.adapter)
         return batch
 
-    def _document(self, sample: Mapping[str, Any], name: str, problems: list[str]) -> _Document:
-        for key in sorted(set(sample) - set(KEYS)):
-            hint = "; give a picture as a video of one frame" if key == "pixel_values" else ""
-            problems.append(f"{name} has {key}, which MM-SP cannot shard (it knows {', '.join(KEYS)}){hint}")
+    def _placed(self, sample: Mapping[str, Any], name: str, first: int, problems: list[str]) -> PlacedSample:
+        ids, labels, has_labels = self._tokens(sample, name, problems)
+        pieces: list[Piece] = []
+        positions = None
+        if self.adapter is not None and "input_ids" in sample:
+            try:
+                pieces = sorted(self.adapter.pieces(sample, ids), key=lambda piece: piece.start)
+                positions = self.adapter.positions(sample, ids, pieces, first)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+        units = [Unit(frames=1, tiles=1, tokens=piece.unit.tokens, cost=piece.unit.cost) for piece in pieces]
+        starts = np.array([piece.start for piece in pieces], dtype=np.int64)
+        document = Document(ids, np.append(labels[1:], IGNORE), references("", range(len(units)), True, units), starts, "")
+        return PlacedSample(document, tuple(pieces), positions, has_labels)
+
+    def _tokens(
+        self, sample: Mapping[str, Any], name: str, problems: list[str]
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Token ids and labels of a sample without padding, int64 [L] each, and whether it has labels."""
+        known = KEYS if self.adapter is None else KEYS + self.adapter.keys
+        hints = {} if self.adapter is None else self.adapter.hints
+        for key in sorted(set(sample) - set(known) - set(() if self.adapter is None else self.adapter.ignored)):
+            if self.adapter is None and key in VISION_KEYS:
+                if sample[key] is None:
+                    continue
+                problems.append(f"{name} has {key} but the model takes text only; leave them out")
+                continue
+            hint = f"; {hints[key]}" if key in hints else ""
+            problems.append(f"{name} has {key}, which MM-SP cannot shard (it knows {', '.join(known)}){hint}")
+        nothing = np.zeros(0, np.int64)
         if "input_ids" not in sample:
             problems.append(f"{name} has no input_ids; give its token ids")
-            return _Document(np.zeros(0, np.int64), np.zeros(0, np.int64), False, ())
+            return nothing, nothing, False
         ids = _flat(sample["input_ids"])
         labels = _flat(sample["labels"]) if sample.get("labels") is not None else np.full(len(ids), IGNORE)
         mask = _flat(sample["attention_mask"]) if sample.get("attention_mask") is not None else np.ones(len(ids))
         for key, values in (("labels", labels), ("attention_mask", mask)):
             if len(values) != len(ids):
                 problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids; give one for each of them")
-                return _Document(ids, ids, True, ())
+                return ids, ids, True
         ids, labels = ids[mask != 0], labels[mask != 0]
         if not len(ids):
             problems.append(f"{name} has no token, or attention_mask takes out all of them; leave the sample out")
-        videos = sample.get("pixel_values_videos")
-        videos = () if videos is None else tuple(videos)
-        problems += self._video_problems(ids, videos, name)
-        shifted = np.append(labels[1:], IGNORE)
-        return _Document(ids, shifted, sample.get("labels") is not None, videos)
+        return ids, labels, sample.get("labels") is not None
 
-    def _video_problems(self, ids: np.ndarray, videos: Sequence[Any], name: str) -> list[str]:
-        if self.video is None:
-            return [f"{name} has pixel_values_videos but the model takes text only; leave them out"] if videos else []
-        places = np.flatnonzero(ids == self.video.token_id)
-        counts = _frame_tokens(videos, self.video)
-        if len(places) != sum(counts):
-            frames = ", ".join(str(len(video)) for video in videos) or "no"
-            return [
-                f"{name} has {len(places)} video tokens (id {self.video.token_id}) but videos of {frames} frames need "
-                f"{sum(counts)}: {self.video.per_frame} for each frame and {self.video.after_video} after each video"
-            ]
-        starts = np.cumsum([0, *counts])[:-1]
-        broken = [f for f, n in enumerate(counts) if places[starts[f] + n - 1] - places[starts[f]] != n - 1]
-        return [f"{name}: the tokens of frame {broken[0]} are not consecutive; put no text between them"] if broken else []
-
-    def _placed(self, document: _Document) -> Document:
-        """The document with its frames, each at the place of its first token."""
-        tokens: list[int] = []
-        starts = np.zeros(0, dtype=np.int64)
-        if self.video is not None and (tokens := _frame_tokens(document.videos, self.video)):
-            starts = np.flatnonzero(document.ids == self.video.token_id)[np.cumsum([0, *tokens])[:-1]]
-        units = [Unit(frames=1, tiles=1, tokens=count, cost=1) for count in tokens]
-        return Document(document.ids, document.labels, references("", range(len(units)), True, units), starts, "")
-
-    def _frames(self, videos: Sequence[Any], first_frame: int, plan: RowPlan, part: ShardPlan) -> FramePlan | None:
-        if self.video is None:
-            return None
-        per_frame, mine = self.video.per_frame, part.frames
-        ends = [i + 1 == len(video) for video in videos for i in range(len(video))]
-        order = [np.zeros(0, dtype=np.int64)]
-        for number, frame in enumerate(mine):
-            order.append(np.arange(number * per_frame, (number + 1) * per_frame))
-            if ends[first_frame + frame]:
-                order.append(np.full(self.video.after_video, len(mine) * per_frame))
-        most = int(np.diff(plan.reshard.boundaries).max())
-        return FramePlan(part.reshard, np.concatenate(order), most)
-
-    def _pixels(self, videos: Sequence[Any], frames: range, size: int) -> torch.Tensor:
-        """This rank's frames; no other frame is touched."""
-        first, last = frames.start, frames.stop
-        parts, start = [], 0
-        for video in videos:
-            low, high = max(first - start, 0), min(last - start, len(video))
-            if low < high:
-                parts.append(torch.as_tensor(video[low:high]))
-            start += len(video)
-        shape = (3, size, size)
-        wrong = [tuple(part.shape) for part in parts if tuple(part.shape[1:]) != shape]
-        if wrong:
-            raise ValueError(
-                f"frames have shape {wrong[0]} but the model's vision tower takes [frames, {shape[0]}, {shape[1]}, {shape[2]}]; "
-                "resize them"
-            )
-        return torch.cat(parts) if parts else torch.zeros(0, *shape)
+    def _vision(self, pieces: Sequence[Piece], plan: RowPlan, part: ShardPlan) -> VisionPlan:
+        units = [piece.unit for piece in pieces]
+        is_video = np.repeat([unit.is_video for unit in units], [unit.tokens for unit in units]).astype(bool)
+        return VisionPlan(
+            units=tuple(units[part.frames.start : part.frames.stop]),
+            reshard=part.reshard,
+            is_video=is_video[plan.reshard.owner == self.grid.encoder_rank(self.rank)],
+            most=int(np.diff(plan.reshard.boundaries).max()),
+        )
 
 
-def _frame_tokens(videos: Sequence[Any], tokens: VideoTokens) -> list[int]:
-    """Tokens of each frame; the tokens after a video go with its last frame."""
-    counts = []
-    for video in videos:
-        counts += [tokens.per_frame] * len(video)
-        if len(video):
-            counts[-1] += tokens.after_video
-    return counts
+def _axes(row: Row, positions: Sequence[np.ndarray | None], places: np.ndarray) -> torch.Tensor:
+    """Positions int64 [A, 1, s] of the tokens at ``places``; those of padding are 0."""
+    assert positions[0] is not None
+    whole = np.zeros((len(positions[0]), row.length), np.int64)
+    for start, own in zip(row.cu_seqlens[:-1], positions, strict=True):
+        assert own is not None
+        whole[:, start : start + own.shape[1]] = own
+    return torch.from_numpy(whole[:, None, places])
+
+
+def _pixels(pieces: Sequence[Piece], adapter: VisionAdapter) -> torch.Tensor:
+    """The pixels of ``pieces``; no other is touched. What follows one another in the same object is read at once."""
+    parts: list[torch.Tensor] = []
+    number = 0
+    while number < len(pieces):
+        pixels, first = pieces[number].pixels, pieces[number].first_row
+        stop = first
+        while number < len(pieces) and pieces[number].pixels is pixels and pieces[number].first_row == stop:
+            stop += pieces[number].unit.rows
+            number += 1
+        part = torch.as_tensor(pixels[first:stop])
+        adapter.check_rows(part)
+        parts.append(part)
+    return torch.cat(parts) if parts else torch.zeros(0, *adapter.row_shape)
 
 
 def _flat(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.int64).reshape(-1)
 
 
-def _fill(row: Row) -> None:
-    """Fill the padding of ``row`` with token 1, for a model in which the usual token 0 stands for a video."""
+def _fill(row: Row, token: int) -> None:
+    """Fill the padding of ``row`` with ``token``, for a model in which the usual token 0 stands for a picture or a video."""
     for start, length, end in zip(row.cu_seqlens[:-1], row.lengths, row.cu_seqlens[1:], strict=True):
-        row.token_ids[start + length : end] = 1
+        row.token_ids[start + length : end] = token
 
 
 def _tensor(values_s: np.ndarray) -> torch.Tensor:

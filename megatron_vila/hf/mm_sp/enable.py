@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from megatron_vila.accelerator import to_device
+from megatron_vila.hf.mm_sp.adapters import VisionAdapter, adapter_of
 from megatron_vila.hf.mm_sp.cache import DecodedToken, PromptChunk, ShardedCache
-from megatron_vila.hf.mm_sp.checks import VIDEO_MODELS, check_call, check_model, check_token, refusal_of
-from megatron_vila.hf.mm_sp.data import ShardCollator, ShardedRow
+from megatron_vila.hf.mm_sp.checks import check_call, check_model, check_token, refusal_of
+from megatron_vila.hf.mm_sp.data import PIXELS, ShardCollator, ShardedRow, VisionPlan
 from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.same_row import check_same_row
-from megatron_vila.hf.mm_sp.vision import llava_onevision_tokens, owned_video_features
+from megatron_vila.hf.mm_sp.vision import owned_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.cache import FP8
 from megatron_vila.parallel.cached_attention import CachedAttention
@@ -39,6 +39,9 @@ from megatron_vila.plan.heads import HeadSplit
 
 ATTENTION = "mm_sp"
 """The name under which Transformers knows this attention."""
+
+_STOOD_IN = ("logits", "image_hidden_states", "video_hidden_states")
+"""What an output with a loss leaves out: a sum of losses, and features of this rank's visual tokens."""
 
 
 def enable_mm_sp(
@@ -53,7 +56,8 @@ def enable_mm_sp(
 
     ``group`` holds the processes that train together (default: all). Every ulysses*ring consecutive ranks of it are a replica,
     whose ranks share their samples; the replicas are data-parallel. ``kernel`` is auto, fa4, cudnn, flash2, cpu or reference.
-    A video model encodes ``frame_micro_batch`` frames at once. Collective over ``group``: it makes process groups.
+    A model with vision encodes ``frame_micro_batch`` pictures or frames at once (or as many groups of frames, where it merges
+    frames). Collective over ``group``: it makes process groups.
 
     While MM-SP is on, ``model(**batch)`` takes only batches of ``collator()``, and ``model.generate`` reads one prompt over the
     ulysses x ring processes, which all give it the same arguments. With labels, ``loss`` is the mean over the
@@ -88,10 +92,10 @@ class MMSP:
     def __init__(self, model: PreTrainedModel, groups: MMSPGroups, kernel: str, frame_micro_batch: int) -> None:
         self.model, self.groups = model, groups
         self._kernel, self._frame_micro_batch = kernel, frame_micro_batch
-        self._video = llava_onevision_tokens(model.config) if model.config.model_type in VIDEO_MODELS else None
+        self._adapter = adapter_of(model.config)
         text = model.config.get_text_config()
         self._split = HeadSplit(text.num_attention_heads, text.num_key_value_heads, groups.grid.ulysses)
-        self._backbone = model.model if self._video is None else model.model.language_model
+        self._backbone: Any = model.model if self._adapter is None else self._adapter.backbone(model)
         self._head = FusedHead(model.get_output_embeddings(), groups.alone, model.config)
         self._attentions: dict[tuple[torch.dtype, torch.device, float, bool], Attention2D] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -115,7 +119,7 @@ class MMSP:
 
     def collator(self) -> ShardCollator:
         """The ``collate_fn`` of this rank. All ranks of a replica must be given the same samples in the same order."""
-        return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._video)
+        return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._adapter)
 
     def cache(self, dtype: str = "auto") -> ShardedCache:
         """An empty key/value cache of this rank, for ``past_key_values`` of ``generate``: what the prompts of several calls have
@@ -165,8 +169,8 @@ class MMSP:
             self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
-        if self._video is not None:
-            encode = partial(self._encode_videos, self._video.per_frame)
+        if self._adapter is not None:
+            encode = partial(self._encode, self._adapter)
             self._hooks.append(self.model.model.register_forward_pre_hook(encode, with_kwargs=True))
 
     def disable(self) -> None:
@@ -219,7 +223,7 @@ class MMSP:
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the model's forward, also a failed one: drop the values that stood in for logits and for video features."""
+        """After the model's forward, also a failed one: drop the values that stood in for others."""
         self._head.expect(None)
         row = kwargs.get("mm_sp_row")
         if isinstance(row, PromptChunk | DecodedToken):
@@ -228,29 +232,29 @@ class MMSP:
             return None
         if output is None or kwargs.get("labels") is None:
             return None
-        kept = {name: value for name, value in output.items() if name not in ("logits", "video_hidden_states")}
+        kept = {name: value for name, value in output.items() if name not in _STOOD_IN}
         return type(output)(**kept)
 
-    def _encode_videos(
-        self, per_frame: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    def _encode(
+        self, adapter: VisionAdapter, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Before the video model's forward: replace the pixels by the features of this rank's visual tokens."""
-        pixels_f3HW = kwargs.pop("pixel_values_videos", None)
-        if pixels_f3HW is None:  # a decoded token
+        """Before the forward of a model with vision: replace the pixels by the features of this rank's visual tokens."""
+        pixels = kwargs.pop(PIXELS, None)
+        if pixels is None:  # a decoded token
             return args, kwargs
-        options = {name: kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-        features_MH = owned_video_features(
+        plan: VisionPlan = kwargs["mm_sp_row"].row.vision
+        features_MC = owned_features(
             model,
-            pixels_f3HW,
-            kwargs["mm_sp_row"].row.frames,
-            per_frame,
+            adapter,
+            pixels,
+            plan,
             self.groups,
             self._frame_micro_batch,
             recompute=bool(model.is_activation_checkpointing) and model.training,
-            **options,
+            options={name: kwargs.get(name) for name in adapter.options},
         )
-        kwargs["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features_MH[None])}
-        return args, kwargs
+        is_video_M = to_device(torch.from_numpy(plan.is_video), features_MC.device) if adapter.is_mixed else None
+        return args, kwargs | adapter.arguments(features_MC, is_video_M)
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size=None, num_items_in_batch=None, **_unused

@@ -71,15 +71,19 @@ class Generator:
         settings = Settings(self.model.generation_config, generation_config, call)
         text = self.model.config.get_text_config()
         window = sliding_window(text)
-        self._together(lambda: check_generate(call, settings, self.collator.video, window))
+        self._together(lambda: check_generate(call, settings, self.collator.adapter, window))
         check_alike(gathered(summary(call, settings), self.groups.sample))
         ids_1L, cache = call["input_ids"].to(self.device()), call.get("past_key_values")
         cache = self.new_cache() if cache is None else cache
-        videos = call.pop("pixel_values_videos", None)
-        prompt = self._together(lambda: self._unread(ids_1L, videos, cache, settings["prefill_chunk_size"] or 0))
+        adapter = self.collator.adapter
+        media = {} if adapter is None else {key: call.pop(key, None) for key in adapter.keys}
+        for key in () if adapter is None else adapter.ignored:
+            call.pop(key, None)
+        prompt = self._together(lambda: self._unread(ids_1L, media, cache, settings["prefill_chunk_size"] or 0))
         cache.expect(0 if prompt is None else prompt.kept(cache), min(settings.new_tokens(ids_1L.shape[1]), _MOST_AHEAD))
-        options = {name: call.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-        self._read(prompt, cache, options)
+        self._read(prompt, cache, {} if adapter is None else {name: call.pop(name, None) for name in adapter.options})
+        if adapter is not None:
+            adapter.start_decoding(self.model, cache.next_position, cache.get_seq_length())
         call |= {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L), "past_key_values": cache}
         call |= self._of_first_rank(logits_processor, stopping_criteria, settings["max_time"])
         if call.get("synced_gpus") is None:
@@ -87,18 +91,21 @@ class Generator:
         with keeps_its_cache(text), _random_numbers_of_first(self.groups.sample, ids_1L.device):
             return self.stock(generation_config=generation_config, **call)
 
-    def _unread(self, ids_1L: torch.Tensor, videos: Any, cache: ShardedCache, chunk_tokens: int) -> Prompt | None:
+    def _unread(
+        self, ids_1L: torch.Tensor, media: dict[str, Any], cache: ShardedCache, chunk_tokens: int
+    ) -> Prompt | None:
         """What the model has to read before the last token; None if the cache holds all of it. Drops from the cache what does not
         belong to this prompt."""
         ids_L = ids_1L[0].cpu().numpy()
         first = common_tokens(ids_L[:-1], cache.token_ids)
         cache.keep(first)
         if first == len(ids_L) - 1:
-            if videos is not None:
-                raise ValueError(f"pixel_values_videos come after the {first} tokens in the cache; leave out those it holds")
+            if given := [key for key, value in media.items() if value is not None]:
+                raise ValueError(f"{', '.join(given)} come after the {first} tokens in the cache; leave out those it holds")
             return None
-        sample = {"input_ids": ids_L[first:-1]} | ({} if videos is None else {"pixel_values_videos": videos})
-        return Prompt.of(self.collator, sample, first, tokens_of_chunk(chunk_tokens, self.groups.grid))
+        sample = {"input_ids": ids_L[first:-1]} | {key: value for key, value in media.items() if value is not None}
+        chunk_tokens = tokens_of_chunk(chunk_tokens, self.groups.grid)
+        return Prompt.of(self.collator, sample, first, cache.next_position, chunk_tokens)
 
     def _read(self, prompt: Prompt | None, cache: ShardedCache, options: dict[str, Any]) -> None:
         """Fill the cache. All replicas call the model equally often, as FSDP2 needs it: one with less to read reads single tokens
@@ -107,9 +114,10 @@ class Generator:
         rounds = self._most(chunks)
         if prompt is not None:
             self._read_chunks(prompt, cache, options)
-        token = {"input_ids": [int(self.collator.video is not None and self.collator.video.token_id == 0)]}
+        visual = () if self.collator.adapter is None else self.collator.adapter.token_ids
+        token = {"input_ids": [next(token for token in range(len(visual) + 1) if token not in visual)]}
         for _ in range(rounds - chunks):
-            idle, scratch = Prompt.of(self.collator, token, 0, 1), self.new_cache()
+            idle, scratch = Prompt.of(self.collator, token, 0, 0, 1), self.new_cache()
             scratch.expect(idle.kept(scratch), 1)
             self._read_chunks(idle, scratch, options)
 
@@ -118,7 +126,8 @@ class Generator:
         for chunk, coming in zip(prompt.chunks, prompt.batches(), strict=True):
             batch = self._together(coming.result)
             self.model(**batch, **options, past_key_values=cache, logits_to_keep=no_logits)
-            cache.commit(torch.from_numpy(prompt.document.token_ids[chunk.first : chunk.stop]))
+            ids = prompt.sample.document.token_ids[chunk.first : chunk.stop]
+            cache.commit(torch.from_numpy(ids), prompt.positions(chunk))
 
     def _most(self, rounds: int) -> int:
         """The largest number of the replicas. With dp > 1 an all-reduce over ``everyone``."""

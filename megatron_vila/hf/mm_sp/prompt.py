@@ -1,13 +1,13 @@
 """A prompt of MM-SP under Transformers, cut into chunks that go through the model one after the other.
 
-Each chunk is a row of its own, sharded as a training row is. A border never cuts the tokens of a frame, so each frame is read
-and encoded with the chunk that holds its tokens.
+Each chunk is a row of its own, sharded as a training row is. A border never cuts the tokens of a unit of vision
+(``adapters/base.py``), so each is read and encoded with the chunk that holds its tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,30 +15,38 @@ from typing import Any
 import numpy as np
 
 from megatron_vila.hf.mm_sp.cache import ShardedCache
-from megatron_vila.hf.mm_sp.data import ShardCollator
+from megatron_vila.hf.mm_sp.data import PlacedSample, ShardCollator
 from megatron_vila.plan.chunks import Chunk, cut, part, row_of
-from megatron_vila.plan.row import Document, Row
+from megatron_vila.plan.row import Row
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens of a prompt from ``first`` on, which no cache holds yet, as ``document``, and the chunks it is read in."""
+    """The tokens of a prompt from ``first`` on, which no cache holds yet, as ``sample``, and the chunks it is read in."""
 
     collator: ShardCollator
-    document: Document
-    videos: Sequence[Any]
+    sample: PlacedSample
     first: int
     chunks: tuple[Chunk, ...]
 
     @classmethod
-    def of(cls, collator: ShardCollator, sample: Mapping[str, Any], first: int, chunk_tokens: int) -> Prompt:
-        """``sample`` as the collator takes it, without labels; its tokens follow ``first`` others.
+    def of(
+        cls, collator: ShardCollator, sample: Mapping[str, Any], first: int, next_position: int, chunk_tokens: int
+    ) -> Prompt:
+        """``sample`` as the collator takes it, without labels; its tokens follow ``first`` others and go on at ``next_position``.
 
         Raises ``ValueError`` that lists everything wrong with the sample.
         """
         name = f"what comes after the {first} tokens in the cache" if first else "the prompt"
-        document, videos = collator.prompt(sample, name)
-        return cls(collator, document, videos, first, cut(document, chunk_tokens))
+        placed = collator.prompt(sample, name, next_position)
+        return cls(collator, placed, first, cut(placed.document, chunk_tokens))
+
+    def positions(self, chunk: Chunk) -> np.ndarray:
+        """The largest position of each token of ``chunk`` over all axes, int64 [tokens]."""
+        if self.sample.positions is None:
+            return np.arange(self.first + chunk.first, self.first + chunk.stop)
+        largest: np.ndarray = self.sample.positions[:, chunk.first : chunk.stop].max(axis=0)
+        return largest
 
     def kept(self, cache: ShardedCache) -> int:
         """How many of the tokens this rank keeps."""
@@ -46,7 +54,7 @@ class Prompt:
         return sum(len(cache.kept(row.cu_seqlens, sum(row.lengths))) for row in rows)
 
     def _row(self, chunk: Chunk) -> Row:
-        return row_of([part(self.document, chunk)], [self.first + chunk.first], self.collator.grid)
+        return row_of([part(self.sample.document, chunk)], [self.first + chunk.first], self.collator.grid)
 
     def batches(self) -> Iterator[Future[dict[str, Any]]]:
         """This rank's share of each chunk; while one is computed, a thread reads the frames of the next."""
@@ -59,7 +67,9 @@ class Prompt:
             yield from coming
 
     def _batch(self, chunk: Chunk) -> dict[str, Any]:
-        return self.collator.share(self._row(chunk), self.videos, chunk.frames.start)
+        positions, pieces = self.sample.positions, self.sample.pieces[chunk.frames.start : chunk.frames.stop]
+        own = None if positions is None else positions[:, chunk.first : chunk.stop]
+        return self.collator.share(self._row(chunk), pieces, [own])
 
 
 def common_tokens(one: np.ndarray, other: np.ndarray) -> int:

@@ -16,20 +16,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_vila.hf.mm_sp.adapters import VisionUnit
 from megatron_vila.plan.row import Row
 
-_SIZES = ("samples", "tokens", "frames", "label fields")
-_CONTENTS = ("input_ids", "labels", "lengths of samples", "lengths of videos")
+_SIZES = ("samples", "tokens", "pictures and frames", "label fields")
+_CONTENTS = ("input_ids", "labels", "lengths of samples", "pictures and videos")
 
 
-def fingerprint(row: Row, videos: Sequence[Any], has_labels: bool) -> np.ndarray:
-    """Int64 [8] of a row: its numbers of samples, tokens and frames, whether it has labels, and digests of the contents.
+def fingerprint(row: Row, units: Sequence[VisionUnit], has_labels: bool) -> np.ndarray:
+    """Int64 [8] of a row: its numbers of samples, tokens and units of vision, whether it has labels, and digests of the contents.
 
-    Frames count by their number only, because each rank reads none but its own.
+    Of the units only sizes count, because each rank reads no pixel but its own.
     """
-    lengths, frames = list(row.lengths), [len(video) for video in videos]
-    sizes = [len(lengths), sum(lengths), sum(frames), int(has_labels)]
-    return np.asarray([*sizes, *(_digest(values) for values in (row.token_ids, row.labels, lengths, frames))], np.int64)
+    lengths = list(row.lengths)
+    sizes = [len(lengths), sum(lengths), len(units), int(has_labels)]
+    shapes = [number for unit in units for number in (unit.rows, unit.tokens, unit.is_video, unit.ends, *unit.grid)]
+    return np.asarray([*sizes, *(_digest(values) for values in (row.token_ids, row.labels, lengths, shapes))], np.int64)
 
 
 def _digest(values: Any) -> int:
@@ -59,5 +61,5 @@ def check_same_row(mine: np.ndarray, host: dist.ProcessGroup) -> None:
 
 
 def _told(row: np.ndarray) -> str:
-    samples, tokens, frames, has_labels = (int(value) for value in row[: len(_SIZES)])
-    return f"{samples} samples of {tokens} tokens and {frames} frames {'with' if has_labels else 'without'} labels"
+    samples, tokens, units, has_labels = (int(value) for value in row[: len(_SIZES)])
+    return f"{samples} samples of {tokens} tokens and {units} pictures and frames {'with' if has_labels else 'without'} labels"

@@ -1,0 +1,25 @@
+"""The models with vision that MM-SP takes, each with its adapter: see ``base.py``."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from megatron_vila.hf.mm_sp.adapters.base import Piece, VisionAdapter, VisionUnit
+from megatron_vila.hf.mm_sp.adapters.llava_onevision import LlavaOnevision
+
+ADAPTERS: dict[str, type[VisionAdapter]] = {
+    "llava_onevision": LlavaOnevision,
+}
+"""By the ``model_type`` of a configuration."""
+
+VISION_KEYS = frozenset(key for adapter in ADAPTERS.values() for key in adapter.keys)
+"""Fields of a sample with which some model is given pictures or videos."""
+
+
+def adapter_of(config: PreTrainedConfig) -> VisionAdapter | None:
+    """The adapter for a model of this configuration; None for one that MM-SP knows as a text model or does not know."""
+    adapter = ADAPTERS.get(config.model_type)
+    return None if adapter is None else adapter.of(config)
+
+
+__all__ = ["ADAPTERS", "VISION_KEYS", "Piece", "VisionAdapter", "VisionUnit", "adapter_of"]
