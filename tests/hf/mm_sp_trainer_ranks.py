@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from megatron_vila.hf.mm_sp import enable_mm_sp
 from megatron_vila.hf.mm_sp.trainer import MMSPTrainer
@@ -22,6 +23,14 @@ from tests.hf.mm_sp_cases import build
 
 class SharedTrainer(MMSPTrainer, Trainer):
     pass
+
+
+class SharedSFTTrainer(MMSPTrainer, SFTTrainer):
+    pass
+
+
+KINDS = {Trainer: (SharedTrainer, TrainingArguments), SFTTrainer: (SharedSFTTrainer, SFTConfig)}
+"""For each stock Trainer the same one under MM-SP, and the class of its settings."""
 
 
 def pad(samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -44,6 +53,7 @@ class Run:
     """A model, its samples and the settings of its Trainer. ``layout`` is ulysses and ring, None for the stock Trainer.
     ``resume`` is a checkpoint to go on from."""
 
+    kind: type
     name: str
     train: Any
     out: str
@@ -53,6 +63,9 @@ class Run:
     lora: bool = False
     evaluate: bool = False
     resume: str | None = None
+
+METRICS = ("entropy", "mean_token_accuracy")
+"""What TRL logs of each step beside the loss."""
 
 
 @contextmanager
@@ -89,13 +102,14 @@ def train(rank: int, run: Run) -> dict:
         settings = {"report_to": "none", "disable_tqdm": True, "log_level": "error", "logging_steps": 1}
         settings |= {"save_strategy": "no", "use_cpu": True, "learning_rate": 0.3, "max_steps": 5}
         settings |= {"per_device_train_batch_size": 2, "optim": "sgd", "bf16": False}
-        args = TrainingArguments(run.out, **settings | run.settings)
+        shared, configuration = KINDS[run.kind]
+        args = configuration(run.out, **settings | run.settings)
         model = build(run.name)
         if run.layout:
             enable_mm_sp(model, *run.layout)
         if run.lora:
             model = with_lora(model)
-        trainer = (SharedTrainer if run.layout else Trainer)(model, args, train_dataset=run.train, **run.arguments)
+        trainer = (shared if run.layout else run.kind)(model, args, train_dataset=run.train, **run.arguments)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=run.resume)
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -103,6 +117,7 @@ def train(rank: int, run: Run) -> dict:
             "losses": torch.tensor([entry["loss"] for entry in logged], dtype=torch.float64),
             "norms": torch.tensor([entry["grad_norm"] for entry in logged], dtype=torch.float64),
             "weights": {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()},
+            "metrics": torch.tensor([[entry.get(name, 0) for name in METRICS] for entry in logged], dtype=torch.float64),
             "evaluation": trainer.evaluate() if run.evaluate else {},
             "tokens": trainer.state.num_input_tokens_seen,
         }
@@ -110,10 +125,11 @@ def train(rank: int, run: Run) -> dict:
 
 def largest_difference(found: dict, wanted: dict) -> float:
     """The largest difference of losses, gradient norms, weights and evaluation loss of two runs, relative to values over 1."""
-    pairs = [(found[key], wanted[key]) for key in ("losses", "norms")]
+    pairs = [(found[key], wanted[key]) for key in ("losses", "norms", "metrics")]
     assert list(found["weights"]) == list(wanted["weights"])
     pairs += [(weight, wanted["weights"][name]) for name, weight in found["weights"].items()]
-    if wanted["evaluation"]:
-        pairs.append((torch.tensor(found["evaluation"]["eval_loss"]), torch.tensor(wanted["evaluation"]["eval_loss"])))
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        if name in wanted["evaluation"]:
+            pairs.append((torch.tensor(found["evaluation"][name]), torch.tensor(wanted["evaluation"][name])))
     assert all(one.shape == other.shape for one, other in pairs)
     return max(((one - other).abs() / other.abs().clamp(min=1)).max().item() for one, other in pairs)

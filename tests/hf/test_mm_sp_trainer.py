@@ -6,8 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import SFTTrainer
 
 from megatron_vila.hf.mm_sp import enable_mm_sp
 from tests.hf.mm_sp_cases import build, text_sample, video_sample
@@ -36,9 +41,9 @@ def test_trainer_trains_evaluates_and_resumes_like_one_process(name, processes, 
     common |= {"gradient_accumulation_steps": accumulate, "per_device_eval_batch_size": 2}
     arguments = {"data_collator": pad, "eval_dataset": samples[:5]}
     whole = common | {"per_device_train_batch_size": 2 * replicas}
-    stock = Run(name, samples, str(tmp_path / "stock"), None, whole, arguments)
+    stock = Run(Trainer, name, samples, str(tmp_path / "stock"), None, whole, arguments)
     saved = {"save_strategy": "steps", "save_steps": 3}
-    shared = Run(name, samples, str(tmp_path / "shared"), layout, common | saved, arguments)
+    shared = Run(Trainer, name, samples, str(tmp_path / "shared"), layout, common | saved, arguments)
     (wanted,) = pool.run(1, train, replace(stock, evaluate=True))
     for found in pool.run(processes, train, replace(shared, evaluate=True)):
         assert largest_difference(found, wanted) < CLOSE
@@ -54,6 +59,57 @@ def test_trainer_trains_evaluates_and_resumes_like_one_process(name, processes, 
 def without_evaluation(run: dict) -> dict:
     return run | {"evaluation": {}}
 
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} <e>{% endgeneration %}"
+    "{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<p>", "<e>", "user", "assistant", *(f"w{number}" for number in range(56))]
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "<p>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<p>", eos_token="<e>", chat_template=TEMPLATE)
+
+
+def words(seed: int, count: int) -> str:
+    return " ".join(f"w{number}" for number in torch.randint(0, 56, (count,), generator=torch.Generator().manual_seed(seed)))
+
+
+TALKS = [
+    [{"role": role, "content": words(9 * seed + turn, 2 + (5 * seed + turn) % 7)} for turn, role in enumerate(roles)]
+    for seed, roles in enumerate([["user", "assistant"] * (1 + seed % 2) for seed in range(12)])
+]
+QUESTIONS = [{"prompt": words(seed, 2 + seed % 5), "completion": " " + words(50 + seed, 1 + 3 * seed % 7)} for seed in range(13)]
+LONE_TEXTS = [{"text": words(seed, 3 + 5 * seed % 14)} for seed in range(24)]
+LORA = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "gate_proj"])
+
+
+@pytest.mark.parametrize(
+    "name, processes, layout, records, settings, arguments",
+    [
+        ("llama", 2, (2, 1), LONE_TEXTS, {"packing": True, "max_length": 20, "eval_packing": False}, {}),
+        ("qwen2", 2, (1, 2), QUESTIONS, {"gradient_accumulation_steps": 4}, {"peft_config": LORA}),
+        ("qwen2", 4, (2, 1), [{"messages": talk} for talk in TALKS], {"assistant_only_loss": True, "loss_type": "dft"}, {}),
+    ],
+    ids=["packing", "lora", "assistant"],
+)
+def test_sft_of_trl_trains_and_evaluates_like_one_process(name, processes, layout, records, settings, arguments, tmp_path):
+    replicas = processes // (layout[0] * layout[1])
+    data = Dataset.from_list(records)
+    common = {"per_device_eval_batch_size": 2, **settings}
+    arguments = {"processing_class": tokenizer(), "eval_dataset": data.select(range(5)), **arguments}
+    whole = common | {"per_device_train_batch_size": 2 * replicas}
+    stock = Run(SFTTrainer, name, data, str(tmp_path / "stock"), None, whole, arguments, evaluate=True)
+    (wanted,) = pool.run(1, train, stock)
+    if replicas > 1:
+        # TRL's means over the steps of an evaluation; there are fewer steps.
+        wanted["evaluation"] = {"eval_loss": wanted["evaluation"]["eval_loss"]}
+    shared = replace(stock, out=str(tmp_path / "shared"), layout=layout, settings=common)
+    for found in pool.run(processes, train, shared):
+        assert largest_difference(found, wanted) < CLOSE
 
 
 SETTINGS = [
