@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +25,24 @@ from tests.hf.mm_sp_cases import build
 
 class SharedTrainer(MMSPTrainer, Trainer):
     pass
+
+
+class ShardedTrainer(SharedTrainer):
+    """Weights are sharded by accelerate's FSDP2, which it turns on by itself on GPUs only."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state, layer = self.accelerator.state, self.args.fsdp_layer
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[layer],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+        for known in (PartialState._shared_state, state._shared_state):
+            known["distributed_type"] = DistributedType.FSDP
+        self.is_fsdp_enabled = True
 
 
 class SharedSFTTrainer(MMSPTrainer, SFTTrainer):
@@ -63,6 +83,7 @@ class Run:
     lora: bool = False
     evaluate: bool = False
     resume: str | None = None
+    fsdp2: str | None = None
 
 METRICS = ("entropy", "mean_token_accuracy")
 """What TRL logs of each step beside the loss."""
@@ -104,6 +125,8 @@ def train(rank: int, run: Run) -> dict:
         settings |= {"per_device_train_batch_size": 2, "optim": "sgd", "bf16": False}
         shared, configuration = KINDS[run.kind]
         args = configuration(run.out, **settings | run.settings)
+        if run.fsdp2:
+            shared, args.fsdp_layer = ShardedTrainer, run.fsdp2
         model = build(run.name)
         if run.layout:
             enable_mm_sp(model, *run.layout)
@@ -116,11 +139,15 @@ def train(rank: int, run: Run) -> dict:
         return {
             "losses": torch.tensor([entry["loss"] for entry in logged], dtype=torch.float64),
             "norms": torch.tensor([entry["grad_norm"] for entry in logged], dtype=torch.float64),
-            "weights": {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()},
+            "weights": {name: whole(weight) for name, weight in trainer.model.named_parameters()},
             "metrics": torch.tensor([[entry.get(name, 0) for name in METRICS] for entry in logged], dtype=torch.float64),
             "evaluation": trainer.evaluate() if run.evaluate else {},
             "tokens": trainer.state.num_input_tokens_seen,
         }
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
 
 
 def largest_difference(found: dict, wanted: dict) -> float:

@@ -186,5 +186,5 @@ class MMSPTrainer(_Trainer):
 
 def _find_unused(settings: Any, mm_sp: Any) -> None:
     """Under DDP look for weights without a gradient in models with a tower: some never use its last layers."""
-    if settings.ddp_find_unused_parameters is None and mm_sp.collator().video is not None:
+    if settings.ddp_find_unused_parameters is None and mm_sp.collator().adapter is not None:
         settings.ddp_find_unused_parameters = True
