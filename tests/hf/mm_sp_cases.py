@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tests.hf.mm_sp_language_cases import LANGUAGE, build_language
+from tests.hf.mm_sp_qwen_cases import NAMES, build_qwen, stock_inputs
 
 VOCAB, VIDEO, SIDE = 67, 65, 12
 PER_FRAME = 4  # 3 x 3 patches, halved to 2 x 2
@@ -27,7 +28,8 @@ PER_FRAME = 4  # 3 x 3 patches, halved to 2 x 2
 def build(
     name: str, dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 2, tied: bool = False, **settings
 ) -> PreTrainedModel:
-    """The model ``name`` with weights that are a function of the arguments alone. A model of ``LANGUAGE`` takes ``settings``."""
+    """The model ``name`` with weights that are a function of the arguments alone. A model of ``LANGUAGE`` and a
+    Qwen-VL take ``settings``."""
     torch.manual_seed(7)
     text = {
         "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": heads,
@@ -36,6 +38,8 @@ def build(
     if name in LANGUAGE:
         del text["tie_word_embeddings"]
         model = build_language(name, text, **settings)
+    elif name in NAMES:
+        model = build_qwen(name, **settings)
     elif name == "llama":
         model = LlamaForCausalLM(LlamaConfig(**text))
     elif name == "qwen2":
@@ -75,7 +79,7 @@ class _Norm(nn.Module):
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     """The model in float64 throughout, but for softmax inside eager attention (Gemma 2) and the router of Qwen3-MoE."""
     model = model.double()
-    if hasattr(model.config, "num_experts"):
+    if hasattr(model.config.get_text_config(), "num_experts"):
         model.set_experts_implementation("eager")  # the other ones have no float64
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -113,7 +117,9 @@ def truth(model: PreTrainedModel, samples: list[dict]) -> tuple[float, dict[str,
     for sample in samples:
         ids, labels = sample["input_ids"][None], sample["labels"][None]
         extra = {}
-        if sample.get("pixel_values_videos"):
+        if "image_grid_thw" in sample or "video_grid_thw" in sample:
+            extra = stock_inputs(sample)
+        elif sample.get("pixel_values_videos"):
             encoded = [
                 model.model.get_video_features(video[None].to(model.dtype), return_dict=True).pooler_output[0]
                 for video in sample["pixel_values_videos"]

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_vila.hf.mm_sp import MMSP, enable_mm_sp
-from tests.hf.mm_sp_cases import build, in_float64, relative_errors
+from tests.hf.mm_sp_cases import build, in_float64, relative_errors, truth
+from tests.ranks import pool
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def shard(model: torch.nn.Module, layers: bool = True, policy: MixedPrecisionPol
     """FSDP2 over all ranks, each layer of tower and language model by itself."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in list(model.modules()):
-        if layers and type(module).__name__.endswith(("DecoderLayer", "EncoderLayer", "Projector")):
+        if layers and type(module).__name__.endswith(("DecoderLayer", "EncoderLayer", "VisionBlock", "Projector", "Merger")):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -72,7 +73,8 @@ def train(rank: int, case: Case, wanted_loss: float, wanted: dict[str, torch.Ten
     """Relative errors of the loss and of each gradient after the micro-batches of one step."""
     model, mm_sp = make(case)
     # A stock LLaVA-OneVision does not use the last norm of its tower.
-    called = DistributedDataParallel(model, find_unused_parameters=True) if case.weights == "ddp" else model
+    is_used = case.name != "llava_onevision"
+    called = DistributedDataParallel(model, find_unused_parameters=not is_used) if case.weights == "ddp" else model
     collate = mm_sp.collator()
     batches = [collate(replicas[mm_sp.dp_rank]) for replicas in case.steps]
     count = mm_sp.count_supervised(batches) if len(batches) > 1 else None
@@ -85,6 +87,23 @@ def train(rank: int, case: Case, wanted_loss: float, wanted: dict[str, torch.Ten
         loss += out.loss.item()
     errors = relative_errors(gradients(model, case.weights), wanted)
     return {"loss": abs(loss - wanted_loss) / max(abs(wanted_loss), 1e-30)} | errors
+
+
+def train_each(rank: int, cases: list[tuple[Case, float, dict[str, torch.Tensor]]]) -> list[dict[str, float]]:
+    """``train`` of several cases, each with the loss and the gradients that are wanted."""
+    return [train(rank, *case) for case in cases]
+
+
+def largest_errors(cases: list[Case]) -> list[dict[str, float]]:
+    """For each case, all of one layout, the largest relative errors over the ranks: of the loss, of each gradient and of ``all``
+    together."""
+    with_truth = []
+    for case in cases:
+        model = build(case.name, **case.model)
+        samples = [sample for step in case.steps for replica in step for sample in replica]
+        with_truth.append((case, *truth(in_float64(model) if case.double else model, samples)))
+    results = pool.run(cases[0].ulysses * cases[0].ring * len(cases[0].steps[0]), train_each, with_truth)
+    return [{key: max(one[key] for one in ranks) for key in ranks[0]} for ranks in zip(*results, strict=True)]
 
 
 def untouched(rank: int, case: Case) -> set[str]:

@@ -170,6 +170,30 @@ def test_all_settings_that_are_refused_are_listed_at_once():
         assert part in str(error.value)
 
 
+ROTARY = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+REFUSED = {
+    "attn_logit_softcapping": ("gemma2", {"attn_logit_softcapping": 30.0}),
+    "attention_dropout": ("qwen3_vl", {"attention_dropout": 0.1}),
+    "rope_type": ("qwen2_5_vl", {"rope_parameters": ROTARY | {"mrope_section": [1, 1, 1]}}),
+    "output_router_logits": ("qwen3_vl_moe", {"output_router_logits": True}),
+    "is_causal=False": ("qwen2_vl", {"is_causal": False}),
+    "use_bidirectional_attention": ("gemma3", {"use_bidirectional_attention": True}),
+    "layer_types": ("mistral", {"layer_types": ["chunked_attention"] * 2}),
+    "ulysses": ("qwen2_vl", {}),
+}
+"""The settings of the table on the page, each with a model that has it."""
+
+
+def test_all_settings_of_the_table_on_the_page_are_refused_and_no_other_is_tested():
+    table = PAGE.read_text().split("| setting | why | cure |")[1].split("\n\n")[0]
+    settings = [name for line in table.splitlines()[2:] for name in re.findall("`(.*?)`", line.split("|")[1])]
+    values = ("dynamic", "longrope")  # of rope_type
+    assert [name for name in settings if name not in values] == list(REFUSED)
+    for name, (model, given) in REFUSED.items():
+        with pytest.raises(ValueError, match=f"MM-SP cannot run this .*{name}"):
+            check_model(build(model, **given), 3, ATTENTION)
+
+
 def test_a_model_without_output_layer_is_refused():
     with pytest.raises(ValueError, match="Qwen2Model has no output layer"):
         check_model(qwen2().model, 1, ATTENTION)

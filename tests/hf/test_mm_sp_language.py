@@ -15,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from megatron_vila.hf.mm_sp.arguments import Settings, check_generate
 from megatron_vila.hf.mm_sp.checks import check_call, check_model
 from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
-from tests.hf.mm_sp_cases import VOCAB, build, in_float64, text_sample, truth
+from tests.hf.mm_sp_cases import VOCAB, build, in_float64, text_sample
 from tests.hf.mm_sp_language_cases import LANGUAGE
-from tests.hf.mm_sp_ranks import Case, train
+from tests.hf.mm_sp_ranks import Case, largest_errors
 from tests.ranks import pool
 
 TEXTS = [text_sample(1, 29), text_sample(2, 1), text_sample(3, 18, slice(9, 16)), text_sample(4, 7)]
@@ -27,19 +27,9 @@ FLOAT32_INSIDE = ("gemma2", "qwen3_moe")
 """Stock code of these rounds to float32 in a model of float64 too: softmax of eager attention, and of the router."""
 
 
-def train_each(rank: int, cases: list[tuple]) -> list[dict[str, float]]:
-    return [train(rank, case, loss, grads) for case, loss, grads in cases]
-
-
 def errors(cases: list[Case]) -> dict[str, dict[str, float]]:
-    """By model, the largest relative errors over the ranks: of the loss, of each gradient and of ``all`` together."""
-    with_truth = []
-    for case in cases:
-        model = build(case.name, **case.model)
-        with_truth.append((case, *truth(in_float64(model) if case.double else model, case.steps[0][0])))
-    results = pool.run(cases[0].ulysses * cases[0].ring, train_each, with_truth)
-    found = zip(cases, zip(*results, strict=True), strict=True)
-    return {case.name: {key: max(one[key] for one in ranks) for key in ranks[0]} for case, ranks in found}
+    """``largest_errors`` by model."""
+    return {case.name: found for case, found in zip(cases, largest_errors(cases), strict=True)}
 
 
 @pytest.mark.parametrize("ulysses, ring", LAYOUTS)

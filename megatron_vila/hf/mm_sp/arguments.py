@@ -161,11 +161,11 @@ def summary(call: Mapping[str, Any], settings: Settings) -> dict[str, str]:
 def _told(value: Any) -> str:
     if isinstance(value, ShardedCache):
         return _digest(value.token_ids)
-    if isinstance(value, torch.Tensor) and not value.is_floating_point():
-        return _digest(value.cpu().numpy())
+    if isinstance(value, torch.Tensor):
+        return str(tuple(value.shape)) if value.is_floating_point() else _digest(value.cpu().numpy())
     if isinstance(value, str | int | float):
         return repr(value)
-    if isinstance(value, Sequence | torch.Tensor):
+    if isinstance(value, Sequence):
         return f"{len(value)} of {[len(part) for part in value if hasattr(part, '__len__')]}"
     return type(value).__name__
 

@@ -147,7 +147,7 @@ class ShardCollator:
                 supervised=row.supervised_tokens,
                 tokens=sum(row.lengths),
                 longest=max(row.lengths),
-                fingerprint=fingerprint(row, [piece.unit for piece in pieces], has_labels),
+                fingerprint=fingerprint(row, [piece.unit for piece in pieces], positions, has_labels),
                 attention=part.attention,
                 vision=None if self.adapter is None else self._vision(pieces, plan, part),
             ),

@@ -253,8 +253,7 @@ class MMSP:
             recompute=bool(model.is_activation_checkpointing) and model.training,
             options={name: kwargs.get(name) for name in adapter.options},
         )
-        is_video_M = to_device(torch.from_numpy(plan.is_video), features_MC.device) if adapter.is_mixed else None
-        return args, kwargs | adapter.arguments(features_MC, is_video_M)
+        return args, kwargs | adapter.arguments(features_MC, plan.is_video)
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size=None, num_items_in_batch=None, **_unused

@@ -23,14 +23,18 @@ _SIZES = ("samples", "tokens", "pictures and frames", "label fields")
 _CONTENTS = ("input_ids", "labels", "lengths of samples", "pictures and videos")
 
 
-def fingerprint(row: Row, units: Sequence[VisionUnit], has_labels: bool) -> np.ndarray:
+def fingerprint(
+    row: Row, units: Sequence[VisionUnit], positions: Sequence[np.ndarray | None], has_labels: bool
+) -> np.ndarray:
     """Int64 [8] of a row: its numbers of samples, tokens and units of vision, whether it has labels, and digests of the contents.
 
-    Of the units only sizes count, because each rank reads no pixel but its own.
+    Of the units only sizes and ``positions`` of tokens, where the model has its own, count, because each rank reads no pixel but
+    its own.
     """
     lengths = list(row.lengths)
     sizes = [len(lengths), sum(lengths), len(units), int(has_labels)]
     shapes = [number for unit in units for number in (unit.rows, unit.tokens, unit.is_video, unit.ends, *unit.grid)]
+    shapes += [int(number) for own in positions if own is not None for number in own.sum(axis=1)]
     return np.asarray([*sizes, *(_digest(values) for values in (row.token_ids, row.labels, lengths, shapes))], np.int64)
 
 

@@ -6,9 +6,14 @@ from transformers import PreTrainedConfig
 
 from megatron_vila.hf.mm_sp.adapters.base import Piece, VisionAdapter, VisionUnit
 from megatron_vila.hf.mm_sp.adapters.llava_onevision import LlavaOnevision
+from megatron_vila.hf.mm_sp.adapters.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
 ADAPTERS: dict[str, type[VisionAdapter]] = {
     "llava_onevision": LlavaOnevision,
+    "qwen2_vl": Qwen2VL,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
+    "qwen3_vl_moe": Qwen3VL,
 }
 """By the ``model_type`` of a configuration."""
 

@@ -122,15 +122,12 @@ class VisionAdapter(ABC):
         """
 
     @abstractmethod
-    def arguments(self, features_MC: torch.Tensor, is_video_M: torch.Tensor | None) -> dict[str, Any]:
+    def arguments(self, features_MC: torch.Tensor, is_video_M: np.ndarray) -> dict[str, Any]:
         """Arguments of the forward of ``model`` with the features of the visual tokens that a rank owns, in their order.
 
-        ``is_video_M`` bool tells which are tokens of videos; None unless ``is_mixed``. Called alike on all ranks, those without
-        such tokens included.
+        ``is_video_M`` bool, in host memory, tells which are tokens of videos. Called alike on all ranks, those without such
+        tokens included.
         """
-
-    is_mixed: ClassVar[bool] = False
-    """Whether ``arguments`` tells pictures from videos."""
 
     def backbone(self, model: Any) -> nn.Module:
         """The language model inside ``model``, the whole model; MM-SP gives its attention to that."""

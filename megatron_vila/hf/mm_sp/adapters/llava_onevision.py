@@ -83,5 +83,5 @@ class LlavaOnevision(VisionAdapter):
                 order.append(np.full(self.after_video, len(units) * self.per_frame))
         return made_NH.index_select(0, to_device(torch.from_numpy(np.concatenate(order)), made_NH.device))
 
-    def arguments(self, features_MC: torch.Tensor, is_video_M: torch.Tensor | None) -> dict[str, Any]:
+    def arguments(self, features_MC: torch.Tensor, is_video_M: np.ndarray) -> dict[str, Any]:
         return {"mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=features_MC[None])}}
