@@ -1,0 +1,31 @@
+"""Packed frames and windows of a vision tower: each part attends to itself alone, whatever the lengths."""
+
+import pytest
+import torch
+
+from megatron_vila.hf.mm_sp.tower_attention import tower_attention
+
+
+@pytest.mark.parametrize(
+    "lengths", [[5], [4, 4, 4], [6, 2, 6, 3, 2, 1], [3, 0, 5, 3, 0]], ids=["one", "equal", "mixed", "with empty"]
+)
+def test_each_part_attends_to_itself_alone(lengths):
+    generator = torch.Generator().manual_seed(len(lengths))
+    query, key, value, grad = (
+        torch.randn(1, 3, sum(lengths), 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(4)
+    )
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    for _ in range(2):  # the second time the bounds are known
+        out, _weights = tower_attention(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=bounds)
+    wanted = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        wanted.append((q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v)
+    truth = torch.cat(wanted, 2).transpose(1, 2)
+    torch.testing.assert_close(out, truth)
+    weight = grad.detach().transpose(1, 2)
+    for found, right in zip(
+        torch.autograd.grad((out * weight).sum(), (query, key, value)),
+        torch.autograd.grad((truth * weight).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, right)
