@@ -130,10 +130,10 @@ class Training:
         kept = torch.empty(
             self._held_layers * tokens * self._width * 2, dtype=torch.uint8, device=accelerator.device()
         )
-        times = []
+        batch, times = self._batch(sample), []
         for _ in range(steps + 1):
             started_s = _now()
-            loss = self._step(sample)
+            loss = self._step(batch)
             times.append(_now() - started_s)
         del kept
         seconds = statistics.median(times[1:])
@@ -146,12 +146,15 @@ class Training:
             "loss": round(loss, 4),
         }
 
-    def _step(self, sample: dict[str, Any]) -> float:
+    def _batch(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """What a DataLoader's worker makes of the sample, on the host."""
         if self._mm_sp is not None:
-            batch = self._mm_sp.collator()([sample])
-        else:
-            rows = "input_ids", "labels", "mm_token_type_ids"
-            batch = {key: value[None] if key in rows else value for key, value in sample.items()}
+            return self._mm_sp.collator()([sample])
+        rows = "input_ids", "labels", "mm_token_type_ids"
+        return {key: value[None] if key in rows else value for key, value in sample.items()}
+
+    def _step(self, batch: dict[str, Any]) -> float:
+        if self._mm_sp is None:
             batch = {key: accelerator.to_device(value, accelerator.device()) for key, value in batch.items()}
             batch["use_cache"] = False
         loss = self.model(**batch).loss

@@ -97,8 +97,13 @@ def truth(sight, path: str, frames: int = FRAMES) -> torch.Tensor:
         return encode_frames(*sight, pixels_F3HW).flatten(0, 1)
 
 
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """But for rounding, since some processors round products of more rows differently."""
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_the_tokens_of_all_chunks_are_those_that_training_makes_of_the_frames(video, sight, source):
-    assert torch.equal(through(source(), plans(prompt(video))), truth(sight, video))
+    assert_same(through(source(), plans(prompt(video))), truth(sight, video))
 
 
 @pytest.mark.parametrize("grid", [GridShape(ulysses=2, ring=2), GridShape(tp=2, ring=2)])
@@ -184,7 +189,7 @@ def test_a_document_that_is_given_up_leaves_nothing_behind_for_the_next(video, s
     for number, plan in enumerate(of[:3]):
         first.start(number, plan)
     first.next_prompt()
-    assert torch.equal(through(first, of), truth(sight, video))
+    assert_same(through(first, of), truth(sight, video))
 
 
 def test_a_document_that_ended_before_its_first_chunk_was_asked_for_is_not_taken_for_the_next(video, sight, source, tmp_path):
@@ -194,7 +199,7 @@ def test_a_document_that_ended_before_its_first_chunk_was_asked_for_is_not_taken
     gone.unlink()
     with pytest.raises(MediaError, match=r"gone\.mp4"):
         first.start(1, other[1])
-    assert torch.equal(through(first, plans(prompt(video))), truth(sight, video))
+    assert_same(through(first, plans(prompt(video))), truth(sight, video))
 
 
 def test_the_key_of_a_document_depends_on_text_frames_and_weights_and_not_on_where_the_file_lies(video, tmp_path):
