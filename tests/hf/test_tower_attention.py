@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from megatron_vila.hf.mm_sp.tower_attention import tower_attention
+from megatron_vila.hf.mm_sp import enable_mm_sp
+from megatron_vila.hf.mm_sp.tower_attention import TOWER_ATTENTION, tower_attention
+from tests.hf.mm_sp_cases import build
+from tests.ranks import pool
 
 
 @pytest.mark.parametrize(
@@ -29,3 +32,21 @@ def test_each_part_attends_to_itself_alone(lengths):
         strict=True,
     ):
         torch.testing.assert_close(found, right)
+
+
+def _tower_settings(rank: int) -> list[tuple[str, str, str]]:
+    found = []
+    for name, asked in (("qwen2_5_vl", "sdpa"), ("qwen3_vl", "eager")):
+        model = build(name)
+        tower = model.model.visual.config
+        tower._attn_implementation = asked
+        mm_sp = enable_mm_sp(model)
+        on = tower._attn_implementation
+        mm_sp.disable()
+        found.append((asked, on, tower._attn_implementation))
+    return found
+
+
+def test_a_tower_with_sdpa_takes_it_and_one_with_another_attention_keeps_its_own():
+    (found,) = pool.run(1, _tower_settings)
+    assert found == [("sdpa", TOWER_ATTENTION, "sdpa"), ("eager", "eager", "eager")]

@@ -28,6 +28,7 @@ from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.same_row import check_same_row
+from megatron_vila.hf.mm_sp.tower_attention import TOWER_ATTENTION, tower_attention
 from megatron_vila.hf.mm_sp.vision import owned_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.cache import FP8
@@ -81,6 +82,7 @@ def enable_mm_sp(
     groups = MMSPGroups.of(ulysses, ring, everyone)
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionInterface.register(TOWER_ATTENTION, tower_attention)
     mm_sp = MMSP(model, groups, kernel, frame_micro_batch)
     mm_sp.enable()
     return mm_sp
@@ -96,6 +98,7 @@ class MMSP:
         text = model.config.get_text_config()
         self._split = HeadSplit(text.num_attention_heads, text.num_key_value_heads, groups.grid.ulysses)
         self._backbone: Any = model.model if self._adapter is None else self._adapter.backbone(model)
+        self._tower: Any = None if self._adapter is None else self._adapter.packed_tower(model)
         self._head = FusedHead(model.get_output_embeddings(), groups.alone, model.config)
         self._attentions: dict[tuple[torch.dtype, torch.device, float, bool], Attention2D] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -150,8 +153,9 @@ class MMSP:
         finally:
             self._mean_over = self.groups.everyone
 
-    def _settings(self) -> tuple[str, Any]:
-        return self._backbone.config._attn_implementation, self.model.__dict__.get("_loss_function")
+    def _settings(self) -> tuple[str, str | None, Any]:
+        tower = None if self._tower is None else self._tower.config._attn_implementation
+        return self._backbone.config._attn_implementation, tower, self.model.__dict__.get("_loss_function")
 
     def enable(self) -> None:
         """Turn MM-SP on again after ``disable``. No collective."""
@@ -159,6 +163,9 @@ class MMSP:
             return
         self._before = self._settings()
         self._backbone.set_attn_implementation(ATTENTION)
+        if self._before[1] == "sdpa":
+            # set_attn_implementation would look for a package of this name
+            self._tower.config._attn_implementation = TOWER_ATTENTION
         self.model.loss_function = self._loss
         self._head.install()
         model: Any = self.model
@@ -182,11 +189,13 @@ class MMSP:
         self._hooks = []
         self._head.remove()
         del self.model.generate, self.model.mm_sp
-        attention, loss_function = self._before
+        attention, tower, loss_function = self._before
         del self.model._loss_function
         if loss_function is not None:
             self.model.loss_function = loss_function
         self._backbone.set_attn_implementation(attention)
+        if self._tower is not None:
+            self._tower.config._attn_implementation = tower
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -133,6 +133,10 @@ class VisionAdapter(ABC):
         """The language model inside ``model``, the whole model; MM-SP gives its attention to that."""
         return model.model.language_model
 
+    def packed_tower(self, model: Any) -> nn.Module | None:
+        """The tower inside ``model``, the whole model, if it hands the bounds of packed parts to flash attention; else None."""
+        return None
+
     def start_decoding(self, model: Any, next_position: int, tokens: int) -> None:
         """Before the model decodes: its next token stands at ``next_position``, though ``tokens`` tokens came before."""
         return

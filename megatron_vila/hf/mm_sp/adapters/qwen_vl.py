@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
@@ -206,6 +207,9 @@ class QwenVL(VisionAdapter):
     def _output(self, levels: Sequence[torch.Tensor]) -> Any:
         features: Any = (levels[0],)
         return BaseModelOutputWithPooling(pooler_output=features)
+
+    def packed_tower(self, model: Any) -> nn.Module | None:
+        return model.model.visual
 
     def start_decoding(self, model: Any, next_position: int, tokens: int) -> None:
         model.model.rope_deltas = torch.tensor([[next_position - tokens]], device=model.device)
