@@ -175,6 +175,20 @@ def test_positions_are_those_of_the_stock_model_for_random_documents(name):
         assert torch.equal(got[..., : wanted.shape[-1]], wanted)
 
 
+def test_padding_on_either_side_is_taken_out_and_positions_begin_behind_it():
+    sample = samples("qwen3_vl")[0]
+    tokens, fills = len(sample["input_ids"]), {"input_ids": IMAGE, "labels": 3, "mm_token_type_ids": 1, "attention_mask": 0}
+    whole = sample | {"attention_mask": torch.ones(tokens, dtype=torch.int64)}
+    for sides in ((5, 0), (0, 5), (2, 3)):
+        padded = {
+            key: torch.nn.functional.pad(value, sides, value=fills[key]) if key in fills else value
+            for key, value in whole.items()
+        }
+        wanted, got = collator("qwen3_vl", 2, 1)([sample]), collator("qwen3_vl", 2, 1)([padded])
+        for key in ("input_ids", "labels", "position_ids", "mm_sp_pixels"):
+            assert torch.equal(got[key], wanted[key])
+
+
 class _Watched:
     """Rows of patches that remember which were asked for."""
 
