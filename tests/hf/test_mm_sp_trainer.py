@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from tests.ranks import pool
 TEXTS = [text_sample(seed, 7 + 5 * seed % 14, slice(seed % 4, None)) for seed in range(13)]
 VIDEOS = [video_sample(seed, [-3 - seed % 3, 2, -2 - seed % 4]) for seed in range(8)]
 CLOSE = 1e-5
+PAGE = Path(__file__).parents[2] / "docs/mm_sp_trainer.md"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,23 @@ def test_trainer_shards_weights_by_fsdp2_saves_and_resumes(tmp_path):
         assert largest_difference(found, wanted) < CLOSE
     for found in pool.run(2, train, replace(shared, resume=str(tmp_path / "checkpoint-3"))):
         assert largest_difference(found, without_evaluation(wanted)) < CLOSE
+
+
+def run_example(rank: int, file: str, names: dict) -> torch.Tensor:
+    with launched(rank):
+        trainer = runpy.run_path(file, names)["trainer"]
+    return torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
+
+
+def test_the_example_of_the_page_trains_the_same_weights_in_all_processes(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    model = build("qwen2")
+    model.save_pretrained(tmp_path)
+    names = {"folder": str(tmp_path), "output": str(tmp_path / "out"), "dataset": TEXTS}
+    first, second = pool.run(2, run_example, str(tmp_path / "example.py"), names)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.cat([weight.detach().flatten() for weight in model.parameters()]))
 
 
 SETTINGS = [
