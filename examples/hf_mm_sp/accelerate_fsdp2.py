@@ -44,7 +44,9 @@ def main() -> None:
 
     dataset = VideoQuestions(records, tokenizer, accelerator.unwrap_model(model).config, options)
     sampler = DistributedSampler(dataset, mm_sp.dp_size, mm_sp.dp_rank, shuffle=True, seed=0)
-    loader = DataLoader(dataset, batch_size=2, sampler=sampler, collate_fn=mm_sp.collator(), num_workers=1)
+    loader = DataLoader(
+        dataset, batch_size=2, sampler=sampler, collate_fn=mm_sp.collator(), num_workers=options.workers
+    )
     batches = iter(loader)
     for step in range(options.steps):
         micro_batches = []
@@ -67,6 +69,10 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         accelerator.print(f"step {step}  loss {total:.4f}", flush=True)
+    weights = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(
+        options.out / "accelerate", state_dict=weights, is_main_process=accelerator.is_main_process
+    )
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=56, help="side of a frame in pixels, a multiple of 28")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches of a step")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read videos for each training process")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--out", type=Path, default=Path("runs/hf_mm_sp/qwen"))
     return parser.parse_args()
@@ -71,7 +72,7 @@ def build_model(options: argparse.Namespace, vocabulary: int) -> Qwen2_5_VLForCo
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
     text = {
         "vocab_size": vocabulary + 4, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
     vision = {

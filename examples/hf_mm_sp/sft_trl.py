@@ -65,7 +65,7 @@ def main() -> None:
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         max_length=None,
-        dataloader_num_workers=1,
+        dataloader_num_workers=options.workers,
         logging_steps=1,
         report_to="none",
         use_cpu=not on_gpus,

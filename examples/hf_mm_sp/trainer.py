@@ -41,7 +41,7 @@ def main() -> None:
         if on_gpus
         else None,
         activation_checkpointing=True,
-        dataloader_num_workers=1,
+        dataloader_num_workers=options.workers,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

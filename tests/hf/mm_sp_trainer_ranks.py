@@ -85,7 +85,7 @@ class Run:
     resume: str | None = None
     fsdp2: str | None = None
 
-METRICS = ("entropy", "mean_token_accuracy")
+METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 """What TRL logs of each step beside the loss."""
 
 

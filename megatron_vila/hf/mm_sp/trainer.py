@@ -114,7 +114,12 @@ class MMSPTrainer(_Trainer):
         inputs = {name: value for name, value in inputs.items() if name != SAMPLES}
         if self._reads_log_probs:
             inputs["shift_labels"] = inputs.pop("labels")
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            seen = self._total_train_tokens
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.model.training:
+                self._total_train_tokens = seen + self._tokens(inputs)
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            return result
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -179,9 +184,13 @@ class MMSPTrainer(_Trainer):
 
     def _track_num_input_tokens(self, inputs: dict) -> None:
         if self.args.include_num_input_tokens_seen != "no":
-            tokens = torch.tensor(inputs["mm_sp_row"].tokens, device=self.args.device)
-            dist.all_reduce(tokens, group=self.mm_sp.groups.everyone)
-            self.state.num_input_tokens_seen += int(tokens) // self.mm_sp.groups.grid.cp
+            self.state.num_input_tokens_seen += self._tokens(inputs)
+
+    def _tokens(self, inputs: dict) -> int:
+        """Tokens without padding of the batches of all replicas. All-reduce over all processes."""
+        tokens = torch.tensor(inputs["mm_sp_row"].tokens, device=self.args.device)
+        dist.all_reduce(tokens, group=self.mm_sp.groups.everyone)
+        return int(tokens) // self.mm_sp.groups.grid.cp
 
 
 def _find_unused(settings: Any, mm_sp: Any) -> None:
