@@ -54,17 +54,21 @@ KINDS = {Trainer: (SharedTrainer, TrainingArguments), SFTTrainer: (SharedSFTTrai
 
 
 def pad(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """A user's collator: rows of one length, padded on the right."""
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    rows: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
-    for sample in samples:
-        gap = longest - len(sample["input_ids"])
-        rows["input_ids"].append(nn.functional.pad(sample["input_ids"], (0, gap)))
-        rows["labels"].append(nn.functional.pad(sample["labels"], (0, gap), value=-100))
-        rows["attention_mask"].append(torch.tensor([1] * (longest - gap) + [0] * gap))
-    batch = {name: torch.stack(values) for name, values in rows.items()}
-    if any(sample.get("pixel_values_videos") for sample in samples):
-        batch["pixel_values_videos"] = torch.stack([video for sample in samples for video in sample["pixel_values_videos"]])
+    """A user's collator: rows of one length, padded on the right, and the pixels of all."""
+    rows = [{key: torch.as_tensor(value) for key, value in sample.items() if key != "pixel_values_videos"} for sample in samples]
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {}
+    for key, empty in (("input_ids", 0), ("labels", -100), ("attention_mask", 0), ("mm_token_type_ids", 0)):
+        values = [row.get(key, torch.full_like(row["input_ids"], int(key == "attention_mask"))) for row in rows]
+        batch[key] = torch.stack([nn.functional.pad(row, (0, longest - len(row)), value=empty) for row in values])
+    for key in ("pixel_values", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+        if any(key in row for row in rows):
+            batch[key] = torch.cat([row[key] for row in rows if key in row])
+    videos = [torch.as_tensor(video) for sample in samples for video in sample.get("pixel_values_videos", ())]
+    if videos:
+        batch["pixel_values_videos"] = torch.stack(videos)  # of patches, or of videos
+    if not any("mm_token_type_ids" in row for row in rows):
+        del batch["mm_token_type_ids"]
     return batch
 
 

@@ -19,12 +19,19 @@ from trl import SFTTrainer
 
 from megatron_vila.hf.mm_sp import enable_mm_sp
 from tests.hf.mm_sp_cases import build, text_sample, video_sample
+from tests.hf.mm_sp_qwen_cases import qwen_sample
 from tests.hf.mm_sp_trainer_ranks import Run, SharedTrainer, largest_difference, launched, pad, train
 from tests.ranks import pool
 
 # Supervised tokens differ from sample to sample, and the number of samples divides into no batch.
 TEXTS = [text_sample(seed, 7 + 5 * seed % 14, slice(seed % 4, None)) for seed in range(13)]
 VIDEOS = [video_sample(seed, [-3 - seed % 3, 2, -2 - seed % 4]) for seed in range(8)]
+MEDIA = [
+    qwen_sample("qwen2_5_vl", seed, [2 + seed % 3, *[[(2, 4)], [(2, 4, 2)], [], [(1, 2, 2), 2, (4, 2)]][seed % 4], 3 + seed % 5])
+    for seed in range(8)
+]
+"""With a picture, a video, text only, and both."""
+
 CLOSE = 1e-5
 PAGE = Path(__file__).parents[2] / "docs/mm_sp_trainer.md"
 
@@ -33,12 +40,12 @@ PAGE = Path(__file__).parents[2] / "docs/mm_sp_trainer.md"
     "name, processes, layout, accumulate, settings",
     [
         ("qwen2", 4, (2, 2), 4, {"activation_checkpointing": True}),
-        ("llava_onevision", 4, (2, 1), 1, {}),
+        ("qwen2_5_vl", 4, (2, 1), 1, {}),
     ],
 )
 def test_trainer_trains_evaluates_and_resumes_like_one_process(name, processes, layout, accumulate, settings, tmp_path):
     replicas = processes // (layout[0] * layout[1])
-    samples = VIDEOS if name == "llava_onevision" else TEXTS
+    samples = MEDIA if name == "qwen2_5_vl" else TEXTS
     common = {"include_num_input_tokens_seen": "non_padding", **settings}
     common |= {"gradient_accumulation_steps": accumulate, "per_device_eval_batch_size": 2}
     arguments = {"data_collator": pad, "eval_dataset": samples[:5]}
@@ -53,7 +60,7 @@ def test_trainer_trains_evaluates_and_resumes_like_one_process(name, processes, 
     checkpoint = tmp_path / "shared/checkpoint-3"
     for found in pool.run(processes, train, replace(shared, resume=str(checkpoint))):
         assert largest_difference(found, without_evaluation(wanted)) < CLOSE
-    if name != "llava_onevision":  # A stock Trainer does not load the weights of its own checkpoints of this model.
+    if name != "qwen2_5_vl":  # A stock Trainer does not load the weights of its own checkpoints of this model.
         (found,) = pool.run(1, train, replace(stock, resume=str(checkpoint)))
         assert largest_difference(found, without_evaluation(wanted)) < CLOSE
 
