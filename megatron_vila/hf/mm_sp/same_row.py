@@ -59,8 +59,8 @@ def check_same_row(mine: np.ndarray, host: dist.ProcessGroup) -> None:
     raise ValueError(
         f"the {len(rows)} ranks of one MM-SP group were given different samples: {', '.join(names)} differ. Rank 0 of the group "
         f"has {_told(rows[0])}, rank {other} has {_told(rows[other])}. They share each sample, so give the sampler one rank for "
-        "each group, DistributedSampler(dataset, mm_sp.dp_size, mm_sp.dp_rank), do not let a Trainer or accelerate deal the "
-        "batches out again, and draw random crops and masks from the same seed on all ranks of a group"
+        "each group, DistributedSampler(dataset, mm_sp.dp_size, mm_sp.dp_rank), leave the loader out of accelerate's "
+        "prepare, put MMSPTrainer before a Trainer, and draw random crops and masks from the same seed on all ranks of a group"
     )
 
 

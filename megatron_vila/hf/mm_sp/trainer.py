@@ -48,6 +48,7 @@ class MMSPTrainer(_Trainer):
     """
 
     data_collator: Any
+    _total_train_tokens: int
     loss_is_scaled_for_ga = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
