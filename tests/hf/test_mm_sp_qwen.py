@@ -175,6 +175,14 @@ def test_positions_are_those_of_the_stock_model_for_random_documents(name):
         assert torch.equal(got[..., : wanted.shape[-1]], wanted)
 
 
+def test_lists_of_numbers_are_the_same_sample():
+    sample = samples("qwen2_5_vl")[2]
+    lists = {key: value.tolist() for key, value in sample.items()}
+    wanted, got = collator("qwen2_5_vl", 2, 0)([sample]), collator("qwen2_5_vl", 2, 0)([lists])
+    for key in ("input_ids", "labels", "position_ids", "mm_sp_pixels"):
+        assert torch.equal(got[key], wanted[key])
+
+
 def test_padding_on_either_side_is_taken_out_and_positions_begin_behind_it():
     sample = samples("qwen3_vl")[0]
     tokens, fills = len(sample["input_ids"]), {"input_ids": IMAGE, "labels": 3, "mm_token_type_ids": 1, "attention_mask": 0}

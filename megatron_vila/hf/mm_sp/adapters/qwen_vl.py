@@ -137,6 +137,8 @@ class QwenVL(VisionAdapter):
         if bad:
             raise ValueError(f"has a row {bad[0]} of {grid_key}; height and width must be multiples of {self.merge} patches")
         sizes = rows.prod(axis=1)
+        if isinstance(pixels, list | tuple) and any(_is_row(part) for part in pixels[:1]):
+            pixels = torch.tensor(pixels)  # what the datasets library makes of a tensor
         if isinstance(pixels, list | tuple):
             if [len(part) for part in pixels] != sizes.tolist():
                 found = ", ".join(str(len(part)) for part in pixels)
@@ -245,6 +247,11 @@ class Qwen3VL(QwenVL):
 def _product(size: int | Sequence[int], sides: int = 1) -> int:
     """Numbers in a patch: of a size for each of its ``sides``, or one for all."""
     return int(np.prod(size if isinstance(size, list | tuple) else [size] * sides))
+
+
+def _is_row(part: Any) -> bool:
+    """Whether ``part`` is a list of numbers, and not all patches of a picture or video."""
+    return isinstance(part, list | tuple) and all(isinstance(number, float | int) for number in part[:1])
 
 
 def _runs(is_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
