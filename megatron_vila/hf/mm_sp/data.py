@@ -197,6 +197,8 @@ class ShardCollator:
                 problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids; give one for each of them")
                 return ids, ids, True
         ids, labels = ids[mask != 0], labels[mask != 0]
+        if self.adapter is not None and self.adapter.unlearned:
+            labels = np.where(np.isin(labels, self.adapter.unlearned), IGNORE, labels)
         if not len(ids):
             problems.append(f"{name} has no token, or attention_mask takes out all of them; leave the sample out")
         return ids, labels, sample.get("labels") is not None

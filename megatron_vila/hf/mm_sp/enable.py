@@ -223,17 +223,18 @@ class MMSP:
             return args, kwargs | {"mm_sp_row": DecodedToken(kwargs["input_ids"][0], cache, self._cached)}
         indices = RowIndices.of(row.attention, device)
         if is_generating:
+            self._head.expect(None, torch.empty(0, dtype=torch.int64, device=device))
             return args, kwargs | {"mm_sp_row": PromptChunk(row, indices, cache, self._cached)}
         kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
         if kwargs.get("labels") is not None:
             selected_n = to_device(torch.from_numpy(row.selected), device)
-            kwargs |= {"labels": kwargs["labels"][:, selected_n], "logits_to_keep": selected_n}
-            self._head.expect(kwargs["labels"][0])
+            kwargs["labels"] = kwargs["labels"][:, selected_n]
+            self._head.expect(kwargs["labels"][0], selected_n)
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model's forward, also a failed one: drop the values that stood in for others."""
-        self._head.expect(None)
+        self._head.expect(None, None)
         row = kwargs.get("mm_sp_row")
         if isinstance(row, PromptChunk | DecodedToken):
             if output is not None:

@@ -122,10 +122,9 @@ class Generator:
             self._read_chunks(idle, scratch, options)
 
     def _read_chunks(self, prompt: Prompt, cache: ShardedCache, options: dict[str, Any]) -> None:
-        no_logits = torch.empty(0, dtype=torch.int64, device=self.device())
         for chunk, coming in zip(prompt.chunks, prompt.batches(), strict=True):
             batch = self._together(coming.result)
-            self.model(**batch, **options, past_key_values=cache, logits_to_keep=no_logits)
+            self.model(**batch, **options, past_key_values=cache)
             ids = prompt.sample.document.token_ids[chunk.first : chunk.stop]
             cache.commit(torch.from_numpy(ids), prompt.positions(chunk))
 

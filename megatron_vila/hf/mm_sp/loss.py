@@ -1,6 +1,6 @@
 """Output layer and loss of MM-SP under Transformers: logits of all tokens are never formed, the loss is a mean over the group.
 
-Legend: n supervised tokens held here, H hidden size, V vocabulary.
+Legend: s local tokens, n supervised ones among them, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class FusedHead:
         self.layer, self._alone, self._config = layer, alone, config
         self._soft_cap: float | None = getattr(config, _SOFT_CAP, None)
         self._labels_n: torch.Tensor | None = None
+        self._selected_n: torch.Tensor | None = None
 
     def install(self) -> None:
         """Replace the layer's ``forward``."""
@@ -36,16 +37,18 @@ class FusedHead:
     def remove(self) -> None:
         """Give the layer its own ``forward`` back."""
         del self.layer.forward
-        self.expect(None)
+        self.expect(None, None)
 
-    def expect(self, labels_n: torch.Tensor | None) -> None:
-        """Set the labels, int64 [n], of the tokens in the next call; with None it returns logits."""
-        self._labels_n = labels_n
+    def expect(self, labels_n: torch.Tensor | None, selected_n: torch.Tensor | None) -> None:
+        """Set the labels, int64 [n], for the next call; with None it returns logits. ``selected_n`` int64 [n] are the indices of
+        the tokens that it takes, None for all: some models have no argument for that."""
+        self._labels_n, self._selected_n = labels_n, selected_n
         if self._soft_cap is not None:
             setattr(self._config, _SOFT_CAP, self._soft_cap if labels_n is None else None)
 
-    def _forward(self, hidden_1nH: torch.Tensor) -> torch.Tensor:
+    def _forward(self, hidden_1sH: torch.Tensor) -> torch.Tensor:
         """Loss sum [], or logits [1, n, V] of a batch without labels. No collective."""
+        hidden_1nH = hidden_1sH if self._selected_n is None else hidden_1sH.index_select(1, self._selected_n)
         if self._labels_n is None:
             return nn.functional.linear(hidden_1nH, self.layer.weight)
         weight_VH = self.layer.weight

@@ -9,7 +9,7 @@ Legend: R rows of pixels of this rank, N visual tokens made here, M owned here, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ def owned_features(
     encode = partial(adapter.encode, model)
     if recompute and torch.is_grad_enabled():
         # With the random numbers of the first time, since the tower may have dropout.
-        encode = partial(checkpoint, encode, use_reentrant=False)
+        encode = partial(checkpoint, partial(_to_the_end, encode), use_reentrant=False)
     made, first = [], 0
     for numbers in np.array_split(np.arange(len(plan.units)), _rounds(plan, groups, micro_batch, pixels.device)):
         units = plan.units[numbers[0] : numbers[-1] + 1] if len(numbers) else ()
@@ -57,6 +57,13 @@ def owned_features(
             made.append(encode(pixels.new_zeros(blank.rows, *pixels.shape[1:]), (blank,), options)[:0])
         first = stop
     return Reshard.of(plan.reshard, groups.sample, pixels.device)(torch.cat(made))
+
+
+def _to_the_end(encode: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """What ``encode`` returns, times a saved one. So the backward pass starts by encoding again, and does it to the end, on ranks
+    whose units need other steps too; otherwise FSDP2 would gather weights in another order there."""
+    features_NC = encode(*args)
+    return features_NC * features_NC.new_ones(())
 
 
 def _rounds(plan: VisionPlan, groups: MMSPGroups, micro_batch: int, device: torch.device) -> int:

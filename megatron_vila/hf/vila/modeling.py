@@ -11,7 +11,7 @@ side, T tokens of a picture, H width of the language model, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -150,14 +150,16 @@ class VILAModel(VILAPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: Mapping[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Hidden states [B, S, H] of the language model, and its cache.
 
         ``input_ids`` int64 [B, S] hold ``image_token_id`` or ``video_token_id`` in the places of visual tokens, ``pixel_values``
         [F, 3, P, P] the pictures in the order of their places. ``inputs_embeds`` [B, S, H] that ``get_input_embeddings()`` made
-        of such ids have marks in these places. Raises ``ValueError`` if the number of places is not that of the pictures' tokens,
-        and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        of such ids have marks in these places. ``mm_encoder_outputs`` may have the output of ``get_image_features`` under
+        ``image``, in place of ``pixel_values``. Raises ``ValueError`` if the number of places is not that of the pictures'
+        tokens, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
 
         Without pictures, a blank one is encoded and changes nothing, if tower and projector are trained or sharded: then ranks
         without pictures must run them as those with pictures do.
@@ -175,7 +177,13 @@ class VILAModel(VILAPreTrainedModel):
                     "pixel_values need input_ids, or inputs_embeds that get_input_embeddings() made of them, with the places of "
                     "pictures; leave pixel_values out if inputs_embeds hold the pictures' features"
                 )
-        inputs_embeds, tokens_FTH = self._with_pictures(inputs_embeds, visual_BS, pixel_values, past_key_values)
+        if mm_encoder_outputs is not None:
+            if pixel_values is not None:
+                raise ValueError("pixel_values and mm_encoder_outputs are both given; give pictures or their features")
+            tokens_FTH = mm_encoder_outputs["image"].pooler_output
+            inputs_embeds = _with_features(inputs_embeds, visual_BS, cast(torch.Tensor, tokens_FTH))
+        else:
+            inputs_embeds, tokens_FTH = self._with_pictures(inputs_embeds, visual_BS, pixel_values, past_key_values)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -317,6 +325,17 @@ class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
         if pixels_F3PP is not None:
             model_kwargs["pixel_values"] = pixels_F3PP
         return input_ids, model_kwargs
+
+
+def _with_features(embeddings_BSH: torch.Tensor, visual_BS: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Embeddings with the tokens [..., H] of pictures in their places. Raises ``ValueError`` if these are not as many."""
+    places, made = int(visual_BS.sum()), tokens[..., 0].numel()
+    if places != made:
+        raise ValueError(
+            f"input_ids hold {places} visual tokens, but mm_encoder_outputs hold {made}; give the output of get_image_features "
+            "for all pictures"
+        )
+    return embeddings_BSH.masked_scatter(visual_BS[..., None], tokens.to(embeddings_BSH))
 
 
 def local_folder(path: str | os.PathLike) -> Path:

@@ -84,6 +84,11 @@ class VisionAdapter(ABC):
         """The ids that stand for visual tokens."""
 
     @property
+    def unlearned(self) -> tuple[int, ...]:
+        """The ids that count as -100 where they stand in labels, as the model itself takes them."""
+        return ()
+
+    @property
     @abstractmethod
     def row_shape(self) -> tuple[int, ...]:
         """Shape of a row of pixels."""
