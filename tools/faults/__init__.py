@@ -1,6 +1,6 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import formats, guards, house, inference, inputs, models, parallel, prepare, runs, steps, view, weights
+from . import formats, guards, house, inference, inputs, mm_sp, models, parallel, prepare, runs, steps, view, weights
 
 FAULTS = [
     *parallel.FAULTS,
@@ -15,4 +15,5 @@ FAULTS = [
     *prepare.FAULTS,
     *view.FAULTS,
     *inference.FAULTS,
+    *mm_sp.FAULTS,
 ]
