@@ -2,9 +2,9 @@
 
 Each variant trains all weights of the same model on the same row: a video, then 256 tokens to learn. Weights are random and,
 like gradients and AdamW's two averages, in bf16. Attention of ``stock`` and ``liger`` is sdpa; all variants recompute their
-layers in the backward pass. ``speed`` takes whole steps at given lengths. ``longest`` finds the longest row that fits: two layers
-of the language model really train beside the whole tower, while memory is held for the weights, gradients, averages and kept
-inputs of the other layers.
+layers in the backward pass. ``speed`` takes whole steps at given lengths. ``longest`` finds the longest row that fits: two
+layers of the language model and four of the tower really train, while memory is held for the weights, gradients, averages and
+kept inputs of the others.
 
   python -m benchmarks.video_training speed --model qwen2_5_vl --variant mm_sp --tokens 8192,32768 --out FILE
   python -m benchmarks.video_training longest --model qwen3_vl --variant liger --out FILE
@@ -35,7 +35,8 @@ COLUMNS = (
 GRID = 28
 """Patches on each side of a frame: 196 tokens for two frames."""
 LEARNED = 256
-KEPT_LAYERS = 2
+KEPT_LAYERS, KEPT_BLOCKS = 2, 4
+FRAME_MICRO_BATCH = 16
 STEP = 2048
 """Tokens to which the longest row is found."""
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def speed(options: argparse.Namespace, done) -> None:
-    training = Training(options.model, options.variant, None, options.small)
+    training = Training(options.model, options.variant, True, options.small)
     for length in map(int, options.tokens.split(",")):
         try:
             row = training.measured(length, options.steps)
@@ -68,7 +69,7 @@ def speed(options: argparse.Namespace, done) -> None:
 
 
 def longest(options: argparse.Namespace, done) -> None:
-    training = Training(options.model, options.variant, KEPT_LAYERS, options.small)
+    training = Training(options.model, options.variant, False, options.small)
     room_gib = (accelerator.device_memory_bytes() / GIB or options.cpu_gib) - 1.5
     fitting = [training.measured(length, 1) for length in (2 * STEP, 4 * STEP)]
     failed = 0
@@ -91,22 +92,25 @@ def longest(options: argparse.Namespace, done) -> None:
             failed = length
             print(f"{length} tokens do not fit", flush=True)
     note = f"{failed} do not fit" if failed else "longer ones were not tried"
-    done(fitting[-1] | {"note": f"{KEPT_LAYERS} layers trained, memory of the others held; {note}"})
+    done(fitting[-1] | {"note": f"few layers trained, memory of the others held; {note}"})
 
 
 class Training:
-    """A model and its optimizer. ``kept`` layers of the language model are real, None for all; memory is held for the others."""
+    """A model and its optimizer. ``whole``: all its layers are real; else ``KEPT_LAYERS`` and ``KEPT_BLOCKS``, and memory is
+    held for the others."""
 
-    def __init__(self, name: str, variant: str, kept: int | None, small: bool) -> None:
-        self._name, self._variant = name, variant
+    def __init__(self, name: str, variant: str, whole: bool, small: bool) -> None:
+        self._name = name
         config = CONFIGS[name](small)
-        text = config.text_config
-        self._layers, self._width = text.num_hidden_layers, text.hidden_size
-        self._held_layers = 0 if kept is None else text.num_hidden_layers - kept
-        if kept is not None:
-            text.num_hidden_layers = kept
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:kept]
+        text, vision = config.text_config, config.vision_config
+        layers, blocks = (0, 0) if whole else (text.num_hidden_layers - KEPT_LAYERS, vision.depth - KEPT_BLOCKS)
+        text.num_hidden_layers, vision.depth = text.num_hidden_layers - layers, vision.depth - blocks
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        if blocks and hasattr(vision, "deepstack_visual_indexes"):
+            vision.deepstack_visual_indexes = list(range(len(vision.deepstack_visual_indexes)))
+        if blocks and hasattr(vision, "fullatt_block_indexes"):
+            vision.fullatt_block_indexes = [KEPT_BLOCKS - 1]
         self.model = _model(config, name)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
@@ -116,32 +120,41 @@ class Training:
         if variant.startswith("mm_sp"):
             from megatron_vila.hf.mm_sp import enable_mm_sp
 
-            self._mm_sp = enable_mm_sp(self.model)
+            self._mm_sp = enable_mm_sp(self.model, frame_micro_batch=FRAME_MICRO_BATCH)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=torch.cuda.is_available())
-        layer = sum(weight.numel() for weight in self.model.model.language_model.layers[0].parameters())
+        inside = self.model.model
+        layer, block = (
+            sum(weight.numel() for weight in stack[0].parameters())
+            for stack in (inside.language_model.layers, inside.visual.blocks)
+        )
         # weights, gradients and two averages, two bytes each
-        self._held = [torch.empty(self._held_layers * layer * 8, dtype=torch.uint8, device=accelerator.device())]
+        self._held_bytes = 8 * (layers * layer + blocks * block)
+        self._per_token, self._per_patch = 2 * layers * text.hidden_size, 2 * blocks * vision.hidden_size
+        self._is_whole, self._is_new = whole, True
 
     def measured(self, length: int, steps: int) -> dict[str, Any]:
-        """Whole steps on a row of about ``length`` tokens: the median of those after the first."""
+        """Whole steps on a row of about ``length`` tokens: the median of ``steps``, after one more for a whole model."""
         sample, frames = _sample(self.model.config, self._name, length)
-        tokens = len(sample["input_ids"])
-        accelerator.reset_peak_memory()
-        kept = torch.empty(
-            self._held_layers * tokens * self._width * 2, dtype=torch.uint8, device=accelerator.device()
-        )
+        tokens, patches = len(sample["input_ids"]), len(sample["pixel_values_videos"])
+        if self._mm_sp is not None:  # the tower keeps what belongs to the frames that it encodes at once
+            patches = min(patches, FRAME_MICRO_BATCH * GRID * GRID)
         batch, times = self._batch(sample), []
-        for _ in range(steps + 1):
+        held_bytes = self._held_bytes + self._per_token * tokens + self._per_patch * patches
+        held = torch.empty(held_bytes, dtype=torch.uint8, device=accelerator.device())
+        accelerator.reset_peak_memory()
+        # the first step of all makes the optimizer's averages
+        for _ in range(steps + (self._is_whole or self._is_new)):
             started_s = _now()
             loss = self._step(batch)
             times.append(_now() - started_s)
-        del kept
-        seconds = statistics.median(times[1:])
+        self._is_new = False
+        del held
+        seconds = statistics.median(times[-steps:])
         return {
             "tokens": tokens,
             "frames": frames,
-            "time_s": round(seconds, 3) if not self._held_layers else "",
-            "tokens_per_s": round(tokens / seconds) if not self._held_layers else "",
+            "time_s": round(seconds, 3) if self._is_whole else "",
+            "tokens_per_s": round(tokens / seconds) if self._is_whole else "",
             "peak_gib": round(accelerator.peak_memory_bytes() / GIB, 2),
             "loss": round(loss, 4),
         }
@@ -184,7 +197,7 @@ def _qwen2_5_vl(small: bool):
     if small:
         text |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2}
         text |= {"num_key_value_heads": 2}
-        vision |= {"depth": 2, "hidden_size": 64, "num_heads": 2, "out_hidden_size": 256, "fullatt_block_indexes": [1]}
+        vision |= {"depth": 6, "hidden_size": 64, "num_heads": 2, "out_hidden_size": 256, "fullatt_block_indexes": [1]}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
@@ -205,7 +218,7 @@ def _qwen3_vl(small: bool):
     if small:
         text |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2}
         text |= {"num_key_value_heads": 2}
-        vision |= {"depth": 3, "hidden_size": 64, "num_heads": 2, "out_hidden_size": 256}
+        vision |= {"depth": 6, "hidden_size": 64, "num_heads": 2, "out_hidden_size": 256}
         vision |= {"deepstack_visual_indexes": [0, 1]}
     return Qwen3VLConfig(text_config=text, vision_config=vision)
 
