@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from megatron_vila.hf.mm_sp import enable_mm_sp
 from megatron_vila.hf.mm_sp.trainer import MMSPTrainer
@@ -49,7 +49,15 @@ class SharedSFTTrainer(MMSPTrainer, SFTTrainer):
     pass
 
 
-KINDS = {Trainer: (SharedTrainer, TrainingArguments), SFTTrainer: (SharedSFTTrainer, SFTConfig)}
+class SharedDPOTrainer(MMSPTrainer, DPOTrainer):
+    pass
+
+
+KINDS = {
+    Trainer: (SharedTrainer, TrainingArguments),
+    SFTTrainer: (SharedSFTTrainer, SFTConfig),
+    DPOTrainer: (SharedDPOTrainer, DPOConfig),
+}
 """For each stock Trainer the same one under MM-SP, and the class of its settings."""
 
 
@@ -89,7 +97,7 @@ class Run:
     resume: str | None = None
     fsdp2: str | None = None
 
-METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
+METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "rewards/margins", "logits/chosen")
 """What TRL logs of each step beside the loss."""
 
 
@@ -136,7 +144,12 @@ def train(rank: int, run: Run) -> dict:
             enable_mm_sp(model, *run.layout)
         if run.lora:
             model = with_lora(model)
-        trainer = (shared if run.layout else run.kind)(model, args, train_dataset=run.train, **run.arguments)
+        arguments = dict(run.arguments)
+        if "ref_model" in arguments:
+            arguments["ref_model"] = reference = build(arguments["ref_model"], tied=True)
+            if run.layout:
+                enable_mm_sp(reference, *run.layout)
+        trainer = (shared if run.layout else run.kind)(model, args=args, train_dataset=run.train, **arguments)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=run.resume)
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]

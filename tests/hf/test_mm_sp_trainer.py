@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from megatron_vila.hf.mm_sp import enable_mm_sp
 from tests.hf.mm_sp_cases import build, text_sample, video_sample
 from tests.hf.mm_sp_qwen_cases import qwen_sample
-from tests.hf.mm_sp_trainer_ranks import Run, SharedTrainer, largest_difference, launched, pad, train
+from tests.hf.mm_sp_trainer_ranks import Run, SharedDPOTrainer, SharedTrainer, largest_difference, launched, pad, train
 from tests.ranks import pool
 
 # Supervised tokens differ from sample to sample, and the number of samples divides into no batch.
@@ -121,6 +121,36 @@ def test_sft_of_trl_trains_and_evaluates_like_one_process(name, processes, layou
         assert largest_difference(found, wanted) < CLOSE
 
 
+PAIRS = [
+    {
+        name: f" {words(seed + first, 1 + factor * seed % 8)}"
+        for name, first, factor in (("prompt", 0, 1), ("chosen", 30, 5), ("rejected", 60, 3))
+    }
+    for seed in range(8)
+]
+
+
+@pytest.mark.parametrize(
+    "processes, layout, evaluated, settings, arguments",
+    [
+        (2, (2, 1), 5, {"gradient_accumulation_steps": 2}, {"peft_config": LORA}),
+        (4, (1, 2), 8, {"loss_type": ["ipo", "sigmoid"], "loss_weights": [0.02, 1.0]}, {"ref_model": "qwen2"}),
+    ],
+    ids=["lora", "reference"],
+)
+def test_dpo_of_trl_trains_and_evaluates_like_one_process(processes, layout, evaluated, settings, arguments, tmp_path):
+    data = Dataset.from_list(PAIRS)
+    common = {"per_device_eval_batch_size": 2, "learning_rate": 0.1, **settings}
+    arguments = {"processing_class": tokenizer(), "eval_dataset": data.select(range(evaluated)), **arguments}
+    whole = common | {"per_device_train_batch_size": 2 * processes // 2}
+    stock = Run(DPOTrainer, "qwen2", data, str(tmp_path / "stock"), None, whole, arguments, evaluate=True)
+    (wanted,) = pool.run(1, train, stock)
+    wanted["evaluation"] = {"eval_loss": wanted["evaluation"]["eval_loss"]}
+    shared = replace(stock, out=str(tmp_path / "shared"), layout=layout, settings=common)
+    for found in pool.run(processes, train, shared):
+        assert largest_difference(found, wanted) < CLOSE
+
+
 def test_trainer_computes_in_bfloat16_under_autocast(tmp_path):
     settings = {"bf16": True, "learning_rate": 0.05, "max_steps": 2}
     stock = Run(Trainer, "llava_onevision", VIDEOS, str(tmp_path), None, settings, {"data_collator": pad})
@@ -199,6 +229,28 @@ def refused_settings(rank: int, folder: str) -> list[str]:
                 said.append(str(error))
     assert model.mm_sp is mm_sp
     return said
+
+
+def refused_preferences(rank: int, folder: str) -> list[str]:
+    said = []
+    enable_mm_sp(model := build("qwen2"), ulysses=2)
+    enable_mm_sp(other := build("qwen2"), ring=2)
+    for given in ({}, {"ref_model": other}, {"ref_model": build("llama")}, {"settings": {"precompute_ref_log_probs": True}}):
+        with launched(rank):
+            settings = {"use_cpu": True, "report_to": "none"} | given.pop("settings", {})
+            try:
+                SharedDPOTrainer(model, args=DPOConfig(folder, **settings), train_dataset=Dataset.from_list(PAIRS), **given)
+            except ValueError as error:
+                said.append(str(error))
+    return said
+
+
+def test_a_reference_model_that_is_missing_or_shared_otherwise_is_refused(tmp_path):
+    for missing, otherwise, stock, precomputed in pool.run(2, refused_preferences, str(tmp_path)):
+        assert "no ref_model (load it and call enable_mm_sp on it too, or give a peft_config)" in missing
+        assert "a ref_model with other ulysses and ring" in otherwise
+        assert "MM-SP is not on in this LlamaForCausalLM" in stock
+        assert "precompute_ref_log_probs=True (give the reference model" in precomputed
 
 
 def test_what_would_train_wrong_is_refused_by_name_before_any_exchange(tmp_path):

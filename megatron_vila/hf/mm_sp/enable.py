@@ -28,6 +28,7 @@ from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.same_row import check_same_row
+from megatron_vila.hf.mm_sp.scored import SCORED, ScoredRows
 from megatron_vila.hf.mm_sp.tower_attention import TOWER_ATTENTION, tower_attention
 from megatron_vila.hf.mm_sp.vision import owned_features
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
@@ -210,6 +211,9 @@ class MMSP:
         """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens. An all-gather
         over ``host`` in training."""
         device = _device(model)
+        scored: ScoredRows | None = kwargs.get(SCORED)
+        if scored is not None:
+            kwargs = scored.arguments()
         cache: Any = kwargs.get("past_key_values")
         is_generating = isinstance(cache, ShardedCache)
         if not is_generating:
@@ -225,7 +229,7 @@ class MMSP:
         if is_generating:
             self._head.expect(None, torch.empty(0, dtype=torch.int64, device=device))
             return args, kwargs | {"mm_sp_row": PromptChunk(row, indices, cache, self._cached)}
-        kwargs |= {"mm_sp_row": _LiveRow(row, indices, self), "use_cache": False}
+        kwargs |= {"mm_sp_row": _LiveRow(row, indices, self, scored), "use_cache": False}
         if kwargs.get("labels") is not None:
             selected_n = to_device(torch.from_numpy(row.selected), device)
             kwargs["labels"] = kwargs["labels"][:, selected_n]
@@ -240,6 +244,8 @@ class MMSP:
             if output is not None:
                 row.commit()
             return None
+        if isinstance(row, _LiveRow) and row.scored is not None and output is not None:
+            return row.scored.whole(output, self.groups.sample)
         if output is None or kwargs.get("labels") is None:
             return None
         kept = {name: value for name, value in output.items() if name not in _STOOD_IN}
@@ -301,8 +307,8 @@ def _device(model: nn.Module) -> torch.device:
 class _LiveRow:
     """The keyword ``mm_sp_row`` on its way through the layers. No dataclass, because FSDP2 takes those apart to cast tensors."""
 
-    def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP) -> None:
-        self.row, self._indices, self._mm_sp = row, indices, mm_sp
+    def __init__(self, row: ShardedRow, indices: RowIndices, mm_sp: MMSP, scored: ScoredRows | None = None) -> None:
+        self.row, self._indices, self._mm_sp, self.scored = row, indices, mm_sp, scored
         self._in_window: dict[int, RowIndices] = {}
 
     def attend(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from megatron_vila.hf.mm_sp.scored import SCORED, ScoreCollator
 from megatron_vila.hf.mm_sp.trainer_checks import check_arguments, check_class, check_trainer
 from megatron_vila.hf.mm_sp.trainer_data import (
     SAMPLES,
@@ -57,12 +58,17 @@ class MMSPTrainer(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         constructor = super().__init__
-        self.mm_sp = check_arguments(type(self).__name__, constructor, args, kwargs)
-        if (settings := kwargs.get("args", args[1] if len(args) > 1 else None)) is not None:
+        self.mm_sp, settings = check_arguments(type(self).__name__, constructor, args, kwargs)
+        if settings is not None:
             _find_unused(settings, self.mm_sp)
         constructor(*args, **kwargs)
         check_trainer(self, self.mm_sp)
-        self.data_collator = SampleCollator(self.data_collator, self.mm_sp.collator())
+        shard = self.mm_sp.collator()
+        self._is_preference = hasattr(self, "ref_model")
+        # The mean over pairs is that of each micro-batch.
+        self.loss_is_scaled_for_ga = not self._is_preference
+        collator = ScoreCollator(self.data_collator, shard) if self._is_preference else self.data_collator
+        self.data_collator = SampleCollator(collator, shard)
         self._reads_log_probs = any(base.__module__.startswith("trl.") for base in type(self).__mro__)
         self._evaluated: list[tuple[torch.Tensor, int]] = []
 
@@ -82,13 +88,20 @@ class MMSPTrainer(_Trainer):
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         self._is_training_loader = is_training
-        if isinstance(dataset, IterableDataset) and self.mm_sp.dp_size > 1:
+        replicas, batch = self.mm_sp.dp_size, self.args.eval_batch_size
+        if isinstance(dataset, IterableDataset) and replicas > 1:
             if not is_training:
                 raise ValueError(
-                    f"evaluation of an IterableDataset over {self.mm_sp.dp_size} data-parallel replicas would count its last "
-                    "samples twice; give a dataset with a length, or choose ulysses * ring = the number of processes"
+                    f"evaluation of an IterableDataset over {replicas} data-parallel replicas would count its last samples "
+                    "twice; give a dataset with a length, or choose ulysses * ring = the number of processes"
                 )
             dataset = WholeStream(dataset)
+        elif self._is_preference and not is_training and replicas > 1 and len(dataset) % (batch * replicas):
+            # TRL gathers numbers of each pair, equally many from each process.
+            raise ValueError(
+                f"an evaluation set of {len(dataset)} pairs gives the {replicas} data-parallel replicas unequal batches; leave out "
+                f"{len(dataset) % (batch * replicas)} pairs or set another per_device_eval_batch_size"
+            )
         loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         return loader if is_training else EvaluationLoader(loader, self.mm_sp, self.args.device)
 
@@ -100,9 +113,11 @@ class MMSPTrainer(_Trainer):
         """Samples of a step in all replicas."""
         return self._train_batch_size * args.gradient_accumulation_steps * self.mm_sp.dp_size
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Supervised tokens of the step, int64 []. All-reduce over all processes. Raises ``ValueError`` for samples without
         labels."""
+        if self._is_preference:
+            return None
         if any("labels" not in batch for batch in batch_samples):
             raise ValueError("the samples have no labels; give labels beside input_ids (-100 where nothing is learned)")
         return self.mm_sp.count_supervised(batch_samples)
@@ -114,7 +129,8 @@ class MMSPTrainer(_Trainer):
         reduces it over all processes; the loss of TRL is this rank's part of it, times the number of processes."""
         inputs = {name: value for name, value in inputs.items() if name != SAMPLES}
         if self._reads_log_probs:
-            inputs["shift_labels"] = inputs.pop("labels")
+            if not self._is_preference:
+                inputs["shift_labels"] = inputs.pop("labels")
             seen = self._total_train_tokens
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.model.training:
@@ -131,9 +147,9 @@ class MMSPTrainer(_Trainer):
         if not prediction_loss_only:
             raise ValueError("MM-SP returns no predictions; call evaluate() for the loss, or generate")
         inputs = self._prepare_inputs(inputs)
-        samples, supervised = inputs[SAMPLES], inputs["mm_sp_row"].supervised
+        samples, supervised = inputs[SAMPLES], _row(inputs).supervised
         with torch.no_grad(), self.compute_loss_context_manager(), self.mm_sp.loss_of_replica():
-            if self._reads_log_probs:
+            if self._reads_log_probs and not self._is_preference:
                 # This rank's sum, times the number of processes.
                 sums = self.compute_loss(model, inputs, num_items_in_batch=torch.ones((), device=self.args.device))
                 dist.all_reduce(sums, group=self.mm_sp.groups.sample)
@@ -189,9 +205,13 @@ class MMSPTrainer(_Trainer):
 
     def _tokens(self, inputs: dict) -> int:
         """Tokens without padding of the batches of all replicas. All-reduce over all processes."""
-        tokens = torch.tensor(inputs["mm_sp_row"].tokens, device=self.args.device)
+        tokens = torch.tensor(_row(inputs).tokens, device=self.args.device)
         dist.all_reduce(tokens, group=self.mm_sp.groups.everyone)
         return int(tokens) // self.mm_sp.groups.grid.cp
+
+
+def _row(inputs: dict) -> Any:
+    return inputs[SCORED].shard["mm_sp_row"] if SCORED in inputs else inputs["mm_sp_row"]
 
 
 def _find_unused(settings: Any, mm_sp: Any) -> None:

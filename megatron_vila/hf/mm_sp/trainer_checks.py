@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from megatron_vila.hf.mm_sp.enable import MMSP
 
-TRL_TRAINERS = ("_BaseTrainer", "SFTTrainer")
+TRL_TRAINERS = ("_BaseTrainer", "SFTTrainer", "DPOTrainer")
 """Classes of TRL whose loss is right under MM-SP."""
 
 _NEEDS_LOGITS = "it needs logits, which no rank has; leave it out, and compute it with the saved model without MM-SP"
@@ -60,7 +60,7 @@ def check_class(cls: type, mixin: type, replaced: tuple[str, ...]) -> None:
         if package == "trl" and base.__name__ not in TRL_TRAINERS:
             raise TypeError(
                 f"{cls.__name__}: {base.__name__} of TRL generates or needs logits of whole samples, which no rank has; with "
-                "MM-SP use SFTTrainer, or run it without MM-SP"
+                "MM-SP use SFTTrainer or DPOTrainer, or run it without MM-SP"
             )
         hidden = [name for name in replaced if name in vars(base)]
         if hidden and package not in ("trl", "transformers"):
@@ -70,8 +70,8 @@ def check_class(cls: type, mixin: type, replaced: tuple[str, ...]) -> None:
             )
 
 
-def check_arguments(name: str, constructor: Any, args: tuple, kwargs: Mapping[str, Any]) -> MMSP:
-    """Check the arguments of the ``constructor`` of Trainer ``name``, and return the MM-SP of its model.
+def check_arguments(name: str, constructor: Any, args: tuple, kwargs: Mapping[str, Any]) -> tuple[MMSP, Any]:
+    """Check the arguments of the ``constructor`` of Trainer ``name``, and return the MM-SP of its model and its settings.
 
     Raises ``ValueError`` that lists everything refused. No collective."""
     given = inspect.signature(constructor).bind_partial(*args, **kwargs).arguments
@@ -81,11 +81,38 @@ def check_arguments(name: str, constructor: Any, args: tuple, kwargs: Mapping[st
         mm_sp = find_mm_sp(given.get("model"))
     if getattr(given.get("peft_config"), "is_prompt_learning", False):
         problems.append(_prompt_learning(given["peft_config"]))
+    if "ref_model" in inspect.signature(constructor).parameters:
+        problems += _reference_problems(given, mm_sp)
     if given.get("args") is not None:
         problems += _setting_problems(given["args"], mm_sp)
     _refuse(name, problems)
     assert mm_sp is not None
-    return mm_sp
+    return mm_sp, given.get("args")
+
+
+def _reference_problems(given: Mapping[str, Any], mm_sp: MMSP | None) -> list[str]:
+    """What is wrong with the reference model of DPO."""
+    reference, settings = given.get("ref_model"), given.get("args")
+    problems = [
+        f"{name}=True ({cure})"
+        for name, cure in (
+            (
+                "precompute_ref_log_probs",
+                "give the reference model, or a peft_config, whose base model is the reference",
+            ),
+            ("sync_ref_model", "the two models are shared in their own ways; leave it out"),
+        )
+        if getattr(settings, name, False)
+    ]
+    if given.get("data_collator") is not None:
+        problems.append("data_collator (preferences are shared with TRL's own; leave it out)")
+    if reference is not None:
+        other = find_mm_sp(reference)
+        if mm_sp is not None and other.groups.grid != mm_sp.groups.grid:
+            problems.append("a ref_model with other ulysses and ring (call enable_mm_sp alike on both models)")
+    elif given.get("peft_config") is None and not hasattr(given.get("model"), "peft_config"):
+        problems.append("no ref_model (load it and call enable_mm_sp on it too, or give a peft_config)")
+    return problems
 
 
 def _setting_problems(settings: Any, mm_sp: MMSP | None) -> list[str]:
@@ -140,6 +167,10 @@ def check_trainer(trainer: Any, mm_sp: MMSP) -> None:
         problems.append(
             f"a Trainer of {trainer.args.world_size} processes for MM-SP over {mm_sp.groups.everyone.size()}"
         )
+    if trainer.is_fsdp_enabled and getattr(trainer, "ref_model", None) is not None:
+        problems.append("a ref_model with FSDP (give a peft_config, whose base model is the reference)")
+    if getattr(trainer, "_is_vision_dataset", False) and hasattr(trainer, "ref_model"):
+        problems.append("preferences with pictures (use texts)")
     if getattr(trainer, "aux_loss_enabled", False):
         problems.append(
             "the auxiliary loss of experts (each rank sees its own tokens only; set router_aux_loss_coef=0.0)"

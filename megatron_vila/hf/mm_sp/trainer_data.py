@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
 from megatron_vila.hf.mm_sp.data import ShardCollator
+from megatron_vila.hf.mm_sp.scored import SCORED, ScoreCollator
 from megatron_vila.plan.row import IGNORE
 
 SAMPLES = "mm_sp_samples"
@@ -54,7 +55,7 @@ class SampleCollator:
         return getattr(self.stock, "tokenizer", None)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        if isinstance(self.stock, ShardCollator):
+        if isinstance(self.stock, ShardCollator | ScoreCollator):
             batch = self.stock(samples)
         else:
             batch = self.shard(list(samples) if self._is_default else self._one_by_one(samples))
@@ -229,5 +230,7 @@ class EvaluationLoader:
 
 
 def _nothing_learned(batch: dict[str, Any]) -> dict[str, Any]:
+    if SCORED in batch:
+        return batch | {SAMPLES: 0}
     row = replace(batch["mm_sp_row"], selected=batch["mm_sp_row"].selected[:0], supervised=0)
     return batch | {"mm_sp_row": row, "labels": torch.full_like(batch["labels"], IGNORE), SAMPLES: 0}
