@@ -29,8 +29,8 @@ _FIELDS = ("input_ids", "attention_mask", "completion_mask")
 class ScoredRows:
     """This rank's share of a batch [B, L], and where its tokens belong.
 
-    ``shard`` is what the collator of MM-SP makes of the rows. ``places`` int64 [s] has the place of each local token among the B *
-    (L - 1) scored ones, or B * (L - 1) for padding and last tokens, which have no next one.
+    ``shard`` is what the collator of MM-SP makes of the rows. ``places`` int64 [s] has the place of each local token among the
+    B * (L - 1) scored ones, or B * (L - 1) for padding and last tokens, which have no next one.
     """
 
     def __init__(self, shard: dict[str, Any], places: torch.Tensor, rows: int, length: int) -> None:

@@ -99,8 +99,8 @@ class MMSPTrainer(_Trainer):
         elif self._is_preference and not is_training and replicas > 1 and len(dataset) % (batch * replicas):
             # TRL gathers numbers of each pair, equally many from each process.
             raise ValueError(
-                f"an evaluation set of {len(dataset)} pairs gives the {replicas} data-parallel replicas unequal batches; leave out "
-                f"{len(dataset) % (batch * replicas)} pairs or set another per_device_eval_batch_size"
+                f"an evaluation set of {len(dataset)} pairs gives the {replicas} data-parallel replicas unequal batches; leave "
+                f"out {len(dataset) % (batch * replicas)} pairs or set another per_device_eval_batch_size"
             )
         loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         return loader if is_training else EvaluationLoader(loader, self.mm_sp, self.args.device)
