@@ -58,6 +58,8 @@ setup(
             # other readers of the shards that are prepared
             "megatron-energon>=7.4.1",
             "pyarrow>=20",
+            # transformers' own tests
+            "parameterized>=0.9",
         ],
         # tools/prepare_data.py: the index of the shards, parquet files
         "prepare": ["megatron-energon>=7.4.1", "pyarrow>=20"],

@@ -203,3 +203,20 @@ def test_a_truncated_file_and_pickled_weights_are_refused_by_name(folder):
         AutoModelForCausalLM.from_pretrained(folder)
     assert f"{path} is truncated" in str(caught.value)
     assert "pickled weights" in str(caught.value) and "pytorch_model.bin" in str(caught.value)
+
+
+def test_the_tokenizer_of_another_model_is_refused_with_the_cure(folder):
+    path = folder / "llm" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 300}))
+    with pytest.raises(VilaConfigError, match=r"the tokenizer in .* has \d+ tokens.*vocab_size=300.* put the model's own"):
+        AutoProcessor.from_pretrained(folder)
+
+
+def test_the_tokenizers_settings_reach_it(folder):
+    assert AutoProcessor.from_pretrained(folder, truncation_side="left").tokenizer.truncation_side == "left"
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+def test_a_dtype_is_that_of_the_files_or_the_one_that_is_asked_for(folder, dtype):
+    model = VILAForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    assert model.dtype == (torch.float32 if dtype == "auto" else dtype)

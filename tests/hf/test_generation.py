@@ -144,6 +144,33 @@ def test_the_cache_does_not_change_the_answer(model, processor, chats, cache):
     assert new_tokens(model, inputs, **cache) == new_tokens(model, inputs)
 
 
+@pytest.mark.parametrize("how", ["an assistant", "words of the prompt"])
+def test_a_draft_that_is_checked_gives_the_same_answer_and_the_assistant_sees_the_pictures(folder, model, processor, chats, how):
+    inputs = inputs_of(processor, chats[2:])
+    assistant, seen = AutoModelForCausalLM.from_pretrained(folder / "vila"), []
+    assistant.generation_config.eos_token_id = None
+    assistant.model.mm_projector.register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    asked = {"assistant_model": assistant} if how == "an assistant" else {"prompt_lookup_num_tokens": 2}
+    assert new_tokens(model, inputs, **asked) == new_tokens(model, inputs)
+    assert seen == ([len(inputs["pixel_values"])] if how == "an assistant" else [])
+
+
+def test_a_second_question_reads_the_cache_and_encodes_only_its_own_pictures(folder, model, processor, chats):
+    first = inputs_of(processor, chats[1:2])
+    known = model.generate(**first, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    more = processor(text="Then <video>?", videos=str(folder / "short.mp4"))
+    inputs = {
+        "input_ids": torch.cat([known.sequences, more["input_ids"]], dim=1),
+        "pixel_values": torch.cat([first["pixel_values"], more["pixel_values"]]),
+    }
+    seen = []
+    handle = model.model.mm_projector.register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    found = new_tokens(model, inputs, past_key_values=known.past_key_values)
+    handle.remove()
+    assert seen == [len(more["pixel_values"])]
+    assert found == new_tokens(model, inputs)
+
+
 def test_several_answers_of_a_prompt_see_the_pictures_of_that_prompt(model, processor, chats):
     inputs, seen = inputs_of(processor, chats), []
     handle = model.model.language_model.register_forward_pre_hook(
@@ -202,6 +229,8 @@ def test_labels_give_the_loss_of_a_causal_model_and_gradients_reach_every_part(m
         ({"pixel_values": None}, "no pixel_values"),
         ({"pixel_values": torch.zeros(1, 3, 56, 56)}, r"1 pictures of 4 tokens, which makes 4"),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
+        ({"input_ids": torch.tensor([[1, 400]])}, r"hold the token 400, but .* vocab_size=400; use the processor"),
+        ({"image_sizes": torch.ones(1, 2)}, "got image_sizes, which the processor of another model makes"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 16)}, "pixel_values need input_ids"),
     ],
 )

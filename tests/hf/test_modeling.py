@@ -208,3 +208,24 @@ def test_a_device_map_places_every_weight(exported, device_map):
     pytest.importorskip("accelerate", reason="transformers wants accelerate for device_map")
     model = AutoModelForCausalLM.from_pretrained(exported / "vila", device_map=device_map, dtype="bfloat16")
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("layout", ["vila", "flat"])
+def test_parts_that_are_left_on_the_disk_give_the_same_answer(exported, media, tmp_path, layout):
+    pytest.importorskip("accelerate", reason="transformers wants accelerate for device_map")
+    model, processor = load(exported / layout)
+    inputs = inputs_of(processor, conversations(media)[4])
+    away = AutoModelForCausalLM.from_pretrained(exported / layout, device_map={"": "disk"}, offload_folder=tmp_path)
+    assert {parameter.device.type for parameter in away.parameters()} == {"meta"}
+    with torch.no_grad():
+        assert torch.equal(away(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_base_model_that_is_saved_alone_loads_again_and_gets_a_new_output_layer(tmp_path):
+    pool.run(1, export, config(tmp_path), tmp_path, ("flat",))
+    AutoModel.from_pretrained(tmp_path / "flat").save_pretrained(tmp_path / "base")
+    assert not any("lm_head" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    base, whole = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("base", "flat"))
+    assert all(torch.equal(base[name], whole[name]) for name in whole)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}

@@ -426,7 +426,7 @@ def test_options_reach_the_call_alone_in_groups_and_as_processor_kwargs(processo
     [
         ({"num_frame": 2}, "apply_chat_template got num_frame=2.* did you mean num_frames"),
         ({"processor_kwargs": {"paddin": True}}, "paddin=True.* did you mean padding"),
-        ({"videos_kwargs": {"size": 3}}, "size=3.* known are fps, num_frames"),
+        ({"videos_kwargs": {"size": 3}}, "size=3.* known are do_sample_frames, fps, num_frames"),
         ({"videos_kwargs": 3}, "videos_kwargs=3; give a mapping"),
         ({"num_frames": 2, "videos_kwargs": {"num_frames": 3}}, "num_frames twice, as 2 and 3"),
         ({"num_frames": 2, "processor_kwargs": {"num_frames": 2}}, "num_frames in processor_kwargs and beside it"),
@@ -483,6 +483,7 @@ def test_a_template_that_walks_over_parts_gets_them(processor, media):
         ({"text": "a", "truncation": True}, "give max_length"),
         ({"text": "a", "padding_side": "middle"}, "padding_side='middle'"),
         ({"text": "a", "num_frames": 0}, "num_frames=0; give at least 1"),
+        ({"text": "<video>", "videos": "long.mp4", "do_sample_frames": False}, "do_sample_frames=False"),
         ({"text": "<image>"}, r"hold \[1\] markers <image>, but \[0\]"),
         ({"text": "no marker", "images": "wide.png"}, r"hold \[0\] markers <image>, but \[1\]"),
         ({"text": ["<image>", "<image>"], "images": [["wide.png"] * 2, []]}, r"\[1, 1\] markers <image>, but \[2, 0\]"),

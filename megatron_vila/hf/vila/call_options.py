@@ -13,7 +13,7 @@ _GROUPS = {
         *("padding", "padding_side", "max_length", "truncation", "pad_to_multiple_of", "add_special_tokens", "return_tensors"),
     ),
     "images_kwargs": ("return_tensors",),
-    "videos_kwargs": ("num_frames", "fps", "return_tensors"),
+    "videos_kwargs": ("num_frames", "fps", "do_sample_frames", "return_tensors"),
     "common_kwargs": ("return_tensors",),
 }
 # Switched off, they change nothing; switched on, they ask for what this processor does not have.
@@ -29,12 +29,14 @@ _TRUNCATION = {True: True, "longest_first": True, "only_first": True, False: Fal
 class CallOptions:
     """What a call of the processor is asked for.
 
-    ``padding`` is true or ``longest`` (to the longest text), ``max_length``, or false; ``padding_side`` is left or right.
-    ``truncation`` cuts texts to ``max_length`` tokens. ``add_special_tokens`` may only be false: a text starts as in training.
+    ``do_sample_frames`` is true for videos in files, false for given frames. ``padding`` is true or ``longest`` (to the longest
+    text), ``max_length``, or false; ``padding_side`` is left or right. ``truncation`` cuts texts to ``max_length`` tokens.
+    ``add_special_tokens`` may only be false: a text starts as in training.
     """
 
     num_frames: int | None = None
     fps: float | None = None
+    do_sample_frames: bool | None = None
     padding: bool | str | None = True
     padding_side: str | None = None
     max_length: int | None = None

@@ -107,8 +107,12 @@ class VilaConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaConfig:
         """As in transformers. The sub-folders of the VILA layout are read too."""
-        kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        given = "name_or_path" in kwargs
+        kwargs.setdefault("name_or_path", os.fspath(pretrained_model_name_or_path))  # for from_dict
+        result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not given:
+            (result[0] if isinstance(result, tuple) else result).name_or_path = ""
+        return result
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> VilaConfig:
@@ -124,14 +128,15 @@ class VilaConfig(PreTrainedConfig):
         kept = {key: value for key, value in config_dict.items() if key in _KEPT or (is_flat and key != "torch_dtype")}
         llm = {key: value for key, value in sections.llm.items() if key not in ("rope_parameters", "auto_map")}
         tower = {key: value for key, value in sections.vision.items() if key != "model_type"}
-        content = {
+        content: dict[str, Any] = {
             "text_config": llm | language_keys(described.model.llm, llm),
             "vision_config": tower | vision_keys(described.model.vision),
             "mm_projector_type": described.model.projector.type,
             "megatron_vila": _own_section(described),
             "dtype": described.dtype,
-            "architectures": ["VILAForConditionalGeneration"],
         }
+        if not is_flat:
+            content["architectures"] = ["VILAForConditionalGeneration"]
         return super().from_dict(kept | content, **kwargs)
 
     @property

@@ -153,11 +153,16 @@ def is_video(value: Any) -> bool:
     return isinstance(value, str | os.PathLike) or getattr(value, "ndim", 0) == 4
 
 
-def read_frames(video: Any, num_frames: int, fps: float, rule: str) -> list[Image.Image]:
+def read_frames(video: Any, num_frames: int, fps: float, rule: str, sampled: bool | None = None) -> list[Image.Image]:
     """The frames of a video as RGB pictures: of a file those that ``sample_frame_indices`` chooses, of given frames all.
 
-    Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for a frame that is not a picture.
+    Raises ``MediaError`` for a file that cannot be read, ``ValueError`` for a frame that is not a picture, and if ``sampled``
+    asks for the other of both.
     """
+    if sampled is not None and sampled is not isinstance(video, str | os.PathLike):
+        raise ValueError(
+            f"do_sample_frames={sampled}, but frames of a file are sampled and given frames are all taken; leave it out"
+        )
     if isinstance(video, str | os.PathLike):
         info = probe_video(_path(video))
         return decode_video_frames(info.source, sample_frame_indices(info, num_frames, fps, rule), info)

@@ -17,7 +17,15 @@ from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, LlamaModel, PreTrainedModel, Qwen2Model
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2Model,
+    SiglipVisionConfig,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -40,12 +48,12 @@ _IN_FILES: dict[str, list[WeightConverter | WeightRenaming]] = {
     "VILAModel": [WeightRenaming(r"^llm\.model\.", "language_model.")],
     "vila": [
         WeightRenaming(r"^llm\.lm_head\.", "lm_head."),
-        WeightRenaming(r"^llm\.model\.", "model.language_model."),
+        WeightRenaming(r"^llm\.", "model.llm."),
         WeightRenaming(r"^vision_tower\.", "model.vision_tower."),
         WeightRenaming(r"^mm_projector\.", "model.mm_projector."),
     ],
 }
-"""Names of the weights in files, and here."""
+"""Names of the weights in files, and here; those of ``VILAModel`` also within the other one."""
 for _name, _renamings in _IN_FILES.items():
     register_checkpoint_conversion_mapping(_name, _renamings, overwrite=True)
 
@@ -60,7 +68,6 @@ class VILAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VilaVisionTower", "Projector"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight$"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -71,7 +78,7 @@ class VILAPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *args: Any,
         config: VilaConfig | None = None,
         **kwargs: Any,
@@ -81,10 +88,21 @@ class VILAPreTrainedModel(PreTrainedModel):
         Raises ``ConversionError`` listing every tensor that is missing, extra or of another shape, and files that are damaged
         or pickled; ``FileNotFoundError`` for a path that is no local folder.
         """
+        if pretrained_model_name_or_path is None:  # with the keywords config and state_dict
+            return super().from_pretrained(None, *args, config=config, **kwargs)
         folder = local_folder(pretrained_model_name_or_path)
         if config is None:
+            # "auto" means nothing to a configuration, which says how the weights are stored.
+            dtypes: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
             config, kwargs = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        tensors = read_weights(folder, config.model_settings)
+            kwargs |= dtypes
+        saved = config.architectures or []
+        tensors = read_weights(folder, config.model_settings, output_layer="VILAModel" not in (cls.__name__, *saved))
+        if kwargs.get("device_map") is not None:
+            kwargs.setdefault("offload_buffers", True)  # those that are carried
+            if config.tie_word_embeddings and cls is not VILAModel:
+                # accelerate looks for each weight that is left on the disk under its own name.
+                tensors["llm.lm_head.weight"] = tensors["llm.model.embed_tokens.weight"]
         # transformers takes no folder together with tensors, so the generation settings in the folder are read here.
         result = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
@@ -104,10 +122,7 @@ class VILAModel(VILAPreTrainedModel):
         super().__init__(config)
         text, ours = config.get_text_config(), config.model_settings
         std = text.initializer_range
-        self.vision_tower = VilaVisionTower(ours.vision, std)
-        # The tower has a configuration of its own, made from our settings.
-        attention = getattr(config.vision_config, "_attn_implementation", None) or "sdpa"
-        self.vision_tower.vision_model.set_attn_implementation(attention)
+        self.vision_tower = VilaVisionTower(ours.vision, std, cast(SiglipVisionConfig, config.vision_config))
         self.mm_projector = Projector(ours.projector, ours.vision, text.hidden_size, std)
         self.language_model = _LANGUAGE_MODELS[text.model_type](text)
         self.set_input_embeddings(self.language_model.get_input_embeddings())
@@ -164,8 +179,14 @@ class VILAModel(VILAPreTrainedModel):
         Without pictures, a blank one is encoded and changes nothing, if tower and projector are trained or sharded: then ranks
         without pictures must run them as those with pictures do.
         """
+        if foreign := [name for name in kwargs if name.startswith(("pixel_", "image_", "video_"))]:
+            raise ValueError(
+                f"the model got {', '.join(foreign)}, which the processor of another model makes; use that of this model "
+                "(AutoProcessor.from_pretrained of its folder)"
+            )
         if input_ids is not None and inputs_embeds is None:
             visual_BS = is_visual(input_ids)
+            self._check_ids(input_ids.masked_fill(visual_BS, 0))
             # PEFT puts modules of its own in place of the table, which look up every id.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(visual_BS, 0))
         elif input_ids is not None or inputs_embeds is None:
@@ -192,6 +213,14 @@ class VILAModel(VILAPreTrainedModel):
             **kwargs,
         )
         return LlavaModelOutputWithPast(**outputs, image_hidden_states=tokens_FTH)
+
+    def _check_ids(self, ids_BS: torch.Tensor) -> None:
+        rows, highest = self.config.get_text_config().vocab_size, int(ids_BS.max()) if ids_BS.numel() else 0
+        if highest >= rows:
+            raise ValueError(
+                f"input_ids hold the token {highest}, but the model has vocab_size={rows}; use the processor of this model, and "
+                "model.resize_token_embeddings(len(processor.tokenizer)) after adding tokens to its tokenizer"
+            )
 
     def _with_pictures(
         self, embeddings_BSH: torch.Tensor, visual_BS: torch.Tensor, pixels_F3PP: torch.Tensor | None, cache: Any | None
@@ -237,6 +266,7 @@ class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
@@ -304,6 +334,21 @@ class VILAForConditionalGeneration(VILAPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers. Pictures are passed on exactly where the model's inputs hold their places: in the prefill of an
+        assistant too, and of a prompt whose beginning is in the cache those behind it."""
+        pixels_F3PP = kwargs.pop("pixel_values", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        if pixels_F3PP is None:
+            return inputs
+        if inputs.get("input_ids") is None:
+            return inputs | {"pixel_values": pixels_F3PP}
+        of_prompt, here = (is_visual(ids).sum(dim=1) // self.config.tokens_per_frame for ids in (input_ids, inputs["input_ids"]))
+        if here.any():
+            parts = zip(pixels_F3PP.split(of_prompt.tolist()), here.tolist(), strict=True)
+            inputs["pixel_values"] = torch.cat([part[len(part) - count :] for part, count in parts])
+        return inputs
 
     def _expand_inputs_for_generation(
         self,

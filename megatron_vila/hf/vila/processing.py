@@ -31,7 +31,7 @@ from megatron_vila.data.signs import MEDIUM, markers_of, with_signs, without_sig
 from megatron_vila.data.template import NAMED, render, with_clock
 from megatron_vila.hf.vila.call_options import CallOptions
 from megatron_vila.hf.vila.chat_parts import reads, walks_over_parts, with_parts
-from megatron_vila.hf.vila.configuration import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VilaConfig
+from megatron_vila.hf.vila.configuration import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VilaConfig, VilaConfigError
 from megatron_vila.hf.vila.given_media import (
     in_place_of_none,
     is_empty,
@@ -76,6 +76,8 @@ class VilaProcessor(ProcessorMixin):
     ``media_format``, ``template``, ``template_clock`` and ``parse_control_tokens`` are the ``TextRules`` of training; their
     defaults are those of processors that were saved without them.
     """
+
+    image_token, video_token = IMAGE, VIDEO
 
     def __init__(
         self,
@@ -128,21 +130,26 @@ class VilaProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> VilaProcessor:
         """From a model's folder of either layout, or a folder that ``save_pretrained`` wrote.
 
-        Settings of the processor may be given as keywords (``num_frames=64``); other keywords that transformers passes along are
-        ignored. Raises ``FileNotFoundError`` for a path that is not a local folder, and for a folder that has neither config.json
-        nor processor_config.json.
+        Settings of the processor may be given as keywords (``num_frames=64``); other keywords are the tokenizer's. Raises
+        ``FileNotFoundError`` for a path that is not a local folder, and for a folder that has neither config.json nor
+        processor_config.json, ``VilaConfigError`` for the tokenizer of another model.
         """
         folder, config = local_folder(pretrained_model_name_or_path), None
+        order = {key: kwargs[key] for key in ("projector_token_order",) if key in kwargs}
         if (folder / "config.json").is_file():
-            order = {key: kwargs[key] for key in ("projector_token_order",) if key in kwargs}
             config = AutoConfig.from_pretrained(folder, **order)
-        tokenizer, given = _tokenizer(folder, config), {name: kwargs[name] for name in _ARGUMENTS & kwargs.keys()}
+        given = {name: kwargs[name] for name in _ARGUMENTS & kwargs.keys()}
+        tokenizer = _tokenizer(folder, config, {name: value for name, value in kwargs.items() if name not in (*given, *order)})
+        if config is not None:
+            _check_tokenizer(tokenizer, config, folder)
         if not (folder / "processor_config.json").is_file():
             if config is None:
                 raise FileNotFoundError(f"{folder} has no config.json and no processor_config.json; give the folder of a model")
             return cls.from_config(config, tokenizer, **given)
         settings, _ = cls.get_processor_dict(folder)
         settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
+        if "template" in given:
+            settings.pop("chat_template", None)
         return cls(tokenizer, **{**settings, **given})
 
     @property
@@ -180,7 +187,8 @@ class VilaProcessor(ProcessorMixin):
             one.signed if isinstance(one, ChatText) else with_signs(one)
             for one in ([text] if isinstance(text, str) else text)
         ]
-        frames = (asked.num_frames or self.num_frames, self.fps if asked.fps is None else asked.fps, self.fps_rule)
+        fps = self.fps if asked.fps is None else asked.fps
+        frames = (asked.num_frames or self.num_frames, fps, self.fps_rule, asked.do_sample_frames)
         only_videos = videos is not None and is_empty(images)
         kinds = [[VIDEO if only_videos else marker for marker in markers_of(one)] for one in texts]
         images_of = of_each_text(images, [markers.count(IMAGE) for markers in kinds], is_image, IMAGE)
@@ -241,7 +249,8 @@ class VilaProcessor(ProcessorMixin):
         ]
         if tokenize and any(medium is None for _, *media in placed for own in media for medium in own):
             raise ValueError("a part of a message names no image or no video; give it under its key, or in images or videos")
-        template = self.tokenizer.get_chat_template(chat_template or self.chat_template, tools)
+        known = self.chat_template if isinstance(self.chat_template, Mapping) else {"default": self.chat_template}
+        template = self.tokenizer.get_chat_template(known.get(chat_template or "default", chat_template), tools)
         own = reads(template)
         template_arguments = {name: value for name, value in more.items() if name in own}
         template_arguments |= {name: value for name, value in (("tools", tools), ("documents", documents)) if value is not None}
@@ -353,12 +362,28 @@ class VilaProcessor(ProcessorMixin):
 
 
 # Keys of a processor's file that are no settings of this class, or are the same for all.
-_NOT_SETTINGS = ("processor_class", "auto_map", "chat_template", "image_token_id", "video_token_id")
+_NOT_SETTINGS = ("processor_class", "auto_map", "image_token_id", "video_token_id")
 _ARGUMENTS = inspect.signature(VilaProcessor.__init__).parameters.keys() - {"self", "tokenizer"}
 
 
-def _tokenizer(folder: Path, config: VilaConfig | None) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, config: VilaConfig | None, given: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer at the root of a model's folder, else that in ``llm/``, where the VILA code keeps it."""
+    given = {**given, "trust_remote_code": False, "local_files_only": True}
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
-    return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, config=config, **given)
+    return AutoTokenizer.from_pretrained(folder / "llm", config=config and config.text_config, **given)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: VilaConfig, folder: Path) -> None:
+    """Raise ``VilaConfigError`` if the model in ``folder`` has fewer embeddings than the tokenizer has tokens of its own.
+
+    Those that are added to it may lie behind the table, as VILA's ``<image>``.
+    """
+    rows = config.get_text_config().vocab_size
+    if tokenizer.vocab_size > rows:
+        raise VilaConfigError(
+            [
+                f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the language model has vocab_size={rows}: it "
+                "belongs to another model; put the model's own tokenizer there"
+            ]
+        )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import SiglipVisionConfig
 
 from megatron_vila.config.schema import VisionConfig
 from megatron_vila.models.vision.tower import VisionTower
@@ -21,9 +22,14 @@ class VilaVisionTower(VisionTower):
     All pictures of a call are encoded at once: ranks whose numbers of pictures differ run every layer equally often.
     """
 
-    def __init__(self, config: VisionConfig, init_std: float) -> None:
+    def __init__(self, config: VisionConfig, init_std: float, hf_config: SiglipVisionConfig) -> None:
         super().__init__(config, init_std)
         model = self.vision_model
+        # The tower made one for itself; its modules look there for the attention that they use.
+        hf_config._attn_implementation = getattr(hf_config, "_attn_implementation", None) or "sdpa"
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config = hf_config
         layers = model.encoder.layers
         for place in range(self.num_layers_run, len(layers)):
             layers[place] = Carried(layers[place])

@@ -115,8 +115,10 @@ class VisionTower(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(parameter.requires_grad for parameter in used)):
             if len(pixels_F3HW) == 0:
                 return used[0].new_zeros(0, self.num_patches, self.config.hidden_size) + zero_connected_to(used)
+            if used[0].device.type != "meta":  # else accelerate's hooks put weights and pictures on one device
+                pixels_F3HW = accelerator.to_device(pixels_F3HW, used[0].device)
             # The embeddings cast them to the tower's dtype.
-            hidden_FPC = self.vision_model.embeddings(scale_pixels(accelerator.to_device(pixels_F3HW, used[0].device)))
+            hidden_FPC = self.vision_model.embeddings(scale_pixels(pixels_F3HW))
             if hidden_FPC.is_cuda and accelerator.compiles() and not self._layers_are_compiled:
                 self._compile_layers()
             for layer in self._layers_run():
