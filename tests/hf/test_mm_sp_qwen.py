@@ -6,6 +6,7 @@ With MEGATRON_VILA_TEST_ALL=1 each model runs in each layout with each row.
 from __future__ import annotations
 
 import os
+import pickle
 from functools import cache
 from typing import Any
 
@@ -156,7 +157,8 @@ def test_generated_text_and_logits_are_those_of_one_process(name):
 
 
 def collator(name: str, cp: int, rank: int) -> ShardCollator:
-    return ShardCollator(GridShape(ring=cp), rank, adapter_of(config(name)))
+    """As a worker of a DataLoader gets it."""
+    return pickle.loads(pickle.dumps(ShardCollator(GridShape(ring=cp), rank, adapter_of(config(name)))))
 
 
 @pytest.mark.parametrize("name", NAMES)
