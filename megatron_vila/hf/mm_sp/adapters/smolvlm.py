@@ -85,7 +85,8 @@ class SmolVLM(VisionAdapter):
 
 
 def _of_one(tensor: Any, axes: int) -> Any:
-    """``tensor`` without the first axis, of one sample, that the processor gives it."""
+    """``tensor``, or lists of numbers, without the first axis, of one sample, that the processor gives it."""
+    tensor = np.asarray(tensor, np.float32) if isinstance(tensor, list) else tensor
     return tensor[0] if getattr(tensor, "ndim", 0) == axes and len(tensor) == 1 else tensor
 
 
