@@ -69,6 +69,7 @@ def errors(layout: tuple[int, int], replicas: dict[str, list[list[dict]]], **how
 
 def assert_exact(found: dict[str, dict[str, float]]) -> None:
     for name, one in found.items():
+        print(f"{name}: worst in float64 {max(one.values()):.1e}")
         assert max(one.values()) < (1e-6 if name in FLOAT32_INSIDE else 1e-12), (name, one)
 
 
