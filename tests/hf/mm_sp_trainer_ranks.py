@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,7 @@ def launched(rank: int) -> Iterator[None]:
     size = dist.get_world_size()
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     before = dict(os.environ)
+    gc.freeze()  # accelerate collects garbage again and again, and looks through all that was imported
     if size > 1:
         os.environ.update({name: str(value) for name, value in told.items()})
     try:
