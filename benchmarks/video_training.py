@@ -114,10 +114,10 @@ class Training:
         self.model = _model(config, name)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        if "liger" in variant:
-            _liger(name, self.model, whole=variant == "liger")
+        if variant == "liger":
+            _liger(name, self.model)
         self._mm_sp = None
-        if variant.startswith("mm_sp"):
+        if variant == "mm_sp":
             from megatron_vila.hf.mm_sp import enable_mm_sp
 
             self._mm_sp = enable_mm_sp(self.model, frame_micro_batch=FRAME_MICRO_BATCH)
@@ -244,12 +244,12 @@ def _model(config, name: str):
     return model
 
 
-def _liger(name: str, model, whole: bool) -> None:
-    """Liger's kernels as its users get them; not ``whole``: without its loss, which MM-SP replaces."""
+def _liger(name: str, model) -> None:
+    """Liger's kernels as its users get them."""
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, apply_liger_kernel_to_qwen3_vl
 
     kinds = {"qwen2_5_vl": apply_liger_kernel_to_qwen2_5_vl, "qwen3_vl": apply_liger_kernel_to_qwen3_vl}
-    kinds[name](model=model, fused_linear_cross_entropy=whole)
+    kinds[name](model=model)
 
 
 def _sample(config, name: str, length: int) -> tuple[dict[str, Any], int]:
@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("speed", "longest"))
     parser.add_argument("--model", choices=CONFIGS, required=True)
-    parser.add_argument("--variant", choices=("stock", "liger", "mm_sp", "mm_sp_liger"), required=True)
+    parser.add_argument("--variant", choices=("stock", "liger", "mm_sp"), required=True)
     parser.add_argument("--tokens", default="8192,32768", help="speed: lengths of rows")
     parser.add_argument("--steps", type=int, default=3, help="speed: timed steps, after one more")
     parser.add_argument("--tries", type=int, default=6, help="longest: rows to try")
