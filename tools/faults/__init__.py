@@ -1,6 +1,21 @@
 """The faults that ``seeded_faults.py`` plants, and the tests that have to notice them."""
 
-from . import formats, guards, house, inference, inputs, mm_sp, models, parallel, prepare, runs, steps, view, weights
+from . import (
+    formats,
+    guards,
+    house,
+    inference,
+    inputs,
+    mm_sp,
+    models,
+    parallel,
+    prepare,
+    runs,
+    steps,
+    trainers,
+    view,
+    weights,
+)
 
 FAULTS = [
     *parallel.FAULTS,
@@ -16,4 +31,5 @@ FAULTS = [
     *view.FAULTS,
     *inference.FAULTS,
     *mm_sp.FAULTS,
+    *trainers.FAULTS,
 ]
