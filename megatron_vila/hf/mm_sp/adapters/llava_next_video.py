@@ -103,7 +103,8 @@ class LlavaNextVideo(VisionAdapter):
 
     def encode(self, model: Any, pixels: torch.Tensor, units: Sequence[VisionUnit], options: Mapping[str, Any]) -> torch.Tensor:
         # Pictures and frames go through the tower and the projector at once, as both may be sharded by themselves.
-        layer, strategy = (options.get(name) or getattr(model.config, name) for name in self.options)
+        given = {name: value for name, value in options.items() if value is not None}
+        layer, strategy = (given.get(name, getattr(model.config, name)) for name in self.options)
         hidden = model.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
         layers = [layer] if isinstance(layer, int) else layer
         features = torch.cat([hidden[number] for number in layers], dim=-1)
