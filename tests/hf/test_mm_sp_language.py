@@ -1,7 +1,7 @@
 """Language models beyond Llama and plain Qwen under MM-SP: what each does differently is as in one process, or refused.
 
 Sliding windows, soft caps on logits, scaled embeddings and scores, partial and local rotary embeddings, experts.
-With MEGATRON_VILA_TEST_ALL=1 each model runs in each layout.
+With MEGATRON_VILA_TEST_ALL=1 each model runs in each layout, in float32 too.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ def test_packed_samples_have_the_loss_and_gradients_of_one_process_in_float64(ul
 
 @pytest.mark.parametrize("ulysses, ring", LAYOUTS)
 def test_packed_samples_have_the_loss_and_gradients_of_one_process_in_float32(ulysses, ring):
-    for name, found in errors([Case(name, ulysses, ring, [[TEXTS]]) for name in LANGUAGE]).items():
+    names = LANGUAGE if ALL else ("gemma3", "qwen3_moe")
+    for name, found in errors([Case(name, ulysses, ring, [[TEXTS]]) for name in names]).items():
         print(f"{name} ulysses={ulysses} ring={ring}: loss {found['loss']:.1e}, all gradients {found['all']:.1e}")
         assert found["loss"] < 1e-6 and found["all"] < 1e-6, (name, found)
         assert max(found.values()) < 3e-6, (name, found)
 
 
-@pytest.mark.parametrize("window", [2, 27])
+@pytest.mark.parametrize("window", [2, 27] if ALL else [27])
 def test_very_short_and_long_windows_have_the_gradients_of_one_process(window):
     found = errors([Case("mistral", 1, 4, [[TEXTS]], double=True, model={"sliding_window": window})])
     assert max(found["mistral"].values()) < 1e-12, found
