@@ -174,7 +174,7 @@ class VILAModel(VILAPreTrainedModel):
         [F, 3, P, P] the pictures in the order of their places. ``inputs_embeds`` [B, S, H] that ``get_input_embeddings()`` made
         of such ids have marks in these places. ``mm_encoder_outputs`` may have the output of ``get_image_features`` under
         ``image``, in place of ``pixel_values``. Raises ``ValueError`` if the number of places is not that of the pictures'
-        tokens, and unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        tokens, unless exactly one of ``input_ids`` and ``inputs_embeds`` is given, and for what another model's processor made.
 
         Without pictures, a blank one is encoded and changes nothing, if tower and projector are trained or sharded: then ranks
         without pictures must run them as those with pictures do.
@@ -186,7 +186,8 @@ class VILAModel(VILAPreTrainedModel):
             )
         if input_ids is not None and inputs_embeds is None:
             visual_BS = is_visual(input_ids)
-            self._check_ids(input_ids.masked_fill(visual_BS, 0))
+            if _starts(past_key_values):
+                self._check_ids(input_ids.masked_fill(visual_BS, 0))
             # PEFT puts modules of its own in place of the table, which look up every id.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(visual_BS, 0))
         elif input_ids is not None or inputs_embeds is None:
@@ -231,8 +232,7 @@ class VILAModel(VILAPreTrainedModel):
             # The model itself writes no visual token: their ids lie beyond its vocabulary.
             if places:
                 raise ValueError(f"input_ids hold {places} visual tokens but there are no pixel_values; give the processor's")
-            starts = cache is None or cache.get_seq_length() == 0
-            if starts and takes_part((*self.vision_tower.parameters(), *self.mm_projector.parameters())):
+            if (torch.is_grad_enabled() or _starts(cache)) and takes_part((*self.vision_tower.parameters(), *self.mm_projector.parameters())):
                 size = self.config.vision_config.image_size
                 blank = torch.zeros(1, 3, size, size, device=embeddings_BSH.device)
                 embeddings_BSH = embeddings_BSH + zero_connected_to([self._tokens(blank)]).to(embeddings_BSH)
@@ -381,6 +381,11 @@ def _with_features(embeddings_BSH: torch.Tensor, visual_BS: torch.Tensor, tokens
             "for all pictures"
         )
     return embeddings_BSH.masked_scatter(visual_BS[..., None], tokens.to(embeddings_BSH))
+
+
+def _starts(cache: Any | None) -> bool:
+    """Whether a sequence begins here, rather than going on with one token after the other."""
+    return cache is None or cache.get_seq_length() == 0
 
 
 def local_folder(path: str | os.PathLike) -> Path:
