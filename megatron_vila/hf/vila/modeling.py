@@ -232,7 +232,7 @@ class VILAModel(VILAPreTrainedModel):
             # The model itself writes no visual token: their ids lie beyond its vocabulary.
             if places:
                 raise ValueError(f"input_ids hold {places} visual tokens but there are no pixel_values; give the processor's")
-            if (torch.is_grad_enabled() or _starts(cache)) and takes_part((*self.vision_tower.parameters(), *self.mm_projector.parameters())):
+            if (torch.is_grad_enabled() or _starts(cache)) and takes_part(self.vision_tower, self.mm_projector):
                 size = self.config.vision_config.image_size
                 blank = torch.zeros(1, 3, size, size, device=embeddings_BSH.device)
                 embeddings_BSH = embeddings_BSH + zero_connected_to([self._tokens(blank)]).to(embeddings_BSH)
@@ -254,7 +254,7 @@ class VILAModel(VILAPreTrainedModel):
         self, encode: Callable[[torch.Tensor], torch.Tensor], pixels_F3PP: torch.Tensor, whole: bool = False
     ) -> torch.Tensor:
         """``encode`` in parts, or at once if ranks with other numbers of pictures must run it equally often."""
-        if whole or takes_part((*self.vision_tower.parameters(), *self.mm_projector.parameters())):
+        if whole or takes_part(self.vision_tower, self.mm_projector):
             return encode(pixels_F3PP)
         return in_frame_micro_batches(self.vision_tower, encode, pixels_F3PP)
 

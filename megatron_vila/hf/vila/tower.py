@@ -5,7 +5,7 @@ Legend: F pictures, P pixels of a side, N patches of a picture, C tower width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -63,9 +63,11 @@ class Carried(nn.Module):
         yield prefix, self
 
 
-def takes_part(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether modules with these parameters must run on every rank in every step: something waits for their gradients (DDP), or
-    they are sharded (FSDP2), and running them is collective."""
+def takes_part(*modules: nn.Module) -> bool:
+    """Whether these modules must run on every rank in every step: something waits for their gradients (DDP), or they are sharded
+    (FSDP2), and running them is collective."""
     return any(
-        (parameter.requires_grad and torch.is_grad_enabled()) or isinstance(parameter, DTensor) for parameter in parameters
+        (parameter.requires_grad and torch.is_grad_enabled()) or isinstance(parameter, DTensor)
+        for module in modules
+        for parameter in module.parameters()
     )
