@@ -180,6 +180,7 @@ HOLE[0, 1, 3, 3] = 0
             "has a video_compression_mask of 17 tokens, but its videos have 18",
         ),
         ("video_llama_3", changed("video_llama_3", 0, video_compression_mask=None), "need 18"),
+        ("video_llama_3", changed("video_llama_3", 0, pixel_values=torch.zeros(15, 49)), "patches have shape (15, 49) but"),
         ("vila", changed("vila", 0, pixel_values=SAMPLES["vila"][0]["pixel_values"][:-1]), "but 7 pictures of 4 tokens need 28"),
         ("vila", changed("vila", 0, pixel_values_videos=torch.zeros(1)), "has pixel_values_videos, which MM-SP cannot shard"),
     ],

@@ -52,6 +52,13 @@ class VideoLlama3(VisionAdapter):
         pictures = self._kind(sample, ids, "pixel_values", "image", self.image_id)
         return [*pictures, *self._kind(sample, ids, "pixel_values_videos", "video", self.video_id)]
 
+    def check_rows(self, pixels: torch.Tensor) -> None:
+        if tuple(pixels.shape[1:]) != self.row_shape:
+            raise ValueError(
+                f"patches have shape {tuple(pixels.shape)} but the model's vision tower takes [patches, {self.row}]; make them "
+                "with the processor of this model"
+            )
+
     def _kind(self, sample: Mapping[str, Any], ids: np.ndarray, key: str, kind: str, token_id: int) -> list[Piece]:
         pixels = sample.get(key)
         grids, merges = (_numbers(sample, f"{kind}_{name}") for name in ("grid_thw", "merge_sizes"))
