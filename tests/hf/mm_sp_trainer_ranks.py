@@ -142,10 +142,10 @@ def train(rank: int, run: Run) -> dict:
         if run.fsdp2:
             shared, args.fsdp_layer = ShardedTrainer, run.fsdp2
         model = build(run.name)
-        if run.layout:
-            enable_mm_sp(model, *run.layout)
         if run.lora:
             model = with_lora(model)
+        if run.layout:
+            enable_mm_sp(model, *run.layout)
         arguments = dict(run.arguments)
         if "ref_model" in arguments:
             arguments["ref_model"] = reference = build(arguments["ref_model"], tied=True)

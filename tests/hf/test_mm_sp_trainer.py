@@ -158,10 +158,11 @@ def test_trainer_computes_in_bfloat16_under_autocast(tmp_path):
         assert 1e-6 < largest_difference(found, wanted) < 0.01
 
 
-def test_trainer_shards_weights_by_fsdp2_saves_and_resumes(tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+def test_trainer_shards_weights_by_fsdp2_saves_and_resumes(lora, tmp_path):
     adam = {"optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 0.03}
     arguments = {"data_collator": pad, "eval_dataset": TEXTS[:5]}
-    stock = Run(Trainer, "qwen2", TEXTS, str(tmp_path), None, {"gradient_accumulation_steps": 2, **adam}, arguments)
+    stock = Run(Trainer, "qwen2", TEXTS, str(tmp_path), None, {"gradient_accumulation_steps": 2, **adam}, arguments, lora)
     (wanted,) = pool.run(1, train, replace(stock, evaluate=True))
     saved = stock.settings | {"save_strategy": "steps", "save_steps": 3}
     shared = replace(stock, layout=(2, 1), settings=saved, fsdp2="Qwen2DecoderLayer")
