@@ -56,12 +56,12 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def meet(timeout_minutes: float = 30.0) -> None:
+def meet(timeout_minutes: float = 30.0, setting: str = "train.timeout_minutes") -> None:
     """Connect to what all ranks share (``shared_store``) and wait until all are there; torch would wait as well, and not say
     for whom. Nothing to do for a lone process, after an earlier call or where the default group exists.
 
     Raises ``LaunchError`` when the environment is incomplete. If ranks have not come within ``timeout_minutes``, one of the
-    others raises ``StallError`` with their numbers, the rest ``PeerError``.
+    others raises ``StallError`` with their numbers, the rest ``PeerError``. ``setting`` is what messages call the timeout.
     """
     global _store
     rank, world = rank_and_world()
@@ -71,7 +71,14 @@ def meet(timeout_minutes: float = 30.0) -> None:
     if missing:
         raise LaunchError(f"WORLD_SIZE={world} but {', '.join(missing)} not set; start the processes with torchrun")
     timeout = collective_timeout(timeout_minutes)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        # Without torchrun rank 0 itself holds the store: it waits for the others there, and they for it.
+        if rank == 0 and "waiting for clients" not in str(error):
+            raise
+        who = "another rank" if rank == 0 else f"rank 0 ({os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
+        raise StallError(_not_come(who, timeout_minutes, setting)) from error
     store = dist.PrefixStore("default_pg", store)
     keys = [f"{STARTED}/{other}" for other in range(world)]
     store.set(keys[rank], this_process())
@@ -82,11 +89,15 @@ def meet(timeout_minutes: float = 30.0) -> None:
         if rank != there.index(True):
             raise PeerError("a rank has not come") from error
         shown = some([str(other) for other in range(world) if not there[other]])
-        raise StallError(
-            f"rank {shown} has not come to the start within train.timeout_minutes={timeout_minutes:g}; look whether its process "
-            "was started, and whether it stands still"
-        ) from error
+        raise StallError(_not_come(f"rank {shown}", timeout_minutes, setting)) from error
     _store = store
+
+
+def _not_come(who: str, timeout_minutes: float, setting: str) -> str:
+    return (
+        f"{who} has not come to the start within {setting}={timeout_minutes:g}; look whether its process was started, and "
+        "whether it stands still"
+    )
 
 
 def shared_store() -> dist.Store | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_vila.failing.watch import Watch
 
 SYNTHETIC = "synthetic"
+TIMEOUT = "--timeout-minutes"
 """Folder in the output for a haystack and needles that the test makes."""
 
 HEAT_MAP_FILE = "needle.png"
@@ -89,9 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     needle.add_argument("--chunk-tokens", type=int, default=0, help="tokens that are read at once (default: chosen)")
     needle.add_argument("--tokenizer", default="", help="tokenizer of the model, if its own is not there any more")
-    needle.add_argument(
-        "--timeout-minutes", type=float, default=30.0, help="how long ranks wait for one another (default 30)"
-    )
+    needle.add_argument(TIMEOUT, type=float, default=30.0, help="how long ranks wait for one another (default 30)")
     return made
 
 
@@ -227,8 +226,8 @@ def _on_ranks(timeout_minutes: float, run: Callable[[Watch, bool], None]) -> int
         from megatron_vila.failing.watch import Watch
     reporter = failures.Reporter("give the same command again: it goes on where it was")
     try:
-        processes.meet(timeout_minutes)
-        with Watch(timeout_minutes, reporter) as watch:
+        processes.meet(timeout_minutes, TIMEOUT)
+        with Watch(timeout_minutes, reporter, setting=TIMEOUT) as watch:
             processes.init_distributed(timeout_minutes)
             run(watch, processes.rank_and_world()[0] == 0)
             processes.end_distributed()

@@ -59,14 +59,19 @@ class Watch:
 
     ``at`` costs no communication. The thread ends the process if another rank failed and this one does not get out of a
     collective, or if it stands still for ``timeout_minutes`` while others are missing; ``before_end`` is called then.
+    ``setting`` is what messages call the timeout.
     """
 
     def __init__(
-        self, timeout_minutes: float, reporter: failures.Reporter, before_end: Callable[[], None] = lambda: None
+        self,
+        timeout_minutes: float,
+        reporter: failures.Reporter,
+        before_end: Callable[[], None] = lambda: None,
+        setting: str = "train.timeout_minutes",
     ) -> None:
         self._reporter, self._before_end = reporter, before_end
         reporter.doing = lambda: str(self._place)
-        self._timeout_s = timeout_minutes * 60
+        self._timeout_s, self._setting = timeout_minutes * 60, setting
         self.interval_s = min(4.0, max(0.2, self._timeout_s / 10))
         self._place, self._since, self._beat = Place(), time.monotonic(), 0
         self._rank, self._world = processes.rank_and_world()
@@ -147,8 +152,8 @@ class Watch:
     def _message(self, missing: list[str]) -> str:
         shown = missing[:_NAMED] + [f"and {len(missing) - _NAMED} more"] * (len(missing) > _NAMED)
         return (
-            f"{'; '.join(shown)}. Other ranks waited for train.timeout_minutes={self._timeout_s / 60:g} at "
-            f"{self._place}. Look at that process and its node; if it only needs longer, raise train.timeout_minutes. "
+            f"{'; '.join(shown)}. Other ranks waited for {self._setting}={self._timeout_s / 60:g} at "
+            f"{self._place}. Look at that process and its node; if it only needs longer, raise {self._setting}. "
             f"{self._reporter.goes_on[0].upper()}{self._reporter.goes_on[1:]}"
         )
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _MOMENTS = 5
 """Moments that --timestamps names."""
+TIMEOUT = "--timeout-minutes"
 
 
 @entry_point
@@ -96,7 +97,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--chunk-tokens", type=int, default=0, metavar="N", help="tokens read at once (default: chosen)")
     add("--attention", default="auto", help="attention kernel, as model.attention")
     add("--tokenizer", default="", metavar="FOLDER", help="tokenizer of the model, if its own is not there any more")
-    add("--timeout-minutes", type=float, default=30.0, metavar="M", help="how long ranks wait for one another (30)")
+    add(TIMEOUT, type=float, default=30.0, metavar="M", help="how long ranks wait for one another (30)")
     options = parser.parse_args(arguments)
     has_media = bool(options.video or options.image)
     if options.snapshot and (has_media or options.save_snapshot or options.frames or options.fps or options.start or options.end):
@@ -108,7 +109,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not options.ask and not sys.stdin.isatty():
         parser.error("there is no question: give --ask TEXT, or start it on a terminal")
     if not 0 < options.timeout_minutes <= 10**5:
-        parser.error(f"--timeout-minutes {options.timeout_minutes} must be above 0 and at most 100000")
+        parser.error(f"{TIMEOUT} {options.timeout_minutes} must be above 0 and at most 100000")
     return options
 
 
@@ -127,8 +128,8 @@ def _run(options: argparse.Namespace, reporter: Reporter) -> int:
     from megatron_vila.failing.watch import Watch
 
     # First of all, so that what a single rank finds wrong is told and ends the others.
-    processes.meet(options.timeout_minutes)
-    with Watch(options.timeout_minutes, reporter) as watch:
+    processes.meet(options.timeout_minutes, TIMEOUT)
+    with Watch(options.timeout_minutes, reporter, setting=TIMEOUT) as watch:
         processes.init_distributed(options.timeout_minutes)
         try:
             _Session(options, watch).run()
