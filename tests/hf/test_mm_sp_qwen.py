@@ -9,12 +9,14 @@ import os
 import pickle
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from megatron_vila import accelerator
 from megatron_vila.hf.mm_sp.adapters import ADAPTERS, adapter_of
 from megatron_vila.hf.mm_sp.checks import check_model
 from megatron_vila.hf.mm_sp.data import ShardCollator
@@ -288,3 +290,21 @@ def test_every_model_of_the_family_is_in_the_registry_and_its_samples_have_all_t
     for name in NAMES:
         sample = samples(name)[0]
         assert {IMAGE, VIDEO} <= set(sample["input_ids"].tolist())
+
+
+def layer_calls(rank: int, room: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """How often the first layer of the tower runs in a step with gradient checkpointing, and the gradients."""
+    case = Case("qwen3_vl", 1, 2, [], double=True, weights="fsdp", recompute=True, frame_micro_batch=2)
+    with patch.object(accelerator, "device_memory_bytes", lambda: room):
+        model, mm_sp = make(case)
+        calls: list[int] = []
+        model.model.visual.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+        batch = mm_sp.collator()(samples("qwen3_vl"))
+        model(**batch).loss.backward()
+    return len(calls), gradients(model, "fsdp")
+
+
+def test_a_tower_that_can_keep_the_inputs_of_its_layers_runs_twice_and_another_three_times():
+    for (dropped, wanted), (kept, found) in zip(*(pool.run(2, layer_calls, room) for room in (0, 10**9)), strict=True):
+        assert 2 * dropped == 3 * kept
+        assert relative_errors(found, wanted)["all"] < 1e-12

@@ -36,13 +36,15 @@ class VisionPlan:
 
     ``units`` are those that the rank encodes, in the order of the row, as are their pixels. ``reshard`` sends the tokens that
     they become to the ranks that own them. ``is_video`` bool [M] tells for each visual token that this rank owns, in the order
-    of its tokens, whether it is one of a video. ``most`` is the largest number of units that a rank has.
+    of its tokens, whether it is one of a video. ``most`` is the largest number of units that a rank has, ``most_rows`` that of
+    rows of pixels.
     """
 
     units: tuple[VisionUnit, ...]
     reshard: RankReshard
     is_video: np.ndarray
     most: int
+    most_rows: int
 
 
 @dataclass(frozen=True)
@@ -206,11 +208,13 @@ class ShardCollator:
     def _vision(self, pieces: Sequence[Piece], plan: RowPlan, part: ShardPlan) -> VisionPlan:
         units = [piece.unit for piece in pieces]
         is_video = np.repeat([unit.is_video for unit in units], [unit.tokens for unit in units]).astype(bool)
+        rows = np.cumsum([0, *(unit.rows for unit in units)])
         return VisionPlan(
             units=tuple(units[part.frames.start : part.frames.stop]),
             reshard=part.reshard,
             is_video=is_video[plan.reshard.owner == self.grid.encoder_rank(self.rank)],
             most=int(np.diff(plan.reshard.boundaries).max()),
+            most_rows=int(np.diff(rows[plan.reshard.boundaries]).max()),
         )
 
 

@@ -30,7 +30,7 @@ from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.same_row import check_same_row
 from megatron_vila.hf.mm_sp.scored import SCORED, ScoredRows
 from megatron_vila.hf.mm_sp.tower_attention import TOWER_ATTENTION, tower_attention
-from megatron_vila.hf.mm_sp.vision import owned_features
+from megatron_vila.hf.mm_sp.vision import kept_bytes, owned_features, room_for_kept
 from megatron_vila.parallel.attention2d import Attention2D, RowIndices
 from megatron_vila.parallel.cache import FP8
 from megatron_vila.parallel.cached_attention import CachedAttention
@@ -104,6 +104,7 @@ class MMSP:
         self._attentions: dict[tuple[torch.dtype, torch.device, float, bool], Attention2D] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._mean_over = groups.everyone
+        self._kept_numbers: float | None = None
         self._before = self._settings()
 
     @property
@@ -259,6 +260,7 @@ class MMSP:
         if pixels is None:  # a decoded token
             return args, kwargs
         plan: VisionPlan = kwargs["mm_sp_row"].row.vision
+        checkpoints = bool(model.is_activation_checkpointing)
         features_MC = owned_features(
             model,
             adapter,
@@ -266,10 +268,16 @@ class MMSP:
             plan,
             self.groups,
             self._frame_micro_batch,
-            recompute=bool(model.is_activation_checkpointing) and model.training,
+            recompute_above=self._recompute_above(pixels.device) if checkpoints and model.training else None,
             options={name: kwargs.get(name) for name in adapter.options},
         )
         return args, kwargs | adapter.arguments(features_MC, plan.is_video)
+
+    def _recompute_above(self, device: torch.device) -> float:
+        """Numbers of pixels of which the tower keeps its layers' inputs. The first time an all-reduce over ``everyone``."""
+        if self._kept_numbers is None:
+            self._kept_numbers = room_for_kept(self.groups, device) / kept_bytes(self.model.config.vision_config)
+        return self._kept_numbers
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size=None, num_items_in_batch=None, **_unused
