@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import DynamicCache, GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -113,6 +114,26 @@ def refused_call(rank: int, extra: dict) -> str:
             model.model(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"]))
         elif "backbone_alone" in extra:
             model.model(input_ids=batch["input_ids"])
+        elif "paused" in extra:
+            with mm_sp.paused():
+                with mm_sp.paused():
+                    pass
+                model(**batch)
+        elif "attention" in extra:
+            model.set_attn_implementation("sdpa")
+            try:
+                model(**batch)
+            finally:
+                model.set_attn_implementation(ATTENTION)
+        elif "resize" in extra:
+            layer = model.lm_head
+            model.lm_head = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            try:
+                model(**batch)
+            finally:
+                model.lm_head = layer
+        elif "count" in extra:
+            mm_sp.count_supervised([{"input_ids": batch["input_ids"]}])
         else:
             model(**batch | extra)
     except ValueError as error:
@@ -137,6 +158,10 @@ def refused_call(rank: int, extra: dict) -> str:
         ({"positional": True}, "1 positional arguments: call model(**batch)"),
         ({"backbone": True}, "does not take attention_mask"),
         ({"backbone_alone": True}, "was called without mm_sp_row"),
+        ({"paused": True}, "MM-SP is paused, and this batch of mm_sp.collator() holds only a share"),
+        ({"resize": True}, "the output layer was replaced while MM-SP is on"),
+        ({"count": True}, "this call has no mm_sp_row"),
+        ({"attention": True}, "attn_implementation=sdpa was set while MM-SP is on"),
     ],
 )
 def test_a_call_that_would_give_wrong_results_is_refused(extra, message):
@@ -211,8 +236,40 @@ def test_without_a_process_group_it_says_what_is_missing():
         enable_mm_sp(qwen2())
 
 
-def refused_enable(rank: int, settings: dict, twice: bool, run: bool) -> str:
+def test_a_model_that_is_wrapped_already_is_refused_with_the_cure():
+    assert "with the model inside (model.module of DistributedDataParallel)" in pool.run(1, enable_wrapped)[0]
+
+
+@pytest.mark.parametrize(
+    "sample, message",
+    [
+        ({"input_ids": [1, 9999], "labels": [1, 2]}, "sample 0 has 9999 in input_ids but the model has"),
+        ({"input_ids": [1, -5]}, "use the model's own tokenizer"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, "sample 0 has -1 in labels but the model has"),
+        ({"input_ids": [1, 2], "labels": [1, 9999]}, "labels are token ids, or -100"),
+    ],
+)
+def test_ids_and_labels_that_are_no_tokens_of_the_model_are_refused_on_all_ranks(sample, message):
+    for found in pool.run(2, refused_sample, sample):
+        assert message in found
+
+
+def refused_sample(rank: int, sample: dict) -> str:
+    mm_sp = enable_mm_sp(build("qwen2"), ulysses=2)
+    with pytest.raises(ValueError) as error:
+        mm_sp.collator()([sample])
+    return str(error.value)
+
+
+def enable_wrapped(rank: int) -> str:
+    with pytest.raises(ValueError) as error:
+        enable_mm_sp(nn.parallel.DistributedDataParallel(build("qwen2")))
+    return str(error.value)
+
+
+def refused_enable(rank: int, settings: dict | list[dict], twice: bool, run: bool) -> str:
     model = build("qwen2")
+    settings = settings if isinstance(settings, dict) else settings[rank]
     try:
         mm_sp = enable_mm_sp(model, **settings)
         if twice:
@@ -233,6 +290,7 @@ def refused_enable(rank: int, settings: dict, twice: bool, run: bool) -> str:
         ({"kernel": "fa4"}, False, True, "kernel=fa4 cannot run here"),
         ({"frame_micro_batch": 0}, False, False, "frame_micro_batch=0 encodes nothing"),
         ({"ulysses": 2}, True, False, "MM-SP is on already"),
+        ([{"ulysses": 2}, {"ring": 2}], False, False, "rank 0 has ulysses=2 and ring=1, rank 1 has ulysses=1 and ring=2"),
     ],
 )
 def test_sizes_and_kernels_that_cannot_work_are_refused_on_every_rank(settings, twice, run, message):

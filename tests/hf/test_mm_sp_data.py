@@ -131,6 +131,7 @@ def test_collator_and_row_travel_to_workers():
         ({"input_ids": [1, 2], "labels": [1]}, "sample 0 has 1 labels for 2 input_ids"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "sample 0 has 1 attention_mask for 2 input_ids"),
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "attention_mask takes out all of them"),
+        ({"input_ids": [1] * 5, "attention_mask": [0, 1, 0, 1, 0]}, "attention_mask 0 at token 2, between tokens with 1"),
         ({"input_ids": [1], "pixel_values": 0}, "give a picture as a video of one frame"),
         ({"input_ids": [1], "position_ids": [0]}, "sample 0 has position_ids, which MM-SP cannot shard"),
         (
@@ -174,3 +175,8 @@ def test_everything_wrong_with_a_batch_is_said_at_once():
 def test_a_batch_without_samples_is_refused():
     with pytest.raises(ValueError, match="the batch has no samples"):
         collator(2, 0, None)([])
+
+
+def test_a_mapping_in_the_place_of_a_list_of_samples_is_refused():
+    with pytest.raises(ValueError, match="it is one mapping; give a list of samples"):
+        collator(2, 0, None)({"input_ids": [[1, 2]]})

@@ -83,6 +83,11 @@ def test_positions_that_start_again_beside_a_mask_are_refused():
         take_apart(rows, "mine")
 
 
+def test_a_mask_with_a_hole_is_refused():
+    with pytest.raises(ValueError, match="data_collator=mine returns attention_mask 0 between tokens with 1"):
+        take_apart({"input_ids": [[1, 2, 3, 4]], "attention_mask": [[0, 1, 0, 1]]}, "mine")
+
+
 class Numbers(Dataset):
     """Its samples are an index and a random number of the process that reads it."""
 

@@ -56,6 +56,21 @@ def check_model(model: PreTrainedModel, ulysses: int, name: str) -> None:
         raise ValueError(f"MM-SP cannot run this {type(model).__name__}: " + "; ".join(problems))
 
 
+def check_unchanged(model: Any, layer: nn.Linear, implementation: str, name: str) -> None:
+    """Raise ``ValueError`` unless the model still has output layer ``layer``, whose loss MM-SP computes, and attention ``name``,
+    which sees the other ranks' tokens, and not another ``implementation``."""
+    if implementation != name:
+        raise ValueError(
+            f"attn_implementation={implementation} was set while MM-SP is on, and would attend to the tokens of each rank alone; "
+            "call set_attn_implementation before enable_mm_sp"
+        )
+    if model.get_output_embeddings() is not layer:
+        raise ValueError(
+            "the output layer was replaced while MM-SP is on; call resize_token_embeddings before enable_mm_sp, and put no "
+            "adapter on the output layer"
+        )
+
+
 def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
     """Raise ``ValueError`` unless the model is called with a batch of the collator, whose ``mm_sp_row`` is a ``row_class``."""
     if not isinstance(kwargs.get("mm_sp_row"), row_class):

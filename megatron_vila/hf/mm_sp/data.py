@@ -85,9 +85,9 @@ class ShardCollator:
     """``collate_fn`` for rank ``rank`` of ``grid``, whose ulysses x ring ranks share a sample.
 
     A sample is a mapping with ``input_ids`` [L] (or [1, L]) and, for training, ``labels`` of the same shape in the convention of
-    Transformers: not shifted, -100 where nothing is learned. Tokens whose ``attention_mask`` is 0 are taken out, so padding on
-    either side is fine. For a model with vision a sample also has the fields of ``adapter``, whose pixels may be read lazily:
-    only this rank's are read.
+    Transformers: not shifted, -100 where nothing is learned. Tokens at either end whose ``attention_mask`` is 0 are padding and
+    taken out. For a model with vision a sample also has the fields of ``adapter``, whose pixels may be read lazily: only this
+    rank's are read. Ids and labels are compared with ``vocabulary``, the number of tokens of the model, unless it is None.
 
     Returns ``input_ids`` and (if the samples have them) ``labels``, int64 [1, s] each, labels shifted; ``position_ids`` int64
     [1, s], or [A, 1, s] for a model whose positions have A axes; ``mm_sp_pixels`` [R, ...] with the R rows of pixels that this
@@ -98,8 +98,11 @@ class ShardCollator:
     grid: GridShape
     rank: int
     adapter: VisionAdapter | None
+    vocabulary: int | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if isinstance(samples, Mapping):
+            raise ValueError("MM-SP cannot shard this batch: it is one mapping; give a list of samples")
         problems: list[str] = []
         placed = [self._placed(sample, f"sample {i}", 0, problems) for i, sample in enumerate(samples)]
         if not samples:
@@ -198,12 +201,36 @@ class ShardCollator:
             if len(values) != len(ids):
                 problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids; give one for each of them")
                 return ids, ids, True
+        kept = np.flatnonzero(mask)
+        if len(kept) and kept[-1] - kept[0] >= len(kept):
+            hole = kept[0] + int((mask[kept[0] :] == 0).argmax())
+            problems.append(
+                f"{name} has attention_mask 0 at token {hole}, between tokens with 1; padding is taken out at the ends only: "
+                "leave these tokens out of the sample, or attend to them"
+            )
         ids, labels = ids[mask != 0], labels[mask != 0]
         if self.adapter is not None and self.adapter.unlearned:
             labels = np.where(np.isin(labels, self.adapter.unlearned), IGNORE, labels)
+        problems += self._foreign(ids, labels, name)
         if not len(ids):
             problems.append(f"{name} has no token, or attention_mask takes out all of them; leave the sample out")
         return ids, labels, sample.get("labels") is not None
+
+    def _foreign(self, ids: np.ndarray, labels: np.ndarray, name: str) -> list[str]:
+        """What is no token of the model among ids and labels: one rank would fail while the others wait, and the loss of a label
+        would be wrong without an error."""
+        if self.vocabulary is None:
+            return []
+        visual = () if self.adapter is None else self.adapter.token_ids
+        found = []
+        for key, values, others, cure in (
+            ("input_ids", ids, visual, "use the model's own tokenizer, or resize_token_embeddings before enable_mm_sp"),
+            ("labels", labels, (IGNORE,), f"labels are token ids, or {IGNORE} where nothing is learned"),
+        ):
+            wrong = values[((values < 0) | (values >= self.vocabulary)) & ~np.isin(values, others)]
+            if len(wrong):
+                found.append(f"{name} has {wrong[0]} in {key} but the model has {self.vocabulary} tokens; {cure}")
+        return found
 
     def _vision(self, pieces: Sequence[Piece], plan: RowPlan, part: ShardPlan) -> VisionPlan:
         units = [piece.unit for piece in pieces]

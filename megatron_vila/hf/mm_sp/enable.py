@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from megatron_vila.accelerator import to_device
 from megatron_vila.hf.mm_sp.adapters import VisionAdapter, adapter_of
 from megatron_vila.hf.mm_sp.cache import DecodedToken, PromptChunk, ShardedCache
-from megatron_vila.hf.mm_sp.checks import check_call, check_model, check_token, refusal_of
+from megatron_vila.hf.mm_sp.checks import check_call, check_model, check_token, check_unchanged, refusal_of
 from megatron_vila.hf.mm_sp.data import PIXELS, ShardCollator, ShardedRow, VisionPlan
 from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
@@ -76,6 +76,11 @@ def enable_mm_sp(
             "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
         )
     model = getattr(model, "get_base_model", lambda: model)()  # of PEFT
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"MM-SP runs under models of Transformers, and {type(model).__name__} is none; call enable_mm_sp before the model is "
+            "wrapped, or with the model inside (model.module of DistributedDataParallel)"
+        )
     check_model(model, ulysses, ATTENTION)
     require_kernel(kernel, "kernel")
     if frame_micro_batch < 1:
@@ -124,7 +129,7 @@ class MMSP:
 
     def collator(self) -> ShardCollator:
         """The ``collate_fn`` of this rank. All ranks of a replica must be given the same samples in the same order."""
-        return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._adapter)
+        return ShardCollator(self.groups.grid, self.groups.everyone.rank(), self._adapter, self._head.layer.out_features)
 
     def cache(self, dtype: str = "auto") -> ShardedCache:
         """An empty key/value cache of this rank, for ``past_key_values`` of ``generate``: what the prompts of several calls have
@@ -140,6 +145,9 @@ class MMSP:
 
         ``batches`` are this rank's micro-batches of the step. All-reduce over the group of all ranks that train together.
         """
+        batches = list(batches)
+        for batch in batches:
+            check_call((), batch, ShardedRow)
         own = sum(len(batch["mm_sp_row"].selected) for batch in batches)
         count = torch.tensor(own, device=_device(self.model))
         dist.all_reduce(count, group=self.groups.everyone)
@@ -201,17 +209,23 @@ class MMSP:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Turn MM-SP off inside the ``with`` block, for calls with whole sequences on each rank."""
+        """Turn MM-SP off inside the ``with`` block, for calls with whole sequences on each rank. Blocks may be nested;
+        where MM-SP is off already, it stays off. Raises ``ValueError`` for a call with a batch of ``collator()``."""
+        was_on = bool(self._hooks)
         self.disable()
+        guard = self.model.register_forward_pre_hook(_refuse_share, with_kwargs=True)
         try:
             yield
         finally:
-            self.enable()
+            guard.remove()
+            if was_on:
+                self.enable()
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the model's forward: check the call, copy the batch to the device, choose the supervised tokens. An all-gather
         over ``host`` in training."""
         device = _device(model)
+        check_unchanged(model, self._head.layer, self._backbone.config._attn_implementation, ATTENTION)
         scored: ScoredRows | None = kwargs.get(SCORED)
         if scored is not None:
             kwargs = scored.arguments()
@@ -301,6 +315,15 @@ class MMSP:
 
     def _cached(self, query_1HsD: torch.Tensor, scale: float) -> CachedAttention:
         return CachedAttention(self.attention(query_1HsD, scale))
+
+
+def _refuse_share(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a rank's share of a row: the stock model would silently take it for a whole sequence."""
+    if "mm_sp_row" in kwargs:
+        raise ValueError(
+            "MM-SP is paused, and this batch of mm_sp.collator() holds only a share of its samples: call the model outside of "
+            "`with mm_sp.paused():`, or give whole sequences"
+        )
 
 
 def _device(model: nn.Module) -> torch.device:

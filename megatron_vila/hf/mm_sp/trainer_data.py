@@ -114,6 +114,11 @@ def take_apart(rows: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         bounds = [*np.flatnonzero(starts[row]), ids.shape[1]]
         for first, last in zip(bounds[:-1], bounds[1:], strict=True):
             kept = np.flatnonzero(masks[row, first:last]) + first
+            if len(kept) and kept[-1] - kept[0] >= len(kept):
+                raise ValueError(
+                    f"data_collator={name} returns attention_mask 0 between tokens with 1; padding is taken out at the ends "
+                    "only: leave these tokens out of the sample, or attend to them"
+                )
             document = {"input_ids": ids[row, kept]} | ({} if labels is None else {"labels": labels[row, kept]})
             documents.append(document)
     long = [document for document in documents if len(document["input_ids"]) > 1]
