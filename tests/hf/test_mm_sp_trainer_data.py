@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -151,3 +153,9 @@ def test_classes_that_mm_sp_cannot_train_are_refused():
         type("Hiding", (MMSPTrainer, WithLoss), {})
     for base in (Trainer, Seq2SeqTrainer, SFTTrainer):
         type("Fine", (MMSPTrainer, base), {})
+
+
+def test_a_missing_accelerate_is_named():
+    code = "import sys; sys.modules['accelerate'] = None; import megatron_vila.hf.mm_sp.trainer"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "it needs accelerate: pip install 'transformers[torch]'" in run.stderr

@@ -6,7 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Trainer
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(
+        "the Trainer of Transformers cannot be imported; it needs accelerate: pip install 'transformers[torch]'"
+    ) from error
 
 from megatron_vila.hf.mm_sp.enable import MMSP
 
