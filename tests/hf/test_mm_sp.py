@@ -16,7 +16,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import DynamicCache, GemmaConfig, GemmaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_vila.hf.mm_sp.checks import check_model
+from megatron_vila.hf.mm_sp.data import ShardCollator
 from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
+from megatron_vila.plan.grid import GridShape
 from tests.hf.mm_sp_cases import build, in_float64, text_sample, truth, video_sample
 from tests.hf.mm_sp_ranks import Case, shard, train
 from tests.ranks import pool
@@ -132,6 +134,8 @@ def refused_call(rank: int, extra: dict) -> str:
                 model(**batch)
             finally:
                 model.lm_head = layer
+        elif "layout" in extra:
+            model(**ShardCollator(GridShape(ring=2), 1, None)(SAMPLES))
         elif "count" in extra:
             mm_sp.count_supervised([{"input_ids": batch["input_ids"]}])
         else:
@@ -161,6 +165,7 @@ def refused_call(rank: int, extra: dict) -> str:
         ({"paused": True}, "MM-SP is paused, and this batch of mm_sp.collator() holds only a share"),
         ({"resize": True}, "the output layer was replaced while MM-SP is on"),
         ({"count": True}, "this call has no mm_sp_row"),
+        ({"layout": True}, "made for rank 1 of ulysses=1, ring=2, and the model runs as rank 0 of ulysses=1, ring=1"),
         ({"attention": True}, "attn_implementation=sdpa was set while MM-SP is on"),
     ],
 )
@@ -286,6 +291,7 @@ def refused_enable(rank: int, settings: dict | list[dict], twice: bool, run: boo
     [
         ({"ulysses": 4}, False, False, "ulysses=4 times ring=1 does not divide the 2 ranks of group"),
         ({"ring": 0}, False, False, "ulysses=1 times ring=0 does not divide"),
+        ({"ulysses": "2"}, False, False, "ulysses='2' and ring=1 are not both whole numbers"),
         ({"kernel": "fast"}, False, False, "kernel=fast is not a kernel"),
         ({"kernel": "fa4"}, False, True, "kernel=fa4 cannot run here"),
         ({"frame_micro_batch": 0}, False, False, "frame_micro_batch=0 encodes nothing"),

@@ -128,6 +128,8 @@ def test_collator_and_row_travel_to_workers():
     "sample, message",
     [
         ({}, "sample 0 has no input_ids"),
+        ({"input_ids": [1, 6.5]}, "sample 0 has input_ids that are no whole numbers"),
+        ({"input_ids": [1, 2], "labels": ["a", "b"]}, "sample 0 has labels that are no whole numbers"),
         ({"input_ids": [1, 2], "labels": [1]}, "sample 0 has 1 labels for 2 input_ids"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "sample 0 has 1 attention_mask for 2 input_ids"),
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "attention_mask takes out all of them"),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from megatron_vila.hf.mm_sp.adapters import ADAPTERS
 from megatron_vila.hf.mm_sp.language import TEXT_MODELS, language_problems
+from megatron_vila.plan.grid import GridShape
 
 _CURE = {
     "attention_mask": "the collator takes padding out and packs documents by itself",
@@ -85,6 +86,13 @@ def check_call(args: tuple, kwargs: Mapping[str, Any], row_class: type) -> None:
     given = [k for k, v in kwargs.items() if k in _CURE and _is_set(k, v) and not (is_scored and k == "shift_labels")]
     if given:
         raise ValueError(refusal_of(given))
+
+
+def check_layout(row: Any, grid: GridShape, rank: int) -> None:
+    """Raise ``ValueError`` unless ``row`` was made by the collator of rank ``rank`` of ``grid``."""
+    if (row.grid, row.rank) != (grid, rank):
+        made, own = (f"rank {r} of ulysses={g.ulysses}, ring={g.ring}" for g, r in ((row.grid, row.rank), (grid, rank)))
+        raise ValueError(f"this batch was made for {made}, and the model runs as {own}; use the mm_sp.collator() of this model")
 
 
 def check_token(args: tuple, kwargs: Mapping[str, Any]) -> None:

@@ -51,13 +51,16 @@ class VisionPlan:
 class ShardedRow:
     """What a rank knows of a row, in host memory; it goes through the model's forward as ``mm_sp_row``.
 
-    ``cu_seqlens`` int64 [D+1] are the bounds of the documents. ``positions`` int64 [s] are the places of the local tokens in the
-    row, ``selected`` int64 [n] the indices of the supervised ones among the local tokens. ``supervised`` and ``tokens`` (without
-    padding) count tokens of the whole row, ``longest`` those of its longest document. ``fingerprint`` is the same on all ranks
-    that were given the same samples (``same_row.py``). ``attention`` and, for a model with vision, ``vision`` are this rank's
-    part of the plan of the row, which the training process copies to its device.
+    It is that of rank ``rank`` of ``grid``. ``cu_seqlens`` int64 [D+1] are the bounds of the documents. ``positions`` int64 [s]
+    are the places of the local tokens in the row, ``selected`` int64 [n] the indices of the supervised ones among the local
+    tokens. ``supervised`` and ``tokens`` (without padding) count tokens of the whole row, ``longest`` those of its longest
+    document. ``fingerprint`` is the same on all ranks that were given the same samples (``same_row.py``). ``attention`` and,
+    for a model with vision, ``vision`` are this rank's part of the plan of the row, which the training process copies to its
+    device.
     """
 
+    grid: GridShape
+    rank: int
     cu_seqlens: np.ndarray
     positions: np.ndarray
     selected: np.ndarray
@@ -146,6 +149,8 @@ class ShardCollator:
             "input_ids": _tensor(row.token_ids[places]),
             "position_ids": _tensor(part.positions) if positions[0] is None else _axes(row, positions, places),
             "mm_sp_row": ShardedRow(
+                grid=self.grid,
+                rank=self.rank,
                 cu_seqlens=row.cu_seqlens,
                 positions=places,
                 selected=part.selected,
@@ -165,7 +170,7 @@ class ShardCollator:
         ids, labels, has_labels = self._tokens(sample, name, problems)
         pieces: list[Piece] = []
         positions = None
-        if self.adapter is not None and "input_ids" in sample:
+        if self.adapter is not None and len(ids):
             try:
                 pieces = sorted(self.adapter.pieces(sample, ids), key=lambda piece: piece.start)
                 positions = self.adapter.positions(sample, ids, pieces, first)
@@ -191,12 +196,20 @@ class ShardCollator:
             hint = f"; {hints[key]}" if key in hints else ""
             problems.append(f"{name} has {key}, which MM-SP cannot shard (it knows {', '.join(known)}){hint}")
         nothing = np.zeros(0, np.int64)
-        if "input_ids" not in sample:
+        given = {}
+        for key in KEYS:
+            if sample.get(key) is None:
+                continue
+            try:
+                given[key] = _flat(sample[key])
+            except (ValueError, TypeError) as error:
+                problems.append(f"{name} has {key} that are no whole numbers in one row ({error}); give token ids")
+                return nothing, nothing, False
+        if "input_ids" not in given:
             problems.append(f"{name} has no input_ids; give its token ids")
             return nothing, nothing, False
-        ids = _flat(sample["input_ids"])
-        labels = _flat(sample["labels"]) if sample.get("labels") is not None else np.full(len(ids), IGNORE)
-        mask = _flat(sample["attention_mask"]) if sample.get("attention_mask") is not None else np.ones(len(ids))
+        ids = given["input_ids"]
+        labels, mask = given.get("labels", np.full(len(ids), IGNORE)), given.get("attention_mask", np.ones(len(ids)))
         for key, values in (("labels", labels), ("attention_mask", mask)):
             if len(values) != len(ids):
                 problems.append(f"{name} has {len(values)} {key} for {len(ids)} input_ids; give one for each of them")
@@ -272,7 +285,11 @@ def _pixels(pieces: Sequence[Piece], adapter: VisionAdapter) -> torch.Tensor:
 
 
 def _flat(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=np.int64).reshape(-1)
+    """Raises ``ValueError`` for numbers with a fraction."""
+    found = np.asarray(values).reshape(-1)
+    if found.dtype.kind == "f" and (found % 1).any():
+        raise ValueError("numbers with a fraction")
+    return found.astype(np.int64)
 
 
 def _fill(row: Row, token: int) -> None:

@@ -22,7 +22,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from megatron_vila.accelerator import to_device
 from megatron_vila.hf.mm_sp.adapters import VisionAdapter, adapter_of
 from megatron_vila.hf.mm_sp.cache import DecodedToken, PromptChunk, ShardedCache
-from megatron_vila.hf.mm_sp.checks import check_call, check_model, check_token, check_unchanged, refusal_of
+from megatron_vila.hf.mm_sp.checks import (
+    check_call,
+    check_layout,
+    check_model,
+    check_token,
+    check_unchanged,
+    refusal_of,
+)
 from megatron_vila.hf.mm_sp.data import PIXELS, ShardCollator, ShardedRow, VisionPlan
 from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
@@ -75,6 +82,8 @@ def enable_mm_sp(
         raise RuntimeError(
             "MM-SP needs a process group; call torch.distributed.init_process_group and start with torchrun"
         )
+    if not (isinstance(ulysses, int) and isinstance(ring, int)):
+        raise ValueError(f"ulysses={ulysses!r} and ring={ring!r} are not both whole numbers; give numbers of ranks")
     model = getattr(model, "get_base_model", lambda: model)()  # of PEFT
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -233,6 +242,7 @@ class MMSP:
         is_generating = isinstance(cache, ShardedCache)
         if not is_generating:
             check_call(args, kwargs, ShardedRow)
+            check_layout(kwargs["mm_sp_row"], self.groups.grid, self.groups.everyone.rank())
             check_same_row(kwargs["mm_sp_row"].fingerprint, self.groups.host)
         elif "mm_sp_row" not in kwargs:
             check_token(args, kwargs)
