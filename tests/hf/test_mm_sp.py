@@ -17,7 +17,8 @@ from transformers import DynamicCache, GemmaConfig, GemmaForCausalLM, Qwen2Confi
 
 from megatron_vila.hf.mm_sp.checks import check_model
 from megatron_vila.hf.mm_sp.data import ShardCollator
-from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
+from megatron_vila.hf.mm_sp.enable import enable_mm_sp
+from megatron_vila.hf.mm_sp.language_attention import ATTENTION
 from megatron_vila.plan.grid import GridShape
 from tests.hf.mm_sp_cases import build, in_float64, text_sample, truth, video_sample
 from tests.hf.mm_sp_ranks import Case, shard, train

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from megatron_vila.hf.mm_sp.arguments import Settings, check_generate
 from megatron_vila.hf.mm_sp.checks import check_call, check_model
-from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
+from megatron_vila.hf.mm_sp.enable import enable_mm_sp
+from megatron_vila.hf.mm_sp.language_attention import ATTENTION
 from tests.hf.mm_sp_cases import VOCAB, build, in_float64, text_sample
 from tests.hf.mm_sp_language_cases import LANGUAGE
 from tests.hf.mm_sp_ranks import Case, largest_errors

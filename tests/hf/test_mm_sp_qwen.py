@@ -20,7 +20,8 @@ from megatron_vila import accelerator
 from megatron_vila.hf.mm_sp.adapters import ADAPTERS, adapter_of
 from megatron_vila.hf.mm_sp.checks import check_model
 from megatron_vila.hf.mm_sp.data import ShardCollator
-from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
+from megatron_vila.hf.mm_sp.enable import enable_mm_sp
+from megatron_vila.hf.mm_sp.language_attention import ATTENTION
 from megatron_vila.plan.grid import GridShape
 from tests.hf.mm_sp_cases import build, in_float64, relative_errors, text_sample, truth
 from tests.hf.mm_sp_qwen_cases import IMAGE, NAMES, VIDEO, config, qwen_sample, stock_inputs

@@ -13,7 +13,8 @@ import torch
 from megatron_vila.hf.mm_sp.adapters import adapter_of
 from megatron_vila.hf.mm_sp.checks import check_model
 from megatron_vila.hf.mm_sp.data import ShardCollator
-from megatron_vila.hf.mm_sp.enable import ATTENTION, enable_mm_sp
+from megatron_vila.hf.mm_sp.enable import enable_mm_sp
+from megatron_vila.hf.mm_sp.language_attention import ATTENTION
 from megatron_vila.plan.grid import GridShape
 from tests.hf.mm_sp_cases import in_float64, relative_errors
 from tests.hf.mm_sp_ranks import gradients, shard

@@ -96,7 +96,7 @@ FAULTS = [
     ),
     Fault(
         "scores have the usual scale in every model",
-        "megatron_vila/hf/mm_sp/enable.py",
+        "megatron_vila/hf/mm_sp/language_attention.py",
         "scale = query.shape[-1] ** -0.5 if scaling is None else scaling",
         "scale = query.shape[-1] ** -0.5",
         TEXT,

@@ -95,6 +95,15 @@ def check_layout(row: Any, grid: GridShape, rank: int) -> None:
         raise ValueError(f"this batch was made for {made}, and the model runs as {own}; use the mm_sp.collator() of this model")
 
 
+def check_whole(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a rank's share of a row: the stock model would silently take it for a whole sequence."""
+    if "mm_sp_row" in kwargs:
+        raise ValueError(
+            "MM-SP is paused, and this batch of mm_sp.collator() holds only a share of its samples: call the model outside of "
+            "`with mm_sp.paused():`, or give whole sequences"
+        )
+
+
 def check_token(args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless the model is called as ``generate`` calls it for a token, with one of its caches."""
     ids = kwargs.get("input_ids")

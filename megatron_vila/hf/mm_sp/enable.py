@@ -28,11 +28,12 @@ from megatron_vila.hf.mm_sp.checks import (
     check_model,
     check_token,
     check_unchanged,
-    refusal_of,
+    check_whole,
 )
 from megatron_vila.hf.mm_sp.data import PIXELS, ShardCollator, ShardedRow, VisionPlan
 from megatron_vila.hf.mm_sp.generate import Generator
 from megatron_vila.hf.mm_sp.groups import MMSPGroups
+from megatron_vila.hf.mm_sp.language_attention import ATTENTION, attention, no_mask
 from megatron_vila.hf.mm_sp.loss import FusedHead, mean_over_group
 from megatron_vila.hf.mm_sp.same_row import check_same_row
 from megatron_vila.hf.mm_sp.scored import SCORED, ScoredRows
@@ -45,9 +46,6 @@ from megatron_vila.parallel.kernels import require_kernel, select_kernel
 from megatron_vila.parallel.peers import PeerMemory
 from megatron_vila.parallel.windows import WindowedKernel, windowed
 from megatron_vila.plan.heads import HeadSplit
-
-ATTENTION = "mm_sp"
-"""The name under which Transformers knows this attention."""
 
 _STOOD_IN = ("logits", "image_hidden_states", "video_hidden_states")
 """What an output with a loss leaves out: a sum of losses, and features of this rank's visual tokens."""
@@ -95,8 +93,8 @@ def enable_mm_sp(
     if frame_micro_batch < 1:
         raise ValueError(f"frame_micro_batch={frame_micro_batch} encodes nothing; use 1 or more")
     groups = MMSPGroups.of(ulysses, ring, everyone)
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, no_mask)
     AttentionInterface.register(TOWER_ATTENTION, tower_attention)
     mm_sp = MMSP(model, groups, kernel, frame_micro_batch)
     mm_sp.enable()
@@ -222,7 +220,7 @@ class MMSP:
         where MM-SP is off already, it stays off. Raises ``ValueError`` for a call with a batch of ``collator()``."""
         was_on = bool(self._hooks)
         self.disable()
-        guard = self.model.register_forward_pre_hook(_refuse_share, with_kwargs=True)
+        guard = self.model.register_forward_pre_hook(check_whole, with_kwargs=True)
         try:
             yield
         finally:
@@ -327,15 +325,6 @@ class MMSP:
         return CachedAttention(self.attention(query_1HsD, scale))
 
 
-def _refuse_share(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for a rank's share of a row: the stock model would silently take it for a whole sequence."""
-    if "mm_sp_row" in kwargs:
-        raise ValueError(
-            "MM-SP is paused, and this batch of mm_sp.collator() holds only a share of its samples: call the model outside of "
-            "`with mm_sp.paused():`, or give whole sequences"
-        )
-
-
 def _device(model: nn.Module) -> torch.device:
     """The device on which the model computes; FSDP2 may keep its weights on another one."""
     weight = next(model.parameters())
@@ -365,45 +354,3 @@ class _LiveRow:
             self._in_window[window] = windowed(self._indices, self.row.attention, ring.size(), ring.rank(), window)
         attention = self._mm_sp.attention(query_1HsD, scale, in_window=True)
         return attention(q_sHD, k_sKD, v_sKD, self._in_window[window])[None]
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    mm_sp_row: _LiveRow | PromptChunk | DecodedToken | None = None,
-    **_unused,
-) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface: query [1, H, s, D], key and value [1, K, s, D] after rotation, to [1, s, H, D]."""
-    if mm_sp_row is None:
-        raise ValueError(
-            f"{type(module).__name__} was called without mm_sp_row; call the whole model with a batch of the collator"
-        )
-    refused = {
-        "attention_mask": attention_mask is not None,
-        "dropout": dropout > 0,
-        "softcap": softcap is not None,
-    }
-    if any(refused.values()):
-        names = ", ".join(name for name, is_set in refused.items() if is_set)
-        raise ValueError(
-            f"{type(module).__name__} asks for {names}, which MM-SP does not support; turn it off in the model's config"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.is_autocast_enabled(query.device.type):
-        # As SDPA does: values come from a layer in 16 bits, queries and keys from a rotation in float32.
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    return mm_sp_row.attend(module.layer_idx, query, key, value, scale, sliding_window), None
-
-
-def _no_mask(*_unused, attention_mask: torch.Tensor | None = None, **_also_unused) -> None:
-    """Transformers' mask interface: makes no mask, since the row knows documents and causality. It refuses a mask that is given,
-    which would be dropped silently. Raises ``ValueError``."""
-    if attention_mask is not None:
-        raise ValueError(refusal_of(["attention_mask"]))
