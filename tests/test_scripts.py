@@ -338,7 +338,7 @@ def test_what_the_package_imports_is_what_setup_py_requires():
     third_party = imported - set(sys.stdlib_module_names) - {"megatron_vila"}
     declared = {canonicalize_name(r.name) for r in declared_requirements()}
     indirect = {"triton", "einops"}  # imported by megatron-core on our behalf
-    optional = {"flash_attn", "quack", "ray", "fsspec", "pyarrow", "triton"}
+    optional = {"accelerate", "flash_attn", "quack", "ray", "fsspec", "pyarrow", "triton"}
     assert {distributions.get(name, name) for name in third_party - optional} == declared - indirect
 
 

@@ -221,7 +221,9 @@ def symbol_mask(symbol: str, u_HW: np.ndarray, v_HW: np.ndarray) -> np.ndarray:
 
 def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: int, codec: str = "libx264") -> None:
     """Encode clips uint8 [T, H, W, 3] as an mp4 file with ``libx264`` or ``mpeg4``."""
-    quality = {"preset": "veryfast", "crf": "20"} if codec == "libx264" else {"qmin": "3", "qmax": "3"}
+    # mbtree: with AVX-512 its choices for small pictures differ from call to call.
+    ours = {"preset": "veryfast", "crf": "20", "x264-params": "mbtree=0"}
+    quality = ours if codec == "libx264" else {"qmin": "3", "qmax": "3"}
     with av.open(str(path), "w") as container:
         # One thread: with more, the bytes of the file depend on the number of cores.
         stream: Any = container.add_stream(codec, rate=fps, options={**quality, "threads": "1"})

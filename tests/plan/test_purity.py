@@ -26,7 +26,7 @@ for place, names in (
 from megatron_vila.config.schema import Config
 from megatron_vila.plan import (
     activations, bounds, budgets, cache_memory, chunks, dealing, flops, frames, geometry, grid, hardware, heads, layouts, memory,
-    packing, pictures, row, row_plan, sizes, step_traffic, tokens, traffic, validate,
+    packing, pictures, row, row_plan, sizes, step_traffic, tokens, traffic, validate, windows,
 )
 used = {name for name in sys.modules if name.startswith("megatron_vila.plan.")}
 
@@ -66,6 +66,7 @@ for sent in (
 rows = packing.pack_samples([5, 3, 4], [0, 0, 0], 2, 8, 100)
 assert dealing.deal_rows([len(places) for places in rows], 2)
 assert heads.HeadSplit(28, 4, 2).per_rank == 14
+assert [part.causal for part in windows.window_parts((8,), 1, 0, 0, 16)] == [True, False, True]
 assert len(chunks.cut(document, 4 * each)) == 2
 assert cache_memory.cache_memory(config, "fp8", 8192, 2, machine.gpu_bytes).tokens_on(machine.gpu_bytes) > 10**6
 print(sorted(name.rpartition(".")[2] for name in used))
