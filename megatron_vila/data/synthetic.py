@@ -221,8 +221,8 @@ def symbol_mask(symbol: str, u_HW: np.ndarray, v_HW: np.ndarray) -> np.ndarray:
 
 def write_video(path: str | Path, clips: Iterator[np.ndarray], size: int, fps: int, codec: str = "libx264") -> None:
     """Encode clips uint8 [T, H, W, 3] as an mp4 file with ``libx264`` or ``mpeg4``."""
-    # mbtree: with AVX-512 its choices for small pictures differ from call to call.
-    ours = {"preset": "veryfast", "crf": "20", "x264-params": "mbtree=0"}
+    # Otherwise files depend on the processor, and with AVX-512 those of small pictures differ from call to call.
+    ours = {"preset": "veryfast", "crf": "20", "x264-params": "cpu-independent=1"}
     quality = ours if codec == "libx264" else {"qmin": "3", "qmax": "3"}
     with av.open(str(path), "w") as container:
         # One thread: with more, the bytes of the file depend on the number of cores.
