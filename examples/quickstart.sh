@@ -13,7 +13,7 @@ SECONDS=0
 STARTED_IN=$PWD
 
 RUN=runs/quickstart
-TRAIN=1024 HELD_OUT=256
+TRAIN=1536 HELD_OUT=256
 FRAMES=8,16,32,64,128,256
 DURATION="about 5 minutes, on two CPU cores and on GPUs"
 SHORT=()
